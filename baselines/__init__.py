@@ -1,0 +1,1 @@
+"""Baseline policies, the offline planner and their registry."""

@@ -1,0 +1,62 @@
+"""A whole episode under one rule, in compiled code: for studies, tuning and speed."""
+
+from __future__ import annotations
+
+from servegym.baselines.policies import TriggerPolicy
+from servegym.baselines.triggers import fires
+from servegym.envs.config import TaskConfig
+from servegym.envs.cost_models import CostTables
+from servegym.envs.evaluation import Case, brief
+from servegym.envs.metrics import episode_metrics
+from servegym.envs.reward import write_credits
+from servegym.envs.simulator.admission import ADMISSION_RULES, admits
+from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.loop import advance, decode, prefill
+from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.simulator.view import view
+
+
+@kernel
+def run_episode(
+    state: State,
+    costs: CostTables,
+    e: int,
+    rule: int,
+    trigger: int,
+    parameter: float,
+    every_round: bool,
+    max_prefill_tokens: int,
+) -> None:
+    """Run the loaded episode of row ``e`` to its end: a trigger says when, a rule whom to admit."""
+    while advance(state, costs, e, 0):
+        chosen = admits(state, e, 0, rule)
+        if chosen and state.active[e, 0] > 0:
+            state.decisions[e] += 1
+            chosen = fires(trigger, parameter, view(state, costs, e, 0))
+        if chosen:
+            prefill(state, costs, e, 0, rule, max_prefill_tokens)
+        else:
+            decode(state, costs, e, 0, every_round)
+
+
+def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:
+    """Return the metrics of one episode under a trigger policy, played in compiled code.
+
+    The same numbers as ``servegym.envs.evaluation.play``, without decision times. Like
+    ``policy.every_round``, the task's ``process.decisions = "rounds"`` asks at every round.
+    """
+    clients = task.cluster.clients
+    state = make_state(1, len(case.requests), clients)
+    load(state, 0, case.requests, policy.prepare(brief(task, case)))
+    write_credits(state, 0, case.requests, case.bound)
+    run_episode(
+        state,
+        task.cost.tables(clients),
+        0,
+        ADMISSION_RULES.index(policy.rule),
+        policy.trigger,
+        policy.parameter,
+        policy.every_round or task.process.decisions == "rounds",
+        task.cluster.max_prefill_tokens,
+    )
+    return episode_metrics(state, 0)

@@ -1,0 +1,112 @@
+"""The explicit list of baseline policies."""
+
+from __future__ import annotations
+
+import re
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Final
+
+from servegym.baselines import triggers
+from servegym.baselines.policies import RandomPolicy, TriggerPolicy
+from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.policy import Policy
+
+MAX_NUMBER: Final = 1_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A policy's one-line description and a prototype, copied for every use."""
+
+    description: str
+    prototype: Policy
+    number: str = ""
+    """What a number after the name stands for, K or λ; empty: the name takes none."""
+
+
+REGISTRY: Final[dict[str, Entry]] = {
+    "random": Entry("a legal action, uniformly", RandomPolicy()),
+    "fcfs": Entry(
+        "prefill as soon as a client is idle, in order of arrival (the paper's baseline, vLLM's "
+        "classic rule)",
+        TriggerPolicy("fcfs", triggers.EAGER),
+    ),
+    "static": Entry(
+        "decode until all clients are idle, then refill them in order of arrival",
+        TriggerPolicy("fcfs", triggers.DRAINED),
+    ),
+    "offline": Entry(
+        "offline plan, each client its own queue, prefill as soon as one is idle",
+        TriggerPolicy("plan", triggers.EAGER, planned=True),
+    ),
+    "offline-steal": Entry(
+        "offline plan, an idle client steals the longest request of the busiest one",
+        TriggerPolicy("steal", triggers.EAGER, planned=True),
+    ),
+    "hybrid": Entry(
+        "plan, steal and the Lagrangian prefill-or-decode rule: the paper's method",
+        TriggerPolicy("steal", triggers.LAGRANGIAN, 1.0, planned=True),
+        number="λ",
+    ),
+    "hybrid-myopic": Entry(
+        "the hybrid with a rule that looks at one decode round only",
+        TriggerPolicy("steal", triggers.MYOPIC, 1.0, planned=True),
+        number="λ",
+    ),
+    "lpt": Entry(
+        "one queue, longest first, Lagrangian rule",
+        TriggerPolicy("longest", triggers.LAGRANGIAN, 1.0),
+        number="λ",
+    ),
+    "threshold": Entry(
+        "longest first, prefill when at least K clients are idle",
+        TriggerPolicy("longest", triggers.THRESHOLD, 1.0),
+        number="K",
+    ),
+    "lookahead": Entry(
+        "longest first, prefill once idling until the next finish costs a stage's fixed part",
+        TriggerPolicy("longest", triggers.LOOKAHEAD, 1.0),
+        number="λ",
+    ),
+    "aligned": Entry(
+        "requests that finish together, prefill once the idle time waited reaches a stage's fixed "
+        "part (asked at every round)",
+        TriggerPolicy("aligned", triggers.WAITED, 1.0, every_round=True),
+        number="λ",
+    ),
+}
+"""Policies by name. ``threshold`` always takes its K, as ``threshold-15``; a λ may follow the names
+that have one, as ``hybrid-0.5``, and is 1 without."""
+
+_WITH_NUMBER: Final = re.compile(r"(.+)-(\d+(?:\.\d+)?)")
+
+
+def policy_descriptions() -> dict[str, str]:
+    """Return every name, with ``-K`` or ``[-λ]`` behind it, and its one-line description."""
+    suffix = {"": "", "K": "-K", "λ": "[-λ]"}
+    return {name + suffix[entry.number]: entry.description for name, entry in REGISTRY.items()}
+
+
+def make_policy(name: str) -> Policy:
+    """Return a new policy by name.
+
+    Raises
+    ------
+    ServegymError
+        If there is no such policy, with the nearest name, or its number is missing or out of range.
+    """
+    match = _WITH_NUMBER.fullmatch(name)
+    family, number = match.groups() if match else (name, "")
+    if family not in REGISTRY or (number and not REGISTRY[family].number):
+        raise unknown("policy", name, [*REGISTRY, "threshold-K"])
+    entry = REGISTRY[family]
+    if entry.number == "K" and not (number.isdigit() and 1 <= int(number) <= MAX_NUMBER):
+        raise ServegymError(
+            f"policy {name!r} needs a whole K in 1 … {MAX_NUMBER} after its name, as {family}-15"
+        )
+    if number and float(number) > MAX_NUMBER:
+        raise ServegymError(f"policy {name!r}: λ must lie in 0 … {MAX_NUMBER}")
+    if number and isinstance(entry.prototype, TriggerPolicy):
+        return replace(entry.prototype, parameter=float(number))
+    return copy(entry.prototype)

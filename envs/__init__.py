@@ -1,0 +1,33 @@
+"""The environment and everything it is made of; imports neither baselines nor agents.
+
+Importing this package registers the tasks with Gymnasium::
+
+    import gymnasium
+    import servegym.envs
+
+    env = gymnasium.make("servegym/Paper-v0")
+"""
+
+from gymnasium.envs.registration import register
+
+from servegym.envs.config import TaskConfig
+from servegym.envs.errors import ServegymError
+from servegym.envs.plan import Plan
+from servegym.envs.requests import Requests, make_requests, read_requests
+from servegym.envs.serving_env import ServingEnv
+from servegym.envs.tasks import TASKS, load_task
+
+__all__ = [
+    "TASKS",
+    "Plan",
+    "Requests",
+    "ServegymError",
+    "ServingEnv",
+    "TaskConfig",
+    "load_task",
+    "make_requests",
+    "read_requests",
+]
+
+for _id in TASKS:
+    register(id=_id, entry_point="servegym.envs.serving_env:ServingEnv", kwargs={"task": _id})

@@ -1,0 +1,150 @@
+"""A proven lower bound on the makespan of an instance, whatever the scheduler.
+
+At one replica stages never overlap, so the makespan is at least the time of all decode rounds plus
+the time of all prefill stages, and each sum is bounded by itself.
+
+**Decode.** Write d_i for the decode rounds of request i and D = Σ d_i. Let x_n be the number of
+rounds with n active clients, n = 1 … J. Any schedule has Σ n·x_n = D and Σ x_n ≥ R, where R is the
+largest of ⌈D/J⌉, the longest request and the pigeonhole bound (``rounds_lower_bound``: the rounds of
+one client are disjoint). So Σ b(n)·x_n, with b(n) the round's time, is at least the optimum of that
+linear program. The cache adds c per token and round: request i holds p_i + k tokens at the start of
+its k-th round, so in any schedule this is exactly c·Σ (d_i·p_i + d_i(d_i + 1)/2).
+
+**Prefill.** A stage admits at most J requests, so there are S ≥ ⌈I/J⌉ stages; under a token budget B a
+stage holds at most B tokens when each prompt is counted as min(p, B), so S ≥ ⌈Σ min(p, B)/B⌉, too.
+Affine cost max(floor, base + a·T + q·Σp²): summed over the stages it is at least S·floor, and at least
+S·base + a·ΣT + q·Σp². Levelled cost: let z_l be the number of stages at level l (a stage beyond the top
+level counts as several); Σ cap_l·z_l ≥ ΣT and Σ z_l ≥ S, and the linear program minimises the cost.
+
+**Arrivals.** Requests that arrive at a or later cannot start before a, so a + (the bound of these
+requests alone) holds for every a. Other requests may share their rounds and stages, which only adds to
+Σ n·x_n; the program then has ≥ in place of =.
+
+Each linear program is solved by HiGHS and its value is taken from a dual solution that is made
+feasible exactly, so that no solver tolerance enters the bound (weak duality).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+
+from servegym.envs.cost_models import CostTables
+from servegym.envs.makespan_bound import rounds_lower_bound
+from servegym.envs.requests import Requests
+
+_RELEASE_POINTS: Final = 16  # arrival times tried; more cost time and gain little
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """A lower bound on the makespan and the parts that prove it. Times in seconds."""
+
+    seconds: float
+    release_s: float  # no request counted in the bound arrives before
+    decode_s: float
+    prefill_s: float
+    decode_rounds: int
+    prefill_stages: int
+
+    @property
+    def decode_share(self) -> float:
+        """Share of the work part that is decoding, 0 … 1."""
+        return self.decode_s / (self.decode_s + self.prefill_s)
+
+
+def lower_bound(
+    requests: Requests, clients: int, costs: CostTables, max_prefill_tokens: int = 0
+) -> LowerBound:
+    """Return the best bound over release times; see the module docstring for the proof."""
+    releases = np.unique(requests.arrival_s)
+    if len(releases) > _RELEASE_POINTS:
+        places = np.linspace(0, len(releases) - 1, _RELEASE_POINTS).round().astype(int)
+        releases = releases[places]
+    bounds = [
+        _bound_from(requests, float(release), clients, costs, max_prefill_tokens)
+        for release in releases
+    ]
+    return max(bounds, key=lambda bound: bound.seconds)
+
+
+def _bound_from(
+    requests: Requests, release_s: float, clients: int, costs: CostTables, max_prefill_tokens: int
+) -> LowerBound:
+    counted = requests.arrival_s >= release_s
+    prompts = requests.prompt_tokens[counted]
+    rounds = requests.decode_rounds[counted]
+    alone = bool(counted.all())
+    least_rounds = rounds_lower_bound(rounds, clients)
+    stages = _least_stages(prompts, clients, max_prefill_tokens)
+    decode_s = _decode_bound(prompts, rounds, least_rounds, costs, alone)
+    prefill_s = _prefill_bound(prompts, stages, costs)
+    total = release_s + decode_s + prefill_s
+    return LowerBound(total, release_s, decode_s, prefill_s, least_rounds, stages)
+
+
+def _least_stages(prompts: NDArray[np.int64], clients: int, max_prefill_tokens: int) -> int:
+    by_clients = -(-len(prompts) // clients)
+    if max_prefill_tokens == 0:
+        return by_clients
+    counted = int(np.minimum(prompts, max_prefill_tokens).sum())
+    return max(by_clients, -(-counted // max_prefill_tokens))
+
+
+def _decode_bound(
+    prompts: NDArray[np.int64],
+    rounds: NDArray[np.int64],
+    least_rounds: int,
+    costs: CostTables,
+    alone: bool,
+) -> float:
+    cached = float((rounds * prompts + rounds * (rounds + 1) // 2).sum())
+    base_s = costs.decode_base_s[0, 1:]
+    sizes = np.arange(1.0, len(base_s) + 1.0)
+    run_s = _cover(base_s, sizes, float(rounds.sum()), least_rounds, exact=alone)
+    return run_s + float(costs.decode_per_kv_token_s[0]) * cached
+
+
+def _prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) -> float:
+    tokens = float(prompts.sum())
+    if costs.prefill_level_tokens.shape[1] > 0:
+        capacities = costs.prefill_level_tokens[0].astype(float)
+        work_s = _cover(costs.prefill_level_s[0], capacities, tokens, stages, exact=False)
+    else:
+        squares = float((prompts.astype(float) ** 2).sum())
+        line_s = (
+            stages * costs.prefill_base_s[0]
+            + costs.prefill_per_token_s[0] * tokens
+            + costs.prefill_per_token_squared_s[0] * squares
+        )
+        work_s = float(max(stages * costs.prefill_floor_s[0], line_s))
+    overhead_s = stages * costs.overhead_base_s[0] + len(prompts) * costs.overhead_per_client_s[0]
+    return work_s + float(overhead_s)
+
+
+def _cover(
+    cost: NDArray[np.float64],
+    size: NDArray[np.float64],
+    total: float,
+    count: int,
+    *,
+    exact: bool,
+) -> float:
+    """Bound min cost·x subject to size·x = total (≥ unless ``exact``), Σx ≥ count, x ≥ 0.
+
+    The dual is max total·u + count·v subject to size·u + v ≤ cost, v ≥ 0 (and u ≥ 0 unless
+    ``exact``). HiGHS proposes v; the largest feasible u follows from it.
+    """
+    if total == 0:
+        return float(count * cost.min())
+    rows = np.stack([-size, -np.ones_like(size)])
+    solution = linprog(cost, A_ub=rows, b_ub=[-total, -float(count)], method="highs")
+    v = max(float(-solution.ineqlin.marginals[1]), 0.0) if solution.success else 0.0
+    u = float(((cost - v) / size).min())
+    if u < 0 and not exact:
+        u, v = 0.0, float(cost.min())
+    return total * u + count * v

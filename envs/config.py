@@ -1,0 +1,267 @@
+"""A task's configuration: frozen dataclasses that cannot be built wrong, and their TOML form.
+
+Every key has a documented default; the sections are those of DESIGN §7.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from servegym.envs.cost_models import (
+    AffineDecode,
+    AffinePrefill,
+    LevelledPrefill,
+    StageCosts,
+    TableDecode,
+)
+from servegym.envs.cost_presets import cost_preset
+from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.reward import REWARDS
+from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.workloads import check_source
+
+MAX_CLIENTS: Final = 1_000_000
+MAX_REQUESTS: Final = 10_000_000
+
+
+def _check_whole(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ServegymError(f"{name} must be a whole number in {least} … {most}, got {value}")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """``[cluster]``: the machines."""
+
+    replicas: int = 1
+    """Copies of the model. Only 1 so far."""
+    clients: int = 200
+    """Concurrency slots of a replica, 1 … 1,000,000."""
+    kv_capacity_tokens: int = 0
+    """KV-cache capacity; 0: not limiting, the only value so far."""
+    max_prefill_tokens: int = 0
+    """Token budget of one prefill stage; 0: none. A stage always admits at least one request."""
+
+    def __post_init__(self) -> None:
+        _check_whole("cluster.clients", self.clients, 1, MAX_CLIENTS)
+        _check_whole("cluster.replicas", self.replicas, 1, 1)
+        _check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 0)
+        _check_whole("cluster.max_prefill_tokens", self.max_prefill_tokens, 0, 10**12)
+
+
+@dataclass(frozen=True)
+class WorkloadConfig:
+    """``[workload]``: the requests."""
+
+    source: str = "gsm8k-lognormal"
+    """A preset (see ``WORKLOAD_PRESETS``) or the path of a CSV file."""
+    requests: int = 1319
+    """How many requests a preset samples; a CSV file brings its own."""
+    arrival_rate_per_s: float = 0.0
+    """Poisson arrivals of a preset per second; 0: all requests are present at t = 0."""
+
+    def __post_init__(self) -> None:
+        check_source(self.source)
+        _check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
+        if not 0 <= self.arrival_rate_per_s <= 1e9:
+            raise ServegymError(
+                f"workload.arrival_rate_per_s must lie in 0 … 1e9, got {self.arrival_rate_per_s}"
+            )
+
+
+@dataclass(frozen=True)
+class InformationConfig:
+    """``[information]``: what the scheduler knows."""
+
+    output_lengths: Literal["known"] = "known"
+    """Output lengths are known in advance, as in the paper; the only value so far."""
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """``[process]``: the decision process."""
+
+    rules: tuple[str, ...] = ADMISSION_RULES
+    """Admission rules on offer: action 1 + k prefills under the k-th."""
+    decisions: Literal["events", "rounds"] = "events"
+    """Ask where the choice has changed (a finish, an arrival), or at every decode round."""
+    reward: str = "gap"
+    """``gap`` (the return is minus the gap in percent) or ``latency`` (minus mean latency, s)."""
+    max_decisions: int = 0
+    """Truncate after so many decisions; 0: never."""
+    max_seconds: float = 0.0
+    """Truncate when the simulated clock has passed this; 0: never."""
+
+    def __post_init__(self) -> None:
+        if not self.rules or len(set(self.rules)) != len(self.rules):
+            raise ServegymError("process.rules must name at least one rule, each once")
+        for rule in self.rules:
+            if rule not in ADMISSION_RULES:
+                raise unknown("admission rule", rule, ADMISSION_RULES)
+        if self.reward not in REWARDS:
+            raise unknown("reward", self.reward, REWARDS)
+        _check_whole("process.max_decisions", self.max_decisions, 0, 10**12)
+        if not 0 <= self.max_seconds < np.inf:
+            raise ServegymError(f"process.max_seconds must be ≥ 0, got {self.max_seconds}")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task: what is served, on what, at what cost, and what may be decided."""
+
+    name: str
+    cluster: ClusterConfig = ClusterConfig()
+    cost: StageCosts = field(default_factory=lambda: cost_preset("llama2-70b-a100x4").costs)
+    workload: WorkloadConfig = WorkloadConfig()
+    information: InformationConfig = InformationConfig()
+    process: ProcessConfig = ProcessConfig()
+
+
+_COST_MODELS: Final = {
+    "affine": (AffineDecode, AffinePrefill),
+    "table": (TableDecode, AffinePrefill),
+    "levelled": (AffineDecode, LevelledPrefill),
+}
+"""``[cost] model``: the classes of its ``decode`` and ``prefill`` tables."""
+
+_SECTIONS: Final = {"cluster", "cost", "workload", "information", "process"}
+
+
+def with_overrides(task: TaskConfig, sections: Mapping[str, Any]) -> TaskConfig:
+    """Return ``task`` with keys replaced, given as ``{"cluster": {"clients": 50}, …}``."""
+    changed: dict[str, Any] = {}
+    for section, values in sections.items():
+        if section not in _SECTIONS:
+            raise unknown("section", section, sorted(_SECTIONS))
+        if not isinstance(values, Mapping):
+            raise ServegymError(f"{section} must be a table of keys, got {values!r}")
+        if section == "cost":
+            changed["cost"] = _cost_model(values, task.cost)
+        else:
+            changed[section] = _build(section, getattr(task, section), values)
+    return replace(task, **changed)
+
+
+def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
+    """Read a task TOML; keys it leaves out keep ``base``'s values.
+
+    A relative CSV path in ``workload.source`` is looked up beside the TOML file.
+
+    Raises
+    ------
+    ServegymError
+        One line naming file, line and key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        sections = tomllib.loads(text)
+    except FileNotFoundError:
+        raise ServegymError(f"{path}: no such task file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServegymError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ServegymError(f"{path}: not TOML: {error}") from None
+    workload = sections.get("workload")
+    if isinstance(workload, dict) and str(workload.get("source", "")).endswith(".csv"):
+        workload["source"] = str(path.parent / workload["source"])
+    task = replace(base, name=str(path))
+    for section, values in sections.items():
+        # Key by key, so that the message can name the line.
+        items = values.items() if isinstance(values, dict) and section != "cost" else [("", None)]
+        for key, value in items:
+            part = {section: {key: value}} if key else {section: values}
+            try:
+                task = with_overrides(task, part)
+            except ServegymError as error:
+                line = _line_of(text, section, key)
+                raise ServegymError(f"{path}: line {line}: {error}") from None
+    return task
+
+
+def _line_of(text: str, section: str, key: str) -> int:
+    """Return the 1-based line of ``key`` in ``[section]``; without such a line, the section's."""
+    found, here = 1, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        name = stripped.split("=")[0].strip()
+        if stripped.startswith("["):
+            here = stripped.strip("[] ")
+        if here.split(".")[0] == section and (found == 1 or (here == section and name == key)):
+            found = number
+        elif not here and name.split(".")[0] == section:
+            return number  # given as a dotted key or an inline table at the top
+    return found
+
+
+def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
+    """Build ``[cost]``: a preset and what replaces parts of it, or a model given in full."""
+    known = ("preset", "model", "decode", "prefill", "engine_overhead")
+    for key in values:
+        if key not in known:
+            raise unknown("key", f"cost.{key}", [f"cost.{name}" for name in known])
+    if "preset" in values:
+        base = cost_preset(str(values["preset"])).costs
+    if ("decode" in values or "prefill" in values) and "model" not in values:
+        raise ServegymError(f"cost.model is missing; choose from {', '.join(_COST_MODELS)}")
+    costs = base
+    if "model" in values:
+        if values["model"] not in _COST_MODELS:
+            raise unknown("cost model", values["model"], _COST_MODELS)
+        for part, cls in zip(("decode", "prefill"), _COST_MODELS[values["model"]], strict=True):
+            if part in values:
+                costs = replace(costs, **{part: _build(f"cost.{part}", cls, values[part])})
+            elif not isinstance(getattr(costs, part), cls):
+                raise ServegymError(f"cost.{part} is missing for model {values['model']!r}")
+    if "engine_overhead" in values:
+        overhead = _build("cost.engine_overhead", costs.engine_overhead, values["engine_overhead"])
+        costs = replace(costs, engine_overhead=overhead)
+    return costs
+
+
+def _build(section: str, base: Any, values: Any) -> Any:
+    """Make a dataclass from a table of keys; ``base`` is the class, or an instance to change."""
+    cls = base if isinstance(base, type) else type(base)
+    if not isinstance(values, Mapping):
+        raise ServegymError(f"{section} must be a table of keys, got {values!r}")
+    hints = get_type_hints(cls)
+    names = [item.name for item in fields(cls)]
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in names])
+        checked[key] = _checked(f"{section}.{key}", value, hints[key])
+    if not isinstance(base, type):
+        return replace(base, **checked)
+    try:
+        return cls(**checked)
+    except TypeError as error:
+        missing = str(error).split("argument")[-1].lstrip("s: ")
+        raise ServegymError(f"{section} lacks {missing}") from None
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """Return ``value`` as the annotated type, or refuse it."""
+    origin = get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ServegymError(f"{name} must be a list, got {value!r}")
+        return tuple(
+            _checked(f"{name}[{k}]", item, get_args(hint)[0]) for k, item in enumerate(value)
+        )
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise unknown(f"value of {name}:", value, get_args(hint))
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or isinstance(value, bool):
+        words = {int: "a whole number", float: "a number", str: "a text"}
+        raise ServegymError(f"{name} must be {words[hint]}, got {value!r}")
+    return value

@@ -1,0 +1,217 @@
+"""What a stage costs in seconds: three families of models behind one Protocol.
+
+Every family is lowered to the same :class:`CostTables`, which the simulator's kernels read; there
+is one implementation of the formulas (``simulator/physics.py``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.errors import ServegymError
+
+
+def _refuse_negative(where: str, **values: float) -> None:
+    for key, value in values.items():
+        if not (np.isfinite(value) and value >= 0):
+            raise ServegymError(
+                f"{where}.{key} must be a finite number of seconds ≥ 0, got {value}"
+            )
+
+
+def _refuse_nonpositive(where: str, **values: float) -> None:
+    for key, value in values.items():
+        if not (np.isfinite(value) and value > 0):
+            raise ServegymError(f"{where}.{key} must be finite and > 0, got {value}")
+
+
+def _refuse_unsorted(name: str, values: Sequence[float]) -> None:
+    if any(later <= earlier for earlier, later in pairwise(values)):
+        raise ServegymError(f"{name} must strictly increase")
+
+
+class CostTables(NamedTuple):
+    """Cost of stages as arrays; R replicas, J clients, L prefill levels (0 unless levelled)."""
+
+    decode_base_s: NDArray[np.float64]  # (R, J + 1) round with n active clients, without its cache
+    decode_per_kv_token_s: NDArray[np.float64]  # (R,) per cached token at the round's start
+    prefill_base_s: NDArray[np.float64]  # (R,)
+    prefill_per_token_s: NDArray[np.float64]  # (R,) per prompt token
+    prefill_per_token_squared_s: NDArray[np.float64]  # (R,) per Σ p² of the admitted prompts
+    prefill_floor_s: NDArray[np.float64]  # (R,) shortest stage
+    prefill_level_tokens: NDArray[np.int64]  # (R, L) capacity of each level, ascending
+    prefill_level_s: NDArray[np.float64]  # (R, L) cost of each level
+    overhead_base_s: NDArray[np.float64]  # (R,) CPU time added to every prefill stage
+    overhead_per_client_s: NDArray[np.float64]  # (R,) … and per admitted request
+
+
+class CostModel(Protocol):
+    """A cost model is anything that can be lowered to tables for a number of clients."""
+
+    def tables(self, clients: int) -> CostTables:
+        """Return the tables of one replica with ``clients`` clients."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOverhead:
+    """CPU time of the serving engine, added to every stage: base + per_client · n, in seconds.
+
+    n is the number of active clients of a decode round, of admitted requests of a prefill stage.
+    """
+
+    base: float = 0.0
+    per_client: float = 0.0
+
+    def __post_init__(self) -> None:
+        _refuse_negative("engine_overhead", base=self.base, per_client=self.per_client)
+
+
+@dataclass(frozen=True)
+class AffineDecode:
+    """Seconds of a decode round: base + per_client · n + per_kv_token · kv (base > 0)."""
+
+    base: float
+    per_client: float = 0.0
+    per_kv_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        _refuse_negative("decode", per_client=self.per_client, per_kv_token=self.per_kv_token)
+        _refuse_nonpositive("decode", base=self.base)
+
+    def base_seconds(self, clients: int) -> NDArray[np.float64]:
+        """Return the round's time without its cache for n = 0 … clients, shape (clients + 1,)."""
+        return self.base + self.per_client * np.arange(clients + 1.0)
+
+
+@dataclass(frozen=True)
+class TableDecode:
+    """Decode time by batch size, linearly interpolated, plus per_kv_token · kv.
+
+    Outside the measured batches the nearest measured time holds, with one warning.
+    """
+
+    batch: tuple[int, ...]
+    seconds: tuple[float, ...]
+    per_kv_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.batch) != len(self.seconds) or not self.batch:
+            raise ServegymError(
+                "decode.batch and decode.seconds must be equally long and not empty, got "
+                f"{len(self.batch)} and {len(self.seconds)}"
+            )
+        _refuse_unsorted("decode.batch", self.batch)
+        _refuse_nonpositive("decode", batch=self.batch[0], seconds=min(self.seconds))
+        _refuse_negative("decode", per_kv_token=self.per_kv_token)
+
+    def base_seconds(self, clients: int) -> NDArray[np.float64]:
+        """Return the round's time without its cache for n = 0 … clients, shape (clients + 1,)."""
+        if clients > self.batch[-1]:
+            warnings.warn(
+                f"decode table ends at batch {self.batch[-1]}; up to {clients} clients its last "
+                "time is used",
+                stacklevel=2,
+            )
+        return np.interp(np.arange(clients + 1.0), self.batch, self.seconds)
+
+
+@dataclass(frozen=True)
+class AffinePrefill:
+    """Seconds of a prefill stage: max(floor, base + per_token · T + per_token_squared · Σp²)."""
+
+    base: float
+    per_token: float
+    per_token_squared: float = 0.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _refuse_negative(
+            "prefill",
+            base=self.base,
+            per_token=self.per_token,
+            per_token_squared=self.per_token_squared,
+            floor=self.floor,
+        )
+        _refuse_nonpositive("prefill", base_and_per_token=self.base + self.per_token + self.floor)
+
+
+@dataclass(frozen=True)
+class LevelledPrefill:
+    """The paper's prefill: a stage of T tokens costs the lowest level that holds T (Section IV).
+
+    More tokens than the top level holds run as whole top levels plus a level for the rest.
+    """
+
+    level_tokens: tuple[int, ...]
+    level_seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.level_tokens) != len(self.level_seconds) or not self.level_tokens:
+            raise ServegymError(
+                "prefill.level_tokens and prefill.level_seconds must be equally long and not "
+                f"empty, got {len(self.level_tokens)} and {len(self.level_seconds)}"
+            )
+        _refuse_unsorted("prefill.level_tokens", self.level_tokens)
+        _refuse_nonpositive(
+            "prefill", level_tokens=self.level_tokens[0], level_seconds=self.level_seconds[0]
+        )
+        if any(later < earlier for earlier, later in pairwise(self.level_seconds)):
+            raise ServegymError("prefill.level_seconds must not decrease")
+
+
+def geometric_levels(
+    prefill: AffinePrefill, levels: int, smallest_tokens: int, largest_tokens: int
+) -> LevelledPrefill:
+    """Return ``levels`` geometrically placed levels, each costing what ``prefill`` asks at its top."""
+    tops = np.unique(np.geomspace(smallest_tokens, largest_tokens, levels).round().astype(int))
+    seconds = np.maximum(prefill.floor, prefill.base + prefill.per_token * tops)
+    return LevelledPrefill(tuple(int(top) for top in tops), tuple(float(s) for s in seconds))
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """A cost model made of a decode part, a prefill part and the engine's overhead."""
+
+    decode: AffineDecode | TableDecode
+    prefill: AffinePrefill | LevelledPrefill
+    engine_overhead: EngineOverhead = EngineOverhead()
+
+    def tables(self, clients: int) -> CostTables:
+        """Lower to the kernels' tables for one replica of ``clients`` clients."""
+        overhead = self.engine_overhead
+        decode = self.decode.base_seconds(clients) + overhead.base
+        decode += overhead.per_client * np.arange(clients + 1.0)
+        prefill, levels = self.prefill, LevelledPrefill((1,), (1.0,))
+        level_count = 0
+        if isinstance(prefill, LevelledPrefill):
+            levels, level_count = prefill, len(prefill.level_tokens)
+            prefill = _proportional(levels)
+        return CostTables(
+            decode_base_s=decode[None, :],
+            decode_per_kv_token_s=np.array([self.decode.per_kv_token]),
+            prefill_base_s=np.array([prefill.base]),
+            prefill_per_token_s=np.array([prefill.per_token]),
+            prefill_per_token_squared_s=np.array([prefill.per_token_squared]),
+            prefill_floor_s=np.array([prefill.floor]),
+            prefill_level_tokens=np.array([levels.level_tokens[:level_count]], dtype=np.int64),
+            prefill_level_s=np.array([levels.level_seconds[:level_count]], dtype=float),
+            overhead_base_s=np.array([overhead.base]),
+            overhead_per_client_s=np.array([overhead.per_client]),
+        )
+
+
+def _proportional(levels: LevelledPrefill) -> AffinePrefill:
+    """Return the line below all levels: what a token costs where levels are best filled.
+
+    The rest of a level's cost is what a stage costs for being a stage (its fixed part).
+    """
+    rate = min(s / t for s, t in zip(levels.level_seconds, levels.level_tokens, strict=True))
+    return AffinePrefill(0.0, rate)

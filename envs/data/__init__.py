@@ -1,0 +1,1 @@
+"""Compact tables of measured figures that the package ships."""

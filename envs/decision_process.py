@@ -1,0 +1,109 @@
+"""The Markov decision process over the simulator: apply an action, run to the next choice.
+
+One implementation for one environment and for many: every function works on row ``e``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.cost_models import CostTables
+from servegym.envs.observation import observe
+from servegym.envs.reward import loss
+from servegym.envs.simulator.admission import admits
+from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.loop import DECODE, advance, decode, prefill
+from servegym.envs.simulator.state import State
+
+
+class Settings(NamedTuple):
+    """The task's choices that kernels read."""
+
+    rules: NDArray[np.int64]  # (actions − 1,) admission rule of action 1 + k
+    every_round: bool  # ask at every decode round, not only where the choice has changed
+    max_prefill_tokens: int  # prompt tokens of one prefill stage, 0: no limit
+    reward: int
+    max_decisions: int  # truncate after so many, 0: never
+    max_seconds: float  # truncate once the clock has passed it, 0: never
+
+
+@kernel
+def legal_actions(state: State, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]) -> int:
+    """Write which actions are legal; return how many. After the end, decode counts as legal."""
+    ended = state.finished[e] == state.requests[e]
+    mask[DECODE] = ended or state.active[e, r] > 0
+    count = int(mask[DECODE])
+    for k in range(settings.rules.size):
+        mask[1 + k] = admits(state, e, r, settings.rules[k])
+        count += int(mask[1 + k])
+    return count
+
+
+@kernel
+def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> bool:
+    """Carry out a legal action and run to the next decision point; False at the end."""
+    if action == DECODE:
+        decode(state, costs, e, r, settings.every_round)
+    else:
+        prefill(state, costs, e, r, settings.rules[action - 1], settings.max_prefill_tokens)
+    return advance(state, costs, e, r)
+
+
+@kernel
+def run_to_choice(
+    state: State, costs: CostTables, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]
+) -> bool:
+    """From a loaded or advanced state, run on while only one action is legal; False at the end."""
+    alive = advance(state, costs, e, r)
+    while alive:
+        if legal_actions(state, settings, e, r, mask) > 1:
+            return True
+        alive = apply(state, costs, settings, e, r, int(np.argmax(mask)))
+    legal_actions(state, settings, e, r, mask)
+    return False
+
+
+@kernel
+def begin(
+    state: State,
+    costs: CostTables,
+    settings: Settings,
+    e: int,
+    observation: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+) -> bool:
+    """Start the loaded episode; write its first observation and mask. False if it has no choice."""
+    alive = run_to_choice(state, costs, settings, e, 0, mask)
+    observe(state, costs, e, 0, observation)
+    return alive
+
+
+@kernel
+def step(
+    state: State,
+    costs: CostTables,
+    settings: Settings,
+    e: int,
+    action: int,
+    observation: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+) -> tuple[float, bool, bool]:
+    """Carry out a legal action; write observation and mask; return reward, terminated, truncated.
+
+    ``mask`` holds the legal actions on entry, too.
+    """
+    alive = False
+    if state.finished[e] < state.requests[e]:  # an episode without any choice is over at once
+        state.decisions[e] += 1
+        apply(state, costs, settings, e, 0, action)
+        alive = run_to_choice(state, costs, settings, e, 0, mask)
+    observe(state, costs, e, 0, observation)
+    late = 0 < settings.max_seconds < state.clock_s[e, 0]
+    many = 0 < settings.max_decisions <= state.decisions[e]
+    now_lost = loss(state, e, settings.reward)
+    reward = state.reported_loss[e] - now_lost
+    state.reported_loss[e] = now_lost
+    return reward, not alive, alive and (late or many)

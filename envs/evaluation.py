@@ -1,0 +1,222 @@
+"""Play policies on the same cases and tabulate what came of it.
+
+One row per episode in ``DIR/episodes.csv``; finished episodes are never run again, so an interrupted
+evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic, perf_counter_ns
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from gymnasium.utils import seeding
+from joblib import Parallel, delayed
+from tqdm import tqdm
+
+from servegym.envs.bounds import LowerBound, lower_bound
+from servegym.envs.config import TaskConfig, with_overrides
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.metrics import METRICS, Records
+from servegym.envs.policy import Briefing, Policy, Situation
+from servegym.envs.requests import Requests
+from servegym.envs.serving_env import ServingEnv, sample_requests
+
+COLUMNS: Final = (
+    "task",
+    "policy",
+    "seed",
+    *METRICS,
+    "decision_ms_p50",
+    "decision_ms_p99",
+    "decision_points",
+    "prepare_s",
+)
+"""Columns of ``episodes.csv``."""
+
+HELD_OUT_SEED: Final = 1_000_000
+"""Seeds below are for training and tuning, seeds from here on for held-out evaluation."""
+
+_SAVE_EVERY_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One instance, the same for all policies that are compared on it."""
+
+    seed: int
+    requests: Requests
+    bound: LowerBound
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One policy on one case: its row of the table and its per-request records."""
+
+    row: dict[str, Any]
+    records: Records
+
+
+def make_case(task: TaskConfig, seed: int) -> Case:
+    """Return the instance that ``env.reset(seed=seed)`` of the task samples."""
+    requests = sample_requests(task, seeding.np_random(seed)[0])
+    clients = task.cluster.clients
+    costs = task.cost.tables(clients)
+    bound = lower_bound(requests, clients, costs, task.cluster.max_prefill_tokens)
+    return Case(seed, requests, bound)
+
+
+def play(task: TaskConfig, name: str, policy: Policy, case: Case) -> Episode:
+    """Play one episode and time every decision.
+
+    A policy that must be asked at every round gets the task with ``decisions = "rounds"``; the
+    column ``decision_points`` says so.
+    """
+    if policy.every_round:
+        task = with_overrides(task, {"process": {"decisions": "rounds"}})
+    env = ServingEnv(task)
+    started = perf_counter_ns()
+    plan = policy.prepare(brief(task, case))
+    prepare_s = (perf_counter_ns() - started) / 1e9
+    options = {"requests": case.requests, "bound": case.bound, "plan": plan}
+    observation, _ = env.reset(seed=case.seed, options=options)
+    nanoseconds: list[int] = []
+    ended = False
+    info: dict[str, Any] = {}
+    while not ended:
+        started = perf_counter_ns()
+        action = policy.act(Situation(env.view(), observation, env.action_masks()))
+        nanoseconds.append(perf_counter_ns() - started)
+        observation, _, terminated, truncated, info = env.step(action)
+        if "illegal_action" in info:
+            raise ServegymError(f"policy {name} chose illegal action {action}")
+        ended = terminated or truncated
+    row = {"task": task.name, "policy": name, "seed": case.seed}
+    row |= {metric: info[metric] for metric in METRICS}
+    row["decision_ms_p50"], row["decision_ms_p99"] = np.percentile(nanoseconds, [50, 99]) / 1e6
+    row["decision_points"] = task.process.decisions
+    row["prepare_s"] = prepare_s
+    return Episode(row, env.records())
+
+
+def brief(task: TaskConfig, case: Case) -> Briefing:
+    """Return what a policy is told before it plays a case."""
+    present = int(np.searchsorted(case.requests.arrival_s, 0.0, side="right"))
+    # Apart from the workload's stream, so that a policy's luck and the instance are independent.
+    rng = np.random.default_rng([case.seed, 1])
+    return Briefing(task, case.requests.first(present), rng)
+
+
+def evaluate(
+    task: TaskConfig,
+    make_policy: Callable[[str], Policy],
+    names: Sequence[str],
+    seeds: Iterable[int],
+    output: Path,
+    *,
+    jobs: int = 1,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Play every policy on every seed and return the table, sorted by policy and seed.
+
+    Parameters
+    ----------
+    task, names, seeds
+        What to play. Policies meet the same instance under the same seed.
+    make_policy
+        Makes a policy by name; must be picklable, as it runs in worker processes.
+    output
+        Folder for ``episodes.csv`` and ``task.json``; made if missing. Episodes that stand in it are
+        kept, also those of policies and seeds not asked for now.
+    jobs
+        Worker processes.
+
+    Raises
+    ------
+    ServegymError
+        If a policy is unknown, the folder cannot be written or holds another task's episodes.
+    """
+    for name in names:
+        make_policy(name)  # refuse an unknown name before anything is written
+    table = _open_table(task, output)
+    done = set(zip(table["policy"], table["seed"], strict=True))
+    wanted = [(seed, [name for name in names if (name, seed) not in done]) for seed in seeds]
+    missing = [(seed, pending) for seed, pending in wanted if pending]
+    rows: list[dict[str, Any]] = [dict(row) for row in table.to_dict("records")]  # type: ignore[arg-type]
+    results = _play_cases(task, make_policy, missing, jobs)
+    bar = tqdm(total=sum(len(pending) for _, pending in missing), disable=not progress)
+    with bar, closing(results):
+        saved = monotonic()
+        try:
+            for new in results:
+                rows += new
+                bar.update(len(new))
+                if monotonic() - saved > _SAVE_EVERY_S:
+                    _save_table(rows, names, output)
+                    saved = monotonic()
+        finally:
+            if missing:
+                _save_table(rows, names, output)
+    return _as_table(rows, names)
+
+
+def _play_cases(
+    task: TaskConfig,
+    make_policy: Callable[[str], Policy],
+    missing: Sequence[tuple[int, Sequence[str]]],
+    jobs: int,
+) -> Generator[list[dict[str, Any]]]:
+    if jobs == 1 or len(missing) < 2:
+        for seed, names in missing:
+            yield _play_case(task, make_policy, seed, names)
+        return
+    with Parallel(n_jobs=jobs, return_as="generator_unordered") as parallel:
+        yield from parallel(
+            delayed(_play_case)(task, make_policy, seed, names) for seed, names in missing
+        )
+
+
+def _play_case(
+    task: TaskConfig, make_policy: Callable[[str], Policy], seed: int, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    case = make_case(task, seed)
+    return [play(task, name, make_policy(name), case).row for name in names]
+
+
+def _open_table(task: TaskConfig, output: Path) -> pd.DataFrame:
+    """Return the episodes that stand in ``output``; refuse those of another task."""
+    config = json.dumps(asdict(task), indent=2, default=str) + "\n"
+    note = output / "task.json"
+    make_folder(output)
+    if note.is_file() and note.read_text() != config:
+        raise ServegymError(
+            f"{output} holds episodes of another task or version; choose a new --output folder"
+        )
+    write_file(note, config)
+    path = output / "episodes.csv"
+    if not path.is_file():
+        return pd.DataFrame({name: [] for name in COLUMNS})
+    table = pd.read_csv(path)
+    if tuple(table.columns) != COLUMNS:
+        raise ServegymError(f"{path}: its columns are not those of this version")
+    return table
+
+
+def _as_table(rows: list[dict[str, Any]], names: Sequence[str]) -> pd.DataFrame:
+    """Return the rows in the order of ``names``, then by seed; other policies come last."""
+    place = {name: k for k, name in enumerate(names)}
+    rows = sorted(
+        rows, key=lambda row: (place.get(row["policy"], len(place)), row["policy"], row["seed"])
+    )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _save_table(rows: list[dict[str, Any]], names: Sequence[str], output: Path) -> None:
+    write_file(output / "episodes.csv", _as_table(rows, names).to_csv(index=False))

@@ -1,0 +1,93 @@
+"""What an episode was worth: metrics from the simulator's records (columns of DESIGN §7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.simulator.state import State
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Per-request records of one episode; NaN and −1 for what has not happened."""
+
+    arrival_s: NDArray[np.float64]  # (requests,)
+    admitted_s: NDArray[np.float64]  # (requests,) start of the prefill stage
+    first_token_s: NDArray[np.float64]  # (requests,) end of the prefill stage
+    finished_s: NDArray[np.float64]  # (requests,)
+    client: NDArray[np.int32]  # (requests,)
+    prompt_tokens: NDArray[np.int32]  # (requests,)
+    decode_rounds: NDArray[np.int32]  # (requests,) output tokens − 1
+
+
+def records(state: State, e: int) -> Records:
+    """Copy the per-request records of environment ``e``."""
+    n = int(state.requests[e])
+    return Records(
+        **{name: getattr(state, name)[e, :n].copy() for name in Records.__dataclass_fields__}
+    )
+
+
+METRICS: Final = (
+    "requests",
+    "makespan_s",
+    "lower_bound_s",
+    "gap",
+    "client_utilization",
+    "decode_utilization",
+    "decode_rounds",
+    "prefill_stages",
+    "prefill_s",
+    "output_tokens_per_s",
+    "ttft_p50_s",
+    "ttft_p99_s",
+    "tpot_p50_s",
+    "tpot_p99_s",
+    "decisions",
+)
+"""Names of the metrics of an episode, in the order of the result tables."""
+
+
+def episode_metrics(state: State, e: int) -> dict[str, float]:
+    """Return the metrics of environment ``e``, also of an episode that was cut short.
+
+    ``client_utilization`` is Σ_j (time client j holds a request) / (J · makespan) and
+    ``decode_utilization`` Σ_rounds (n/J · round seconds) / makespan. Time to first token counts from
+    arrival; time per output token is over the tokens after the first (NaN if nobody has any).
+    """
+    log = records(state, e)
+    clients = state.client_request.shape[2]
+    now_s = float(state.clock_s[e].max())
+    done = np.isfinite(log.finished_s)
+    started = np.isfinite(log.admitted_s)
+    held_s = np.where(done, log.finished_s, now_s) - log.admitted_s
+    tokens = int(state.served_rounds[e]) + int(started.sum())
+    ttft_s = (log.first_token_s - log.arrival_s)[started]
+    decoded = done & (log.decode_rounds > 0)
+    tpot_s = (log.finished_s - log.first_token_s)[decoded] / log.decode_rounds[decoded]
+    bound_s = float(state.bound_s[e])
+    return {
+        "requests": int(state.requests[e]),
+        "makespan_s": now_s,
+        "lower_bound_s": bound_s,
+        "gap": now_s / bound_s - 1.0,
+        "client_utilization": float(held_s[started].sum()) / (clients * now_s),
+        "decode_utilization": float(state.busy_decode_s[e].sum()) / now_s,
+        "decode_rounds": int(state.round[e].sum()),
+        "prefill_stages": int(state.prefill_stages[e].sum()),
+        "prefill_s": float(state.prefill_s[e].sum()),
+        "output_tokens_per_s": tokens / now_s,
+        "ttft_p50_s": _percentile(ttft_s, 50),
+        "ttft_p99_s": _percentile(ttft_s, 99),
+        "tpot_p50_s": _percentile(tpot_s, 50),
+        "tpot_p99_s": _percentile(tpot_s, 99),
+        "decisions": int(state.decisions[e]),
+    }
+
+
+def _percentile(values: NDArray[np.float64], q: float) -> float:
+    return float(np.percentile(values, q)) if len(values) else float("nan")

@@ -1,0 +1,137 @@
+"""The observation: a float32 vector in [0, 1] whose size does not depend on the number of clients.
+
+It holds shares, logarithms and histograms, so that one policy runs on 50 or 5,000 clients, and only
+what a scheduler can know: expected, never true, output lengths.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.cost_models import CostTables
+from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.order import count_below, select
+from servegym.envs.simulator.state import LENGTH_BUCKETS, State
+from servegym.envs.simulator.view import view
+
+OBSERVATION_VERSION: Final = 1
+"""Raised whenever the meaning of an entry changes; agents name the version they were trained on."""
+
+FINISH_SHARES: Final = np.array([0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0])
+"""Shares of all clients whose next finish the observation holds."""
+
+_BUCKETS: Final = len(LENGTH_BUCKETS)
+
+FEATURES: Final = (
+    "active clients / clients",
+    "clients a stage could fill now / clients",
+    "waiting / requests",
+    "waiting per client, log-scaled",
+    "finished / requests",
+    "arrived / requests",
+    "expected rounds waiting / rounds of all requests",
+    "expected rounds running / rounds of all requests",
+    "clock / (clock + lower bound)",
+    "idle time waited against the fixed cost of a stage, a / (a + b)",
+    "idle time until the next finish against the fixed cost of a stage, a / (a + b)",
+    "both idle times against the whole cost of a stage, a / (a + b)",
+    "fixed share of a stage that fills the idle clients",
+    "stage seconds / (stage + decode round seconds)",
+    "longest waiting, log-scaled rounds",
+    "median waiting, log-scaled rounds",
+    "shortest waiting, log-scaled rounds",
+    *(f"rounds until {share:.0%} of clients are done, log-scaled" for share in FINISH_SHARES),
+    *(f"running with ≥ {low} rounds left / clients, in this bucket" for low in LENGTH_BUCKETS),
+    *(f"waiting with ≥ {low} rounds / waiting, in this bucket" for low in LENGTH_BUCKETS),
+)
+"""What each entry means, in order; the environment's specification."""
+
+OBSERVATION_SIZE: Final = len(FEATURES)
+
+_LOG_ROUNDS: Final = float(np.log1p(1 << 14))  # rounds beyond 16,384 read as 1
+_LOG_QUEUE: Final = float(np.log1p(1 << 8))  # requests per client beyond 256 read as 1
+
+
+@kernel
+def _log_rounds(rounds: int) -> float:
+    return min(np.log1p(max(rounds, 0)) / _LOG_ROUNDS, 1.0)
+
+
+@kernel
+def _balance(a: float, b: float) -> float:
+    """Return a / (a + b): ½ where both are equal, 0 where neither is positive."""
+    return a / (a + b) if a + b > 0 else 0.0
+
+
+@kernel
+def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.float32]) -> None:
+    """Write the observation of replica ``r`` in environment ``e`` into ``out`` (OBSERVATION_SIZE,)."""
+    now = view(state, costs, e, r)
+    running = 0
+    for place in range(now.active):
+        running += max(state.finish_round[e, r, place] - now.round, 0)
+    total = max(state.total_expected_rounds[e], 1)
+    fixed_cost = now.active * now.prefill_fixed_s
+    expected_wait = now.idle * now.seconds_to_finish
+    out[0] = now.active / now.clients
+    out[1] = min(now.idle, now.waiting) / now.clients
+    out[2] = now.waiting / now.requests
+    out[3] = min(np.log1p(now.waiting / now.clients) / _LOG_QUEUE, 1.0)
+    out[4] = state.finished[e] / now.requests
+    out[5] = state.arrived[e] / now.requests
+    out[6] = state.waiting_rounds[e] / total
+    out[7] = running / total
+    out[8] = _balance(now.clock_s, state.bound_s[e])
+    out[9] = _balance(now.idle_wait_s, fixed_cost)
+    out[10] = _balance(expected_wait, fixed_cost)
+    out[11] = _balance(now.idle_wait_s + expected_wait, now.active * now.prefill_s)
+    out[12] = min(now.prefill_fixed_s / now.prefill_s, 1.0) if now.prefill_s > 0 else 0.0
+    out[13] = _balance(now.prefill_s, now.round_s)
+    _observe_waiting(state, e, out)
+    _observe_running(state, e, r, out)
+
+
+@kernel
+def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
+    waiting = state.waiting[e]
+    histogram = 17 + FINISH_SHARES.size + _BUCKETS
+    if waiting == 0:
+        out[14:17] = 0.0
+        out[histogram : histogram + _BUCKETS] = 0.0
+        return
+    for k in range(3):
+        place = (2 - k) * (waiting - 1) // 2
+        request = state.by_length[e, select(state.waiting_tree[e], place)]
+        out[14 + k] = _log_rounds(state.expected_rounds[e, request])
+    below = 0
+    for bucket in range(_BUCKETS):
+        up_to = count_below(state.waiting_tree[e], state.bucket_rank[e, bucket + 1])
+        out[histogram + bucket] = (up_to - below) / waiting
+        below = up_to
+
+
+@kernel
+def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> None:
+    clients = state.client_request.shape[2]
+    active = state.active[e, r]
+    finish = state.finish_round[e, r]
+    now = state.round[e, r]
+    first = 17
+    for k in range(FINISH_SHARES.size):
+        # The idle clients count as done; the next to finish is the first of those still active.
+        done = max(int(np.ceil(FINISH_SHARES[k] * clients)) - (clients - active), 1)
+        place = active - done
+        out[first + k] = _log_rounds(finish[place] - now) if place >= 0 else 0.0
+    histogram = first + FINISH_SHARES.size
+    out[histogram : histogram + _BUCKETS] = 0.0
+    bucket = 0
+    for place in range(active - 1, -1, -1):
+        left = finish[place] - now
+        while bucket + 1 < _BUCKETS and left >= LENGTH_BUCKETS[bucket + 1]:
+            bucket += 1
+        out[histogram + bucket] += 1.0
+    for bucket in range(_BUCKETS):
+        out[histogram + bucket] /= clients

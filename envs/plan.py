@@ -1,0 +1,55 @@
+"""An offline plan: which client serves which requests, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.errors import ServegymError
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Queues of request ids, one per client, laid out one after another.
+
+    Client ``j`` serves ``order[offsets[j]:offsets[j + 1]]`` in that order. Every request stands in
+    at most one queue; a request that stands in none joins the shortest queue when it arrives.
+    """
+
+    order: NDArray[np.int64]  # (planned requests,) request ids
+    offsets: NDArray[np.int64]  # (clients + 1,) where each client's queue begins
+
+    def __post_init__(self) -> None:
+        steps = np.diff(self.offsets)
+        if len(self.offsets) < 2 or self.offsets[0] != 0 or np.any(steps < 0):
+            raise ServegymError("plan offsets must start at 0 and not decrease")
+        if self.offsets[-1] != len(self.order):
+            raise ServegymError(
+                f"plan offsets end at {self.offsets[-1]}, but {len(self.order)} requests are planned"
+            )
+        if len(np.unique(self.order)) != len(self.order):
+            raise ServegymError("a plan names each request at most once")
+
+    @property
+    def clients(self) -> int:
+        """Number of clients the plan is made for."""
+        return len(self.offsets) - 1
+
+    def queue(self, client: int) -> NDArray[np.int64]:
+        """Request ids of one client's queue, in order."""
+        return self.order[self.offsets[client] : self.offsets[client + 1]]
+
+    def loads(self, rounds: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Total decode rounds of each client's queue, shape (clients,)."""
+        totals = np.concatenate(([0], np.cumsum(rounds[self.order])))
+        return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
+
+
+def plan_from_queues(queues: Sequence[Sequence[int]]) -> Plan:
+    """Build a plan from one sequence of request ids per client."""
+    order = np.array([request for queue in queues for request in queue], dtype=np.int64)
+    offsets = np.concatenate(([0], np.cumsum([len(queue) for queue in queues]))).astype(np.int64)
+    return Plan(order, offsets)

@@ -1,0 +1,51 @@
+"""The one interface of everything that decides: rules, searches, trained agents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.config import TaskConfig
+from servegym.envs.plan import Plan
+from servegym.envs.requests import Requests
+from servegym.envs.simulator.view import DecisionView
+
+
+@dataclass(frozen=True)
+class Briefing:
+    """What a policy is told before an episode: the task, and the requests as a scheduler knows them.
+
+    ``requests`` holds those present at t = 0, with ids as in the episode (they come first); None if
+    there are none.
+    """
+
+    task: TaskConfig
+    requests: Requests | None
+    rng: np.random.Generator
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a policy is told at a decision point."""
+
+    view: DecisionView
+    observation: NDArray[np.float32]  # (OBSERVATION_SIZE,)
+    mask: NDArray[np.bool_]  # (actions,) legal actions
+
+
+class Policy(Protocol):
+    """Decides at every decision point; one object plays one episode after another."""
+
+    every_round: bool
+    """Whether it must be asked at every decode round, not only where the choice has changed."""
+
+    def prepare(self, briefing: Briefing) -> Plan | None:
+        """Get ready for an episode; return the offline plan that its rules follow, if any."""
+        ...
+
+    def act(self, situation: Situation) -> int:
+        """Return a legal action."""
+        ...

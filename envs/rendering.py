@@ -1,0 +1,123 @@
+"""Pictures of episodes. The only module of this package that imports matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from servegym.envs.metrics import Records
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+except ImportError as error:  # pragma: no cover - matplotlib is a core dependency
+    raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
+
+PREFILL_COLOUR = "#d1495b"
+DECODE_COLOURS = ("#9ecae1", "#2171b5")
+
+
+def draw_gantt_rows(axes: Axes, log: Records, clients: int) -> None:
+    """Draw clients over time: decoding in blue (two shades in turn), prefill stages as red bands.
+
+    Everyone stalls in a prefill stage, so a stage is a band over all clients; white is idle.
+    """
+    started = np.isfinite(log.admitted_s)
+    last_s = _last_seconds(log)
+    ends_s = np.where(np.isfinite(log.finished_s), log.finished_s, last_s)
+    width = 0.9 * axes.get_window_extent().height / clients * 72 / axes.figure.dpi
+    for shade in (0, 1):
+        chosen = started & (_turn(log) % 2 == shade)
+        segments = [
+            ((begin, client), (end, client))
+            for begin, end, client in zip(
+                log.first_token_s[chosen], ends_s[chosen], log.client[chosen], strict=True
+            )
+        ]
+        axes.add_collection(
+            LineCollection(
+                segments, colors=DECODE_COLOURS[shade], linewidths=width, capstyle="butt"
+            )
+        )
+    stages = np.unique(np.stack([log.admitted_s[started], log.first_token_s[started]]), axis=1)
+    for begin, end in stages.T:
+        axes.axvspan(begin, end, color=PREFILL_COLOUR, linewidth=0)
+    axes.set_ylim(-0.5, clients - 0.5)
+    axes.set_ylabel("client")
+
+
+def draw_gantt(log: Records, clients: int, title: str) -> Figure:
+    """Return one episode's clients over time."""
+    return draw_gantts([(title, log)], clients)
+
+
+def draw_gantts(episodes: Sequence[tuple[str, Records]], clients: int) -> Figure:
+    """Return several episodes of the same clients under each other, on one time axis."""
+    figure = Figure(figsize=(10, 0.6 + 2.7 * len(episodes)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(episodes), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, log) in zip(rows, episodes, strict=True):
+        axes.set_title(title, loc="left", fontsize=10)
+        draw_gantt_rows(axes, log, clients)
+    rows[-1].set_xlim(0, max(_last_seconds(log) for _, log in episodes) * 1.005)
+    rows[-1].set_xlabel("simulated seconds")
+    handles = [
+        mpl.patches.Patch(color=DECODE_COLOURS[1], label="decoding (shade changes with request)"),
+        mpl.patches.Patch(color=PREFILL_COLOUR, label="prefill stage: all clients stall"),
+        mpl.patches.Patch(facecolor="white", edgecolor="grey", label="idle"),
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_makespans(episodes: pd.DataFrame) -> Figure:
+    """Return makespan against lower bound, one dot an episode, one colour a policy."""
+    figure = Figure(figsize=(7, 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for policy, group in episodes.groupby("policy", sort=False):
+        gap = 100 * group["gap"].mean()
+        label = f"{policy} (mean gap {gap:.1f} %)"
+        axes.scatter(group["lower_bound_s"], group["makespan_s"], s=12, alpha=0.7, label=label)
+    ends = [episodes["lower_bound_s"].min(), episodes["lower_bound_s"].max()]
+    axes.plot(ends, ends, color="black", linewidth=1, label="lower bound")
+    axes.set_xlabel("proven lower bound of the case (s)")
+    axes.set_ylabel("makespan (s)")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def to_image(figure: Figure) -> NDArray[np.uint8]:
+    """Rasterise a figure, shape (height, width, 3)."""
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def _last_seconds(log: Records) -> float:
+    times = np.concatenate([log.finished_s, log.first_token_s, [0.0]])
+    return float(np.nanmax(times))
+
+
+def _turn(log: Records) -> NDArray[np.int64]:
+    """Return the how-manieth request of its client each one is, shape (requests,)."""
+    turn = np.zeros(len(log.client), dtype=np.int64)
+    order = np.lexsort((log.admitted_s, log.client))
+    first = np.flatnonzero(np.diff(log.client[order], prepend=-2))
+    counts = np.diff(np.append(first, len(order)))
+    turn[order] = np.arange(len(order)) - np.repeat(first, counts)
+    return turn

@@ -1,0 +1,45 @@
+"""Rewards, each the decrease of a loss that accumulates over the episode.
+
+``gap``: loss = 100 · (clock − credit) / bound. Every decode token and every prompt token earns a
+fixed share of the lower bound once it is served, and all shares add up to the bound; so the return
+is exactly −100 · gap: minus the gap in percent. What a step loses is client-time spent idle or on
+the fixed cost of stages.
+
+``latency``: loss = ∫ requests in the system dt / requests; the return is minus the mean latency in
+seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from servegym.envs.bounds import LowerBound
+from servegym.envs.requests import Requests
+from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.state import State
+
+REWARDS: Final = ("gap", "latency")
+"""Names of the rewards; a reward's id in kernels is its place here."""
+
+GAP: Final = 0
+
+
+@kernel
+def loss(state: State, e: int, reward: int) -> float:
+    """Return the loss accumulated so far."""
+    if reward == GAP:
+        credit_s = (
+            state.round_credit_s[e] * state.served_rounds[e]
+            + state.prompt_credit_s[e] * state.admitted_prompt_tokens[e]
+        )
+        return 100.0 * (state.clock_s[e].max() - credit_s) / state.bound_s[e]
+    return state.in_system_s[e] / state.requests[e]
+
+
+def write_credits(state: State, e: int, requests: Requests, bound: LowerBound) -> None:
+    """Share the bound out over the tokens to decode (the bound's decode share) and the prompts'."""
+    rounds = int(requests.decode_rounds.sum())
+    decode_share = bound.decode_share if rounds > 0 else 0.0
+    state.bound_s[e] = bound.seconds
+    state.round_credit_s[e] = decode_share * bound.seconds / max(rounds, 1)
+    state.prompt_credit_s[e] = (1.0 - decode_share) * bound.seconds / requests.prompt_tokens.sum()

@@ -1,0 +1,215 @@
+"""``ServingEnv``: LLM-inference scheduling as a Gymnasium environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from servegym.envs.bounds import LowerBound, lower_bound
+from servegym.envs.config import TaskConfig, with_overrides
+from servegym.envs.decision_process import Settings, begin, step
+from servegym.envs.errors import ServegymError
+from servegym.envs.metrics import Records, episode_metrics, records
+from servegym.envs.observation import FEATURES, OBSERVATION_SIZE
+from servegym.envs.plan import Plan
+from servegym.envs.requests import Requests
+from servegym.envs.reward import REWARDS, write_credits
+from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.simulator.view import DecisionView, view
+from servegym.envs.tasks import load_task
+from servegym.envs.workloads import make_workload
+
+_RESET_OPTIONS: Final = ("requests", "plan", "bound")
+
+
+def make_settings(task: TaskConfig) -> Settings:
+    """Lower a task's decision process to what the kernels read."""
+    process = task.process
+    return Settings(
+        rules=np.array([ADMISSION_RULES.index(rule) for rule in process.rules]),
+        every_round=process.decisions == "rounds",
+        max_prefill_tokens=task.cluster.max_prefill_tokens,
+        reward=REWARDS.index(process.reward),
+        max_decisions=process.max_decisions,
+        max_seconds=process.max_seconds,
+    )
+
+
+def sample_requests(task: TaskConfig, rng: np.random.Generator) -> Requests:
+    """Return the requests of one episode of ``task``."""
+    workload = task.workload
+    return make_workload(workload.source, workload.requests, workload.arrival_rate_per_s, rng)
+
+
+class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
+    """Serve all requests of an episode as fast as possible on a model of a GPU cluster.
+
+    ## Description
+    One replica of a large language model serves requests on J clients (concurrency slots). Whenever
+    a client is idle and a request waits, a scheduler chooses: stop everyone for a *prefill* stage
+    that admits waiting requests (every decoding client stalls), or go on with *decode* rounds (every
+    active client emits one token, the idle ones nothing). Between decision points the simulator
+    fast-forwards. This is the problem of arXiv 2502.15763; DESIGN §3 and §4 give exact semantics.
+
+    ## Action space
+    ``Discrete(1 + number of rules)``; the default rules:
+
+    | action | what |
+    |---|---|
+    | 0 | decode until the choice changes: a client finishes or a request arrives |
+    | 1 | prefill, ``plan``: each idle client takes the head of its own planned queue |
+    | 2 | prefill, ``steal``: own queue, else the longest request of the client with most work |
+    | 3 | prefill, ``longest``: longest waiting requests first |
+    | 4 | prefill, ``shortest`` |
+    | 5 | prefill, ``fcfs``: in order of arrival |
+    | 6 | prefill, ``aligned``: requests that finish together with running ones |
+
+    ``action_masks()`` tells which are legal; at least one always is. An illegal action is replaced by
+    the first legal one, and ``info["illegal_action"]`` says so.
+
+    ## Observation space
+    ``Box(0, 1, (OBSERVATION_SIZE,), float32)``, already scaled and independent of J; each entry is
+    described in ``servegym.envs.observation.FEATURES``.
+
+    ## Reward
+    ``gap`` (default): the return of an episode is exactly −100 · (makespan / lower bound − 1); each
+    step's reward is what it lost, in percent of the bound. ``latency``: the return is minus the mean
+    latency in seconds. The natural discount is 1.
+
+    ## Start and end
+    ``reset(seed=…)`` samples the task's workload; ``options`` may hold ``requests`` (a
+    :class:`Requests`), its ``bound`` where that is already known, and ``plan`` (a :class:`Plan` of
+    the requests present at t = 0; without it the greedy longest-first plan is used). Terminated when
+    all requests have finished; truncated at ``process.max_decisions`` or ``process.max_seconds``.
+    The last ``info`` holds every metric.
+
+    ## Arguments
+    ``task``: a registered id, a TOML file or a :class:`TaskConfig`; ``overrides``: keys to replace,
+    as ``{"cluster": {"clients": 50}}``; ``render_mode``: ``"rgb_array"`` draws the clients over time
+    (needs matplotlib).
+
+    ## Version history
+    * v0: initial version.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012
+
+    def __init__(
+        self,
+        task: str | TaskConfig = "servegym/GSM8K-v0",
+        overrides: Mapping[str, Any] | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ServegymError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        config = load_task(task) if isinstance(task, str) else task
+        self.task = with_overrides(config, overrides or {})
+        self.render_mode = render_mode
+        self.costs = self.task.cost.tables(self.task.cluster.clients)
+        self.settings = make_settings(self.task)
+        self.action_space = spaces.Discrete(1 + len(self.task.process.rules))
+        self.observation_space = spaces.Box(0.0, 1.0, (OBSERVATION_SIZE,), np.float32)
+        self.state: State | None = None
+        self._mask = np.zeros(int(self.action_space.n), dtype=np.bool_)
+        self._over = True
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Load an instance and run to its first decision point."""
+        super().reset(seed=seed)
+        options = options or {}
+        for key in options:
+            if key not in _RESET_OPTIONS:
+                raise ServegymError(f"reset options are {_RESET_OPTIONS}, got {key!r}")
+        requests = options.get("requests")
+        if requests is None:
+            requests = sample_requests(self.task, self.np_random)
+        self._load(requests, options.get("plan"), options.get("bound"))
+        observation = np.zeros(OBSERVATION_SIZE, dtype=np.float32)
+        begin(self._state, self.costs, self.settings, 0, observation, self._mask)
+        self._over = False
+        return observation, {"lower_bound_s": float(self._state.bound_s[0])}
+
+    def step(
+        self, action: SupportsFloat
+    ) -> tuple[NDArray[np.float32], SupportsFloat, bool, bool, dict[str, Any]]:
+        """Carry out an action and run to the next decision point."""
+        if self._over:
+            raise ServegymError("the episode is over; call reset() before step()")
+        chosen = int(action)  # type: ignore[call-overload]
+        if not 0 <= chosen < self._mask.size:
+            raise ServegymError(f"action must lie in 0 … {self._mask.size - 1}, got {chosen}")
+        info: dict[str, Any] = {}
+        if not self._mask[chosen]:
+            chosen = int(np.argmax(self._mask))
+            info["illegal_action"] = True
+        observation = np.zeros(OBSERVATION_SIZE, dtype=np.float32)
+        reward, terminated, truncated = step(
+            self._state, self.costs, self.settings, 0, chosen, observation, self._mask
+        )
+        if terminated or truncated:
+            self._over = True
+            info.update(episode_metrics(self._state, 0))
+        return observation, reward, terminated, truncated, info
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """Draw the clients over time so far as an RGB image, shape (height, width, 3)."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs render_mode='rgb_array'")
+            return None
+        from servegym.envs.rendering import draw_gantt, to_image
+
+        return to_image(draw_gantt(self.records(), self.task.cluster.clients, self.task.name))
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Return which actions are legal now, shape (actions,); sb3-contrib asks for this name."""
+        return self._mask.copy()
+
+    def view(self) -> DecisionView:
+        """Return the numbers that rules decide by."""
+        return view(self._state, self.costs, 0, 0)
+
+    def records(self) -> Records:
+        """Return a copy of the per-request records so far."""
+        return records(self._state, 0)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What each entry of the observation means."""
+        return FEATURES
+
+    @property
+    def _state(self) -> State:
+        if self.state is None:
+            raise ServegymError("call reset() first")
+        return self.state
+
+    def _load(self, requests: Requests, plan: Plan | None, bound: LowerBound | None) -> None:
+        clients = self.task.cluster.clients
+        check_plan(plan, requests, clients)
+        if self.state is None or self.state.arrival_s.shape[1] != len(requests):
+            self.state = make_state(1, len(requests), clients)
+        load(self.state, 0, requests, plan)
+        if bound is None:
+            budget = self.task.cluster.max_prefill_tokens
+            bound = lower_bound(requests, clients, self.costs, budget)
+        write_credits(self.state, 0, requests, bound)
+
+
+def check_plan(plan: Plan | None, requests: Requests, clients: int) -> None:
+    """Refuse a plan that does not fit the instance."""
+    if plan is None or len(plan.order) == 0:
+        return
+    if plan.clients != clients:
+        raise ServegymError(f"the plan is for {plan.clients} clients, the task has {clients}")
+    if plan.order.min() < 0 or plan.order.max() >= len(requests):
+        raise ServegymError(f"the plan names requests outside 0 … {len(requests) - 1}")
+    if requests.arrival_s[plan.order].max() > 0:
+        raise ServegymError("a plan may hold only requests that are present at t = 0")

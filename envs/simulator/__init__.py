@@ -1,0 +1,1 @@
+"""The compiled simulator: array state, physics, admission rules and the decision loop."""

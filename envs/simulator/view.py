@@ -1,0 +1,67 @@
+"""What a scheduler sees at a decision point, as a tuple of numbers for rules."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from servegym.envs.cost_models import CostTables
+from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.physics import decode_seconds, prefill_seconds, rounds_to_next_finish
+from servegym.envs.simulator.state import State
+
+
+class DecisionView(NamedTuple):
+    """One replica at a decision point. Times in seconds; holds nothing a scheduler cannot know."""
+
+    clients: int
+    active: int
+    idle: int
+    waiting: int  # requests that have arrived and are not admitted
+    requests: int  # of the whole episode
+    round: int  # decode rounds run so far
+    clock_s: float
+    idle_wait_s: float  # idle client-seconds since the last prefill stage, while requests waited
+    round_s: float  # the next decode round
+    rounds_to_finish: int  # until the next running request finishes (0: none runs)
+    seconds_to_finish: float
+    prefill_s: float  # a stage that fills the idle clients with waiting prompts of mean length
+    prefill_fixed_s: float  # the part of it that its tokens do not explain
+
+
+@kernel
+def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
+    """Return the decision view of replica ``r`` in environment ``e``."""
+    clients = state.client_request.shape[2]
+    active = state.active[e, r]
+    idle = clients - active
+    waiting = state.waiting[e]
+    cached = state.cached_tokens[e, r]
+    rounds = rounds_to_next_finish(state, e, r) if active > 0 else 0
+    prefill_s = 0.0
+    fixed_s = 0.0
+    if waiting > 0:
+        admitted = min(idle, waiting)
+        tokens = state.waiting_prompt_tokens[e] * admitted // waiting
+        squares = state.waiting_prompt_squares[e] * admitted // waiting
+        prefill_s = prefill_seconds(costs, r, tokens, squares, admitted)
+        variable_s = (
+            costs.prefill_per_token_s[r] * tokens
+            + costs.prefill_per_token_squared_s[r] * squares
+            + costs.overhead_per_client_s[r] * admitted
+        )
+        fixed_s = max(prefill_s - variable_s, 0.0)
+    return DecisionView(
+        clients,
+        active,
+        idle,
+        waiting,
+        state.requests[e],
+        state.round[e, r],
+        state.clock_s[e, r],
+        state.idle_wait_s[e, r],
+        decode_seconds(costs, r, active, cached, 1),
+        rounds,
+        decode_seconds(costs, r, active, cached, rounds),
+        prefill_s,
+        fixed_s,
+    )

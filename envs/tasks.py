@@ -1,0 +1,56 @@
+"""The registered tasks, and how a name or a TOML file becomes a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from servegym.envs.config import (
+    ClusterConfig,
+    TaskConfig,
+    WorkloadConfig,
+    read_task,
+)
+from servegym.envs.cost_presets import cost_preset
+from servegym.envs.errors import ServegymError, unknown
+
+NAMESPACE: Final = "servegym"
+
+PAPER_CASE_SEED: Final = 523
+"""The seed of Paper-v0 that stands for the paper's single case, from ``scripts/calibrate.py``."""
+
+TASKS: Final[dict[str, TaskConfig]] = {
+    "servegym/Tiny-v0": TaskConfig(
+        name="servegym/Tiny-v0",
+        cluster=ClusterConfig(clients=3),
+        cost=cost_preset("tiny").costs,
+        workload=WorkloadConfig(source="tiny", requests=8),
+    ),
+    "servegym/Paper-v0": TaskConfig(
+        name="servegym/Paper-v0",
+        cost=cost_preset("paper").costs,
+        workload=WorkloadConfig(source="gsm8k-cap512"),
+    ),
+    "servegym/GSM8K-v0": TaskConfig(name="servegym/GSM8K-v0"),
+}
+"""Task configurations by id; ``gymnasium.make`` takes the same ids."""
+
+
+def load_task(name_or_path: str) -> TaskConfig:
+    """Return a task by id (with or without ``servegym/``) or from a TOML file.
+
+    A TOML file starts from ``servegym/GSM8K-v0``: the keys it leaves out keep that task's values.
+
+    Raises
+    ------
+    ServegymError
+        If there is no such task, with the nearest id.
+    """
+    for name in (name_or_path, f"{NAMESPACE}/{name_or_path}"):
+        if name in TASKS:
+            return TASKS[name]
+    if name_or_path.endswith(".toml") or Path(name_or_path).is_file():
+        return read_task(name_or_path, base=TASKS["servegym/GSM8K-v0"])
+    short = [name.removeprefix(f"{NAMESPACE}/") for name in TASKS]
+    error = unknown("task", name_or_path.removeprefix(f"{NAMESPACE}/"), short)
+    raise ServegymError(f"{error} (a task file ends in .toml)")

@@ -1,0 +1,135 @@
+"""Where requests come from: presets sampled with a seed, or a CSV file.
+
+Prompt lengths of the GSM8K presets are the 1319 measured ones (DESIGN §8), shuffled; other numbers
+of requests take whole copies and a random part of one. Output lengths of the paper's model are not
+public; two families with its mean (344.83) and standard deviation (187.99) are shipped, joined to
+the prompts by a Gaussian copula that keeps the measured rank correlation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm, rankdata
+
+from servegym.envs.errors import ServegymError, nearest
+from servegym.envs.requests import Requests, make_requests, read_requests
+
+Generator = np.random.Generator
+Tokens = NDArray[np.int64]
+
+PROMPT_OUTPUT_RANK_CORRELATION: Final = 0.55
+"""Spearman correlation of prompt and output lengths; 0.52 … 0.58 measured on GSM8K."""
+
+MAX_LOGNORMAL_TOKENS: Final = 1024
+"""Generation limit of ``gsm8k-lognormal``; 0.8 % of the lengths reach it."""
+
+MAX_CAP512_TOKENS: Final = 512
+
+
+@dataclass(frozen=True)
+class WorkloadPreset:
+    """A named sampler: ``sample(n, rng)`` returns prompt and output tokens, shape (n,) each."""
+
+    description: str
+    sample: Callable[[int, Generator], tuple[Tokens, Tokens]]
+
+
+@cache
+def _gsm8k_prompts() -> Tokens:
+    text = resources.files("servegym.envs.data").joinpath("gsm8k_prompts.json").read_text()
+    histogram = json.loads(text)["histogram"]
+    lengths = np.array([int(length) for length in histogram], dtype=np.int64)
+    return np.repeat(lengths, list(histogram.values()))
+
+
+def sample_gsm8k_prompts(requests: int, rng: Generator) -> Tokens:
+    """Return GSM8K prompt lengths in random order: 1319 of them are exactly the measured ones."""
+    prompts = _gsm8k_prompts()
+    copies, rest = divmod(requests, len(prompts))
+    chosen = np.concatenate([np.tile(prompts, copies), rng.permutation(prompts)[:rest]])
+    return rng.permutation(chosen)
+
+
+def _correlated_uniforms(prompts: Tokens, rng: Generator) -> NDArray[np.float64]:
+    """Return uniforms whose rank correlation with ``prompts`` is the measured one."""
+    rho = 2.0 * np.sin(np.pi * PROMPT_OUTPUT_RANK_CORRELATION / 6.0)  # Spearman → normal copula
+    scores = norm.ppf((rankdata(prompts) - 0.5) / len(prompts))
+    noise = rng.standard_normal(len(prompts))
+    uniforms: NDArray[np.float64] = norm.cdf(rho * scores + np.sqrt(1.0 - rho**2) * noise)
+    return uniforms
+
+
+def _lognormal(uniforms: NDArray[np.float64], mean: float, std: float, most: int) -> Tokens:
+    lengths = np.exp(mean + std * norm.ppf(uniforms))
+    return np.clip(np.rint(lengths), 1, most).astype(np.int64)
+
+
+def sample_gsm8k_lognormal(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
+    """GSM8K prompts with lognormal outputs (μ 5.71294, σ 0.51011), at most 1024 tokens."""
+    prompts = sample_gsm8k_prompts(requests, rng)
+    uniforms = _correlated_uniforms(prompts, rng)
+    return prompts, _lognormal(uniforms, 5.71294, 0.51011, MAX_LOGNORMAL_TOKENS)
+
+
+def sample_gsm8k_cap512(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
+    """GSM8K prompts; 54.72 % of outputs run to a cap of 512, the rest are lognormal.
+
+    A hypothesis that reproduces the paper's mean and standard deviation from a 512 cap alone
+    (μ 4.88307, σ 0.39596). The longest uniforms are the capped ones.
+    """
+    prompts = sample_gsm8k_prompts(requests, rng)
+    uniforms = _correlated_uniforms(prompts, rng)
+    share_free = 1.0 - 0.5472
+    inner = np.minimum(uniforms / share_free, 1.0 - 1e-12)
+    free = _lognormal(inner, 4.88307, 0.39596, MAX_CAP512_TOKENS)
+    return prompts, np.where(uniforms >= share_free, MAX_CAP512_TOKENS, free).astype(np.int64)
+
+
+def sample_tiny(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
+    """Prompts of 4 … 12 and outputs of 1 … 9 tokens, uniform: small enough to solve exactly."""
+    return rng.integers(4, 13, requests), rng.integers(1, 10, requests)
+
+
+WORKLOAD_PRESETS: Final[dict[str, WorkloadPreset]] = {
+    "gsm8k-lognormal": WorkloadPreset("GSM8K prompts, lognormal outputs", sample_gsm8k_lognormal),
+    "gsm8k-cap512": WorkloadPreset("GSM8K prompts, outputs capped at 512", sample_gsm8k_cap512),
+    "tiny": WorkloadPreset("a handful of short requests", sample_tiny),
+}
+"""Presets by name, as ``[workload] source = …`` takes them; any other source is a CSV file."""
+
+
+def check_source(source: str) -> None:
+    """Refuse a source that is neither a preset nor looks like a file."""
+    if source not in WORKLOAD_PRESETS and not source.endswith(".csv"):
+        raise ServegymError(
+            f"workload.source {source!r} is neither a preset nor a .csv file"
+            f"{nearest(source, WORKLOAD_PRESETS)}"
+        )
+
+
+def make_workload(
+    source: str, requests: int, arrival_rate_per_s: float, rng: Generator
+) -> Requests:
+    """Return the requests of one episode.
+
+    A preset samples ``requests`` of them with ``rng``, all present at t = 0 or, with a positive
+    ``arrival_rate_per_s``, arriving as a Poisson process. A CSV file is the same for every seed and
+    brings its own number and arrivals.
+    """
+    check_source(source)
+    if source not in WORKLOAD_PRESETS:
+        return read_requests(Path(source))
+    prompts, outputs = WORKLOAD_PRESETS[source].sample(requests, rng)
+    if arrival_rate_per_s == 0:
+        return make_requests(prompts, outputs)
+    arrivals = np.cumsum(rng.exponential(1.0 / arrival_rate_per_s, requests))
+    return make_requests(prompts, outputs, arrivals)
