@@ -30,8 +30,8 @@ def run_episode(
     """Run the loaded episode of row ``e`` to its end: a trigger says when, a rule whom to admit."""
     while advance(state, costs, e, 0):
         chosen = admits(state, e, 0, rule)
-        if chosen and state.active[e, 0] > 0:
-            state.decisions[e] += 1
+        if chosen and state.replicas[e, 0].active > 0:
+            state.episodes[e].decisions += 1
             chosen = fires(trigger, parameter, view(state, costs, e, 0))
         if chosen:
             prefill(state, costs, e, 0, rule, max_prefill_tokens)

@@ -33,8 +33,9 @@ class Settings(NamedTuple):
 @kernel
 def legal_actions(state: State, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]) -> int:
     """Write which actions are legal; return how many. After the end, decode counts as legal."""
-    ended = state.finished[e] == state.requests[e]
-    mask[DECODE] = ended or state.active[e, r] > 0
+    episode = state.episodes[e]
+    ended = episode.finished == episode.requests
+    mask[DECODE] = ended or state.replicas[e, r].active > 0
     count = int(mask[DECODE])
     for k in range(settings.rules.size):
         mask[1 + k] = admits(state, e, r, settings.rules[k])
@@ -95,15 +96,16 @@ def step(
 
     ``mask`` holds the legal actions on entry, too.
     """
+    episode = state.episodes[e]
     alive = False
-    if state.finished[e] < state.requests[e]:  # an episode without any choice is over at once
-        state.decisions[e] += 1
+    if episode.finished < episode.requests:  # an episode without any choice is over at once
+        episode.decisions += 1
         apply(state, costs, settings, e, 0, action)
         alive = run_to_choice(state, costs, settings, e, 0, mask)
     observe(state, costs, e, 0, observation)
-    late = 0 < settings.max_seconds < state.clock_s[e, 0]
-    many = 0 < settings.max_decisions <= state.decisions[e]
+    late = 0 < settings.max_seconds < state.replicas[e, 0].clock_s
+    many = 0 < settings.max_decisions <= episode.decisions
     now_lost = loss(state, e, settings.reward)
-    reward = state.reported_loss[e] - now_lost
-    state.reported_loss[e] = now_lost
+    reward = episode.reported_loss - now_lost
+    episode.reported_loss = now_lost
     return reward, not alive, alive and (late or many)

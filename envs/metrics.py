@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 import numpy as np
@@ -26,10 +26,9 @@ class Records:
 
 def records(state: State, e: int) -> Records:
     """Copy the per-request records of environment ``e``."""
-    n = int(state.requests[e])
-    return Records(
-        **{name: getattr(state, name)[e, :n].copy() for name in Records.__dataclass_fields__}
-    )
+    n = int(state.episodes[e].requests)
+    rows = state.requests[e, :n]
+    return Records(*(np.array(rows[item.name]) for item in fields(Records)))
 
 
 METRICS: Final = (
@@ -59,33 +58,33 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     ``decode_utilization`` Σ_rounds (n/J · round seconds) / makespan. Time to first token counts from
     arrival; time per output token is over the tokens after the first (NaN if nobody has any).
     """
-    log = records(state, e)
-    clients = state.client_request.shape[2]
-    now_s = float(state.clock_s[e].max())
+    log, episode, replicas = records(state, e), state.episodes[e], state.replicas[e]
+    clients = state.clients.shape[2]
+    now_s = float(replicas.clock_s.max())
     done = np.isfinite(log.finished_s)
     started = np.isfinite(log.admitted_s)
     held_s = np.where(done, log.finished_s, now_s) - log.admitted_s
-    tokens = int(state.served_rounds[e]) + int(started.sum())
+    tokens = int(episode.served_rounds) + int(started.sum())
     ttft_s = (log.first_token_s - log.arrival_s)[started]
     decoded = done & (log.decode_rounds > 0)
     tpot_s = (log.finished_s - log.first_token_s)[decoded] / log.decode_rounds[decoded]
-    bound_s = float(state.bound_s[e])
+    bound_s = float(episode.bound_s)
     return {
-        "requests": int(state.requests[e]),
+        "requests": int(episode.requests),
         "makespan_s": now_s,
         "lower_bound_s": bound_s,
         "gap": now_s / bound_s - 1.0,
         "client_utilization": float(held_s[started].sum()) / (clients * now_s),
-        "decode_utilization": float(state.busy_decode_s[e].sum()) / now_s,
-        "decode_rounds": int(state.round[e].sum()),
-        "prefill_stages": int(state.prefill_stages[e].sum()),
-        "prefill_s": float(state.prefill_s[e].sum()),
+        "decode_utilization": float(replicas.busy_decode_s.sum()) / now_s,
+        "decode_rounds": int(replicas.rounds.sum()),
+        "prefill_stages": int(replicas.prefill_stages.sum()),
+        "prefill_s": float(replicas.prefill_s.sum()),
         "output_tokens_per_s": tokens / now_s,
         "ttft_p50_s": _percentile(ttft_s, 50),
         "ttft_p99_s": _percentile(ttft_s, 99),
         "tpot_p50_s": _percentile(tpot_s, 50),
         "tpot_p99_s": _percentile(tpot_s, 99),
-        "decisions": int(state.decisions[e]),
+        "decisions": int(episode.decisions),
     }
 
 

@@ -69,22 +69,23 @@ def _balance(a: float, b: float) -> float:
 @kernel
 def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.float32]) -> None:
     """Write the observation of replica ``r`` in environment ``e`` into ``out`` (OBSERVATION_SIZE,)."""
+    episode = state.episodes[e]
     now = view(state, costs, e, r)
-    running = 0
+    running = -now.active * now.round
     for place in range(now.active):
-        running += max(state.finish_round[e, r, place] - now.round, 0)
-    total = max(state.total_expected_rounds[e], 1)
+        running += state.finishes[e, r, place].due
+    total = max(episode.total_expected_rounds, 1)
     fixed_cost = now.active * now.prefill_fixed_s
     expected_wait = now.idle * now.seconds_to_finish
     out[0] = now.active / now.clients
     out[1] = min(now.idle, now.waiting) / now.clients
     out[2] = now.waiting / now.requests
     out[3] = min(np.log1p(now.waiting / now.clients) / _LOG_QUEUE, 1.0)
-    out[4] = state.finished[e] / now.requests
-    out[5] = state.arrived[e] / now.requests
-    out[6] = state.waiting_rounds[e] / total
+    out[4] = episode.finished / now.requests
+    out[5] = episode.arrived / now.requests
+    out[6] = episode.waiting_rounds / total
     out[7] = running / total
-    out[8] = _balance(now.clock_s, state.bound_s[e])
+    out[8] = _balance(now.clock_s, episode.bound_s)
     out[9] = _balance(now.idle_wait_s, fixed_cost)
     out[10] = _balance(expected_wait, fixed_cost)
     out[11] = _balance(now.idle_wait_s + expected_wait, now.active * now.prefill_s)
@@ -96,7 +97,7 @@ def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.flo
 
 @kernel
 def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
-    waiting = state.waiting[e]
+    waiting = state.episodes[e].waiting
     histogram = 17 + FINISH_SHARES.size + _BUCKETS
     if waiting == 0:
         out[14:17] = 0.0
@@ -105,7 +106,7 @@ def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
     for k in range(3):
         place = (2 - k) * (waiting - 1) // 2
         request = state.by_length[e, select(state.waiting_tree[e], place)]
-        out[14 + k] = _log_rounds(state.expected_rounds[e, request])
+        out[14 + k] = _log_rounds(state.requests[e, request].expected_rounds)
     below = 0
     for bucket in range(_BUCKETS):
         up_to = count_below(state.waiting_tree[e], state.bucket_rank[e, bucket + 1])
@@ -115,21 +116,21 @@ def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
 
 @kernel
 def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> None:
-    clients = state.client_request.shape[2]
-    active = state.active[e, r]
-    finish = state.finish_round[e, r]
-    now = state.round[e, r]
+    clients = state.clients.shape[2]
+    active = state.replicas[e, r].active
+    finishes = state.finishes[e, r]
+    now = state.replicas[e, r].rounds
     first = 17
     for k in range(FINISH_SHARES.size):
         # The idle clients count as done; the next to finish is the first of those still active.
         done = max(int(np.ceil(FINISH_SHARES[k] * clients)) - (clients - active), 1)
         place = active - done
-        out[first + k] = _log_rounds(finish[place] - now) if place >= 0 else 0.0
+        out[first + k] = _log_rounds(finishes[place].due - now) if place >= 0 else 0.0
     histogram = first + FINISH_SHARES.size
     out[histogram : histogram + _BUCKETS] = 0.0
     bucket = 0
     for place in range(active - 1, -1, -1):
-        left = finish[place] - now
+        left = finishes[place].due - now
         while bucket + 1 < _BUCKETS and left >= LENGTH_BUCKETS[bucket + 1]:
             bucket += 1
         out[histogram + bucket] += 1.0

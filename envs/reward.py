@@ -27,19 +27,27 @@ GAP: Final = 0
 @kernel
 def loss(state: State, e: int, reward: int) -> float:
     """Return the loss accumulated so far."""
+    episode = state.episodes[e]
     if reward == GAP:
-        credit_s = (
-            state.round_credit_s[e] * state.served_rounds[e]
-            + state.prompt_credit_s[e] * state.admitted_prompt_tokens[e]
-        )
-        return 100.0 * (state.clock_s[e].max() - credit_s) / state.bound_s[e]
-    return state.in_system_s[e] / state.requests[e]
+        credit_s = episode.round_credit_s * episode.served_rounds
+        credit_s += episode.prompt_credit_s * episode.admitted_prompt_tokens
+        return 100.0 * (_latest_clock(state, e) - credit_s) / episode.bound_s
+    return episode.in_system_s / episode.requests
+
+
+@kernel
+def _latest_clock(state: State, e: int) -> float:
+    latest = state.replicas[e, 0].clock_s
+    for r in range(1, state.replicas.shape[1]):
+        latest = max(latest, state.replicas[e, r].clock_s)
+    return latest
 
 
 def write_credits(state: State, e: int, requests: Requests, bound: LowerBound) -> None:
     """Share the bound out over the tokens to decode (the bound's decode share) and the prompts'."""
     rounds = int(requests.decode_rounds.sum())
     decode_share = bound.decode_share if rounds > 0 else 0.0
-    state.bound_s[e] = bound.seconds
-    state.round_credit_s[e] = decode_share * bound.seconds / max(rounds, 1)
-    state.prompt_credit_s[e] = (1.0 - decode_share) * bound.seconds / requests.prompt_tokens.sum()
+    episode = state.episodes[e]
+    episode.bound_s = bound.seconds
+    episode.round_credit_s = decode_share * bound.seconds / max(rounds, 1)
+    episode.prompt_credit_s = (1.0 - decode_share) * bound.seconds / requests.prompt_tokens.sum()

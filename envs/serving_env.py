@@ -135,7 +135,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         observation = np.zeros(OBSERVATION_SIZE, dtype=np.float32)
         begin(self._state, self.costs, self.settings, 0, observation, self._mask)
         self._over = False
-        return observation, {"lower_bound_s": float(self._state.bound_s[0])}
+        return observation, {"lower_bound_s": float(self._state.episodes[0].bound_s)}
 
     def step(
         self, action: SupportsFloat
@@ -194,7 +194,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     def _load(self, requests: Requests, plan: Plan | None, bound: LowerBound | None) -> None:
         clients = self.task.cluster.clients
         check_plan(plan, requests, clients)
-        if self.state is None or self.state.arrival_s.shape[1] != len(requests):
+        if self.state is None or self.state.requests.shape[1] != len(requests):
             self.state = make_state(1, len(requests), clients)
         load(self.state, 0, requests, plan)
         if bound is None:

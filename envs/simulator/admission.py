@@ -34,13 +34,13 @@ ALIGNED_TAIL_PER_CLIENT: Final = 2
 @kernel
 def admits(state: State, e: int, r: int, rule: int) -> bool:
     """Return whether ``rule`` would admit at least one request now."""
-    clients = state.client_request.shape[2]
-    if state.waiting[e] == 0 or state.active[e, r] == clients:
+    clients = state.clients.shape[2]
+    if state.episodes[e].waiting == 0 or state.replicas[e, r].active == clients:
         return False
     if rule != PLAN:
         return True
     for client in range(clients):
-        if state.client_request[e, r, client] == NOBODY and _head(state, e, client) != NOBODY:
+        if state.clients[e, r, client].request == NOBODY and _head(state, e, r, client) != NOBODY:
             return True
     return False
 
@@ -54,19 +54,19 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
     admitted = 0
     tokens = 0
     target_count = _find_targets(state, e, r) if rule == ALIGNED else 0
-    for client in range(state.client_request.shape[2]):
-        if state.client_request[e, r, client] != NOBODY:
+    for client in range(state.clients.shape[2]):
+        if state.clients[e, r, client].request != NOBODY:
             continue
-        if state.waiting[e] == 0:
+        if state.episodes[e].waiting == 0:
             break
-        request = _candidate(state, e, r, rule, client, target_count)
-        if request == NOBODY:
+        i = _candidate(state, e, r, rule, client, target_count)
+        if i == NOBODY:
             continue
-        tokens += state.prompt_tokens[e, request]
+        tokens += state.requests[e, i].prompt_tokens
         if admitted > 0 and 0 < max_prefill_tokens < tokens:
             break
-        pick(state, e, r, client, request)
-        state.picked[e, admitted] = request
+        pick(state, e, r, client, i)
+        state.picked[e, admitted] = i
         admitted += 1
     return admitted
 
@@ -75,39 +75,46 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
 def _candidate(state: State, e: int, r: int, rule: int, client: int, target_count: int) -> int:
     """Return the request that ``rule`` gives to an idle client; some request must be waiting."""
     if rule == PLAN:
-        return _head(state, e, client)
+        return _head(state, e, r, client)
     if rule == STEAL:
-        own = _head(state, e, client)
+        own = _head(state, e, r, client)
         return own if own != NOBODY else _stolen(state, e, r)
     if rule == LONGEST:
-        return state.by_length[e, select(state.waiting_tree[e], state.waiting[e] - 1)]
+        return _waiting_at(state, e, state.episodes[e].waiting - 1)
     if rule == SHORTEST:
-        return state.by_length[e, select(state.waiting_tree[e], 0)]
+        return _waiting_at(state, e, 0)
     if rule == FCFS:
         return _first(state, e)
-    return _aligned(state, e, r, target_count)
+    return _aligned(state, e, target_count)
 
 
 @kernel
-def _head(state: State, e: int, client: int) -> int:
-    """Return the first request still waiting in a client's planned queue."""
-    request = state.queue_head[e, client]
-    while request != NOBODY and state.phase[e, request] > WAITING:
-        request = state.plan_next[e, request]
-    state.queue_head[e, client] = request
-    if request == NOBODY:
-        state.queue_tail[e, client] = NOBODY
-    return request
+def _waiting_at(state: State, e: int, place: int) -> int:
+    """Return the waiting request at a place in the order of length, 0 the shortest."""
+    return state.by_length[e, select(state.waiting_tree[e], place)]
+
+
+@kernel
+def _head(state: State, e: int, r: int, client: int) -> int:
+    """Return the first request still waiting in a client's planned queue, or NOBODY."""
+    queue = state.clients[e, r, client]
+    i = queue.queue_head
+    while i != NOBODY and state.requests[e, i].phase > WAITING:
+        i = state.requests[e, i].plan_next
+    queue.queue_head = i
+    if i == NOBODY:
+        queue.queue_tail = NOBODY
+    return i
 
 
 @kernel
 def _first(state: State, e: int) -> int:
     """Return the earliest request that waits."""
-    request = state.first_waiting[e]
-    while state.phase[e, request] != WAITING:
-        request += 1
-    state.first_waiting[e] = request
-    return request
+    i = state.episodes[e].first_waiting
+    while state.requests[e, i].phase != WAITING:
+        i += 1
+    state.episodes[e].first_waiting = i
+    return i
 
 
 @kernel
@@ -115,17 +122,17 @@ def _stolen(state: State, e: int, r: int) -> int:
     """Return the longest request in the queue of the client with most work (paper, Algorithm 1)."""
     victim = NOBODY
     most = -1
-    for client in range(state.queue_head.shape[1]):
+    for client in range(state.clients.shape[2]):
         work = client_work(state, e, r, client)
-        if work > most and _head(state, e, client) != NOBODY:
+        if work > most and _head(state, e, r, client) != NOBODY:
             victim, most = client, work
-    best = _head(state, e, victim)
-    request = state.plan_next[e, best]
-    while request != NOBODY:
-        longer = state.expected_rounds[e, request] > state.expected_rounds[e, best]
-        if longer and state.phase[e, request] == WAITING:
-            best = request
-        request = state.plan_next[e, request]
+    best = state.clients[e, r, victim].queue_head
+    i = state.requests[e, best].plan_next
+    while i != NOBODY:
+        longer = state.requests[e, i].expected_rounds > state.requests[e, best].expected_rounds
+        if longer and state.requests[e, i].phase == WAITING:
+            best = i
+        i = state.requests[e, i].plan_next
     return best
 
 
@@ -135,59 +142,56 @@ def _find_targets(state: State, e: int, r: int) -> int:
 
     Returns their number. DESIGN §4: "the next round in which at least m running requests finish".
     """
+    replica, finishes = state.replicas[e, r], state.finishes[e, r]
     count = 0
     size = 0
-    for place in range(state.active[e, r] - 1, -1, -1):
-        due = state.finish_round[e, r, place]
+    for place in range(replica.active - 1, -1, -1):
+        due = finishes[place].due
         size += 1
-        if place == 0 or state.finish_round[e, r, place - 1] != due:
+        if place == 0 or finishes[place - 1].due != due:
             if size >= ALIGNED_TARGET_SIZE:
-                state.targets[e, count] = due - state.round[e, r]
+                state.targets[e, count] = due - replica.rounds
                 count += 1
             size = 0
     return count
 
 
 @kernel
-def _aligned(state: State, e: int, r: int, target_count: int) -> int:
+def _aligned(state: State, e: int, target_count: int) -> int:
     """Return the waiting request with the best score L − α · pad (DESIGN §4).
 
-    L is its expected rounds, pad the rounds from its finish to the next target at or after it (0 past
-    the last target, where nothing is left to align with). Candidates are the longer half of those
-    waiting; the last two per client go longest first. Between two targets the score grows with L, so
-    only the longest request that finishes by each target can win: one tree search a target.
+    L is its expected rounds, pad the rounds from its finish to the next target at or after it.
+    Candidates are the longer half of those waiting that finish by the last target; without any, and
+    for the last two requests per client, the longest goes first. Between two targets the score grows
+    with L, so only the longest request that finishes by each target can win: one search a target.
     """
-    waiting = state.waiting[e]
-    longest = state.by_length[e, select(state.waiting_tree[e], waiting - 1)]
-    if waiting <= ALIGNED_TAIL_PER_CLIENT * state.client_request.shape[2]:
-        return longest
-    shortest_allowed = waiting // 2
-    best = longest
+    waiting = state.episodes[e].waiting
+    best = _waiting_at(state, e, waiting - 1)
+    if waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:
+        return best
     best_score = np.int64(-(1 << 62))
-    if target_count == 0:
-        return longest
     for k in range(target_count - 1, -1, -1):
         target = state.targets[e, k]
         if target < best_score:
-            break  # a score never exceeds its target
+            break  # no score exceeds its target
         place = count_below(state.waiting_tree[e], _rank_above(state, e, target)) - 1
-        if place < shortest_allowed:
+        if place < waiting // 2:
             break
-        request = state.by_length[e, select(state.waiting_tree[e], place)]
-        rounds = state.expected_rounds[e, request]
+        i = _waiting_at(state, e, place)
+        rounds = state.requests[e, i].expected_rounds
         score = rounds - ALIGNED_PAD_WEIGHT * (target - rounds)
         if score > best_score:
-            best, best_score = request, score
+            best, best_score = i, score
     return best
 
 
 @kernel
 def _rank_above(state: State, e: int, rounds: int) -> int:
     """Return the first rank whose request expects more than ``rounds`` rounds."""
-    low, high = 0, state.requests[e]
+    low, high = 0, state.episodes[e].requests
     while low < high:
         middle = (low + high) // 2
-        if state.expected_rounds[e, state.by_length[e, middle]] <= rounds:
+        if state.requests[e, state.by_length[e, middle]].expected_rounds <= rounds:
             low = middle + 1
         else:
             high = middle

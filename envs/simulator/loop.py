@@ -23,14 +23,16 @@ DECODE: Final = 0
 @kernel
 def advance(state: State, costs: CostTables, e: int, r: int) -> bool:
     """Run while there is no choice; return True at a decision point, False at the episode's end."""
+    episode, replica = state.episodes[e], state.replicas[e, r]
     receive_arrivals(state, e, r)
-    clients = state.client_request.shape[2]
-    while state.finished[e] < state.requests[e]:
-        active = state.active[e, r]
-        if active < clients and state.waiting[e] > 0:
+    clients = state.clients.shape[2]
+    while episode.finished < episode.requests:
+        active = replica.active
+        if active < clients and episode.waiting > 0:
             return True
         if active == 0:
-            state.clock_s[e, r] = max(state.clock_s[e, r], state.arrival_s[e, state.arrived[e]])
+            next_s = state.requests[e, episode.arrived].arrival_s
+            replica.clock_s = max(replica.clock_s, next_s)
             receive_arrivals(state, e, r)
             continue
         rounds = rounds_to_next_finish(state, e, r)

@@ -16,6 +16,7 @@ from servegym.envs.simulator.state import (
     NOBODY,
     RUNNING,
     WAITING,
+    Records,
     State,
     enqueue,
 )
@@ -57,19 +58,20 @@ def prefill_seconds(costs: CostTables, r: int, tokens: int, squares: int, reques
 
 
 @kernel
-def expected_remaining(state: State, e: int, r: int, request: int) -> int:
-    """Return the decode rounds a running request is believed to need still, ≥ 0."""
-    done = state.round[e, r] - state.admitted_round[e, request]
-    return max(state.expected_rounds[e, request] - done, 0)
+def expected_remaining(state: State, e: int, r: int, i: int) -> int:
+    """Return the decode rounds that running request ``i`` is believed to need still, ≥ 0."""
+    request = state.requests[e, i]
+    done = state.replicas[e, r].rounds - request.admitted_round
+    return max(request.expected_rounds - done, 0)
 
 
 @kernel
 def client_work(state: State, e: int, r: int, client: int) -> int:
     """Return the decode rounds a client has before it: its running request and its planned queue."""
-    work = state.queue_rounds[e, client]
-    request = state.client_request[e, r, client]
-    if request != NOBODY:
-        work += expected_remaining(state, e, r, request)
+    work = state.clients[e, r, client].queue_rounds
+    running = state.clients[e, r, client].request
+    if running != NOBODY:
+        work += expected_remaining(state, e, r, running)
     return work
 
 
@@ -79,24 +81,26 @@ def receive_arrivals(state: State, e: int, r: int) -> None:
 
     Arrivals during a stage are seen at its end.
     """
-    now_s = state.clock_s[e, r]
-    while state.arrived[e] < state.requests[e]:
-        request = state.arrived[e]
-        if state.arrival_s[e, request] > now_s:
+    episode = state.episodes[e]
+    now_s = state.replicas[e, r].clock_s
+    while episode.arrived < episode.requests:
+        i = episode.arrived
+        request = state.requests[e, i]
+        if request.arrival_s > now_s:
             break
-        state.arrived[e] += 1
-        state.phase[e, request] = WAITING
-        _count_waiting(state, e, request, 1)
-        state.in_system_s[e] += now_s - state.arrival_s[e, request]
-        if state.plan_client[e, request] == NOBODY:
-            enqueue(state, e, _least_loaded(state, e, r), request)
+        episode.arrived += 1
+        request.phase = WAITING
+        _count_waiting(state, e, i, 1)
+        episode.in_system_s += now_s - request.arrival_s
+        if request.plan_client == NOBODY:
+            enqueue(state, e, r, _least_loaded(state, e, r), i)
 
 
 @kernel
 def _least_loaded(state: State, e: int, r: int) -> int:
     best = 0
     least = client_work(state, e, r, 0)
-    for client in range(1, state.queue_rounds.shape[1]):
+    for client in range(1, state.clients.shape[2]):
         work = client_work(state, e, r, client)
         if work < least:
             best, least = client, work
@@ -104,47 +108,51 @@ def _least_loaded(state: State, e: int, r: int) -> int:
 
 
 @kernel
-def _count_waiting(state: State, e: int, request: int, sign: int) -> None:
-    prompt = np.int64(state.prompt_tokens[e, request])
-    state.waiting[e] += sign
-    state.waiting_rounds[e] += sign * state.expected_rounds[e, request]
-    state.waiting_prompt_tokens[e] += sign * prompt
-    state.waiting_prompt_squares[e] += sign * prompt * prompt
-    add(state.waiting_tree[e], state.rank[e, request], sign)
+def _count_waiting(state: State, e: int, i: int, sign: int) -> None:
+    """Count request ``i`` in (+1) or out (−1) of those waiting."""
+    episode, request = state.episodes[e], state.requests[e, i]
+    prompt = np.int64(request.prompt_tokens)
+    episode.waiting += sign
+    episode.waiting_rounds += sign * request.expected_rounds
+    episode.waiting_prompt_tokens += sign * prompt
+    episode.waiting_prompt_squares += sign * prompt * prompt
+    add(state.waiting_tree[e], request.rank, sign)
 
 
 @kernel
-def pick(state: State, e: int, r: int, client: int, request: int) -> None:
-    """Take a waiting request out of the queues and give it to an idle client."""
-    _count_waiting(state, e, request, -1)
-    state.queue_rounds[e, state.plan_client[e, request]] -= state.expected_rounds[e, request]
-    state.phase[e, request] = RUNNING
-    state.client[e, request] = client
-    state.admitted_round[e, request] = state.round[e, r]
-    state.client_request[e, r, client] = request
+def pick(state: State, e: int, r: int, client: int, i: int) -> None:
+    """Take waiting request ``i`` out of the queues and give it to an idle client."""
+    request = state.requests[e, i]
+    _count_waiting(state, e, i, -1)
+    state.clients[e, r, request.plan_client].queue_rounds -= request.expected_rounds
+    state.clients[e, r, client].request = i
+    request.phase = RUNNING
+    request.client = client
+    request.admitted_round = state.replicas[e, r].rounds
 
 
 @kernel
 def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) -> float:
     """Run one prefill stage for the first ``admitted`` picked requests; return its seconds."""
+    episode, replica = state.episodes[e], state.replicas[e, r]
     tokens = 0
     squares = 0
-    for request in state.picked[e, :admitted]:
-        prompt = np.int64(state.prompt_tokens[e, request])
+    for i in state.picked[e, :admitted]:
+        prompt = np.int64(state.requests[e, i].prompt_tokens)
         tokens += prompt
         squares += prompt * prompt
-    start_s = state.clock_s[e, r]
+    start_s = replica.clock_s
     seconds = prefill_seconds(costs, r, tokens, squares, admitted)
-    state.in_system_s[e] += seconds * (state.waiting[e] + state.active[e, r] + admitted)
-    state.clock_s[e, r] += seconds
-    state.prefill_s[e, r] += seconds
-    state.prefill_stages[e, r] += 1
-    state.admitted_prompt_tokens[e] += tokens
-    state.idle_wait_s[e, r] = 0.0
-    state.cached_tokens[e, r] += tokens + admitted  # the stage emits each one's first token
-    for request in state.picked[e, :admitted]:
-        state.admitted_s[e, request] = start_s
-        state.first_token_s[e, request] = state.clock_s[e, r]
+    episode.in_system_s += seconds * (episode.waiting + replica.active + admitted)
+    episode.admitted_prompt_tokens += tokens
+    replica.clock_s += seconds
+    replica.prefill_s += seconds
+    replica.prefill_stages += 1
+    replica.idle_wait_s = 0.0
+    replica.cached_tokens += tokens + admitted  # the stage emits each one's first token
+    for i in state.picked[e, :admitted]:
+        state.requests[e, i].admitted_s = start_s
+        state.requests[e, i].first_token_s = replica.clock_s
     _schedule_finishes(state, e, r, admitted)
     _finish_due(state, e, r)
     receive_arrivals(state, e, r)
@@ -154,77 +162,76 @@ def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) 
 @kernel
 def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
     """Merge the admitted requests into the order of finishing: latest first, ties by request id."""
-    rounds = state.decode_rounds[e]
-    picked = state.picked[e, :admitted]
-    # Sort the few by (rounds, id) ascending: key both into one integer.
-    keys = np.empty(admitted, np.int64)
-    span = np.int64(state.decode_rounds.shape[1])
+    replica, finishes = state.replicas[e, r], state.finishes[e, r]
+    span = state.requests.shape[1]
+    keys = np.empty(admitted, np.int64)  # rounds and id of each in one sortable number
     for k in range(admitted):
-        keys[k] = np.int64(rounds[picked[k]]) * span + picked[k]
+        i = np.int64(state.picked[e, k])
+        keys[k] = state.requests[e, i].decode_rounds * span + i
     keys.sort()
-    now = state.round[e, r]
-    old = state.active[e, r] - 1
-    state.active[e, r] += admitted
-    finish = state.finish_round[e, r]
-    request_at = state.finish_request[e, r]
-    # Move what runs already to the back of the new length, then merge forward.
-    for k in range(old, -1, -1):
-        finish[k + admitted] = finish[k]
-        request_at[k + admitted] = request_at[k]
+    # Those that run already move to the back; merging from the front never overtakes them.
+    for k in range(replica.active - 1, -1, -1):
+        finishes[k + admitted].due = finishes[k].due
+        finishes[k + admitted].request = finishes[k].request
+    replica.active += admitted
     source = admitted
-    end = state.active[e, r]
     place = 0
     for k in range(admitted - 1, -1, -1):
-        request = keys[k] % span
-        due = now + keys[k] // span
-        while source < end and (
-            finish[source] > due or (finish[source] == due and request_at[source] > request)
-        ):
-            finish[place] = finish[source]
-            request_at[place] = request_at[source]
+        i = keys[k] % span
+        due = replica.rounds + keys[k] // span
+        while source < replica.active and _later(finishes[source], due, i):
+            finishes[place].due = finishes[source].due
+            finishes[place].request = finishes[source].request
             place += 1
             source += 1
-        finish[place] = due
-        request_at[place] = request
+        finishes[place].due = due
+        finishes[place].request = i
         place += 1
+
+
+@kernel
+def _later(finish: Records, due: int, i: int) -> bool:
+    """Return whether ``finish`` comes after request ``i`` that is due at round ``due``."""
+    return finish.due > due or (finish.due == due and finish.request > i)
 
 
 @kernel
 def _finish_due(state: State, e: int, r: int) -> None:
     """Finish every running request whose last token the stage that just ended has emitted."""
-    now_s = state.clock_s[e, r]
-    last = state.active[e, r] - 1
-    while last >= 0 and state.finish_round[e, r, last] <= state.round[e, r]:
-        request = state.finish_request[e, r, last]
-        state.phase[e, request] = FINISHED
-        state.finished_s[e, request] = now_s
-        state.cached_tokens[e, r] -= (
-            state.prompt_tokens[e, request] + state.decode_rounds[e, request] + 1
-        )
-        state.client_request[e, r, state.client[e, request]] = NOBODY
-        state.finished[e] += 1
-        last -= 1
-    state.active[e, r] = last + 1
+    replica = state.replicas[e, r]
+    while replica.active > 0:
+        finish = state.finishes[e, r, replica.active - 1]
+        if finish.due > replica.rounds:
+            break
+        request = state.requests[e, finish.request]
+        request.phase = FINISHED
+        request.finished_s = replica.clock_s
+        replica.cached_tokens -= request.prompt_tokens + request.decode_rounds + 1
+        replica.active -= 1
+        state.clients[e, r, request.client].request = NOBODY
+        state.episodes[e].finished += 1
 
 
 @kernel
 def rounds_to_next_finish(state: State, e: int, r: int) -> int:
     """Return the decode rounds until the next request finishes; a client must be active."""
-    return state.finish_round[e, r, state.active[e, r] - 1] - state.round[e, r]
+    replica = state.replicas[e, r]
+    return state.finishes[e, r, replica.active - 1].due - replica.rounds
 
 
 @kernel
 def rounds_to_arrival(state: State, costs: CostTables, e: int, r: int, most: int) -> int:
     """Return the fewest rounds ≥ 1 after which the next arrival is seen, at most ``most``."""
-    if state.arrived[e] == state.requests[e]:
+    arrived = state.episodes[e].arrived
+    if arrived == state.episodes[e].requests:
         return most
-    ahead_s = state.arrival_s[e, state.arrived[e]]
-    active, cached = state.active[e, r], state.cached_tokens[e, r]
-    now_s = state.clock_s[e, r]
+    replica = state.replicas[e, r]
+    ahead_s = state.requests[e, arrived].arrival_s
     low, high = 1, most
     while low < high:
         middle = (low + high) // 2
-        if now_s + decode_seconds(costs, r, active, cached, middle) >= ahead_s:
+        run_s = decode_seconds(costs, r, replica.active, replica.cached_tokens, middle)
+        if replica.clock_s + run_s >= ahead_s:
             high = middle
         else:
             low = middle + 1
@@ -234,17 +241,18 @@ def rounds_to_arrival(state: State, costs: CostTables, e: int, r: int, most: int
 @kernel
 def run_decode(state: State, costs: CostTables, e: int, r: int, rounds: int) -> float:
     """Run decode rounds, at most as many as to the next finish; return their seconds."""
-    active = state.active[e, r]
-    clients = state.client_request.shape[2]
-    seconds = decode_seconds(costs, r, active, state.cached_tokens[e, r], rounds)
-    state.in_system_s[e] += seconds * (state.waiting[e] + active)
-    state.clock_s[e, r] += seconds
-    state.round[e, r] += rounds
-    state.cached_tokens[e, r] += active * rounds
-    state.served_rounds[e] += active * rounds
-    state.busy_decode_s[e, r] += seconds * active / clients
-    if state.waiting[e] > 0:
-        state.idle_wait_s[e, r] += seconds * (clients - active)
+    episode, replica = state.episodes[e], state.replicas[e, r]
+    active = replica.active
+    clients = state.clients.shape[2]
+    seconds = decode_seconds(costs, r, active, replica.cached_tokens, rounds)
+    episode.in_system_s += seconds * (episode.waiting + active)
+    episode.served_rounds += active * rounds
+    replica.clock_s += seconds
+    replica.rounds += rounds
+    replica.cached_tokens += active * rounds
+    replica.busy_decode_s += seconds * active / clients
+    if episode.waiting > 0:
+        replica.idle_wait_s += seconds * (clients - active)
     _finish_due(state, e, r)
     receive_arrivals(state, e, r)
     return seconds

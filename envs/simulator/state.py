@@ -1,8 +1,8 @@
-"""The simulator's state: one array per quantity, over environments, replicas, clients, requests.
+"""The simulator's state: a few record arrays over environments, replicas, clients and requests.
 
 E environments × R replicas × J clients × I requests (the most any environment holds). Everything a
-kernel reads or writes during an episode is here; nothing is allocated while it runs. About 80 bytes
-per request.
+kernel reads or writes during an episode is here; nothing is allocated while it runs, but for small
+scratch. About 80 bytes per request.
 """
 
 from __future__ import annotations
@@ -30,112 +30,132 @@ LENGTH_BUCKETS: Final = np.array([0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 76
 """First number of rounds of each length bucket of the observation; the last one is open."""
 
 
+EPISODE: Final = np.dtype(
+    [
+        # The instance, written by ``load`` and ``write_credits``.
+        ("requests", np.int64),  # how many requests the episode has
+        ("total_expected_rounds", np.int64),  # Σ expected_rounds
+        ("bound_s", np.float64),  # lower bound of the makespan
+        ("round_credit_s", np.float64),  # share of the bound that one request-round earns
+        ("prompt_credit_s", np.float64),  # share of the bound that one prompt token earns
+        # Who is where.
+        ("arrived", np.int64),  # requests 0 … arrived − 1 have arrived
+        ("finished", np.int64),
+        ("waiting", np.int64),
+        ("first_waiting", np.int64),  # no request with a smaller id is waiting
+        ("waiting_rounds", np.int64),  # Σ expected_rounds over waiting
+        ("waiting_prompt_tokens", np.int64),
+        ("waiting_prompt_squares", np.int64),  # Σ p² over waiting
+        # Totals so far.
+        ("served_rounds", np.int64),  # Σ over decode rounds of active clients
+        ("admitted_prompt_tokens", np.int64),
+        ("in_system_s", np.float64),  # ∫ (waiting + running) dt
+        ("reported_loss", np.float64),  # the loss that rewards have told of
+        ("decisions", np.int64),
+    ],
+    align=True,
+)
+
+REQUEST: Final = np.dtype(
+    [
+        ("arrival_s", np.float64),
+        ("prompt_tokens", np.int32),
+        ("decode_rounds", np.int32),  # true output tokens − 1: physics only
+        ("expected_rounds", np.int32),  # what the scheduler believes: rules only
+        ("rank", np.int32),  # place in ``by_length``
+        ("plan_client", np.int32),  # or NOBODY
+        ("plan_next", np.int32),  # the next in the same queue, or NOBODY
+        # Records.
+        ("client", np.int32),  # or NOBODY
+        ("phase", np.int8),
+        ("admitted_s", np.float64),  # start of its prefill stage, NaN before
+        ("admitted_round", np.int64),  # decode clock then
+        ("first_token_s", np.float64),  # end of its prefill stage, NaN before
+        ("finished_s", np.float64),  # NaN before
+    ],
+    align=True,
+)
+
+REPLICA: Final = np.dtype(
+    [
+        ("clock_s", np.float64),
+        ("rounds", np.int64),  # decode rounds run so far: the decode clock
+        ("active", np.int64),  # clients that hold a request
+        ("cached_tokens", np.int64),
+        ("idle_wait_s", np.float64),  # idle client-seconds since the last prefill, work waiting
+        ("prefill_stages", np.int64),
+        ("prefill_s", np.float64),
+        ("busy_decode_s", np.float64),  # Σ over rounds of n / J · seconds
+    ],
+    align=True,
+)
+
+CLIENT: Final = np.dtype(
+    [
+        ("request", np.int32),  # or NOBODY
+        # Its planned queue, a linked list; stolen entries stay until they surface.
+        ("queue_head", np.int32),  # or NOBODY
+        ("queue_tail", np.int32),  # or NOBODY
+        ("queue_rounds", np.int64),  # Σ expected_rounds still waiting in it
+    ],
+    align=True,
+)
+
+FINISH: Final = np.dtype([("due", np.int64), ("request", np.int64)])
+
+
+Records = Any
+"""An array of records: ``array[e].field`` reads and writes; numpy's types cannot express it."""
+
+
 class State(NamedTuple):
-    """All arrays of a simulation; see the module docstring for the axes."""
+    """All arrays of a simulation; see the module docstring for the axes.
 
-    # The instance, written by ``load``.
-    requests: NDArray[np.int64]  # (E,) how many requests the episode has
-    arrival_s: NDArray[np.float64]  # (E, I)
-    prompt_tokens: NDArray[np.int32]  # (E, I)
-    decode_rounds: NDArray[np.int32]  # (E, I) true output tokens − 1: physics only
-    expected_rounds: NDArray[np.int32]  # (E, I) what the scheduler believes: rules only
+    Kernels write ``state.replicas[e, r].clock_s``. Few arrays of records, not many plain ones:
+    passing a tuple to a compiled function costs about 2 ns an array.
+    """
+
+    episodes: Records  # (E,) EPISODE
+    requests: Records  # (E, I) REQUEST, by id
     by_length: NDArray[np.int32]  # (E, I) request ids, shortest expected first
-    rank: NDArray[np.int32]  # (E, I) place of each request in by_length
-    bucket_rank: NDArray[np.int32]  # (E, B + 1) first rank of each length bucket (LENGTH_BUCKETS)
-    total_expected_rounds: NDArray[np.int64]  # (E,) Σ expected_rounds
-    total_prompt_tokens: NDArray[np.int64]  # (E,)
-    bound_s: NDArray[np.float64]  # (E,) lower bound of the makespan
-    round_credit_s: NDArray[np.float64]  # (E,) share of the bound one request-round earns
-    prompt_credit_s: NDArray[np.float64]  # (E,) share of the bound one prompt token earns
-    # Waiting requests.
+    bucket_rank: NDArray[np.int32]  # (E, B + 1) first rank of each of LENGTH_BUCKETS
     waiting_tree: NDArray[np.int32]  # (E, 2^k + 1) Fenwick tree over ranks
-    first_waiting: NDArray[np.int64]  # (E,) no request with a smaller id is waiting
-    arrived: NDArray[np.int64]  # (E,) requests 0 … arrived − 1 have arrived
-    waiting: NDArray[np.int64]  # (E,)
-    waiting_rounds: NDArray[np.int64]  # (E,) Σ expected_rounds over waiting
-    waiting_prompt_tokens: NDArray[np.int64]  # (E,)
-    waiting_prompt_squares: NDArray[np.int64]  # (E,) Σ p² over waiting
-    # The plan's queues, as linked lists; entries that were stolen stay until they surface.
-    plan_client: NDArray[np.int32]  # (E, I) or NOBODY
-    plan_next: NDArray[np.int32]  # (E, I) or NOBODY
-    queue_head: NDArray[np.int32]  # (E, J) or NOBODY
-    queue_tail: NDArray[np.int32]  # (E, J) or NOBODY
-    queue_rounds: NDArray[np.int64]  # (E, J) Σ expected_rounds still waiting in the queue
-    # Per-request records.
-    phase: NDArray[np.int8]  # (E, I)
-    client: NDArray[np.int32]  # (E, I) or NOBODY
-    admitted_s: NDArray[np.float64]  # (E, I) start of its prefill stage, NaN before
-    admitted_round: NDArray[np.int64]  # (E, I) decode clock at its prefill stage
-    first_token_s: NDArray[np.float64]  # (E, I) end of its prefill stage, NaN before
-    finished_s: NDArray[np.float64]  # (E, I) NaN before
-    # Replicas.
-    clock_s: NDArray[np.float64]  # (E, R)
-    round: NDArray[np.int64]  # (E, R) decode rounds run so far: the decode clock
-    active: NDArray[np.int64]  # (E, R) clients that hold a request
-    cached_tokens: NDArray[np.int64]  # (E, R)
-    client_request: NDArray[np.int32]  # (E, R, J) or NOBODY
-    finish_round: NDArray[
-        np.int64
-    ]  # (E, R, J) decode clock of each finish, latest first; [:active]
-    finish_request: NDArray[np.int32]  # (E, R, J) the request that finishes then
-    idle_wait_s: NDArray[
-        np.float64
-    ]  # (E, R) idle client-seconds since the last prefill, work waiting
-    # Totals.
-    finished: NDArray[np.int64]  # (E,)
-    prefill_stages: NDArray[np.int64]  # (E, R)
-    prefill_s: NDArray[np.float64]  # (E, R)
-    busy_decode_s: NDArray[np.float64]  # (E, R) Σ over rounds of n / J · seconds
-    served_rounds: NDArray[np.int64]  # (E,) Σ over rounds of active clients
-    admitted_prompt_tokens: NDArray[np.int64]  # (E,)
-    in_system_s: NDArray[np.float64]  # (E,) ∫ (waiting + running) dt over stages seen so far
-    reported_loss: NDArray[np.float64]  # (E,) the loss that rewards have told of so far
-    decisions: NDArray[np.int64]  # (E,)
-    # Scratch: the requests one prefill stage admits.
-    picked: NDArray[np.int32]  # (E, J)
-    targets: NDArray[np.int64]  # (E, J) aligned rule: rounds in which several requests finish
+    replicas: Records  # (E, R) REPLICA
+    clients: Records  # (E, R, J) CLIENT
+    finishes: Records  # (E, R, J) FINISH of the running, latest first; [:active]
+    picked: NDArray[np.int32]  # (E, J) scratch: the requests one prefill stage admits
+    targets: NDArray[np.int64]  # (E, J) scratch: rounds in which several requests finish
 
 
-_FILL: Final[dict[str, float]] = {
-    **dict.fromkeys(("plan_client", "plan_next", "queue_head", "queue_tail"), NOBODY),
-    **dict.fromkeys(("client", "client_request"), NOBODY),
-    **dict.fromkeys(("admitted_s", "first_token_s", "finished_s"), np.nan),
-}
+_NEW_REQUEST: Final = {
+    "plan_client": NOBODY,
+    "plan_next": NOBODY,
+    "client": NOBODY,
+} | dict.fromkeys(("admitted_s", "first_token_s", "finished_s"), np.nan)
+_NEW_CLIENT: Final = dict.fromkeys(("request", "queue_head", "queue_tail"), NOBODY)
 
 
 def make_state(environments: int, requests: int, clients: int, replicas: int = 1) -> State:
     """Allocate the state of ``environments`` episodes of up to ``requests`` requests each."""
     e, i, j, r = environments, requests, clients, replicas
     tree = 1 << max(i - 1, 1).bit_length()
-    per_env = (
-        "requests total_expected_rounds total_prompt_tokens first_waiting arrived "
-        "waiting waiting_rounds waiting_prompt_tokens waiting_prompt_squares finished decisions "
-        "served_rounds admitted_prompt_tokens"
+    return State(
+        episodes=_records(e, dtype=EPISODE),
+        requests=_records(e, i, dtype=REQUEST),
+        by_length=np.zeros((e, i), np.int32),
+        bucket_rank=np.zeros((e, len(LENGTH_BUCKETS) + 1), np.int32),
+        waiting_tree=np.zeros((e, tree + 1), np.int32),
+        replicas=_records(e, r, dtype=REPLICA),
+        clients=_records(e, r, j, dtype=CLIENT),
+        finishes=_records(e, r, j, dtype=FINISH),
+        picked=np.zeros((e, j), np.int32),
+        targets=np.zeros((e, j), np.int64),
     )
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        **dict.fromkeys(per_env.split(), ((e,), np.int64)),
-        **dict.fromkeys(
-            "bound_s round_credit_s prompt_credit_s in_system_s reported_loss".split(),
-            ((e,), float),
-        ),
-        **dict.fromkeys("arrival_s admitted_s first_token_s finished_s".split(), ((e, i), float)),
-        **dict.fromkeys("prompt_tokens decode_rounds expected_rounds".split(), ((e, i), np.int32)),
-        **dict.fromkeys("by_length rank plan_client plan_next client".split(), ((e, i), np.int32)),
-        "phase": ((e, i), np.int8),
-        "admitted_round": ((e, i), np.int64),
-        "waiting_tree": ((e, tree + 1), np.int32),
-        "bucket_rank": ((e, len(LENGTH_BUCKETS) + 1), np.int32),
-        **dict.fromkeys("queue_head queue_tail picked".split(), ((e, j), np.int32)),
-        **dict.fromkeys("queue_rounds targets".split(), ((e, j), np.int64)),
-        **dict.fromkeys("round active cached_tokens prefill_stages".split(), ((e, r), np.int64)),
-        **dict.fromkeys("clock_s idle_wait_s prefill_s busy_decode_s".split(), ((e, r), float)),
-        **dict.fromkeys("client_request finish_request".split(), ((e, r, j), np.int32)),
-        "finish_round": ((e, r, j), np.int64),
-    }
-    arrays = {
-        name: np.full(shape, _FILL.get(name, 0), dtype) for name, (shape, dtype) in shapes.items()
-    }
-    return State(**arrays)
+
+
+def _records(*shape: int, dtype: np.dtype[np.void]) -> Records:
+    """Return zeroed records whose fields are attributes, also where kernels run as plain Python."""
+    return np.zeros(shape, dtype).view(np.recarray)
 
 
 def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
@@ -145,75 +165,77 @@ def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
     bound and the reward's credits are the caller's to write.
     """
     n = len(requests)
-    for name in State._fields:
-        getattr(state, name)[e] = _FILL.get(name, 0)
-    state.requests[e] = n
-    state.arrival_s[e, :n] = requests.arrival_s
-    state.prompt_tokens[e, :n] = requests.prompt_tokens
-    state.decode_rounds[e, :n] = requests.decode_rounds
-    state.expected_rounds[e, :n] = requests.decode_rounds
+    for array in state:
+        array[e] = np.zeros((), array.dtype)
+    for array, values in ((state.requests, _NEW_REQUEST), (state.clients, _NEW_CLIENT)):
+        for name, value in values.items():
+            array[name][e] = value
     # Among equal lengths the later request is "shorter", so that longest-first serves in order.
     order = np.lexsort((-np.arange(n), requests.decode_rounds))
+    rows = state.requests[e, :n]
+    rows["arrival_s"] = requests.arrival_s
+    rows["prompt_tokens"] = requests.prompt_tokens
+    rows["decode_rounds"] = requests.decode_rounds
+    rows["expected_rounds"] = requests.decode_rounds
+    rows["rank"][order] = np.arange(n)
     state.by_length[e, :n] = order
-    state.rank[e, order] = np.arange(n)
     state.bucket_rank[e, :-1] = np.searchsorted(requests.decode_rounds[order], LENGTH_BUCKETS)
     state.bucket_rank[e, -1] = n
-    state.total_expected_rounds[e] = requests.decode_rounds.sum()
-    state.total_prompt_tokens[e] = requests.prompt_tokens.sum()
+    state.episodes[e].requests = n
+    state.episodes[e].total_expected_rounds = requests.decode_rounds.sum()
     if plan is None:
-        plan_greedily(state, e)
+        plan_greedily(state, e, 0)
     else:
-        _enqueue_plan(state, e, plan.order, plan.offsets)
+        _enqueue_plan(state, e, 0, plan.order, plan.offsets)
 
 
 @kernel
-def enqueue(state: State, e: int, client: int, request: int) -> None:
+def enqueue(state: State, e: int, r: int, client: int, request: int) -> None:
     """Append a request to a client's planned queue."""
-    tail = state.queue_tail[e, client]
-    if tail == NOBODY:
-        state.queue_head[e, client] = request
+    queue = state.clients[e, r, client]
+    if queue.queue_tail == NOBODY:
+        queue.queue_head = request
     else:
-        state.plan_next[e, tail] = request
-    state.queue_tail[e, client] = request
-    state.plan_client[e, request] = client
-    state.queue_rounds[e, client] += state.expected_rounds[e, request]
+        state.requests[e, queue.queue_tail].plan_next = request
+    queue.queue_tail = request
+    queue.queue_rounds += state.requests[e, request].expected_rounds
+    state.requests[e, request].plan_client = client
 
 
 @kernel
 def _enqueue_plan(
-    state: State, e: int, order: NDArray[np.int64], offsets: NDArray[np.int64]
+    state: State, e: int, r: int, order: NDArray[np.int64], offsets: NDArray[np.int64]
 ) -> None:
     for client in range(offsets.size - 1):
         for place in range(offsets[client], offsets[client + 1]):
-            enqueue(state, e, client, order[place])
+            enqueue(state, e, r, client, order[place])
 
 
 @kernel
-def plan_greedily(state: State, e: int) -> None:
+def plan_greedily(state: State, e: int, r: int) -> None:
     """Queue the requests present at t = 0 longest first, each at the least loaded client."""
-    clients = state.queue_rounds.shape[1]
-    # A binary heap of (load, client), smallest first; equal loads go to the lower client.
-    heap = np.arange(clients)
-    for place in range(state.requests[e] - 1, -1, -1):
+    clients = state.clients[e, r]
+    # A binary heap of clients, least loaded first; equal loads go to the lower client.
+    heap = np.arange(clients.size)
+    for place in range(state.episodes[e].requests - 1, -1, -1):
         request = state.by_length[e, place]
-        if state.arrival_s[e, request] > 0:
+        if state.requests[e, request].arrival_s > 0:
             continue
-        client = heap[0]
-        enqueue(state, e, client, request)
-        _sift_down(heap, state.queue_rounds[e])
+        enqueue(state, e, r, heap[0], request)
+        _sift_down(heap, clients)
 
 
 @kernel
-def _sift_down(heap: NDArray[np.int64], loads: NDArray[np.int64]) -> None:
+def _sift_down(heap: NDArray[np.int64], clients: Records) -> None:
     """Restore the heap after the load of its root has grown."""
     root = 0
     moved = heap[0]
     while 2 * root + 1 < heap.size:
         child = 2 * root + 1
         other = child + 1
-        if other < heap.size and _lighter(loads, heap[other], heap[child]):
+        if other < heap.size and _lighter(clients, heap[other], heap[child]):
             child = other
-        if _lighter(loads, moved, heap[child]):
+        if _lighter(clients, moved, heap[child]):
             break
         heap[root] = heap[child]
         root = child
@@ -221,5 +243,6 @@ def _sift_down(heap: NDArray[np.int64], loads: NDArray[np.int64]) -> None:
 
 
 @kernel
-def _lighter(loads: NDArray[np.int64], a: int, b: int) -> bool:
-    return loads[a] < loads[b] or (loads[a] == loads[b] and a < b)
+def _lighter(clients: Records, a: int, b: int) -> bool:
+    load_a, load_b = clients[a].queue_rounds, clients[b].queue_rounds
+    return load_a < load_b or (load_a == load_b and a < b)

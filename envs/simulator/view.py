@@ -31,18 +31,18 @@ class DecisionView(NamedTuple):
 @kernel
 def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
     """Return the decision view of replica ``r`` in environment ``e``."""
-    clients = state.client_request.shape[2]
-    active = state.active[e, r]
+    episode, replica = state.episodes[e], state.replicas[e, r]
+    clients = state.clients.shape[2]
+    active = replica.active
     idle = clients - active
-    waiting = state.waiting[e]
-    cached = state.cached_tokens[e, r]
+    waiting = episode.waiting
     rounds = rounds_to_next_finish(state, e, r) if active > 0 else 0
     prefill_s = 0.0
     fixed_s = 0.0
     if waiting > 0:
         admitted = min(idle, waiting)
-        tokens = state.waiting_prompt_tokens[e] * admitted // waiting
-        squares = state.waiting_prompt_squares[e] * admitted // waiting
+        tokens = episode.waiting_prompt_tokens * admitted // waiting
+        squares = episode.waiting_prompt_squares * admitted // waiting
         prefill_s = prefill_seconds(costs, r, tokens, squares, admitted)
         variable_s = (
             costs.prefill_per_token_s[r] * tokens
@@ -55,13 +55,13 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
         active,
         idle,
         waiting,
-        state.requests[e],
-        state.round[e, r],
-        state.clock_s[e, r],
-        state.idle_wait_s[e, r],
-        decode_seconds(costs, r, active, cached, 1),
+        episode.requests,
+        replica.rounds,
+        replica.clock_s,
+        replica.idle_wait_s,
+        decode_seconds(costs, r, active, replica.cached_tokens, 1),
         rounds,
-        decode_seconds(costs, r, active, cached, rounds),
+        decode_seconds(costs, r, active, replica.cached_tokens, rounds),
         prefill_s,
         fixed_s,
     )
