@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from servegym.baselines import triggers
-from servegym.baselines.planner import plan_offline
+from servegym.baselines.planner import rebalanced_plan
 from servegym.envs.errors import ServegymError
 from servegym.envs.plan import Plan
 from servegym.envs.policy import Briefing, Situation
@@ -44,7 +44,8 @@ class TriggerPolicy:
         if not self.planned or briefing.requests is None:
             return None
         clients = briefing.task.cluster.clients
-        return plan_offline(briefing.requests.decode_rounds, clients).plan
+        # By moves, not by the clock: the same episode on every machine.
+        return rebalanced_plan(briefing.requests.decode_rounds, clients).plan
 
     def act(self, situation: Situation) -> int:
         """Return the rule's action where it is forced or the trigger fires, else decode."""

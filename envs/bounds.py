@@ -141,9 +141,12 @@ def _cover(
     """
     if total == 0:
         return float(count * cost.min())
-    rows = np.stack([-size, -np.ones_like(size)])
-    solution = linprog(cost, A_ub=rows, b_ub=[-total, -float(count)], method="highs")
-    v = max(float(-solution.ineqlin.marginals[1]), 0.0) if solution.success else 0.0
+    rows, sides = -np.stack([np.ones_like(size), size]), np.array([-float(count), -total])
+    if exact:
+        solution = linprog(cost, rows[:1], sides[:1], -rows[1:], -sides[1:], method="highs")
+    else:
+        solution = linprog(cost, rows, sides, method="highs")
+    v = max(float(-solution.ineqlin.marginals[0]), 0.0) if solution.success else 0.0
     u = float(((cost - v) / size).min())
     if u < 0 and not exact:
         u, v = 0.0, float(cost.min())

@@ -6,7 +6,8 @@ Every key has a documented default; the sections are those of DESIGN §7.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
@@ -173,31 +174,52 @@ def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
         workload["source"] = str(path.parent / workload["source"])
     task = replace(base, name=str(path))
     for section, values in sections.items():
-        # Key by key, so that the message can name the line.
-        items = values.items() if isinstance(values, dict) and section != "cost" else [("", None)]
-        for key, value in items:
-            part = {section: {key: value}} if key else {section: values}
+        for part in _parts(section, values):
             try:
                 task = with_overrides(task, part)
             except ServegymError as error:
-                line = _line_of(text, section, key)
+                line = _line_of(text, f"{section}.{error.key or _only_key(part[section])}")
                 raise ServegymError(f"{path}: line {line}: {error}") from None
     return task
 
 
-def _line_of(text: str, section: str, key: str) -> int:
-    """Return the 1-based line of ``key`` in ``[section]``; without such a line, the section's."""
-    found, here = 1, ""
+def _parts(section: str, values: Any) -> list[dict[str, Any]]:
+    """Take a section apart key by key, so that an error has one key to blame; [cost] is one piece."""
+    if section == "cost" or not isinstance(values, dict) or not values:
+        return [{section: values}]
+    return [{section: {key: value}} for key, value in values.items()]
+
+
+def _only_key(values: Any) -> str:
+    return next(iter(values)) if isinstance(values, dict) and len(values) == 1 else ""
+
+
+def _line_of(text: str, path: str) -> int:
+    """Return the 1-based line of a dotted key; of what it stands in where it has none of its own."""
+    lines: dict[str, int] = {}
+    section = ""
     for number, line in enumerate(text.splitlines(), 1):
         stripped = line.strip()
-        name = stripped.split("=")[0].strip()
         if stripped.startswith("["):
-            here = stripped.strip("[] ")
-        if here.split(".")[0] == section and (found == 1 or (here == section and name == key)):
-            found = number
-        elif not here and name.split(".")[0] == section:
-            return number  # given as a dotted key or an inline table at the top
-    return found
+            section = stripped.partition("]")[0].strip("[] ")
+            lines.setdefault(section, number)
+        elif "=" in stripped and not stripped.startswith("#"):
+            key = stripped.partition("=")[0].strip()
+            lines.setdefault(f"{section}.{key}".strip("."), number)
+            lines.setdefault(f"{section}.{key}".strip(".").partition(".")[0], number)
+    while path and path not in lines:
+        path = path.rpartition(".")[0]
+    return lines.get(path, 1)
+
+
+@contextmanager
+def _blaming(key: str) -> Iterator[None]:
+    """Name the key to blame in errors that do not name one themselves."""
+    try:
+        yield
+    except ServegymError as error:
+        error.key = error.key or key
+        raise
 
 
 def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
@@ -205,23 +227,36 @@ def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
     known = ("preset", "model", "decode", "prefill", "engine_overhead")
     for key in values:
         if key not in known:
-            raise unknown("key", f"cost.{key}", [f"cost.{name}" for name in known])
-    if "preset" in values:
-        base = cost_preset(str(values["preset"])).costs
-    if ("decode" in values or "prefill" in values) and "model" not in values:
-        raise ServegymError(f"cost.model is missing; choose from {', '.join(_COST_MODELS)}")
+            options = [f"cost.{name}" for name in known]
+            raise ServegymError(str(unknown("key", f"cost.{key}", options)), key)
     costs = base
+    if "preset" in values:
+        with _blaming("preset"):
+            costs = cost_preset(_checked("cost.preset", values["preset"], str)).costs
     if "model" in values:
-        if values["model"] not in _COST_MODELS:
-            raise unknown("cost model", values["model"], _COST_MODELS)
-        for part, cls in zip(("decode", "prefill"), _COST_MODELS[values["model"]], strict=True):
-            if part in values:
-                costs = replace(costs, **{part: _build(f"cost.{part}", cls, values[part])})
-            elif not isinstance(getattr(costs, part), cls):
-                raise ServegymError(f"cost.{part} is missing for model {values['model']!r}")
+        with _blaming("model"):
+            costs = _replace_parts(values, costs)
+    elif "decode" in values or "prefill" in values:
+        raise ServegymError(f"cost.model is missing; choose from {', '.join(_COST_MODELS)}")
     if "engine_overhead" in values:
-        overhead = _build("cost.engine_overhead", costs.engine_overhead, values["engine_overhead"])
-        costs = replace(costs, engine_overhead=overhead)
+        with _blaming("engine_overhead"):
+            table = values["engine_overhead"]
+            overhead = _build("cost.engine_overhead", costs.engine_overhead, table)
+            costs = replace(costs, engine_overhead=overhead)
+    return costs
+
+
+def _replace_parts(values: Mapping[str, Any], costs: StageCosts) -> StageCosts:
+    """Replace ``decode`` and ``prefill`` by those of the model that ``values`` names."""
+    model = _checked("cost.model", values["model"], str)
+    if model not in _COST_MODELS:
+        raise unknown("cost model", model, _COST_MODELS)
+    for part, cls in zip(("decode", "prefill"), _COST_MODELS[model], strict=True):
+        if part in values:
+            with _blaming(part):
+                costs = replace(costs, **{part: _build(f"cost.{part}", cls, values[part])})
+        elif not isinstance(getattr(costs, part), cls):
+            raise ServegymError(f"cost.{part} is missing for model {model!r}")
     return costs
 
 
@@ -260,7 +295,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             raise unknown(f"value of {name}:", value, get_args(hint))
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ServegymError(f"{name} is too large a number") from None
     if not isinstance(value, hint) or isinstance(value, bool):
         words = {int: "a whole number", float: "a number", str: "a text"}
         raise ServegymError(f"{name} must be {words[hint]}, got {value!r}")

@@ -21,20 +21,20 @@ from servegym.envs.errors import ServegymError
 def _refuse_negative(where: str, **values: float) -> None:
     for key, value in values.items():
         if not (np.isfinite(value) and value >= 0):
-            raise ServegymError(
-                f"{where}.{key} must be a finite number of seconds ≥ 0, got {value}"
-            )
+            name = f"{where}.{key}"
+            raise ServegymError(f"{name} must be a finite number of seconds ≥ 0, got {value}", name)
 
 
 def _refuse_nonpositive(where: str, **values: float) -> None:
     for key, value in values.items():
         if not (np.isfinite(value) and value > 0):
-            raise ServegymError(f"{where}.{key} must be finite and > 0, got {value}")
+            name = f"{where}.{key}"
+            raise ServegymError(f"{name} must be finite and > 0, got {value}", name)
 
 
 def _refuse_unsorted(name: str, values: Sequence[float]) -> None:
     if any(later <= earlier for earlier, later in pairwise(values)):
-        raise ServegymError(f"{name} must strictly increase")
+        raise ServegymError(f"{name} must strictly increase", name)
 
 
 class CostTables(NamedTuple):
@@ -109,7 +109,9 @@ class TableDecode:
                 f"{len(self.batch)} and {len(self.seconds)}"
             )
         _refuse_unsorted("decode.batch", self.batch)
-        _refuse_nonpositive("decode", batch=self.batch[0], seconds=min(self.seconds))
+        for seconds in self.seconds:
+            _refuse_nonpositive("decode", seconds=seconds)
+        _refuse_nonpositive("decode", batch=self.batch[0])
         _refuse_negative("decode", per_kv_token=self.per_kv_token)
 
     def base_seconds(self, clients: int) -> NDArray[np.float64]:
@@ -160,9 +162,9 @@ class LevelledPrefill:
                 f"empty, got {len(self.level_tokens)} and {len(self.level_seconds)}"
             )
         _refuse_unsorted("prefill.level_tokens", self.level_tokens)
-        _refuse_nonpositive(
-            "prefill", level_tokens=self.level_tokens[0], level_seconds=self.level_seconds[0]
-        )
+        for seconds in self.level_seconds:
+            _refuse_nonpositive("prefill", level_seconds=seconds)
+        _refuse_nonpositive("prefill", level_tokens=self.level_tokens[0])
         if any(later < earlier for earlier, later in pairwise(self.level_seconds)):
             raise ServegymError("prefill.level_seconds must not decrease")
 

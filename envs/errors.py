@@ -7,7 +7,12 @@ from collections.abc import Iterable
 
 
 class ServegymError(ValueError):
-    """Bad input from the user: its message is one line that says what, where and what would be valid."""
+    """Bad input from the user: its message is one line that says what, where and what is valid."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+        """The configuration key to blame, as ``decode.base``; empty where that is not known."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -143,8 +143,10 @@ def evaluate(
     ServegymError
         If a policy is unknown, the folder cannot be written or holds another task's episodes.
     """
+    # Refuse an unknown policy or a bad workload file before anything is written.
     for name in names:
-        make_policy(name)  # refuse an unknown name before anything is written
+        make_policy(name)
+    sample_requests(task, np.random.default_rng(0))
     table = _open_table(task, output)
     done = set(zip(table["policy"], table["seed"], strict=True))
     wanted = [(seed, [name for name in names if (name, seed) not in done]) for seed in seeds]
@@ -203,9 +205,14 @@ def _open_table(task: TaskConfig, output: Path) -> pd.DataFrame:
     path = output / "episodes.csv"
     if not path.is_file():
         return pd.DataFrame({name: [] for name in COLUMNS})
-    table = pd.read_csv(path)
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
+        table = pd.DataFrame()
     if tuple(table.columns) != COLUMNS:
-        raise ServegymError(f"{path}: its columns are not those of this version")
+        raise ServegymError(
+            f"{path}: not a table of this version; remove it or choose a new folder"
+        )
     return table
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from servegym.envs.errors import ServegymError, unknown
 
@@ -70,26 +71,35 @@ class Requests:
 
 
 def make_requests(
-    prompt_tokens: NDArray[np.int64],
-    output_tokens: NDArray[np.int64],
-    arrival_s: NDArray[np.float64] | None = None,
-    predicted_output_tokens: NDArray[np.int64] | None = None,
+    prompt_tokens: ArrayLike,
+    output_tokens: ArrayLike,
+    arrival_s: ArrayLike | None = None,
+    predicted_output_tokens: ArrayLike | None = None,
 ) -> Requests:
     """Sort by arrival (ties keep their order) and fill the optional columns.
 
     Missing arrivals are 0; missing predictions are the true output lengths.
     """
-    prompts = np.ascontiguousarray(prompt_tokens, dtype=np.int64)
-    outputs = np.ascontiguousarray(output_tokens, dtype=np.int64)
+    prompts = _whole("prompt_tokens", prompt_tokens)
+    outputs = _whole("output_tokens", output_tokens)
     arrivals = np.zeros(len(prompts)) if arrival_s is None else np.asarray(arrival_s, dtype=float)
-    predictions = outputs if predicted_output_tokens is None else predicted_output_tokens
+    predictions = outputs
+    if predicted_output_tokens is not None:
+        predictions = _whole("predicted_output_tokens", predicted_output_tokens)
     order = np.argsort(arrivals, kind="stable")
-    return Requests(
-        arrivals[order],
-        prompts[order],
-        outputs[order],
-        np.ascontiguousarray(predictions, dtype=np.int64)[order],
-    )
+    if not len(prompts) == len(outputs) == len(arrivals) == len(predictions):
+        raise ServegymError(
+            f"a workload's columns must be equally long, got {len(prompts)} prompt_tokens, "
+            f"{len(outputs)} output_tokens, {len(arrivals)} arrival_s, {len(predictions)} predictions"
+        )
+    return Requests(arrivals[order], prompts[order], outputs[order], predictions[order])
+
+
+def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if not np.issubdtype(array.dtype, np.integer) and not np.array_equal(array, np.rint(array)):
+        raise ServegymError(f"{name} must be whole numbers")
+    return array.astype(np.int64)
 
 
 def read_requests(path: str | Path) -> Requests:
@@ -118,26 +128,36 @@ def read_requests(path: str | Path) -> Requests:
         raise ServegymError(f"{path}: the file has a header but no request; add at least one row")
     columns = {name: _column(path, table[name]) for name in table.columns}
     return make_requests(
-        columns["prompt_tokens"].astype(np.int64),
-        columns["output_tokens"].astype(np.int64),
+        columns["prompt_tokens"],
+        columns["output_tokens"],
         columns.get("arrival_s"),
-        columns["predicted_output_tokens"].astype(np.int64)
-        if "predicted_output_tokens" in columns
-        else None,
+        columns.get("predicted_output_tokens"),
     )
 
 
 def _read_table(path: Path) -> pd.DataFrame:
+    """Return the file's cells as texts; every row must have as many as the header."""
     if not path.is_file():
         raise ServegymError(f"{path}: no such workload file")
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
-    except pd.errors.EmptyDataError:
-        raise ServegymError(f"{path}: the file is empty; a header and one row are needed") from None
-    except pd.errors.ParserError as error:
-        raise ServegymError(f"{path}: not a CSV file: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError:
-        raise ServegymError(f"{path}: not a UTF-8 text file") from None
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.reader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ServegymError(f"{path}: not a CSV file in UTF-8: {error}") from None
+    while rows and not any(rows[-1]):
+        rows.pop()  # blank lines at the end
+    if not rows:
+        raise ServegymError(f"{path}: the file is empty; a header and one row are needed")
+    header = [name.strip() for name in rows[0]]
+    for name in header:
+        if header.count(name) > 1:
+            raise ServegymError(f"{path}: line 1: column {name!r} stands there twice")
+    for line, row in enumerate(rows[1:], 2):
+        if len(row) != len(header):
+            raise ServegymError(
+                f"{path}: line {line}: {len(row)} fields where the header has {len(header)}"
+            )
+    return pd.DataFrame(rows[1:], columns=header, dtype=str)
 
 
 def _column(path: Path, texts: pd.Series[str]) -> NDArray[np.float64]:

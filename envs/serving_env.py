@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from servegym.envs.bounds import LowerBound, lower_bound
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.decision_process import Settings, begin, step
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.metrics import Records, episode_metrics, records
 from servegym.envs.observation import FEATURES, OBSERVATION_SIZE
 from servegym.envs.plan import Plan
@@ -25,7 +25,7 @@ from servegym.envs.simulator.view import DecisionView, view
 from servegym.envs.tasks import load_task
 from servegym.envs.workloads import make_workload
 
-_RESET_OPTIONS: Final = ("requests", "plan", "bound")
+_RESET_OPTIONS: Final = {"requests": Requests, "plan": Plan, "bound": LowerBound}
 
 
 def make_settings(task: TaskConfig) -> Settings:
@@ -125,9 +125,13 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         """Load an instance and run to its first decision point."""
         super().reset(seed=seed)
         options = options or {}
-        for key in options:
+        for key, value in options.items():
             if key not in _RESET_OPTIONS:
-                raise ServegymError(f"reset options are {_RESET_OPTIONS}, got {key!r}")
+                raise unknown("reset option", key, _RESET_OPTIONS)
+            if value is not None and not isinstance(value, _RESET_OPTIONS[key]):
+                raise ServegymError(
+                    f"reset option {key} must be a {_RESET_OPTIONS[key].__name__}, got {value!r}"
+                )
         requests = options.get("requests")
         if requests is None:
             requests = sample_requests(self.task, self.np_random)

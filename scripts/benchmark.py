@@ -1,0 +1,262 @@
+"""Measure speed: the simulator, the environment, the policies, the planner. One core.
+
+Every figure is a median over repeats; the machine's own speed is told by a plain Python loop that is
+timed between the measurements, so that runs on shared machines can be compared by ratios.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pandas as pd
+from _cli import parse, run
+from tqdm import tqdm
+
+from servegym.baselines.episodes import run_episode
+from servegym.baselines.planner import plan_offline
+from servegym.baselines.policies import TriggerPolicy
+from servegym.baselines.registry import make_policy
+from servegym.envs.config import ClusterConfig, TaskConfig, WorkloadConfig
+from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import Case, make_case, play
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.reward import write_credits
+from servegym.envs.serving_env import ServingEnv
+from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.summary import to_markdown
+from servegym.envs.tasks import TASKS
+from servegym.envs.workloads import make_workload
+
+LARGE = TaskConfig(
+    name="100,000 requests on 2,000 clients",
+    cluster=ClusterConfig(clients=2000),
+    workload=WorkloadConfig(requests=100_000),
+)
+LATENCY_POLICIES = ("fcfs", "hybrid", "threshold-15", "lookahead", "aligned", "random")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure speed; writes benchmark.csv and benchmark.md."""
+
+    output: Path = Path("results/benchmark")
+    """Folder for the results."""
+    repeats: int = 5
+    """Repeats of each measurement; the median counts."""
+    plans: int = 100
+    """Seeds the planner is tried on."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measurement against its target."""
+
+    what: str
+    value: float
+    unit: str
+    target: str
+
+
+def seconds(body: Callable[[], object]) -> float:
+    """Return the wall time of one call."""
+    started = time.perf_counter()
+    body()
+    return time.perf_counter() - started
+
+
+def python_loop() -> float:
+    """Return the time of ten million additions in plain Python: the machine's speed right now."""
+    return seconds(lambda: sum(range(10_000_000)))
+
+
+@dataclass
+class CompiledEpisode:
+    """An episode that is loaded, then played by a compiled rule."""
+
+    task: TaskConfig
+    policy: TriggerPolicy
+    case: Case
+    state: State
+
+    def prepare(self) -> None:
+        """Put the instance into the state (not timed)."""
+        load(self.state, 0, self.case.requests, None)
+        write_credits(self.state, 0, self.case.requests, self.case.bound)
+
+    def play(self) -> None:
+        """Play it to its end."""
+        run_episode(
+            self.state,
+            self.task.cost.tables(self.task.cluster.clients),
+            0,
+            ADMISSION_RULES.index(self.policy.rule),
+            self.policy.trigger,
+            self.policy.parameter,
+            self.policy.every_round,
+            0,
+        )
+
+    def median_seconds(self, repeats: int) -> float:
+        """Return the median time of playing it, after one play that compiles."""
+        times = []
+        for _ in range(repeats + 1):
+            self.prepare()
+            times.append(seconds(self.play))
+        return median(times[1:])
+
+
+def compiled_episode(task: TaskConfig, name: str) -> CompiledEpisode:
+    """Set up the first training case of a task under a trigger policy."""
+    policy = make_policy(name)
+    if not isinstance(policy, TriggerPolicy):
+        raise TypeError(f"{name} is not a trigger policy")
+    case = make_case(task, 0)
+    state = make_state(1, len(case.requests), task.cluster.clients)
+    return CompiledEpisode(task, policy, case, state)
+
+
+def simulator_figures(repeats: int) -> list[Figure]:
+    """Episodes under compiled rules: event-driven, asked at every round, and large."""
+    small = compiled_episode(TASKS["servegym/GSM8K-v0"], "threshold-15")
+    events = small.median_seconds(20 * repeats)
+    every = compiled_episode(TASKS["servegym/GSM8K-v0"], "threshold-15")
+    every.policy = replace(every.policy, every_round=True)
+    rounds = every.median_seconds(20 * repeats)
+    large = compiled_episode(LARGE, "threshold-150")
+    episode = large.median_seconds(repeats)
+    per_request = sum(
+        array.nbytes for array in large.state if array.ndim > 1 and array.shape[1] >= 100_000
+    ) / len(large.case.requests)
+    return [
+        Figure("episode, 1319 requests × 200 clients", 1e3 * events, "ms", "≤ 5"),
+        Figure(
+            "decode rounds, event-driven",
+            every.state.replicas[0, 0].rounds / events / 1e6,
+            "M/s",
+            "≥ 1",
+        ),
+        Figure(
+            "decode rounds, asked at each",
+            every.state.replicas[0, 0].rounds / rounds / 1e6,
+            "M/s",
+            "",
+        ),
+        Figure("episode, 100,000 requests × 2,000 clients", episode, "s", "≤ 2"),
+        Figure("memory per request", per_request, "bytes", "≤ 200"),
+    ]
+
+
+def environment_figures(repeats: int) -> list[Figure]:
+    """Time steps of the single Gymnasium environment, random legal actions."""
+    env = ServingEnv("servegym/GSM8K-v0")
+    case = make_case(env.task, 0)
+    rng = np.random.default_rng(0)
+    rates, steps = [], 0
+
+    def episode() -> None:
+        nonlocal steps
+        env.reset(seed=0, options={"requests": case.requests, "bound": case.bound})
+        steps, ended = 0, False
+        while not ended:
+            *_, ended, _, _ = env.step(rng.choice(np.flatnonzero(env.action_masks())))
+            steps += 1
+
+    for _ in range(3 * repeats):
+        taken = seconds(episode)
+        rates.append(steps / taken)
+    return [Figure("ServingEnv.step, random legal actions", median(rates) / 1e3, "k/s", "")]
+
+
+def latency_figures() -> list[Figure]:
+    """Decision latency of policies as evaluation measures it: view, observation, mask and rule."""
+    figures = []
+    for clients, requests in ((200, 1319), (2000, 13190)):
+        task = replace(
+            TASKS["servegym/GSM8K-v0"],
+            cluster=ClusterConfig(clients=clients),
+            workload=WorkloadConfig(requests=requests),
+        )
+        case = make_case(task, 0)
+        for name in LATENCY_POLICIES:
+            p99_ms = play(task, name, make_policy(name), case).row["decision_ms_p99"]
+            what = f"decision p99, {name}, {clients} clients"
+            figures.append(Figure(what, p99_ms, "ms", "≤ 1"))
+    return figures
+
+
+def planner_figures(plans: int) -> list[Figure]:
+    """Time and proofs of the offline planner on both output families, and a large instance."""
+    figures = []
+    for source in ("gsm8k-lognormal", "gsm8k-cap512"):
+        times, proven = [], 0
+        for seed in tqdm(range(plans), desc=f"plans, {source}", leave=False):
+            requests = make_workload(source, 1319, 0.0, np.random.default_rng(seed))
+            plan = plan_offline(requests.decode_rounds, 200)
+            times.append(plan.seconds)
+            proven += plan.status == "optimal"
+        what = f"plan 1319 × 200, {source}"
+        figures.append(Figure(f"{what}, median", 1e3 * median(times), "ms", "≤ 10"))
+        figures.append(Figure(f"{what}, proven optimal", proven, f"of {plans}", f"{plans}"))
+    large = make_workload("gsm8k-lognormal", 20_000, 0.0, np.random.default_rng(0))
+    plan = plan_offline(large.decode_rounds, 2000)
+    figures.append(Figure("plan 20,000 × 2,000", plan.seconds, f"s ({plan.status})", "≤ 1"))
+    return figures
+
+
+def machine() -> str:
+    """Return processor, Python and numpy versions in one line."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":")[1].strip() if names else model
+    return f"{model}, Python {platform.python_version()}, numpy {np.__version__}"
+
+
+def commit() -> str:
+    """Return the short commit of the checkout, if it is one."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write the tables."""
+    args = parse(Args, argv)
+    if args.repeats < 1 or args.plans < 1:
+        raise ServegymError("--repeats and --plans must be ≥ 1")
+    make_folder(args.output)
+    loops = [python_loop()]
+    figures: list[Figure] = []
+    measurements: list[Callable[[], list[Figure]]] = [
+        lambda: simulator_figures(args.repeats),
+        lambda: environment_figures(args.repeats),
+        latency_figures,
+        lambda: planner_figures(args.plans),
+    ]
+    for measure in measurements:
+        figures += measure()
+        loops.append(python_loop())
+    figures.append(Figure("(the machine: ten million additions in Python)", median(loops), "s", ""))
+    table = pd.DataFrame([figure.__dict__ for figure in figures])
+    write_file(args.output / "benchmark.csv", table.to_csv(index=False))
+    shown = table.assign(value=table["value"].map(lambda value: f"{value:.3g}"))
+    text = (
+        f"# Speed, one core\n\n`python scripts/benchmark.py --output {args.output}` at {commit()} on "
+        f"{machine()}\n\n{to_markdown(shown)}"
+    )
+    write_file(args.output / "benchmark.md", text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,169 @@
+"""Play policies on the same held-out cases; write one row per episode and a summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from _cli import parse, run
+
+from servegym.baselines.registry import make_policy, policy_descriptions
+from servegym.envs.config import TaskConfig, WorkloadConfig
+from servegym.envs.cost_presets import COST_PRESETS
+from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import evaluate
+from servegym.envs.files import write_file
+from servegym.envs.summary import summarise, to_markdown
+from servegym.envs.tasks import TASKS, load_task
+
+MAX_SEEDS = 1_000_000
+MAX_SEED = 2**62
+MAX_JOBS = 1024
+
+
+@dataclass(frozen=True)
+class Args:
+    """Play policies on the same cases; writes episodes.csv and summary.md."""
+
+    task: str = "GSM8K-v0"
+    """A registered task or a task TOML."""
+    policies: str = "random,fcfs,offline-steal,hybrid,threshold-12,lookahead,aligned"
+    """Comma-separated names; see --list-policies."""
+    seeds: str = "1000000:1000010"
+    """FIRST:AFTER_LAST, or one seed. Held-out seeds begin at 1000000."""
+    output: Path = Path("results/evaluation")
+    """Folder for the results; episodes that stand in it are not played again."""
+    workload: str = ""
+    """A workload CSV to play in place of the task's own."""
+    reference: str = "hybrid"
+    """Policy that the summary's paired differences are taken from."""
+    jobs: int = 2
+    """Worker processes."""
+    list_policies: bool = False
+    """List the policies and stop."""
+    list_costs: bool = False
+    """List the cost presets with their fit and source and stop."""
+    list_tasks: bool = False
+    """List the registered tasks and stop."""
+
+
+def parse_seeds(text: str) -> range:
+    """Return the seeds of ``FIRST:AFTER_LAST`` or of one number."""
+    match = re.fullmatch(r"(\d{1,19})(?::(\d{1,19}))?", text)
+    if match is None:
+        raise ServegymError(f"--seeds must be FIRST:AFTER_LAST, such as 0:100, got {text!r}")
+    first = int(match[1])
+    seeds = range(first, int(match[2]) if match[2] else first + 1)
+    if len(seeds) == 0:
+        raise ServegymError(f"--seeds {text} is empty; did you mean {first}:{first + 1}?")
+    if len(seeds) > MAX_SEEDS or seeds[-1] > MAX_SEED:
+        raise ServegymError(
+            f"--seeds {text} is too much: at most {MAX_SEEDS} seeds up to {MAX_SEED}"
+        )
+    return seeds
+
+
+def parse_policies(text: str) -> list[str]:
+    """Return the names of a comma-separated list, each once."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ServegymError("--policies names no policy; see --list-policies")
+    for name in names:
+        make_policy(name)
+    return list(dict.fromkeys(names))
+
+
+def resolve_task(args: Args) -> TaskConfig:
+    """Return the task, on the CSV workload if one is given."""
+    task = load_task(args.task)
+    if args.workload:
+        path = Path(args.workload)
+        if not path.is_file():
+            raise ServegymError(f"{path}: no such workload file")
+        if path.suffix != ".csv":
+            raise ServegymError(f"{path}: a workload file ends in .csv")
+        task = replace(task, workload=WorkloadConfig(source=str(path)))
+    return task
+
+
+def list_costs() -> str:
+    """Return the cost presets with provenance, R² and worst errors."""
+    rows = [
+        {
+            "preset": name,
+            "decode R²": "" if preset.decode_r_squared is None else preset.decode_r_squared,
+            "decode worst error": _percent(preset.decode_worst_error),
+            "prefill worst error": _percent(preset.prefill_worst_error),
+            "source": preset.source,
+        }
+        for name, preset in COST_PRESETS.items()
+    ]
+    return pd.DataFrame(rows).to_string(index=False)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def list_policies() -> str:
+    """Return the policies with their descriptions."""
+    return "\n".join(f"{name:18} {text}" for name, text in policy_descriptions().items())
+
+
+def list_tasks() -> str:
+    """Return the registered tasks."""
+    return "\n".join(
+        f"{name:24} {task.workload.requests} requests ({task.workload.source}), "
+        f"{task.cluster.clients} clients"
+        for name, task in TASKS.items()
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate and write the tables."""
+    args = parse(Args, argv)
+    listings = [
+        text()
+        for wanted, text in (
+            (args.list_policies, list_policies),
+            (args.list_costs, list_costs),
+            (args.list_tasks, list_tasks),
+        )
+        if wanted
+    ]
+    if listings:
+        print("\n\n".join(listings))
+        return 0
+    if not 1 <= args.jobs <= MAX_JOBS:
+        raise ServegymError(f"--jobs must lie in 1 … {MAX_JOBS}, got {args.jobs}")
+    task, names, seeds = resolve_task(args), parse_policies(args.policies), parse_seeds(args.seeds)
+    if args.reference not in names:
+        args = replace(args, reference=names[0])
+    episodes = evaluate(task, make_policy, names, seeds, args.output, jobs=args.jobs)
+    shown = episodes[episodes["policy"].isin(names) & episodes["seed"].isin(seeds)]
+    table = to_markdown(summarise(shown, args.reference))
+    write_file(args.output / "summary.md", summary_text(task.name, args, table))
+    print(table)
+    print(f"wrote {args.output / 'episodes.csv'} and {args.output / 'summary.md'}")
+    return 0
+
+
+def summary_text(task: str, args: Args, table: str) -> str:
+    """Return summary.md: the command that makes it, then the table."""
+    command = (
+        f"python scripts/evaluate.py --task {args.task} --policies {args.policies} "
+        f"--seeds {args.seeds} --output {args.output}"
+    )
+    if args.workload:
+        command += f" --workload {args.workload}"
+    return (
+        f"# {task}\n\n`{command}`\n\nMeans over seeds with 95 % Student-t intervals; decision p99 is "
+        f"the median over episodes.\n\n{table}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

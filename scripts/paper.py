@@ -1,0 +1,148 @@
+"""The paper's comparison: baseline → offline plan → + stealing → + iteration rule, and simple rows.
+
+Plays Paper-v0's single case and a study of 100 held-out cases, prints ours beside the published
+figures and writes tables and pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from _cli import parse, run
+
+from servegym.baselines.registry import make_policy
+from servegym.envs.config import TaskConfig
+from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import HELD_OUT_SEED, evaluate, make_case, play
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.rendering import draw_gantts, draw_makespans, to_png
+from servegym.envs.summary import summarise, to_markdown, with_interval
+from servegym.envs.tasks import PAPER_CASE_SEED, TASKS
+
+STEPS = {
+    "fcfs": "baseline: first come, first served",
+    "offline": "+ offline plan",
+    "offline-steal": "+ stealing",
+    "hybrid": "+ Lagrangian rule = hybrid",
+}
+"""The paper's ablation, in its order."""
+
+OTHERS = (
+    *("random", "static", "hybrid-myopic", "hybrid-0.01", "lpt", "threshold-1", "lookahead"),
+    "aligned",
+)
+"""Simple rows, and the tuned ones: numbers from results/tuning/Paper-v0/tuning.md."""
+
+PUBLISHED = {
+    "fcfs": ("201.00", "80.2"),
+    "hybrid": ("190.58", "89.1"),
+}
+"""Makespan (s) and utilisation (%) in arXiv 2502.15763; it gives no others."""
+
+PUBLISHED_GAIN = "+8.0"
+"""Utilisation gained on average over the paper's 100 cases, in points."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run the paper's comparison on its single case and on held-out cases."""
+
+    output: Path = Path("results/paper")
+    """Folder for tables, raw rows and pictures; episodes that stand in it are not played again."""
+    cases: int = 100
+    """Held-out cases of the study, seeds 1000000 and up."""
+    jobs: int = 2
+    """Worker processes."""
+
+
+def comparison(case: pd.DataFrame, study: pd.DataFrame) -> pd.DataFrame:
+    """Return ours beside the published figures, one row a step of the ablation and other policies."""
+    rows = []
+    for policy in dict.fromkeys(study["policy"]):
+        single = case[case["policy"] == policy].iloc[0]
+        cases = study[study["policy"] == policy]
+        published_s, published_share = PUBLISHED.get(policy, ("", ""))
+        rows.append(
+            {
+                "policy": f"**`{policy}`** {STEPS[policy]}" if policy in STEPS else f"`{policy}`",
+                "makespan (s)": f"{single['makespan_s']:.2f}",
+                "paper (s)": published_s,
+                "client / decode util. (%)": (
+                    f"{100 * single['client_utilization']:.1f} / "
+                    f"{100 * single['decode_utilization']:.1f}"
+                ),
+                "paper (%)": published_share,
+                f"gap to bound, {len(cases)} cases (%)": with_interval(cases["gap"], 100),
+                "decision p99 (ms)": f"{cases['decision_ms_p99'].median():.3f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def gains(study: pd.DataFrame) -> str:
+    """Return the utilisation that the hybrid gains over the baseline, paired by case, in points."""
+    texts = []
+    for column in ("client_utilization", "decode_utilization"):
+        by_case = study.pivot_table(index="seed", columns="policy", values=column)
+        gained = with_interval((by_case["hybrid"] - by_case["fcfs"]).to_numpy(float), 100, 1)
+        texts.append(f"{gained} points of {column.replace('_', ' ')}")
+    return " and ".join(texts)
+
+
+def report(case: pd.DataFrame, study: pd.DataFrame) -> str:
+    """Return table.md."""
+    bound_s = case["lower_bound_s"].iloc[0]
+    seeds = study["seed"]
+    slowest = study["decision_ms_p99"].max()
+    return f"""{to_markdown(comparison(case, study))}
+Lower bound of the single case: {bound_s:.2f} s (paper: about 180 s). Over {seeds.nunique()} held-out
+cases (seeds {seeds.min()} … {seeds.max()}) the hybrid gains {gains(study)} on the baseline (paper:
+{PUBLISHED_GAIN}). The slowest decision p99 of any policy and case is {slowest:.2f} ms (paper: below 5 ms).
+"""
+
+
+def draw(task: TaskConfig, study: pd.DataFrame, output: Path) -> None:
+    """Write the two pictures."""
+    shown = study[study["policy"].isin([*STEPS, "random"])]
+    write_file(output / "makespan_vs_bound.png", to_png(draw_makespans(shown)))
+    case = make_case(task, PAPER_CASE_SEED)
+    episodes = []
+    for name in ("fcfs", "hybrid"):
+        episode = play(task, name, make_policy(name), case)
+        row = episode.row
+        title = (
+            f"{name}: {row['makespan_s']:.1f} s, {100 * row['gap']:.1f} % above the lower bound, "
+            f"{row['prefill_stages']} prefill stages"
+        )
+        episodes.append((title, episode.records))
+    write_file(output / "gantt.png", to_png(draw_gantts(episodes, task.cluster.clients)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play, tabulate and draw."""
+    args = parse(Args, argv)
+    if not 2 <= args.cases <= HELD_OUT_SEED:
+        raise ServegymError(f"--cases must lie in 2 … {HELD_OUT_SEED}, got {args.cases}")
+    if args.jobs < 1:
+        raise ServegymError(f"--jobs must be ≥ 1, got {args.jobs}")
+    task, names = TASKS["servegym/Paper-v0"], [*STEPS, *OTHERS]
+    make_folder(args.output)
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + args.cases)
+    print(f"the paper's single case (training seed {PAPER_CASE_SEED}), {len(names)} policies")
+    case = evaluate(task, make_policy, names, [PAPER_CASE_SEED], args.output / "case")
+    print(f"{args.cases} held-out cases")
+    study = evaluate(task, make_policy, names, seeds, args.output / "study", jobs=args.jobs)
+    study = study[study["seed"].isin(seeds) & study["policy"].isin(names)]
+    table = report(case[case["policy"].isin(names)], study)
+    write_file(args.output / "table.md", table)
+    write_file(args.output / "study" / "summary.md", to_markdown(summarise(study, "hybrid")))
+    draw(task, study, args.output)
+    print(f"\n{table}\nwrote {args.output}: table.md, study/summary.md, episodes.csv, two pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,182 @@
+"""What several test files share: building instances, environments and traces in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from servegym.envs import Requests, ServingEnv, make_requests
+from servegym.envs.config import ClusterConfig, ProcessConfig, TaskConfig
+from servegym.envs.cost_models import (
+    AffineDecode,
+    AffinePrefill,
+    EngineOverhead,
+    LevelledPrefill,
+    StageCosts,
+    TableDecode,
+)
+from servegym.envs.metrics import Records
+from servegym.envs.plan import Plan, plan_from_queues
+
+UNIT_COSTS = StageCosts(AffineDecode(1.0), AffinePrefill(2.0, 0.0))
+"""A round is 1 s, a prefill stage 2 s, whatever they hold: traces can be added up in the head."""
+
+
+def instance(
+    *rows: tuple[int, int] | tuple[int, int, float], predicted: Sequence[int] | None = None
+) -> Requests:
+    """Requests from rows of (prompt, output[, arrival])."""
+    arrivals = [float(row[2]) if len(row) == 3 else 0.0 for row in rows]
+    return make_requests(
+        np.array([row[0] for row in rows]),
+        np.array([row[1] for row in rows]),
+        np.array(arrivals),
+        None if predicted is None else np.array(predicted),
+    )
+
+
+def make_env(
+    clients: int,
+    costs: StageCosts = UNIT_COSTS,
+    max_prefill_tokens: int = 0,
+    **process: Any,
+) -> ServingEnv:
+    """An environment whose instances are given to `reset(options=…)`."""
+    cluster = ClusterConfig(clients=clients, max_prefill_tokens=max_prefill_tokens)
+    task = TaskConfig("test", cluster=cluster, cost=costs, process=ProcessConfig(**process))
+    return ServingEnv(task)
+
+
+def start(
+    env: ServingEnv, requests: Requests, queues: Sequence[Sequence[int]] | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Reset to an instance, with a plan if one is given."""
+    plan: Plan | None = None if queues is None else plan_from_queues(queues)
+    return env.reset(options={"requests": requests, "plan": plan})
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What the simulator keeps and no public method shows; the only reader of its state's layout."""
+
+    decisions: int
+    stages: int
+    cached_tokens: int
+    phases: list[int]  # of each request
+    clients: list[int]  # that each request was given to, −1 before
+    queue_rounds: list[int]  # of each client's planned queue
+    totals_s: dict[str, float]
+    bound_s: float
+
+
+def inside(env: ServingEnv) -> Inside:
+    """Read the state of the one episode of an environment."""
+    assert env.state is not None
+    episode = env.state.episodes[0]
+    replica = env.state.replicas[0, 0]
+    requests = env.state.requests[0, : episode["requests"]]
+    totals = {name: float(replica[name]) for name in ("clock_s", "idle_wait_s", "prefill_s")}
+    totals |= {"busy_decode_s": float(replica["busy_decode_s"])}
+    return Inside(
+        decisions=int(episode["decisions"]),
+        stages=int(replica["prefill_stages"]),
+        cached_tokens=int(replica["cached_tokens"]),
+        phases=requests["phase"].tolist(),
+        clients=requests["client"].tolist(),
+        queue_rounds=env.state.clients[0, 0]["queue_rounds"].tolist(),
+        totals_s=totals | {"in_system_s": float(episode["in_system_s"])},
+        bound_s=float(episode["bound_s"]),
+    )
+
+
+def trace(log: Records) -> list[tuple[float, str, int, int]]:
+    """What happened, in order: (second, "first" | "finish" | "admit", request, client)."""
+    kinds = ("first", "finish", "admit")  # a stage ends before the next begins
+    events = [
+        (float(second), kinds.index(kind), request, int(log.client[request]))
+        for kind, seconds in zip(
+            kinds, (log.first_token_s, log.finished_s, log.admitted_s), strict=True
+        )
+        for request, second in enumerate(seconds)
+        if np.isfinite(second)
+    ]
+    return [
+        (second, kinds[kind], request, client) for second, kind, request, client in sorted(events)
+    ]
+
+
+def random_legal_action(env: ServingEnv, rng: np.random.Generator) -> int:
+    """One of the legal actions."""
+    return int(rng.choice(np.flatnonzero(env.action_masks())))
+
+
+def play_randomly(env: ServingEnv, rng: np.random.Generator) -> tuple[float, dict[str, Any]]:
+    """Take random legal actions to the end; return the return and the last info."""
+    total, over, info = 0.0, False, dict[str, Any]()
+    while not over:
+        _, reward, terminated, truncated, info = env.step(np.int64(random_legal_action(env, rng)))
+        total += float(reward)
+        over = terminated or truncated
+    return total, info
+
+
+def random_costs(rng: np.random.Generator, clients: int, *, dyadic: bool) -> StageCosts:
+    """A cost model of any family. Dyadic ones add up without rounding, so that ties are ties."""
+
+    def seconds(most: float) -> float:
+        return (
+            float(rng.integers(1, 64)) / 64 * most if dyadic else float(rng.uniform(0.01, 1)) * most
+        )
+
+    per_kv = rng.choice([0.0, seconds(0.0078125)])
+    decode: AffineDecode | TableDecode = AffineDecode(seconds(1), seconds(0.25), float(per_kv))
+    if rng.random() < 0.3:
+        # Neighbouring batches in the dyadic case: nothing is interpolated. Times may dip.
+        batch = range(1, clients + 1) if dyadic else sorted({1, int(rng.integers(2, 9)), 9, 30})
+        decode = TableDecode(tuple(batch), tuple(seconds(1) for _ in batch), float(per_kv))
+    prefill: AffinePrefill | LevelledPrefill = AffinePrefill(
+        seconds(1), seconds(0.0625), seconds(0.0009765625), seconds(2) * (rng.random() < 0.5)
+    )
+    if rng.random() < 0.4:
+        levels = sorted({int(level) for level in rng.integers(1, 120, 4)})
+        prefill = LevelledPrefill(tuple(levels), tuple(sorted(seconds(3) for _ in levels)))
+    overhead = EngineOverhead(seconds(0.25), seconds(0.125)) if rng.random() < 0.3 else None
+    return StageCosts(decode, prefill, overhead or EngineOverhead())
+
+
+def random_requests(rng: np.random.Generator, most: int = 60, *, dyadic: bool) -> Requests:
+    """Up to `most` requests: all at 0, spread out, in clumps, or after a while of nothing."""
+    n = int(rng.integers(1, most + 1))
+    longest = int(rng.choice([2, 6, 40]))
+    arrivals = {
+        "present": np.zeros(n),
+        "spread": rng.uniform(0, n / 2, n),
+        "clumps": rng.choice(rng.uniform(0, n, 4), n),
+        "late": rng.uniform(5, 10, n),
+        "some late": np.where(rng.random(n) < 0.5, 0.0, rng.uniform(0, n / 2, n)),
+    }[str(rng.choice(["present", "spread", "clumps", "late", "some late"]))]
+    if dyadic:
+        arrivals = np.floor(arrivals * 8) / 8
+    return make_requests(rng.integers(1, 41, n), 1 + rng.integers(0, longest, n), arrivals)
+
+
+def random_queues(
+    rng: np.random.Generator, requests: Requests, clients: int
+) -> list[list[int]] | None:
+    """A plan of some of the requests present at t = 0, or none."""
+    if rng.random() < 0.5:
+        return None
+    present = np.flatnonzero(requests.arrival_s == 0)
+    planned = rng.permutation(present)[: int(rng.integers(0, len(present) + 1))]
+    queues: list[list[int]] = [[] for _ in range(clients)]
+    for request in planned:
+        queues[int(rng.integers(clients))].append(int(request))
+    return queues
+
+
+def changed(task: TaskConfig, **parts: Mapping[str, Any]) -> TaskConfig:
+    """`task` with fields of its parts replaced: `changed(task, cluster={"clients": 2})`."""
+    return replace(task, **{name: replace(getattr(task, name), **p) for name, p in parts.items()})

@@ -1,0 +1,443 @@
+"""Task files: every key, what it refuses, and where the message points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servegym.envs import TASKS, ServegymError, ServingEnv, TaskConfig, load_task
+from servegym.envs.config import (
+    ClusterConfig,
+    InformationConfig,
+    ProcessConfig,
+    WorkloadConfig,
+    with_overrides,
+)
+from servegym.envs.cost_models import (
+    AffineDecode,
+    AffinePrefill,
+    EngineOverhead,
+    LevelledPrefill,
+    StageCosts,
+    TableDecode,
+)
+from servegym.envs.cost_presets import cost_preset
+from servegym.envs.simulator.admission import ADMISSION_RULES
+
+Write = Callable[[str, str], Path]
+HUGE = "1" + "0" * 400  # a TOML integer may be that long
+
+# Section, key, a value that is refused, a word of the message, and a legal neighbour.
+BAD_VALUES = [
+    # whole numbers in a range
+    ("cluster", "clients", "0", "1 … 1000000, got 0", "1"),
+    ("cluster", "clients", "-5", "1 … 1000000", "5"),
+    ("cluster", "clients", "1_000_001", "1 … 1000000", "1_000_000"),
+    ("cluster", "clients", HUGE, "1 … 1000000", "1000"),
+    ("cluster", "replicas", "2", "1 … 1, got 2", "1"),  # one so far
+    ("cluster", "replicas", "0", "1 … 1", "1"),
+    ("cluster", "kv_capacity_tokens", "1", "0 … 0, got 1", "0"),  # not yet
+    ("cluster", "max_prefill_tokens", "-1", "0 … 1000000000000", "0"),
+    ("cluster", "max_prefill_tokens", "1_000_000_000_001", "0 …", "1_000_000_000_000"),
+    ("workload", "requests", "0", "1 … 10000000", "1"),
+    ("workload", "requests", "10_000_001", "1 … 10000000", "10_000_000"),
+    ("process", "max_decisions", "-1", "0 … 1000000000000", "0"),
+    ("process", "max_decisions", "1_000_000_000_001", "0 …", "1_000_000_000_000"),
+    # something else than a whole number
+    ("cluster", "clients", "true", "a whole number, got True", "1"),
+    ("cluster", "clients", "5.0", "a whole number, got 5.0", "5"),
+    ("cluster", "clients", "nan", "a whole number, got nan", "5"),
+    ("cluster", "clients", '"5"', "a whole number, got '5'", "5"),
+    ("cluster", "clients", "[5]", "a whole number, got [5]", "5"),
+    ("cluster", "clients", "2020-01-01", "a whole number", "2020"),
+    ("process", "max_decisions", "false", "a whole number, got False", "0"),
+    # numbers
+    ("workload", "arrival_rate_per_s", "-0.1", "0 … 1e9, got -0.1", "0.0"),
+    ("workload", "arrival_rate_per_s", "nan", "0 … 1e9, got nan", "0"),
+    ("workload", "arrival_rate_per_s", "inf", "0 … 1e9, got inf", "1e9"),
+    ("workload", "arrival_rate_per_s", "true", "a number, got True", "1"),
+    ("workload", "arrival_rate_per_s", '"fast"', "a number, got 'fast'", "7"),
+    ("process", "max_seconds", "-1", "≥ 0, got -1.0", "0"),
+    ("process", "max_seconds", "nan", "≥ 0, got nan", "0.5"),
+    ("process", "max_seconds", "inf", "≥ 0, got inf", "1e300"),
+    ("process", "max_seconds", "true", "a number, got True", "1"),
+    # texts
+    ("workload", "source", "5", "a text, got 5", '"tiny"'),
+    ("workload", "source", '"gsm8k-cap51"', "did you mean 'gsm8k-cap512'?", '"gsm8k-cap512"'),
+    ("workload", "source", '"mine.txt"', "neither a preset nor a .csv file", '"mine.csv"'),
+    ("process", "reward", '"latancy"', "did you mean 'latency'?", '"latency"'),
+    ("process", "reward", "1", "a text, got 1", '"gap"'),
+    # one of a few
+    ("information", "output_lengths", '"knwon"', "did you mean 'known'?", '"known"'),
+    ("information", "output_lengths", "1", "choose from known", '"known"'),
+    ("process", "decisions", '"round"', "did you mean 'rounds'?", '"rounds"'),
+    ("process", "decisions", "true", "choose from events, rounds", '"events"'),
+    # lists
+    ("process", "rules", '"fcfs"', "a list, got 'fcfs'", '["fcfs"]'),
+    ("process", "rules", "[]", "at least one rule, each once", '["fcfs"]'),
+    ("process", "rules", '["fcfs", "fcfs"]', "each once", '["fcfs", "plan"]'),
+    ("process", "rules", '["fcsf"]', "did you mean 'fcfs'?", '["fcfs"]'),
+    ("process", "rules", '["fcfs", 3]', "process.rules[1] must be a text, got 3", '["fcfs"]'),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "bad", "words", "good"), BAD_VALUES)
+def test_bad_value(write: Write, section: str, key: str, bad: str, words: str, good: str) -> None:
+    text = f"# A task.\n\n[{section}]\n# {key} = 0\n{key} = {{}}\n\n# The end.\n"
+    path = write("bad.toml", text.format(bad))
+    with pytest.raises(ServegymError) as error:
+        load_task(str(path))
+    message = str(error.value)
+    assert message.startswith(f"{path}: line 5: ")
+    assert words in message
+    assert "\n" not in message
+    load_task(str(write("good.toml", text.format(good))))
+
+
+def test_every_key_is_in_the_table_of_bad_values() -> None:
+    sections = {
+        "cluster": ClusterConfig,
+        "workload": WorkloadConfig,
+        "information": InformationConfig,
+        "process": ProcessConfig,
+    }
+    keys = {(section, item.name) for section, cls in sections.items() for item in fields(cls)}
+    assert keys == {(section, key) for section, key, *_ in BAD_VALUES}
+    assert {item.name for item in fields(TaskConfig)} == {"name", "cost", *sections}
+
+
+BAD_NAMES = [
+    # the file, where the message points, what it says
+    ("[clutser]\nclients = 5\n", "unknown section 'clutser'; did you mean 'cluster'?"),
+    ("[cluster]\nclint = 5\n", "unknown key 'cluster.clint'; did you mean 'cluster.clients'?"),
+    ("clients = 5\n", "unknown section 'clients'; choose from "),
+    ("cluster = 5\n", "cluster must be a table of keys, got 5"),
+    ("[[cluster]]\nclients = 5\n", "cluster must be a table of keys, got [{'clients': 5}]"),
+    ("cluster.clint = 5\n", "unknown key 'cluster.clint'"),
+    ('[cost]\nprset = "tiny"\n', "unknown key 'cost.prset'; did you mean 'cost.preset'?"),
+    ('[cost]\npreset = "tyni"\n', "unknown cost preset 'tyni'; did you mean 'tiny'?"),
+    ('[cost]\nmodel = "afine"\n', "unknown cost model 'afine'; did you mean 'affine'?"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_NAMES)
+def test_unknown_name(write: Write, text: str, words: str) -> None:
+    """The nearest valid name is in the message. No file holds more than two lines to point at."""
+    path = write("bad.toml", text)
+    with pytest.raises(ServegymError) as error:
+        load_task(str(path))
+    assert str(error.value).startswith((f"{path}: line 1: {words}", f"{path}: line 2: {words}"))
+
+
+def test_unknown_section_without_keys(write: Write) -> None:
+    with pytest.raises(ServegymError, match="clutser"):
+        load_task(str(write("bad.toml", "[clutser]\n")))
+
+
+LINES = [
+    # found as a key of its section, whatever surrounds it
+    ("[cluster]\nreplicas = 1\nclients = 0\n", 3),
+    ("[ cluster ]\n  clients = 0 # idle\n", 2),
+    ("cluster.clients = 0\n", 1),
+    ("\n\ncluster = {clients = 0}\n", 3),
+    # a quoted key is not looked for: its section
+    ('[workload]\nrequests = 5\n\n[cluster]\n"clients" = 0\n', 4),
+    ("[process]\nmax_decisions = 5\nrules = [\n    'fcfs',\n    'nobody',\n]\n", 3),
+    ("[workload]\nrequests = 5\n[cluster]\n# clients = 1\nclients = 0\n", 5),
+]
+
+
+@pytest.mark.parametrize(("text", "line"), LINES)
+def test_message_names_the_line(write: Write, text: str, line: int) -> None:
+    path = write("bad.toml", text)
+    with pytest.raises(ServegymError, match=f": line {line}: "):
+        load_task(str(path))
+
+
+BAD_FILES = [
+    ("[cluster\n", "not TOML: .* line 1"),
+    ("[cluster]\nclients = 5\nclients = 6\n", "not TOML: .* line 3"),
+    ("[cluster]\nclients = \n", "not TOML: .* line 2"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_FILES)
+def test_not_toml(write: Write, text: str, words: str) -> None:
+    with pytest.raises(ServegymError, match=words):
+        load_task(str(write("bad.toml", text)))
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ServegymError, match=r"none\.toml: no such task file"):
+        load_task(str(tmp_path / "none.toml"))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(ServegymError, match=r"folder\.toml: cannot be read"):
+        load_task(str(tmp_path / "folder.toml"))
+    (tmp_path / "picture.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ServegymError, match=r"picture\.toml: cannot be read"):
+        load_task(str(tmp_path / "picture.toml"))
+
+
+TASK_NAMES = [
+    ("Tiny-v1", "unknown task 'Tiny-v1'; did you mean 'Tiny-v0'? (a task file ends in .toml)"),
+    ("servegym/Papre-v0", "unknown task 'Papre-v0'; did you mean 'Paper-v0'?"),
+    ("", "unknown task ''; choose from Tiny-v0, "),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), TASK_NAMES)
+def test_unknown_task(name: str, words: str) -> None:
+    with pytest.raises(ServegymError) as error:
+        load_task(name)
+    assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_known_task(name: str) -> None:
+    assert load_task(name) is load_task(name.removeprefix("servegym/")) is TASKS[name]
+
+
+# ---- [cost] ---------------------------------------------------------------------------------
+
+AFFINE = 'model = "affine"\n'
+TABLE = 'model = "table"\n'
+LEVELS = 'model = "levelled"\n'
+PREFILL = "prefill = {base = 1.0, per_token = 0.0}\n"
+
+# The body of [cost], words of the message, and a legal neighbour.
+BAD_COSTS = [
+    # a part without a model: which family it belongs to is not guessed
+    ("decode = {base = 1.0}\n", "cost.model is missing", AFFINE + "decode = {base = 1.0}\n"),
+    # a part that is no table, or lacks a key, or has one too many
+    (AFFINE + "decode = 1.0\n", "cost.decode must be a table", AFFINE + "decode = {base = 1}\n"),
+    (AFFINE + "decode = {}\n", "cost.decode lacks 'base'", AFFINE + "decode = {base = 1.0}\n"),
+    (
+        AFFINE + "decode = {bsae = 1.0}\n",
+        "unknown key 'cost.decode.bsae'; did you mean 'cost.decode.base'?",
+        AFFINE + "decode = {base = 1.0}\n",
+    ),
+    (
+        TABLE + "decode = {batch = [1, 2]}\n" + PREFILL,
+        "cost.decode lacks 'seconds'",
+        TABLE + "decode = {batch = [1, 2], seconds = [1, 2]}\n" + PREFILL,
+    ),
+    # another family needs its parts
+    (TABLE, "cost.decode is missing for model 'table'", AFFINE),
+    (
+        LEVELS,
+        "cost.prefill is missing for model 'levelled'",
+        LEVELS + "prefill = {level_tokens = [9], level_seconds = [1]}\n",
+    ),
+    # values
+    (
+        AFFINE + "decode = {base = 0.0}\n",
+        "decode.base must be finite and > 0, got 0.0",
+        AFFINE + "decode = {base = 1e-9}\n",
+    ),
+    (
+        AFFINE + "decode = {base = true}\n",
+        "cost.decode.base must be a number, got True",
+        AFFINE + "decode = {base = 1}\n",
+    ),
+    (
+        AFFINE + "prefill = {base = 1.0, per_token = -0.1}\n",
+        "prefill.per_token must be a finite number of seconds ≥ 0, got -0.1",
+        AFFINE + "prefill = {base = 1.0, per_token = 0.0}\n",
+    ),
+    (
+        AFFINE + "prefill = {base = inf, per_token = 0.0}\n",
+        "prefill.base must be a finite number",
+        AFFINE + "prefill = {base = 1e9, per_token = 0.0}\n",
+    ),
+    (
+        TABLE + "decode = {batch = [1, 2.5], seconds = [1, 2]}\n" + PREFILL,
+        "cost.decode.batch[1] must be a whole number, got 2.5",
+        TABLE + "decode = {batch = [1, 2], seconds = [1, 2]}\n" + PREFILL,
+    ),
+    (
+        TABLE + "decode = {batch = 1, seconds = 1}\n" + PREFILL,
+        "cost.decode.batch must be a list, got 1",
+        TABLE + "decode = {batch = [1], seconds = [1]}\n" + PREFILL,
+    ),
+    (
+        LEVELS + "prefill = {level_tokens = [9, 9], level_seconds = [1, 1]}\n",
+        "prefill.level_tokens must strictly increase",
+        LEVELS + "prefill = {level_tokens = [9, 10], level_seconds = [1, 1]}\n",
+    ),
+    (
+        "engine_overhead = {base = -0.1}\n",
+        "engine_overhead.base must be a finite number of seconds ≥ 0",
+        "engine_overhead = {base = 0.0}\n",
+    ),
+    (
+        "engine_overhead = 0.1\n",
+        "cost.engine_overhead must be a table of keys, got 0.1",
+        "engine_overhead = {base = 0.1}\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "words", "good"), BAD_COSTS)
+def test_bad_cost(write: Write, bad: str, words: str, good: str) -> None:
+    path = write("bad.toml", "[cost]\n" + bad)
+    with pytest.raises(ServegymError) as error:
+        load_task(str(path))
+    assert str(error.value).startswith(f"{path}: line ")
+    assert words in str(error.value)
+    load_task(str(write("good.toml", "[cost]\n" + good)))
+
+
+COST_LINES = [
+    # the line that is wrong is the last one of the section
+    "\n\n[cost]\n" + AFFINE + "decode = {base = 0.0}\n",
+    "[cost]\n" + AFFINE + "\n" + PREFILL + "\ndecode = {base = 0.0}\n",
+    "[cost]\n" + AFFINE + "[cost.decode]\nbase = 0.0\n",
+    '[cluster]\nclients = 5\n\n[cost]\n# Which one?\n\npreset = "tyni"\n',
+]
+
+
+@pytest.mark.parametrize("text", COST_LINES)
+def test_message_names_the_line_of_a_cost(write: Write, text: str) -> None:
+    path = write("bad.toml", text + "\n[process]\nmax_decisions = 5\n")
+    with pytest.raises(ServegymError, match=f": line {len(text.splitlines())}: "):
+        load_task(str(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[process]\nmax_seconds = {HUGE}\n",  # OverflowError
+        f"[cost]\n{AFFINE}decode = {{base = {HUGE}}}\n",  # OverflowError
+        '[cost]\nmodel = ["affine"]\n',  # TypeError: unhashable
+    ],
+)
+def test_no_other_error_escapes(write: Write, text: str) -> None:
+    path = str(write("bad.toml", text))
+    try:
+        load_task(path)
+    except ServegymError:
+        return
+    except (OverflowError, TypeError):
+        pytest.fail("not a ServegymError")
+    pytest.fail("accepted")
+
+
+def test_cost_preset_with_a_part_replaced(write: Write) -> None:
+    text = '[cost]\npreset = "llama2-7b-h100x1"\nmodel = "affine"\ndecode = {base = 0.5}\n'
+    text += "engine_overhead = {per_client = 0.25}\n"
+    preset = cost_preset("llama2-7b-h100x1").costs
+    expected = StageCosts(AffineDecode(0.5), preset.prefill, EngineOverhead(0.0, 0.25))
+    assert load_task(str(write("task.toml", text))).cost == expected
+
+
+AFFINE_FILE = """
+[cost]
+model = "affine"
+decode = {base = 1, per_client = 2, per_kv_token = 3}
+prefill = {base = 1, per_token = 2, per_token_squared = 3, floor = 4}
+"""
+TABLE_FILE = """
+[cost]
+model = "table"
+decode = {batch = [1, 8], seconds = [0.5, 1], per_kv_token = 0.25}
+prefill = {base = 1, per_token = 2}
+"""
+LEVELLED_FILE = """
+[cost]
+model = "levelled"
+[cost.decode]
+base = 0.5
+[cost.prefill]
+level_tokens = [16, 64]
+level_seconds = [2, 3]
+"""
+MODELS = [
+    (AFFINE_FILE, StageCosts(AffineDecode(1.0, 2.0, 3.0), AffinePrefill(1.0, 2.0, 3.0, 4.0))),
+    (TABLE_FILE, StageCosts(TableDecode((1, 8), (0.5, 1.0), 0.25), AffinePrefill(1.0, 2.0))),
+    (LEVELLED_FILE, StageCosts(AffineDecode(0.5), LevelledPrefill((16, 64), (2.0, 3.0)))),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), MODELS)
+def test_each_family(write: Write, text: str, expected: StageCosts) -> None:
+    assert load_task(str(write("task.toml", text))).cost == expected
+
+
+# ---- a whole task ---------------------------------------------------------------------------
+
+DESIGN_EXAMPLE = """
+[cluster]
+replicas = 1
+clients = 200
+kv_capacity_tokens = 0            # 0: not limiting
+max_prefill_tokens = 0            # token budget of one prefill stage; 0: none
+[cost]                            # seconds
+model = "affine"                  # affine | table | levelled
+decode  = {base = 0.0389, per_client = 5.01e-5, per_kv_token = 5.94e-8}
+prefill = {base = 0.02787, per_token = 1.704e-4, per_token_squared = 4.826e-9, floor = 0.0374}
+[workload]
+source = "gsm8k-lognormal"        # a preset or a path
+requests = 1319                   # for presets
+[information]
+output_lengths = "known"
+"""
+
+
+def test_the_example_of_the_design(write: Write) -> None:
+    path = write("task.toml", DESIGN_EXAMPLE)
+    decode = AffineDecode(0.0389, 5.01e-5, 5.94e-8)
+    costs = StageCosts(decode, AffinePrefill(0.02787, 1.704e-4, 4.826e-9, 0.0374))
+    assert load_task(str(path)) == TaskConfig(name=str(path), cost=costs)
+
+
+def test_an_empty_file_is_the_default_task(write: Write) -> None:
+    path = write("task.toml", "")
+    assert load_task(str(path)) == TaskConfig(name=str(path))
+    assert TaskConfig(name="servegym/GSM8K-v0") == TASKS["servegym/GSM8K-v0"]
+
+
+def test_workload_file_is_looked_up_beside_the_task(write: Write) -> None:
+    write("mine.csv", "prompt_tokens,output_tokens\n5,6\n")
+    path = write("task.toml", '[workload]\nsource = "mine.csv"\n[cluster]\nclients = 1\n')
+    env = ServingEnv(str(path))
+    env.reset()
+    assert env.records().prompt_tokens.tolist() == [5]
+
+
+def test_an_absolute_workload_path_stays(write: Write) -> None:
+    csv = write("mine.csv", "prompt_tokens,output_tokens\n5,6\n")
+    path = write("task.toml", f'[workload]\nsource = "{csv}"\n')
+    assert load_task(str(path)).workload.source == str(csv)
+
+
+def test_overrides_replace_single_keys() -> None:
+    task = with_overrides(TASKS["servegym/Tiny-v0"], {"cluster": {"clients": 2}})
+    assert task.cluster == ClusterConfig(clients=2)
+    assert task.workload == TASKS["servegym/Tiny-v0"].workload
+    assert with_overrides(task, {}) == task
+
+
+OVERRIDES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"cluster": {"client": 2}}, "did you mean 'cluster.clients'?", {"cluster": {"clients": 2}}),
+    ({"clutser": {}}, "did you mean 'cluster'?", {"cluster": {}}),
+    ({"cluster": 2}, "cluster must be a table of keys, got 2", {"cluster": {"clients": 2}}),
+    ({"cluster": {"clients": True}}, "a whole number", {"cluster": {"clients": 1}}),
+    ({"process": {"rules": "fcfs"}}, "a list", {"process": {"rules": ("fcfs",)}}),
+    ({"cost": {"preset": "tyni"}}, "did you mean 'tiny'?", {"cost": {"preset": "tiny"}}),
+]
+
+
+@pytest.mark.parametrize(("bad", "words", "good"), OVERRIDES)
+def test_bad_overrides(bad: dict[str, Any], words: str, good: dict[str, Any]) -> None:
+    with pytest.raises(ServegymError) as error:
+        ServingEnv("Tiny-v0", overrides=bad)
+    assert words in str(error.value)
+    ServingEnv("Tiny-v0", overrides=good)
+
+
+def test_all_rules_are_on_offer_by_default() -> None:
+    assert ProcessConfig().rules == ADMISSION_RULES

@@ -1,0 +1,587 @@
+"""The environment keeps Gymnasium's, Stable-Baselines3's and its own promises."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+
+from servegym.envs import TASKS, Plan, Requests, ServegymError, ServingEnv, make_requests
+from servegym.envs.bounds import lower_bound
+from servegym.envs.metrics import METRICS
+from servegym.envs.plan import plan_from_queues
+from tests.helpers import (
+    inside,
+    instance,
+    make_env,
+    play_randomly,
+    random_costs,
+    random_legal_action,
+    random_requests,
+    start,
+)
+
+Transition = tuple[bytes, float, bool, bool, dict[str, Any], list[bool]]
+
+
+def rollout(env: ServingEnv, seed: int, steps: int | None = None) -> list[Transition]:
+    """Reset and take random legal actions; what came of each, exactly."""
+    rng = np.random.default_rng(seed)
+    observation, info = env.reset(seed=seed)
+    rows: list[Transition] = [
+        (observation.tobytes(), 0.0, False, False, info, env.action_masks().tolist())
+    ]
+    return rows + go_on(env, rng, steps)
+
+
+def go_on(env: ServingEnv, rng: np.random.Generator, steps: int | None = None) -> list[Transition]:
+    """Take random legal actions, at most `steps`."""
+    rows: list[Transition] = []
+    while not (rows and (rows[-1][2] or rows[-1][3])) and (steps is None or len(rows) < steps):
+        step = env.step(np.int64(random_legal_action(env, rng)))
+        observation, reward, terminated, truncated, info = step
+        mask = env.action_masks().tolist()
+        rows.append((observation.tobytes(), float(reward), terminated, truncated, info, mask))
+    return rows
+
+
+# ---- others' checkers; every warning is an error (pyproject) -----------------------------------
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_gymnasium_check_env(name: str) -> None:
+    gymnasium_check_env(gym.make(name).unwrapped, skip_render_check=True)
+
+
+def test_gymnasium_check_env_with_rendering() -> None:
+    gymnasium_check_env(gym.make("servegym/Tiny-v0", render_mode="rgb_array").unwrapped)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_stable_baselines_check_env(name: str) -> None:
+    from stable_baselines3.common.env_checker import check_env
+
+    check_env(gym.make(name).unwrapped, warn=True)
+
+
+def test_action_masker_and_mask_lookup() -> None:
+    """sb3-contrib finds the masks on the environment itself and through its own wrapper."""
+    from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+    from sb3_contrib.common.wrappers import ActionMasker
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    plain = ServingEnv("Tiny-v0")
+    plain.reset(seed=1)
+    assert is_masking_supported(plain)
+    assert np.array_equal(get_action_masks(plain), plain.action_masks())
+    wrapped = ActionMasker(plain, lambda env: env.unwrapped.action_masks())  # type: ignore[attr-defined]
+    assert np.array_equal(wrapped.action_masks(), plain.action_masks())
+    vector = DummyVecEnv([lambda: plain, lambda: ServingEnv("Tiny-v0")])
+    vector.reset()
+    assert get_action_masks(vector).shape == (2, 7)
+
+
+def test_make_with_the_module_in_the_name() -> None:
+    """A fresh interpreter that has imported gymnasium only."""
+    code = (
+        "import gymnasium\n"
+        "env = gymnasium.make('servegym.envs:servegym/Paper-v0')\n"
+        "print(env.unwrapped.task.name, env.spec.id)\n"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    assert printed.split() == ["servegym/Paper-v0", "servegym/Paper-v0"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_made_by_name_with_overrides(name: str) -> None:
+    env = gym.make(name, overrides={"cluster": {"clients": 7}}).unwrapped
+    assert isinstance(env, ServingEnv)
+    assert env.task.cluster.clients == 7
+    assert env.task.name == name
+
+
+# ---- determinism -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_environments_agree_to_the_last_bit(name: str, seed: int) -> None:
+    assert rollout(ServingEnv(name), seed) == rollout(ServingEnv(name), seed)
+
+
+def test_nothing_is_left_from_the_episode_before() -> None:
+    """A used environment, cut short in the middle, plays like a new one."""
+    used = ServingEnv("GSM8K-v0")
+    rollout(used, 3, steps=50)
+    start(used, instance((5, 2), (5, 4), (5, 2)))
+    play_randomly(used, np.random.default_rng(0))
+    assert rollout(used, 4) == rollout(ServingEnv("GSM8K-v0"), 4)
+
+
+def test_seed_decides_and_later_episodes_differ() -> None:
+    first, second = ServingEnv("Tiny-v0"), ServingEnv("Tiny-v0")
+    outputs = []
+    for env in (first, second):
+        env.reset(seed=5)
+        episodes = [env.records().decode_rounds.tolist()]
+        for _ in range(3):
+            env.reset()
+            episodes.append(env.records().decode_rounds.tolist())
+        outputs.append(episodes)
+    assert outputs[0] == outputs[1]
+    assert len({tuple(episode) for episode in outputs[0]}) == 4
+    first.reset(seed=6)
+    assert first.records().decode_rounds.tolist() != outputs[0][0]
+
+
+def copied(env: ServingEnv) -> ServingEnv:
+    return copy.deepcopy(env)
+
+
+def pickled(env: ServingEnv) -> ServingEnv:
+    twin: ServingEnv = pickle.loads(pickle.dumps(env))
+    return twin
+
+
+@pytest.mark.parametrize("duplicate", [copied, pickled])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_copy_goes_on_identically(
+    duplicate: Callable[[ServingEnv], ServingEnv], steps: int
+) -> None:
+    """In the middle of an episode, independently, and into the next episode."""
+    env = ServingEnv("GSM8K-v0")
+    rollout(env, 1, steps)
+    twin = duplicate(env)
+    rows = go_on(env, np.random.default_rng(2))
+    assert go_on(twin, np.random.default_rng(2)) == rows
+    assert env.reset()[0].tobytes() == twin.reset()[0].tobytes()
+
+
+def test_a_new_environment_can_be_pickled() -> None:
+    env = ServingEnv("Tiny-v0")
+    assert rollout(pickled(env), 1) == rollout(env, 1)
+
+
+PLAY_TINY = """
+import hashlib, sys
+import numpy as np
+from servegym.envs import ServingEnv
+digest, steps = hashlib.sha256(), 0
+for seed in range(20):
+    rng = np.random.default_rng(seed)
+    rate = {"workload": {"arrival_rate_per_s": 0.25 * (seed % 2)}}
+    mode = {"process": {"decisions": ["events", "rounds"][seed // 2 % 2]}}
+    env = ServingEnv("servegym/Tiny-v0", overrides=rate | mode)
+    observation, info = env.reset(seed=seed)
+    over = False
+    while not over:
+        action = rng.choice(np.flatnonzero(env.action_masks()))
+        observation, reward, over, _, info = env.step(action)
+        digest.update(observation.tobytes() + repr((float(reward), over, info)).encode())
+        steps += 1
+    for values in vars(env.records()).values():
+        digest.update(values.tobytes())
+print(steps, digest.hexdigest())
+"""
+
+
+def test_the_same_without_the_compiler() -> None:
+    """NUMBA_DISABLE_JIT=1 runs the same kernels as plain Python, to the last bit."""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", PLAY_TINY],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"NUMBA_DISABLE_JIT": disabled},
+        ).stdout
+        for disabled in ("0", "1")
+    ]
+    assert printed[0] == printed[1]
+    assert int(printed[0].split()[0]) > 100
+
+
+# ---- actions and masks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_masks_and_step_agree(seed: int) -> None:
+    """An action is called illegal if and only if the mask says so; something is always legal."""
+    rng = np.random.default_rng(seed)
+    requests = random_requests(rng, dyadic=True)
+    clients = int(rng.integers(1, 6))
+    env = make_env(clients, random_costs(rng, clients, dyadic=True))
+    start(env, requests)
+    over = False
+    while not over:
+        mask = env.action_masks()
+        assert mask.any()
+        assert mask.dtype == np.bool_
+        action = int(rng.integers(len(mask)))
+        _, _, over, _, info = env.step(np.int64(action))
+        assert info.get("illegal_action", False) == (not mask[action])
+
+
+def test_an_illegal_action_is_replaced_by_the_first_legal_one(three_on_two: Requests) -> None:
+    """At 0 s nobody runs, so decode (0) is illegal; the plan rule (1) is taken instead."""
+    env, twin = make_env(2), make_env(2)
+    for each in (env, twin):
+        start(each, three_on_two)
+    assert env.action_masks().tolist() == [False, True, True, True, True, True, True]
+    first, second = env.step(np.int64(0)), twin.step(np.int64(1))
+    assert first[0].tobytes() == second[0].tobytes()
+    assert first[1:4] == second[1:4]
+    assert (first[4], second[4]) == ({"illegal_action": True}, {})
+
+
+def test_an_illegal_action_at_the_end_is_told_beside_the_metrics(three_on_two: Requests) -> None:
+    """At 3 s client 0 falls idle; nothing is planned there, so the plan rule (1) is illegal."""
+    env = make_env(2, rules=("plan", "fcfs"))
+    start(env, three_on_two, [[0], [1, 2]])
+    assert env.action_masks().tolist() == [False, True, True]
+    env.step(np.int64(1))
+    assert env.action_masks().tolist() == [True, False, True]
+    env.step(np.int64(2))
+    start(env, three_on_two, [[0], [1, 2]])
+    env.step(np.int64(1))
+    *_, terminated, _, info = env.step(np.int64(1))  # decode in its place, then 2 runs by itself
+    assert not terminated
+    assert info == {"illegal_action": True}
+
+
+BAD_ACTIONS = [(-1, 1), (7, 6)]  # the neighbour is legal
+
+
+@pytest.mark.parametrize(("bad", "good"), BAD_ACTIONS)
+def test_action_out_of_range(bad: int, good: int, three_on_two: Requests) -> None:
+    env = make_env(2)
+    start(env, three_on_two)
+    with pytest.raises(ServegymError, match=rf"action must lie in 0 … 6, got {bad}"):
+        env.step(np.int64(bad))
+    env.step(np.int64(good))
+
+
+@pytest.mark.parametrize("make", [int, np.int32, np.int64, np.uint8, np.array])
+def test_actions_of_any_integer_type(make: Callable[[int], Any], three_on_two: Requests) -> None:
+    env = make_env(2)
+    start(env, three_on_two)
+    env.step(make(5))
+    assert env.view().active == 1
+
+
+def test_mask_is_a_copy(three_on_two: Requests) -> None:
+    env = make_env(2)
+    start(env, three_on_two)
+    env.action_masks()[:] = False
+    assert env.action_masks().any()
+
+
+def test_masks_of_single_rules(three_on_two: Requests) -> None:
+    """`process.rules` decides which actions there are, in its order."""
+    env = make_env(2, rules=("fcfs", "plan"))
+    assert env.action_space == gym.spaces.Discrete(3)
+    start(env, three_on_two, [[2], [1, 0]])
+    env.step(np.int64(1))
+    assert env.records().client.tolist() == [0, 1, -1]
+
+
+# ---- observations ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_observation_lies_in_the_box(seed: int) -> None:
+    """On random instances, also with all lengths 1 and with idle time between arrivals."""
+    rng = np.random.default_rng(seed)
+    clients = int(rng.integers(1, 9))
+    env = make_env(clients, random_costs(rng, clients, dyadic=False), decisions="rounds")
+    observation, _ = start(env, random_requests(rng, dyadic=False))
+    over = False
+    while not over:
+        assert env.observation_space.contains(observation)
+        observation, _, over, _, _ = env.step(np.int64(random_legal_action(env, rng)))
+    assert env.observation_space.contains(observation)
+
+
+def test_observation_lies_in_the_box_at_the_extremes() -> None:
+    """The longest prompt and output that a workload may hold, beside the shortest."""
+    env = make_env(2)
+    observation, _ = start(env, instance((10**7, 10**7), (1, 1), (10**7, 1), (1, 10**7)))
+    for _ in range(3):
+        assert env.observation_space.contains(observation)
+        observation, _, over, _, _ = env.step(np.int64(3 if env.action_masks()[3] else 0))
+        if over:
+            break
+    assert env.observation_space.contains(observation)
+
+
+def test_observation_size_does_not_depend_on_the_clients() -> None:
+    sizes = set()
+    for clients in (1, 50, 5000):
+        env = ServingEnv("GSM8K-v0", overrides={"cluster": {"clients": clients}})
+        sizes |= {env.reset(seed=0)[0].shape, env.observation_space.shape}
+    assert sizes == {(len(ServingEnv("Tiny-v0").features),)}
+
+
+def test_observations_are_not_overwritten(three_on_two: Requests) -> None:
+    env = make_env(2)
+    first, _ = start(env, three_on_two)
+    kept = first.copy()
+    env.step(np.int64(1))
+    assert np.array_equal(first, kept)
+
+
+# ---- the end ---------------------------------------------------------------------------------
+
+
+def test_step_before_reset_and_after_the_end(three_on_two: Requests) -> None:
+    env = make_env(2)
+    with pytest.raises(ServegymError, match="call reset"):
+        env.step(np.int64(0))
+    start(env, three_on_two)
+    play_randomly(env, np.random.default_rng(0))
+    with pytest.raises(ServegymError, match=r"the episode is over; call reset\(\) before step\(\)"):
+        env.step(np.int64(0))
+    start(env, three_on_two)
+    env.step(np.int64(1))
+
+
+def test_nothing_to_see_before_reset() -> None:
+    env = ServingEnv("Tiny-v0")
+    for look in (env.view, env.records):
+        with pytest.raises(ServegymError, match=r"call reset\(\) first"):
+            look()
+
+
+def test_an_episode_without_any_choice(lone_rule_env: ServingEnv) -> None:
+    """It has ended when it begins; one step tells so, and its reward is the whole return."""
+    observation, _ = start(lone_rule_env, instance((5, 3), (5, 1)))
+    assert lone_rule_env.observation_space.contains(observation)
+    assert lone_rule_env.action_masks().tolist() == [True, False]
+    _, reward, terminated, truncated, info = lone_rule_env.step(np.int64(0))
+    assert (terminated, truncated) == (True, False)
+    assert info["decisions"] == 0
+    assert info["makespan_s"] == 2 + 2 + 2
+    assert reward == pytest.approx(-100 * info["gap"], abs=1e-9)
+
+
+def test_one_request(rng: np.random.Generator) -> None:
+    """The smallest instance: one request of one token. Six rules are on offer, so one decision."""
+    env = make_env(3)
+    start(env, instance((1, 1)))
+    total, info = play_randomly(env, rng)
+    assert info["decisions"] == 1
+    assert info["makespan_s"] == 2.0
+    assert info["gap"] == total == 0.0
+    assert np.isnan(info["tpot_p50_s"])
+
+
+def test_after_the_end_decode_is_legal_and_info_holds_every_metric(three_on_two: Requests) -> None:
+    env = make_env(2)
+    start(env, three_on_two)
+    _, info = play_randomly(env, np.random.default_rng(1))
+    assert env.action_masks().tolist() == [True] + [False] * 6
+    assert tuple(info) == METRICS
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_truncation_by_decisions(most: int) -> None:
+    env = make_env(1, max_decisions=most)
+    start(env, instance(*[(5, 5)] * 10))
+    for decision in range(1, most + 1):
+        _, _, terminated, truncated, info = env.step(np.int64(1))
+        assert (terminated, truncated) == (False, decision == most)
+    assert tuple(info) == METRICS
+    assert info["decisions"] == most
+    assert info["makespan_s"] == 6.0 * most
+    with pytest.raises(ServegymError, match="the episode is over"):
+        env.step(np.int64(1))
+
+
+# Each request takes a stage of 2 s and 4 rounds; decisions fall at 0, 6, 12, 18 … s.
+SECONDS = [(5.5, 1), (6.0, 2), (11.9, 2), (12.0, 3), (0.0, 10)]
+
+
+@pytest.mark.parametrize(("most", "steps"), SECONDS)
+def test_truncation_by_seconds(most: float, steps: int) -> None:
+    """At the first decision point after that time has passed; 0 is never."""
+    env = make_env(1, max_seconds=most)
+    start(env, instance(*[(5, 5)] * 10))
+    ends = [env.step(np.int64(1))[2:4] for _ in range(steps)]
+    assert ends[:-1] == [(False, False)] * (steps - 1)
+    assert ends[-1] == ((False, True) if most else (True, False))
+
+
+def test_the_end_is_termination_even_where_a_limit_falls_together() -> None:
+    env = make_env(1, max_decisions=2, max_seconds=11.0)
+    start(env, instance((5, 5), (5, 5)))
+    assert env.step(np.int64(1))[2:4] == (False, False)
+    assert env.step(np.int64(1))[2:4] == (True, False)
+
+
+def test_truncated_return_counts_what_is_lost_so_far() -> None:
+    """After one of two requests the clock stands at 6 of 12 s and half of the work is done: no loss."""
+    env = make_env(1, max_decisions=1)
+    start(env, instance((5, 5), (5, 5)))
+    _, reward, _, _, info = env.step(np.int64(1))
+    assert info["lower_bound_s"] == 12.0
+    assert reward == pytest.approx(0.0, abs=1e-9)
+
+
+# ---- rewards ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("reward", ["gap", "latency"])
+def test_returns(name: str, reward: str) -> None:
+    env = ServingEnv(name, overrides={"process": {"reward": reward}})
+    env.reset(seed=3)
+    total, info = play_randomly(env, np.random.default_rng(3))
+    log = env.records()
+    latency = float((log.finished_s - log.arrival_s).mean())
+    expected = -100 * info["gap"] if reward == "gap" else -latency
+    assert total == pytest.approx(expected, rel=1e-9)
+
+
+def test_reset_info_holds_the_bound() -> None:
+    env = ServingEnv("Tiny-v0")
+    _, info = env.reset(seed=2)
+    assert info == {"lower_bound_s": inside(env).bound_s}
+
+
+# ---- reset options ---------------------------------------------------------------------------
+
+THREE = instance((5, 2), (5, 3), (5, 4, 1.0))  # the last one comes later
+
+
+def options(queues: list[list[int]], requests: Requests = THREE) -> dict[str, Any]:
+    return {"requests": requests, "plan": plan_from_queues(queues)}
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    # a name that does not exist
+    ({"request": THREE}, "unknown reset option 'request'; did you mean 'requests'", {"requests": THREE}),
+    # a plan for another number of clients
+    (options([[0], [1]]), "the plan is for 2 clients, the task has 3", options([[0], [1], []])),
+    # a plan of requests that the instance does not have
+    (options([[0], [1], [3]]), "requests outside 0 … 2", options([[0], [1], []])),
+    (options([[0], [1], [-1]]), "requests outside 0 … 2", options([[0], [1], []])),
+    # a plan of a request that has not arrived
+    (
+        options([[0], [1], [2]]),
+        "only requests that are present at t = 0",
+        options([[], [0, 1], []]),
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "words", "good"), BAD_OPTIONS)
+def test_bad_reset_options(bad: dict[str, Any], words: str, good: dict[str, Any]) -> None:
+    env = make_env(3)
+    with pytest.raises(ServegymError, match=words):
+        env.reset(options=bad)
+    env.reset(options=good)
+    play_randomly(env, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("bad", [{"requests": [1, 2]}, {"plan": [[0], [1], []]}, {"bound": 5.0}])
+def test_reset_options_of_a_wrong_type(bad: dict[str, Any]) -> None:
+    with pytest.raises(ServegymError):
+        make_env(3).reset(options={"requests": THREE} | bad)
+
+
+def test_options_of_none_are_no_options() -> None:
+    env = ServingEnv("Tiny-v0")
+    observation, _ = env.reset(seed=1, options={"requests": None, "plan": None, "bound": None})
+    assert observation.tobytes() == ServingEnv("Tiny-v0").reset(seed=1)[0].tobytes()
+
+
+def test_a_known_bound_is_taken() -> None:
+    env = make_env(3)
+    bound = lower_bound(THREE, 3, env.costs)
+    first = env.reset(options={"requests": THREE})
+    again = env.reset(options={"requests": THREE, "bound": bound})
+    assert first[0].tobytes() == again[0].tobytes()
+    assert first[1] == again[1]
+
+
+BAD_PLANS = [
+    # a request twice
+    (([0, 0], [0, 1, 2]), "each request at most once", ([0, 1], [0, 1, 2])),
+    # offsets that do not span the order
+    (([0, 1], [0, 1]), "offsets end at 1, but 2 requests", ([0, 1], [0, 2])),
+    (([0, 1], [1, 2]), "must start at 0", ([0, 1], [0, 2])),
+    (([0, 1], [0, 2, 1, 2]), "not decrease", ([0, 1], [0, 1, 1, 2])),
+    (([], [0]), "must start at 0", ([], [0, 0])),
+]
+
+
+@pytest.mark.parametrize(("bad", "words", "good"), BAD_PLANS)
+def test_bad_plan(bad: Any, words: str, good: Any) -> None:
+    with pytest.raises(ServegymError, match=words):
+        Plan(*(np.array(part, dtype=np.int64) for part in bad))
+    Plan(*(np.array(part, dtype=np.int64) for part in good))
+
+
+def test_plan_queues_and_loads() -> None:
+    plan = plan_from_queues([[2, 0], [], [1]])
+    assert plan.clients == 3
+    assert [plan.queue(client).tolist() for client in range(3)] == [[2, 0], [], [1]]
+    assert plan.loads(np.array([10, 20, 30])).tolist() == [40, 0, 20]
+
+
+def test_the_number_of_requests_may_change_between_episodes(rng: np.random.Generator) -> None:
+    env = make_env(2)
+    for count in (3, 1, 17, 2):
+        ones = np.ones(count, dtype=np.int64)
+        start(env, make_requests(ones, 3 * ones))
+        _, info = play_randomly(env, rng)
+        assert info["requests"] == count
+
+
+# ---- construction ----------------------------------------------------------------------------
+
+
+def test_bad_render_mode() -> None:
+    with pytest.raises(ServegymError, match="render_mode must be None or 'rgb_array', got 'human'"):
+        ServingEnv("Tiny-v0", render_mode="human")
+    ServingEnv("Tiny-v0", render_mode="rgb_array")
+
+
+def test_task_by_file_and_by_object(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text("[workload]\nrequests = 5\nsource = 'tiny'\n[cluster]\nclients = 2\n")
+    by_file = ServingEnv(str(path))
+    by_object = ServingEnv(by_file.task)
+    assert rollout(by_file, 1) == rollout(by_object, 1)
+
+
+def test_rendering_needs_its_mode(three_on_two: Requests) -> None:
+    env = make_env(2)
+    start(env, three_on_two)
+    with pytest.warns(UserWarning, match="render_mode='rgb_array'"):
+        assert env.render() is None
+
+
+def test_rendered_image(three_on_two: Requests) -> None:
+    """Red for the prefill stage, blue for decoding, and no pixel of it in the state."""
+    env = ServingEnv("Tiny-v0", render_mode="rgb_array")
+    env.reset(seed=1)
+    env.step(np.int64(1))
+    image = env.render()
+    assert image is not None
+    assert image.dtype == np.uint8
+    assert image.ndim == 3
+    colours = {tuple(pixel) for pixel in image.reshape(-1, 3)[::7].tolist()}
+    assert (0xD1, 0x49, 0x5B) in colours

@@ -1,0 +1,143 @@
+"""The promises of the packaging: names, contents, and who may import whom."""
+
+import ast
+import importlib
+import multiprocessing
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("agents", "baselines", "envs")
+HEAVY = {"torch", "stable_baselines3", "sb3_contrib"}
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Every dotted name that a file imports, also inside functions; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def offences(paths: list[Path], forbidden: set[str]) -> list[str]:
+    """The imports of the files that are, or lie below, a forbidden name."""
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in paths
+        for name in imported_names(path)
+        if any(f"{name}.".startswith(f"{banned}.") for banned in forbidden)
+    ]
+
+
+def run_outside(code: str, folder: Path) -> str:
+    """The output of a fresh interpreter that runs `code` outside the checkout."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def file_of(name: str) -> str:
+    """Where a module lies; runs in a spawned worker."""
+    return str(importlib.import_module(name).__file__)
+
+
+def test_packages_listed_are_the_folders() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {path.parent.relative_to(ROOT) for path in python_files(*ROOMS)}
+    found = {".".join(("servegym", *folder.parts)) for folder in folders}
+    assert set(config["tool"]["setuptools"]["packages"]) == found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_name_resolves_to_the_checkout(room: str) -> None:
+    assert Path(file_of(f"servegym.{room}")).resolve() == ROOT / room / "__init__.py"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_is_marked_as_typed(room: str) -> None:
+    assert files(f"servegym.{room}").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_type_checker_symlink_leads_to_the_room(room: str) -> None:
+    assert (ROOT / ".typing" / "servegym" / room).resolve() == ROOT / room
+
+
+def test_name_resolves_in_spawned_worker() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+        found = pool.submit(file_of, "servegym.envs").result(timeout=120)
+    assert Path(found).resolve() == ROOT / "envs" / "__init__.py"
+
+
+def test_package_data_is_readable() -> None:
+    data = files("servegym.envs.data").joinpath("gsm8k_prompts.json")
+    assert data.read_text(encoding="utf-8").startswith("{")
+
+
+def test_nothing_generic_is_installed(tmp_path: Path) -> None:
+    code = f"""
+from importlib.util import find_spec
+assert find_spec("servegym.envs") is not None
+print([name for name in {ROOMS!r} if find_spec(name) is not None])
+"""
+    assert run_outside(code, tmp_path).strip() == "[]"
+
+
+def test_envs_import_light(tmp_path: Path) -> None:
+    heavy = HEAVY | {"matplotlib"}
+    code = f"import sys, servegym.envs; print(sorted({heavy!r} & set(sys.modules)))"
+    assert run_outside(code, tmp_path).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("envs", {"servegym.baselines", "servegym.agents"}),
+        ("baselines", {"servegym.agents"}),
+        ("agents", {"servegym.baselines"}),
+    ],
+)
+def test_room_imports_only_what_it_may(room: str, forbidden: set[str]) -> None:
+    assert offences(python_files(room), forbidden) == []
+
+
+def test_rooms_never_import_scripts_or_tests() -> None:
+    assert offences(python_files(*ROOMS), {"scripts", "tests"}) == []
+
+
+def test_only_agents_import_torch() -> None:
+    assert offences(python_files("envs", "baselines", "scripts"), HEAVY) == []
+
+
+def test_bare_room_names_are_never_imported() -> None:
+    assert offences(python_files(*ROOMS, "scripts", "tests"), set(ROOMS)) == []
+
+
+def test_an_offence_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule tests above are worth nothing if `offences` is blind."""
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    module = tmp_path / "module.py"
+    module.write_text(
+        "import torchmetrics\n"
+        "from servegym import agents\n"
+        "def late():\n    import torch.nn as nn\n",
+        encoding="utf-8",
+    )
+    assert offences([module], {"torch", "servegym.agents"}) == [
+        "module.py imports servegym.agents",
+        "module.py imports torch.nn",
+    ]

@@ -1,0 +1,216 @@
+"""Baseline policies: names, triggers at their boundary, whole episodes played in two ways."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from servegym.baselines import triggers
+from servegym.baselines.episodes import play_compiled
+from servegym.baselines.policies import RandomPolicy, TriggerPolicy
+from servegym.baselines.registry import REGISTRY, make_policy, policy_descriptions
+from servegym.envs.config import with_overrides
+from servegym.envs.cost_models import AffineDecode, AffinePrefill, StageCosts
+from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import make_case, play
+from servegym.envs.metrics import METRICS
+from servegym.envs.policy import Briefing
+from servegym.envs.simulator.view import DecisionView
+from servegym.envs.tasks import TASKS
+from tests.helpers import UNIT_COSTS, instance, make_env, start
+
+VIEW = DecisionView(
+    clients=10,
+    active=8,
+    idle=2,
+    waiting=5,
+    requests=20,
+    round=7,
+    clock_s=9.0,
+    idle_wait_s=3.0,
+    round_s=0.5,
+    rounds_to_finish=4,
+    seconds_to_finish=2.0,
+    prefill_s=1.0,
+    prefill_fixed_s=0.25,
+)
+"""C_p = 8 · 1 s, its fixed part 8 · 0.25 = 2 s; waited 3 s, waiting on costs 2 · 2 = 4 s more."""
+
+ALL_NAMES = [name for name, entry in REGISTRY.items() if entry.number != "K"]
+NUMBERED = ["threshold-4", "hybrid-0.25", "lpt-0.5", "lookahead-2", "aligned-0.75"]
+
+
+@pytest.mark.parametrize(
+    ("trigger", "last_that_fires"),
+    [
+        (triggers.THRESHOLD, 2.0),  # idle
+        (triggers.LAGRANGIAN, (3.0 + 4.0) / 8.0),  # (waited + expected) / C_p
+        (triggers.MYOPIC, 2 * 0.5 / 8.0),  # idle · one round / C_p
+        (triggers.LOOKAHEAD, 4.0 / 2.0),  # expected / fixed part of C_p
+        (triggers.WAITED, 3.0 / 2.0),  # waited / fixed part of C_p
+    ],
+)
+def test_a_trigger_fires_up_to_its_balance(trigger: int, last_that_fires: float) -> None:
+    assert triggers.fires(trigger, last_that_fires, VIEW)
+    assert not triggers.fires(trigger, np.nextafter(last_that_fires, 1e9), VIEW)
+
+
+def test_eager_always_fires_and_drained_never() -> None:
+    assert triggers.fires(triggers.EAGER, 0.0, VIEW)
+    assert not triggers.fires(triggers.DRAINED, 0.0, VIEW)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fcsf", "did you mean 'fcfs'"),  # misspelt
+        ("", "unknown policy"),  # empty
+        ("threshold", "needs a whole K"),  # K missing
+        ("threshold-K", "did you mean 'threshold"),  # K not filled in
+        ("threshold-0", "needs a whole K"),  # below range
+        ("threshold-2.5", "needs a whole K"),  # fractional
+        ("threshold-1000001", "needs a whole K"),  # beyond range
+        ("hybrid--1", "unknown policy"),  # negative
+        ("hybrid-nan", "unknown policy"),  # not a number
+        ("hybrid-1000001", "λ must lie"),  # beyond range
+        ("fcfs-2", "unknown policy"),  # takes no number
+    ],
+)
+def test_bad_names_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ServegymError, match=message):
+        make_policy(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("threshold-1", 1.0),  # the least K
+        ("threshold-1000000", 1e6),  # the largest
+        ("hybrid-0", 0.0),  # the least λ
+        ("hybrid-1000000", 1e6),
+        ("hybrid", 1.0),  # the default
+        ("hybrid-myopic-0.5", 0.5),  # a name with a hyphen of its own
+    ],
+)
+def test_good_names_carry_their_number(name: str, parameter: float) -> None:
+    policy = make_policy(name)
+    assert isinstance(policy, TriggerPolicy)
+    assert policy.parameter == parameter
+
+
+def test_every_policy_has_a_line_and_is_made_anew() -> None:
+    lines = policy_descriptions()
+    assert len(lines) == len(REGISTRY)
+    assert all(text and "\n" not in text for text in lines.values())
+    assert make_policy("random") is not make_policy("random")
+    assert make_policy("fcfs") is not make_policy("fcfs")
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_a_trigger_policy_refuses_a_bad_parameter(bad: float) -> None:
+    with pytest.raises(ServegymError, match="must be ≥ 0"):
+        TriggerPolicy("longest", triggers.THRESHOLD, bad)
+
+
+def test_a_policy_says_which_rule_the_task_lacks() -> None:
+    task = with_overrides(TASKS["servegym/Tiny-v0"], {"process": {"rules": ["fcfs"]}})
+    with pytest.raises(ServegymError, match="admits by 'longest'"):
+        play(task, "lpt", make_policy("lpt"), make_case(task, 0))
+    assert play(task, "fcfs", make_policy("fcfs"), make_case(task, 0)).row["requests"] == 8
+
+
+def test_random_needs_its_briefing() -> None:
+    with pytest.raises(ServegymError, match="prepare"):
+        RandomPolicy().act(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_NAMES if name != "random"] + NUMBERED)
+@pytest.mark.parametrize("decisions", ["events", "rounds"])
+def test_played_and_compiled_episodes_agree(name: str, decisions: str) -> None:
+    """One rule, two callers: the policy object in the environment and the compiled loop."""
+    overrides = {
+        "cluster": {"clients": 12, "max_prefill_tokens": 400},
+        "workload": {"requests": 60},
+        "process": {"decisions": decisions},
+    }
+    task = with_overrides(TASKS["servegym/GSM8K-v0"], overrides)
+    case = make_case(task, 3)
+    policy = make_policy(name)
+    assert isinstance(policy, TriggerPolicy)
+    row = play(task, name, policy, case).row
+    compiled = play_compiled(task, policy, case)
+    same = [metric for metric in METRICS if metric != "decisions"]  # forced moves count differently
+    assert {metric: row[metric] for metric in same} == {metric: compiled[metric] for metric in same}
+
+
+def test_the_parts_of_the_hybrid_pay_where_stages_are_dear() -> None:
+    """With a fixed stage cost the iteration rule saves stages; first come, first served is worst."""
+    task = replace(
+        TASKS["servegym/GSM8K-v0"], cost=StageCosts(AffineDecode(0.05), AffinePrefill(0.3, 1e-4))
+    )
+    case = make_case(task, 0)
+    gaps = {
+        name: play(task, name, make_policy(name), case).row["gap"]
+        for name in ("fcfs", "offline-steal", "hybrid")
+    }
+    assert gaps["hybrid"] < gaps["offline-steal"] < gaps["fcfs"]
+
+
+def trace(name: str, clients: int, rows: list[tuple[int, int]]) -> list[tuple[float, int, int]]:
+    """Play an instance on unit costs; return (admitted, client, request) in order of admission."""
+    env, policy = make_env(clients), make_policy(name)
+    requests = instance(*rows)
+    plan = policy.prepare(Briefing(env.task, requests, np.random.default_rng(0)))
+    observation, _ = env.reset(options={"requests": requests, "plan": plan})
+    ended = False
+    while not ended:
+        from servegym.envs.policy import Situation
+
+        action = policy.act(Situation(env.view(), observation, env.action_masks()))
+        observation, _, ended, _, _ = env.step(action)
+    log = env.records()
+    return sorted(
+        (float(at), int(client), request)
+        for request, (at, client) in enumerate(zip(log.admitted_s, log.client, strict=True))
+    )
+
+
+ROWS = [(5, 2), (5, 5), (5, 4), (5, 3)]
+"""Rounds 1, 4, 3, 2 on two clients; a stage takes 2 s, a round 1 s."""
+
+
+def test_fcfs_by_hand() -> None:
+    # 0–2 stage (0, 1); 2–3 a round, 0 done; 3–5 stage (2); three rounds, 1 and 2 done at 8;
+    # 8–10 stage (3).
+    assert trace("fcfs", 2, ROWS) == [(0, 0, 0), (0, 1, 1), (3, 0, 2), (8, 0, 3)]
+
+
+def test_static_by_hand() -> None:
+    # 0–2 stage (0, 1); four rounds to 6, when both are idle; 6–8 stage (2, 3).
+    assert trace("static", 2, ROWS) == [(0, 0, 0), (0, 1, 1), (6, 0, 2), (6, 1, 3)]
+
+
+def test_threshold_by_hand() -> None:
+    # Longest first: 0–2 stage (1, 2); 2–5 three rounds, 2 done and one client idle.
+    # K = 1 refills at 5 with request 3, and at 8 when 1 is done.
+    assert trace("threshold-1", 2, ROWS) == [(0, 0, 1), (0, 1, 2), (5, 1, 3), (8, 0, 0)]
+    # K = 2 waits for both: at 6 all are idle.
+    assert trace("threshold-2", 2, ROWS) == [(0, 0, 1), (0, 1, 2), (6, 0, 3), (6, 1, 0)]
+
+
+def test_offline_follows_its_plan() -> None:
+    # The best plan has loads 5 and 5: (4 + 1) and (3 + 2).
+    admitted = trace("offline", 2, ROWS)
+    clients = {request: client for _, client, request in admitted}
+    assert clients[0] == clients[1]
+    assert clients[2] == clients[3]
+    assert clients[0] != clients[2]
+
+
+def test_start_helper_takes_plans() -> None:
+    env = make_env(2, UNIT_COSTS)
+    start(env, instance(*ROWS), [[3, 0], [1, 2]])
+    env.step(1 + env.task.process.rules.index("plan"))
+    assert [int(client) for client in env.records().client] == [-1, 1, -1, 0]

@@ -1,0 +1,72 @@
+"""Published numbers agree with each other: README, results/, and the constants they led to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from scripts.calibrate import PAPER_BASELINE_S
+from scripts.paper import OTHERS, PUBLISHED, STEPS, report
+from scripts.readme import with_tables
+from servegym.baselines.registry import make_policy
+from servegym.envs.cost_presets import PAPER_ROUND_S
+from servegym.envs.evaluation import HELD_OUT_SEED, make_case, play
+from servegym.envs.summary import summarise, to_markdown
+from servegym.envs.tasks import PAPER_CASE_SEED, TASKS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+PAPER = TASKS["servegym/Paper-v0"]
+
+
+def test_readme_shows_the_tables_as_they_are() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert with_tables(text, ROOT) == text
+
+
+def test_the_paper_table_follows_from_its_episodes() -> None:
+    case = pd.read_csv(RESULTS / "paper/case/episodes.csv")
+    study = pd.read_csv(RESULTS / "paper/study/episodes.csv")
+    assert report(case, study) == (RESULTS / "paper/table.md").read_text()
+    assert set(study["policy"]) == {*STEPS, *OTHERS}
+    assert study.groupby("policy")["seed"].nunique().eq(100).all()
+    assert study["seed"].min() >= HELD_OUT_SEED
+
+
+def test_the_gsm8k_table_follows_from_its_episodes() -> None:
+    episodes = pd.read_csv(RESULTS / "gsm8k/episodes.csv")
+    assert episodes["seed"].min() >= HELD_OUT_SEED
+    table = to_markdown(summarise(episodes, "hybrid"))
+    assert (RESULTS / "gsm8k/summary.md").read_text().endswith(table)
+
+
+@pytest.mark.parametrize("name", ["paper/study", "paper/case", "gsm8k"])
+def test_no_episode_beats_its_bound(name: str) -> None:
+    assert (pd.read_csv(RESULTS / name / "episodes.csv")["gap"] >= -1e-12).all()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "hybrid"])
+def test_the_single_case_is_reproduced(policy: str) -> None:
+    """What the table says of the single case is what the code does today."""
+    row = play(PAPER, policy, make_policy(policy), make_case(PAPER, PAPER_CASE_SEED)).row
+    table = pd.read_csv(RESULTS / "paper/case/episodes.csv").set_index("policy")
+    assert row["makespan_s"] == pytest.approx(table.loc[policy, "makespan_s"], rel=1e-9)
+
+
+def test_the_calibration_hits_its_one_target() -> None:
+    row = play(PAPER, "fcfs", make_policy("fcfs"), make_case(PAPER, PAPER_CASE_SEED)).row
+    assert f"{row['makespan_s']:.2f}" == f"{PAPER_BASELINE_S:.2f}" == PUBLISHED["fcfs"][0]
+    text = (RESULTS / "calibration/calibration.md").read_text()
+    assert f"Decode round: {1e3 * PAPER_ROUND_S:.3f} ms" in text
+    assert f"training seed {PAPER_CASE_SEED}," in text
+
+
+@pytest.mark.parametrize(("task", "episodes"), [("Paper-v0", "paper/study"), ("GSM8K-v0", "gsm8k")])
+def test_tuned_names_are_the_best_of_the_tuning(task: str, episodes: str) -> None:
+    text = (RESULTS / "tuning" / task / "tuning.md").read_text()
+    best = set(re.findall(r"\b(?:hybrid|threshold)-[\d.]+", text))
+    assert len(best) == 2
+    assert best <= set(pd.read_csv(RESULTS / episodes / "episodes.csv")["policy"])
