@@ -39,8 +39,9 @@ format: $(DEV) ## format the code and mend what can be mended
 	$(RUN) -m ruff check --fix-only $(SOURCES)
 	$(RUN) -m ruff format $(SOURCES)
 
-benchmark: $(KERNELS) ## measure the simulator's speed
+benchmark: $(KERNELS) ## measure speed; README shows the new figures
 	$(RUN) scripts/benchmark.py
+	$(RUN) scripts/readme.py
 
 clean: ## remove caches and builds, keep .venv and results
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(KERNELS)

@@ -20,22 +20,25 @@ level counts as several); Σ cap_l·z_l ≥ ΣT and Σ z_l ≥ S, and the linear
 requests alone) holds for every a. Other requests may share their rounds and stages, which only adds to
 Σ n·x_n; the program then has ≥ in place of =.
 
-Each linear program is solved by HiGHS and its value is taken from a dual solution that is made
-feasible exactly, so that no solver tolerance enters the bound (weak duality).
+Each linear program has two constraints, so its dual has two variables, and the vertices of the dual
+depend on the costs alone: they are found once per cost model, and a bound is the best of them (weak
+duality: every vertex proves a bound by itself, no solver tolerance enters). The tests compare with
+HiGHS.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 
 from servegym.envs.cost_models import CostTables
 from servegym.envs.makespan_bound import rounds_lower_bound
 from servegym.envs.requests import Requests
+from servegym.envs.simulator.jit import kernel
 
 _RELEASE_POINTS: Final = 16  # arrival times tried; more cost time and gain little
 
@@ -134,20 +137,47 @@ def _cover(
     *,
     exact: bool,
 ) -> float:
-    """Bound min cost·x subject to size·x = total (≥ unless ``exact``), Σx ≥ count, x ≥ 0.
+    """Return min cost·x subject to size·x = total (≥ unless ``exact``), Σx ≥ count, x ≥ 0.
 
-    The dual is max total·u + count·v subject to size·u + v ≤ cost, v ≥ 0 (and u ≥ 0 unless
-    ``exact``). HiGHS proposes v; the largest feasible u follows from it.
+    By duality the largest total·u + count·v over size·u + v ≤ cost, v ≥ 0 (and u ≥ 0 unless
+    ``exact``). The vertices of that set depend on the costs alone and are found once.
     """
     if total == 0:
         return float(count * cost.min())
-    rows, sides = -np.stack([np.ones_like(size), size]), np.array([-float(count), -total])
-    if exact:
-        solution = linprog(cost, rows[:1], sides[:1], -rows[1:], -sides[1:], method="highs")
-    else:
-        solution = linprog(cost, rows, sides, method="highs")
-    v = max(float(-solution.ineqlin.marginals[0]), 0.0) if solution.success else 0.0
-    u = float(((cost - v) / size).min())
-    if u < 0 and not exact:
-        u, v = 0.0, float(cost.min())
-    return total * u + count * v
+    vertices = _dual_vertices(cost.tobytes(), size.tobytes(), exact)
+    return float((vertices @ np.array([total, float(count)])).max())
+
+
+@lru_cache(maxsize=64)
+def _dual_vertices(cost_bytes: bytes, size_bytes: bytes, exact: bool) -> NDArray[np.float64]:
+    """Return the vertices (u, v) of the dual, shape (vertices, 2); ``size`` ascends.
+
+    They are slope and intercept of each edge of the lower convex hull of the points (size, cost),
+    where these are allowed, and the corners on the axes v = 0 and u = 0.
+    """
+    cost, size = np.frombuffer(cost_bytes), np.frombuffer(size_bytes)
+    hull = lower_hull(size, cost)
+    slopes = np.diff(cost[hull]) / np.diff(size[hull])
+    edges = np.stack([slopes, cost[hull[:-1]] - slopes * size[hull[:-1]]], axis=1)
+    allowed = (edges[:, 1] >= 0) & (exact | (edges[:, 0] >= 0))
+    corners = [[(cost / size).min(), 0.0]]
+    if not exact:
+        corners.append([0.0, cost.min()])
+    return np.vstack([edges[allowed], corners])
+
+
+@kernel
+def lower_hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the places of the lower convex hull of points whose ``x`` strictly ascends."""
+    hull = np.empty(x.size, np.int64)
+    count = 0
+    for place in range(x.size):
+        while count >= 2:
+            a, b = hull[count - 2], hull[count - 1]
+            # Drop b if it lies on or above the line from a to this point.
+            if (y[b] - y[a]) * (x[place] - x[a]) < (y[place] - y[a]) * (x[b] - x[a]):
+                break
+            count -= 1
+        hull[count] = place
+        count += 1
+    return hull[:count]

@@ -18,7 +18,8 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
+from scipy.special import ndtr, ndtri
+from scipy.stats import rankdata
 
 from servegym.envs.errors import ServegymError, nearest
 from servegym.envs.requests import Requests, make_requests, read_requests
@@ -59,25 +60,25 @@ def sample_gsm8k_prompts(requests: int, rng: Generator) -> Tokens:
     return rng.permutation(chosen)
 
 
-def _correlated_uniforms(prompts: Tokens, rng: Generator) -> NDArray[np.float64]:
-    """Return uniforms whose rank correlation with ``prompts`` is the measured one."""
+def _correlated_normals(prompts: Tokens, rng: Generator) -> NDArray[np.float64]:
+    """Return standard normals whose rank correlation with ``prompts`` is the measured one."""
     rho = 2.0 * np.sin(np.pi * PROMPT_OUTPUT_RANK_CORRELATION / 6.0)  # Spearman → normal copula
-    scores = norm.ppf((rankdata(prompts) - 0.5) / len(prompts))
+    scores = ndtri((rankdata(prompts) - 0.5) / len(prompts))
     noise = rng.standard_normal(len(prompts))
-    uniforms: NDArray[np.float64] = norm.cdf(rho * scores + np.sqrt(1.0 - rho**2) * noise)
-    return uniforms
+    normals: NDArray[np.float64] = rho * scores + np.sqrt(1.0 - rho**2) * noise
+    return normals
 
 
-def _lognormal(uniforms: NDArray[np.float64], mean: float, std: float, most: int) -> Tokens:
-    lengths = np.exp(mean + std * norm.ppf(uniforms))
+def _lognormal(normals: NDArray[np.float64], mean: float, std: float, most: int) -> Tokens:
+    lengths = np.exp(mean + std * normals)
     return np.clip(np.rint(lengths), 1, most).astype(np.int64)
 
 
 def sample_gsm8k_lognormal(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
     """GSM8K prompts with lognormal outputs (μ 5.71294, σ 0.51011), at most 1024 tokens."""
     prompts = sample_gsm8k_prompts(requests, rng)
-    uniforms = _correlated_uniforms(prompts, rng)
-    return prompts, _lognormal(uniforms, 5.71294, 0.51011, MAX_LOGNORMAL_TOKENS)
+    normals = _correlated_normals(prompts, rng)
+    return prompts, _lognormal(normals, 5.71294, 0.51011, MAX_LOGNORMAL_TOKENS)
 
 
 def sample_gsm8k_cap512(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
@@ -87,10 +88,10 @@ def sample_gsm8k_cap512(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
     (μ 4.88307, σ 0.39596). The longest uniforms are the capped ones.
     """
     prompts = sample_gsm8k_prompts(requests, rng)
-    uniforms = _correlated_uniforms(prompts, rng)
+    uniforms = ndtr(_correlated_normals(prompts, rng))
     share_free = 1.0 - 0.5472
     inner = np.minimum(uniforms / share_free, 1.0 - 1e-12)
-    free = _lognormal(inner, 4.88307, 0.39596, MAX_CAP512_TOKENS)
+    free = _lognormal(ndtri(inner), 4.88307, 0.39596, MAX_CAP512_TOKENS)
     return prompts, np.where(uniforms >= share_free, MAX_CAP512_TOKENS, free).astype(np.int64)
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
 from servegym.envs import Requests, ServegymError, make_requests
-from servegym.envs.bounds import LowerBound, lower_bound
+from servegym.envs.bounds import LowerBound, _cover, lower_bound
 from servegym.envs.cost_models import (
     AffineDecode,
     AffinePrefill,
@@ -302,3 +303,24 @@ def test_rounds_lower_bound_refuses_nonsense() -> None:
     with pytest.raises(ServegymError, match="rounds must be ≥ 0, got -1"):
         rounds_lower_bound(np.array([3, -1]), 1)
     assert rounds_lower_bound(np.array([3, 0]), 1) == 3
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_linear_programs_are_solved_as_highs_solves_them(
+    rng: np.random.Generator, exact: bool
+) -> None:
+    """Random costs with dips, concave, convex and flat parts, tight and slack counts."""
+    for _ in range(300):
+        n = int(rng.integers(1, 12))
+        cost = rng.choice([1.0, 2.0, 3.0, 5.0], n) + rng.choice([0.0, 1.0]) * rng.random(n)
+        size = np.cumsum(rng.integers(1, 4, n)).astype(float)
+        count = int(rng.integers(1, 9))
+        # A total that some mix of at least so many columns can hold.
+        total = float(rng.choice(size, count + int(rng.integers(0, 4))).sum())
+        rows, sides = -np.stack([np.ones(n), size]), np.array([-float(count), -total])
+        if exact:
+            solved = linprog(cost, rows[:1], sides[:1], -rows[1:], -sides[1:], method="highs")
+        else:
+            solved = linprog(cost, rows, sides, method="highs")
+        found = _cover(cost, size, total, count, exact=exact)
+        assert found == pytest.approx(solved.fun, rel=1e-9)

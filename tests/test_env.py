@@ -471,7 +471,11 @@ def options(queues: list[list[int]], requests: Requests = THREE) -> dict[str, An
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     # a name that does not exist
-    ({"request": THREE}, "unknown reset option 'request'; did you mean 'requests'", {"requests": THREE}),
+    (
+        {"request": THREE},
+        "unknown reset option 'request'; did you mean 'requests'",
+        {"requests": THREE},
+    ),
     # a plan for another number of clients
     (options([[0], [1]]), "the plan is for 2 clients, the task has 3", options([[0], [1], []])),
     # a plan of requests that the instance does not have
