@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.triggers import fires
+from servegym.envs.cases import Case, load_case
 from servegym.envs.config import TaskConfig
 from servegym.envs.cost_models import CostTables
-from servegym.envs.evaluation import Case, brief
+from servegym.envs.evaluation import brief
 from servegym.envs.metrics import episode_metrics
-from servegym.envs.reward import write_credits
 from servegym.envs.simulator.admission import ADMISSION_RULES, admits
 from servegym.envs.simulator.jit import kernel
 from servegym.envs.simulator.loop import advance, decode, prefill
-from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import view
 
 
@@ -47,8 +47,7 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
     """
     clients = task.cluster.clients
     state = make_state(1, len(case.requests), clients)
-    load(state, 0, case.requests, policy.prepare(brief(task, case)))
-    write_credits(state, 0, case.requests, case.bound)
+    load_case(state, 0, case, policy.prepare(brief(task, case, seed=0)))
     run_episode(
         state,
         task.cost.tables(clients),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import highspy
 
+# mypy: disable-error-code="no-untyped-call"
+
 
 class _SilentHighs(highspy.Highs):
     """A model that prints nothing, not even the banner that the base class's constructor prints."""

@@ -38,7 +38,7 @@ class _Kinds:
     """Requests that are alike: a column of the program stands for a kind on a client."""
 
     kind_of: NDArray[np.int64]  # (requests,)
-    length: NDArray[np.int64]  # (kinds,) decode rounds
+    length: NDArray[np.int64]  # (kinds,) decode rounds, longest first
     count: NDArray[np.int64]  # (kinds,) requests
 
 
@@ -50,6 +50,7 @@ def solve_mip(
     start: NDArray[np.int64] | None = None,
     lower_bound: int = 0,
     formulation: str = "assignment",
+    break_symmetry: bool = False,
 ) -> MipResult:
     """Assign requests to clients so that the largest load is least.
 
@@ -67,6 +68,9 @@ def solve_mip(
         A known bound on the largest load, added as t ≥ bound.
     formulation
         ``assignment``, the paper's, or ``counts``.
+    break_symmetry
+        Number the clients in the order of the longest request they hold: of the many plans that
+        differ in the numbering alone, one is left. Helps small instances.
 
     Raises
     ------
@@ -78,7 +82,11 @@ def solve_mip(
     model.setOptionValue("time_limit", float(time_limit_s))
     model.setOptionValue("mip_rel_gap", 0.0)
     model.setOptionValue("mip_abs_gap", 1.0 - _BOUND_TOLERANCE)  # loads are whole
-    model.passModel(_program(kinds, clients, lower_bound))
+    program = _program(kinds, clients, lower_bound)
+    if break_symmetry:
+        program.col_upper_ = _without_permutations(kinds, clients, np.array(program.col_upper_))
+        start = None if start is None else _renumbered(kinds, start)
+    model.passModel(program)
     if start is not None:
         model.setSolution(_solution(kinds, clients, rounds, start))
     solve_interruptibly(model)
@@ -92,10 +100,11 @@ def solve_mip(
 
 def _kinds(rounds: NDArray[np.int64], formulation: str) -> _Kinds:
     if formulation == "assignment":
-        return _Kinds(np.arange(len(rounds)), rounds, np.ones(len(rounds), dtype=np.int64))
+        order = np.argsort(-rounds, kind="stable")
+        return _Kinds(np.argsort(order), rounds[order], np.ones(len(rounds), dtype=np.int64))
     if formulation == "counts":
-        length, kind_of, count = np.unique(rounds, return_inverse=True, return_counts=True)
-        return _Kinds(kind_of, length, count)
+        length, kind_of, count = np.unique(-rounds, return_inverse=True, return_counts=True)
+        return _Kinds(kind_of, -length, count)
     raise unknown("formulation", formulation, FORMULATIONS)
 
 
@@ -124,6 +133,26 @@ def _program(kinds: _Kinds, clients: int, lower_bound: int) -> highspy.HighsLp:
     matrix.index_ = np.append(rows, sizes + np.arange(clients))
     matrix.value_ = np.append(entries, np.full(clients, -1.0))
     return program
+
+
+def _without_permutations(
+    kinds: _Kinds, clients: int, upper: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Keep from each kind the clients that only later kinds can be the first to use."""
+    kind, client = np.divmod(np.arange(len(upper) - 1), clients)
+    upper[:-1][client >= np.cumsum(kinds.count)[kind]] = 0
+    return upper
+
+
+def _renumbered(kinds: _Kinds, client_of: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Renumber a plan's clients in the order of the first kind that they hold."""
+    by_kind = client_of[np.argsort(kinds.kind_of, kind="stable")]
+    used, first, number = np.unique(by_kind, return_index=True, return_inverse=True)
+    rank = np.empty(len(used), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(used))
+    renumbered = np.empty_like(client_of)
+    renumbered[np.argsort(kinds.kind_of, kind="stable")] = rank[number]
+    return renumbered
 
 
 def _solution(

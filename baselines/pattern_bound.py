@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.baselines.highs import silent_highs
-from servegym.envs.simulator.jit import kernel
+from servegym.baselines.knapsack import Knapsack
 
 MAX_TABLE: Final = 50_000_000
 """Largest knapsack table, in entries (bytes); beyond it the bound is not attempted."""
@@ -47,13 +47,15 @@ class PatternBound:
         self._clients = clients
         self._patterns: dict[bytes, NDArray[np.int64]] = {}
 
-    def learn(self, loads: list[NDArray[np.int64]]) -> None:
-        """Take the rounds of the requests on each client as patterns to start from."""
-        for rounds in loads:
-            lengths, counts = np.unique(rounds[rounds > 0], return_counts=True)
-            pattern = np.zeros(len(self._lengths), dtype=np.int64)
-            pattern[np.searchsorted(self._lengths, lengths)] = counts
-            self._patterns[pattern.tobytes()] = pattern
+    def learn(self, rounds: NDArray[np.int64], client_of: NDArray[np.int64]) -> None:
+        """Take what each client of a plan holds as patterns to start from."""
+        if self._clients * len(self._lengths) > MAX_TABLE:
+            return
+        patterns = np.zeros((self._clients, len(self._lengths)), dtype=np.int64)
+        held = rounds > 0
+        kind = np.searchsorted(self._lengths, rounds[held])
+        np.add.at(patterns, (client_of[held], kind), 1)
+        self._patterns.update({pattern.tobytes(): pattern for pattern in patterns})
 
     def decide(self, target: int, deadline: float) -> Verdict:
         """Look for prices that rule out loads within ``target`` rounds.
@@ -69,8 +71,11 @@ class PatternBound:
         if knapsack.entries > MAX_TABLE:
             return Verdict.UNDECIDED
         model = self._price_model(target)
-        while time.perf_counter() < deadline:
+        while (time_left := deadline - time.perf_counter()) > 0:
+            model.setOptionValue("time_limit", model.getRunTime() + time_left)
             model.run()
+            if model.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+                break
             prices = np.clip(np.array(model.getSolution().col_value), 0.0, 1.0)
             whole = (prices * PRICE_UNIT).astype(np.int64)
             patterns = self._generate(knapsack, whole, deadline)
@@ -93,7 +98,9 @@ class PatternBound:
         model = silent_highs()
         lengths = len(self._lengths)
         model.addVars(lengths, np.zeros(lengths), np.ones(lengths))
-        model.changeColsCost(lengths, np.arange(lengths, dtype=np.int32), -self._counts.astype(float))
+        model.changeColsCost(
+            lengths, np.arange(lengths, dtype=np.int32), -self._counts.astype(float)
+        )
         # A longer request is worth no less: this costs nothing and keeps prices from swinging.
         for shorter in range(lengths - 1):
             pair = np.array([shorter, shorter + 1], dtype=np.int32)
@@ -129,64 +136,3 @@ class PatternBound:
 def _add_pattern(model: highspy.Highs, pattern: NDArray[np.int64]) -> None:
     held = np.flatnonzero(pattern).astype(np.int32)
     model.addRow(-highspy.kHighsInf, 1.0, len(held), held, pattern[held].astype(float))
-
-
-class Knapsack:
-    """Fills a client of ``target`` rounds with the requests of the highest price, exactly."""
-
-    def __init__(self, lengths: NDArray[np.int64], counts: NDArray[np.int64], target: int) -> None:
-        self._lengths = lengths
-        self._target = target
-        # A row per 0/1 choice: several requests of a length are bundled by powers of two.
-        most = np.minimum(counts, target // lengths)
-        self._shape = (int(np.frexp(most)[1].sum()), target + 1)
-        self._taken: NDArray[np.bool_] | None = None
-
-    @property
-    def entries(self) -> int:
-        """Entries of the table that a filling needs."""
-        return self._shape[0] * self._shape[1]
-
-    def fill(self, prices: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many requests of each length to take, shape (lengths,); never above counts."""
-        if self._taken is None:
-            self._taken = np.zeros(self._shape, dtype=np.bool_)
-        pattern = np.zeros(len(self._lengths), dtype=np.int64)
-        _fill(self._lengths, prices, counts, self._target, self._taken, pattern)
-        return pattern
-
-
-@kernel
-def _fill(lengths, prices, counts, target, taken, pattern):  # type: ignore[no-untyped-def]
-    """Choose row by row, best value for every room up to ``target``, then read it backwards."""
-    kinds = np.zeros(taken.shape[0], dtype=np.int64)
-    sizes = np.zeros(taken.shape[0], dtype=np.int64)
-    value = np.zeros(target + 1, dtype=np.int64)
-    rows = 0
-    for kind in range(lengths.size):
-        left = min(counts[kind], target // lengths[kind]) if prices[kind] > 0 else 0
-        bundle = 1
-        while left > 0:
-            kinds[rows] = kind
-            sizes[rows] = min(bundle, left)
-            weight = sizes[rows] * lengths[kind]
-            _improve(value, taken[rows], weight, sizes[rows] * prices[kind])
-            left -= sizes[rows]
-            bundle *= 2
-            rows += 1
-    room = target
-    for row in range(rows - 1, -1, -1):
-        if taken[row, room]:
-            pattern[kinds[row]] += sizes[row]
-            room -= sizes[row] * lengths[kinds[row]]
-
-
-@kernel
-def _improve(value, taken, weight, gain):  # type: ignore[no-untyped-def]
-    """Offer one bundle to every room; from the largest down, so that it is taken once."""
-    taken[:weight] = False
-    for room in range(value.size - 1, weight - 1, -1):
-        offered = value[room - weight] + gain
-        taken[room] = offered > value[room]
-        if taken[room]:
-            value[room] = offered

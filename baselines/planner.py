@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from servegym.baselines.milp import solve_mip
 from servegym.baselines.pattern_bound import PatternBound, Verdict
-from servegym.baselines.rebalancing import Walk, load_kernels
+from servegym.baselines.walk import Walk, load_kernels
 from servegym.envs.config import MAX_CLIENTS
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.makespan_bound import rounds_lower_bound
@@ -29,8 +29,11 @@ from servegym.envs.requests import MAX_TOKENS
 FIRST_TRIES: Final = 50_000
 """Moves of the walk before anything slower is tried; a twentieth of a second."""
 
-MORE_TRIES: Final = 20_000
-"""Moves of the walk between two attempts to raise the bound."""
+SMALL_CELLS: Final = 60
+"""Requests × clients up to which the mixed-integer program decides what the walk leaves open."""
+
+TRIES_A_CLIENT: Final = 1000
+"""Moves of the walk, for each client, before it is stuck and takes a kick."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +111,8 @@ def plan_offline(
 ) -> CertifiedPlan:
     """Assign requests to clients so that the largest load is least, and bound the least from below.
 
-    Ends early when the plan is proven optimal. Compiling the kernels does not count as time. The result depends on the clock only where the time
-    runs out; ``rebalanced_plan`` never looks at it.
+    Ends early when the plan is proven optimal. The result depends on the clock only where the time
+    runs out; ``rebalanced_plan`` never looks at it. Compiling the kernels does not count as time.
 
     Parameters
     ----------
@@ -173,8 +176,11 @@ def _longest_first(problem: _Problem) -> _Found:
 def _rebalance(problem: _Problem) -> _Found:
     bound = problem.bound()
     walk = problem.walk()
-    if not walk.aim(bound, FIRST_TRIES):
-        bound = _close_gap(problem, walk, bound)
+    if walk.aim(bound, min(FIRST_TRIES, TRIES_A_CLIENT * problem.clients)):
+        return walk.client_of(), bound
+    if len(problem.rounds) * problem.clients <= SMALL_CELLS:
+        return _solve_from(problem, walk.client_of(), bound, break_symmetry=True)
+    bound = _close_gap(problem, walk, bound)
     return walk.client_of(), bound
 
 
@@ -185,6 +191,7 @@ def _close_gap(problem: _Problem, walk: Walk, bound: int) -> int:
     pricing is known to leave open.
     """
     prices = PatternBound(problem.rounds, problem.clients)
+    prices.learn(problem.rounds, walk.client_of())
     open_from = walk.best
     while bound < walk.best and problem.time_left_s > 0:
         if bound < open_from:
@@ -195,7 +202,8 @@ def _close_gap(problem: _Problem, walk: Walk, bound: int) -> int:
                 bound = target + 1
             else:
                 open_from = target if verdict is Verdict.OPEN else bound
-        walk.aim(walk.best - 1, MORE_TRIES)
+        if not walk.aim(walk.best - 1, TRIES_A_CLIENT * problem.clients):
+            walk.kick()
         open_from = min(open_from, walk.best)
     return bound
 
@@ -204,14 +212,21 @@ def _milp(problem: _Problem) -> _Found:
     bound = problem.bound()
     walk = problem.walk()
     walk.aim(bound, FIRST_TRIES)
+    return _solve_from(problem, walk.client_of(), bound)
+
+
+def _solve_from(
+    problem: _Problem, client_of: NDArray[np.int64], bound: int, *, break_symmetry: bool = False
+) -> _Found:
+    """Improve a plan by the mixed-integer program; requests without rounds stay out of it."""
     positive = np.flatnonzero(problem.rounds)
-    client_of = walk.client_of()
     found = solve_mip(
         problem.rounds[positive],
         problem.clients,
         time_limit_s=problem.time_left_s,
         start=client_of[positive],
         lower_bound=bound,
+        break_symmetry=break_symmetry,
     )
     if found.client_of is not None:
         client_of[positive] = found.client_of

@@ -7,54 +7,53 @@ evened out is. Lengths are small integers, so a split costs about a microsecond.
 
 from __future__ import annotations
 
-import time
-from functools import cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.simulator.jit import kernel
 
-MAX_FREE = 64
+# numpy's integers stand where int is written; numba converts, the checker does not.
+# mypy: disable-error-code="arg-type,assignment,return-value"
+
+Whole = NDArray[np.int64]
+
+MAX_FREE: Final = 64
 """Requests of a pair that are split exactly; with more, the rest is first dealt out greedily."""
 
-MAX_BITS = 1 << 17
+MAX_BITS: Final = 1 << 17
 """Bits of a subset-sum row; with longer loads, sums are kept to the nearest 2^k instead."""
 
-OVERLOADED_FIRST = 0.75
+OVERLOADED_FIRST: Final = 0.75
 """Share of the moves that begin at an overloaded client; the others stir the clients that fit."""
 
-
-SHUFFLED = 0.25
+SHUFFLED: Final = 0.25
 """Share of the moves that shuffle the pool first: among requests that sum to the same, others are
 taken. That helps with many requests a client and hinders with three; this serves both."""
 
-PARTNERS = 4
+PARTNERS: Final = 4
 """Clients drawn as partner of a move; the least loaded is taken."""
-
-PORTION_S = 0.002
-"""Seconds that the compiled walk runs between two looks at the clock, roughly."""
 
 
 class Loads(NamedTuple):
     """Which client holds which request, as linked lists, with the walk's scratch space."""
 
-    rounds: NDArray[np.int64]  # (requests,) decode rounds
-    first: NDArray[np.int64]  # (clients,) a request of each client, −1: none
-    after: NDArray[np.int64]  # (requests,) next request of the same client, −1: none
-    load: NDArray[np.int64]  # (clients,) decode rounds
-    over: NDArray[np.int64]  # (clients,) the clients above the target, then garbage
-    place: NDArray[np.int64]  # (clients,) where each of them stands in ``over``, −1: nowhere
-    count: NDArray[np.int64]  # (1,) how many clients are above the target
-    pool: NDArray[np.int64]  # (requests,) scratch: the requests of a pair
+    rounds: Whole  # (requests,) decode rounds
+    first: Whole  # (clients,) a request of each client, −1: none
+    after: Whole  # (requests,) next request of the same client, −1: none
+    load: Whole  # (clients,) decode rounds
+    over: Whole  # (clients,) the clients above the target, then garbage
+    place: Whole  # (clients,) where each of them stands in ``over``, −1: nowhere
+    overloaded: Whole  # (1,) how many clients are above the target
+    pool: Whole  # (requests,) scratch: the requests of a pair
     mine: NDArray[np.bool_]  # (requests,) scratch: which of the pool go to the pair's first client
     reach: NDArray[np.uint64]  # (MAX_FREE + 1, words) scratch: bit s of row k is set if some of the
     #                            first k requests of the pool sum to s · 2^shift rounds
     shift: int  # 0 unless loads are beyond MAX_BITS
 
 
-def longest_first(rounds: NDArray[np.int64], clients: int) -> Loads:
+def longest_first(rounds: Whole, clients: int) -> Loads:
     """Give every request, longest first, to the client with the least work (ties: lowest id).
 
     Requests without rounds weigh nothing and are left out.
@@ -80,7 +79,7 @@ def longest_first(rounds: NDArray[np.int64], clients: int) -> Loads:
         load=load,
         over=np.zeros(clients, dtype=np.int64),
         place=np.full(clients, -1),
-        count=np.zeros(1, dtype=np.int64),
+        overloaded=np.zeros(1, dtype=np.int64),
         pool=np.zeros(len(rounds), dtype=np.int64),
         mine=np.zeros(len(rounds), dtype=np.bool_),
         reach=np.zeros((MAX_FREE + 1, (longest_load >> shift) // 64 + 1), dtype=np.uint64),
@@ -88,17 +87,10 @@ def longest_first(rounds: NDArray[np.int64], clients: int) -> Loads:
     )
 
 
-@cache
-def load_kernels() -> None:
-    """Compile the kernels or load them from disk, once, on an instance that needs them all."""
-    loads = longest_first(np.array([5, 4, 3, 3, 3]), 2)  # 10 and 8; 9 and 9 is possible
-    set_target(loads, 9)
-    walk(loads, 9, 100, np.random.default_rng(0))
-    _write_clients(loads, np.zeros(5, dtype=np.int64))
-
-
 @kernel
-def _deal_longest_first(rounds, order, first, after, load):  # type: ignore[no-untyped-def]
+def _deal_longest_first(
+    rounds: Whole, order: Whole, first: Whole, after: Whole, load: Whole
+) -> None:
     heap = np.arange(load.size)  # clients, the least loaded on top
     for request in order:
         client = heap[0]
@@ -109,7 +101,7 @@ def _deal_longest_first(rounds, order, first, after, load):  # type: ignore[no-u
 
 
 @kernel
-def _sift_down(heap, load):  # type: ignore[no-untyped-def]
+def _sift_down(heap: Whole, load: Whole) -> None:
     """Restore the heap, ordered by (load, client), after the top's load has grown."""
     client = heap[0]
     hole = 0
@@ -127,30 +119,30 @@ def _sift_down(heap, load):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _lighter(one, other, load):  # type: ignore[no-untyped-def]
+def _lighter(one: int, other: int, load: Whole) -> bool:
     return load[one] < load[other] or (load[one] == load[other] and one < other)
 
 
 @kernel
 def set_target(loads: Loads, target: int) -> None:
     """List the clients whose load is above ``target``."""
-    loads.count[0] = 0
+    loads.overloaded[0] = 0
     for client in range(loads.load.size):
         loads.place[client] = -1
         _list_if_over(loads, client, target)
 
 
 @kernel
-def _list_if_over(loads, client, target):  # type: ignore[no-untyped-def]
+def _list_if_over(loads: Loads, client: int, target: int) -> None:
     over = loads.load[client] > target
     listed = loads.place[client] >= 0
     if over and not listed:
-        loads.over[loads.count[0]] = client
-        loads.place[client] = loads.count[0]
-        loads.count[0] += 1
+        loads.over[loads.overloaded[0]] = client
+        loads.place[client] = loads.overloaded[0]
+        loads.overloaded[0] += 1
     elif listed and not over:
-        loads.count[0] -= 1
-        moved = loads.over[loads.count[0]]
+        loads.overloaded[0] -= 1
+        moved = loads.over[loads.overloaded[0]]
         loads.over[loads.place[client]] = moved
         loads.place[moved] = loads.place[client]
         loads.place[client] = -1
@@ -166,10 +158,10 @@ def walk(loads: Loads, target: int, tries: int, rng: np.random.Generator) -> int
     first. At least two clients are needed.
     """
     clients = loads.load.size
-    while tries > 0 and loads.count[0] > 0:
+    while tries > 0 and loads.overloaded[0] > 0:
         tries -= 1
         if rng.random() < OVERLOADED_FIRST:
-            one = loads.over[rng.integers(0, loads.count[0])]
+            one = loads.over[rng.integers(0, loads.overloaded[0])]
         else:
             one = rng.integers(0, clients)
         other = _lightest_of_some(loads.load, one, rng)
@@ -178,7 +170,7 @@ def walk(loads: Loads, target: int, tries: int, rng: np.random.Generator) -> int
 
 
 @kernel
-def _lightest_of_some(load, one, rng):  # type: ignore[no-untyped-def]
+def _lightest_of_some(load: Whole, one: int, rng: np.random.Generator) -> int:
     """Draw ``PARTNERS`` clients other than ``one``; return the least loaded."""
     best = -1
     for _ in range(PARTNERS):
@@ -191,7 +183,7 @@ def _lightest_of_some(load, one, rng):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _split_anew(loads, one, other, target, rng):  # type: ignore[no-untyped-def]
+def _split_anew(loads: Loads, one: int, other: int, target: int, rng: np.random.Generator) -> None:
     """Pool the requests of two clients and share them out anew, unless that does harm."""
     size = _pool(loads, one, other)
     if size > MAX_FREE or rng.random() < SHUFFLED:
@@ -200,7 +192,8 @@ def _split_anew(loads, one, other, target, rng):  # type: ignore[no-untyped-def]
     light = _deal_rest(loads, free, size)
     total = loads.load[one] + loads.load[other]
     worst = max(loads.load[one], loads.load[other], target)
-    limit = (total // 2 - light) >> loads.shift
+    # A kick can make loads longer than the scratch space; then the split is less even.
+    limit = min((total // 2 - light) >> loads.shift, 64 * loads.reach.shape[1] - 1)
     _fill_reach(loads, free, limit)
     highest = _highest(loads.reach[free], limit)
     # Shares between the two bounds of the window all leave the same excess over the target.
@@ -208,7 +201,7 @@ def _split_anew(loads, one, other, target, rng):  # type: ignore[no-untyped-def]
     wanted = highest
     if lowest < highest:
         wanted = _highest(loads.reach[free], rng.integers(max(lowest, 0), highest + 1))
-    share = light + _mark_share(loads, free, max(wanted, 0))
+    share = light + _mark_share(loads, free, wanted)
     excess = max(0, share - target) + max(0, total - share - target)
     before = max(0, loads.load[one] - target) + max(0, loads.load[other] - target)
     if excess <= before and max(share, total - share) <= worst:
@@ -218,7 +211,7 @@ def _split_anew(loads, one, other, target, rng):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _pool(loads, one, other):  # type: ignore[no-untyped-def]
+def _pool(loads: Loads, one: int, other: int) -> int:
     """Write the requests of both clients into ``pool``; return how many there are."""
     size = 0
     for client in (one, other):
@@ -231,28 +224,30 @@ def _pool(loads, one, other):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _shuffle(pool, size, rng):  # type: ignore[no-untyped-def]
+def _shuffle(pool: Whole, size: int, rng: np.random.Generator) -> None:
     for last in range(size - 1, 0, -1):
         other = rng.integers(0, last + 1)
         pool[last], pool[other] = pool[other], pool[last]
 
 
 @kernel
-def _deal_rest(loads, free, size):  # type: ignore[no-untyped-def]
+def _deal_rest(loads: Loads, free: int, size: int) -> int:
     """Deal what is not free to the lighter share in turn; the first share ends as the lighter."""
-    shares = [0, 0]
+    ours = theirs = 0
     for k in range(free, size):
-        to = 0 if shares[0] <= shares[1] else 1
-        shares[to] += loads.rounds[loads.pool[k]]
-        loads.mine[k] = to == 0
-    if shares[0] > shares[1]:
+        loads.mine[k] = ours <= theirs
+        if loads.mine[k]:
+            ours += loads.rounds[loads.pool[k]]
+        else:
+            theirs += loads.rounds[loads.pool[k]]
+    if ours > theirs:
         for k in range(free, size):
             loads.mine[k] = not loads.mine[k]
-    return min(shares)
+    return min(ours, theirs)
 
 
 @kernel
-def _fill_reach(loads, free, limit):  # type: ignore[no-untyped-def]
+def _fill_reach(loads: Loads, free: int, limit: int) -> None:
     """Row k + 1 of ``reach`` is row k, or row k moved up by the length of the k-th free request."""
     reach = loads.reach
     words = limit // 64 + 1
@@ -275,7 +270,7 @@ def _fill_reach(loads, free, limit):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _highest(row, limit):  # type: ignore[no-untyped-def]
+def _highest(row: NDArray[np.uint64], limit: int) -> int:
     """Return the highest bit of ``row`` that is set and ≤ ``limit``, −1 if there is none."""
     word = limit >> 6
     bits = row[word] & (~np.uint64(0) >> np.uint64(63 - (limit & 63)))
@@ -291,7 +286,7 @@ def _highest(row, limit):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _mark_share(loads, free, wanted):  # type: ignore[no-untyped-def]
+def _mark_share(loads: Loads, free: int, wanted: int) -> int:
     """Mark free requests that sum to ``wanted``, a sum that is reached; return their rounds."""
     rounds = 0
     for k in range(free - 1, -1, -1):
@@ -305,7 +300,7 @@ def _mark_share(loads, free, wanted):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _hand_out(loads, one, other, size):  # type: ignore[no-untyped-def]
+def _hand_out(loads: Loads, one: int, other: int, size: int) -> None:
     """Link the marked requests of the pool to ``one``, the others to ``other``."""
     for client in (one, other):
         loads.first[client] = -1
@@ -319,64 +314,22 @@ def _hand_out(loads, one, other, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _write_clients(loads, client_of):  # type: ignore[no-untyped-def]
+def kick(loads: Loads, pairs: int, rng: np.random.Generator) -> None:
+    """Split some pairs at random, whatever the harm: a way out of a corner."""
+    for _ in range(pairs):
+        one = rng.integers(0, loads.load.size)
+        other = _lightest_of_some(loads.load, one, rng)
+        size = _pool(loads, one, other)
+        for k in range(size):
+            loads.mine[k] = rng.random() < 0.5
+        _hand_out(loads, one, other, size)
+
+
+@kernel
+def write_clients(loads: Loads, client_of: Whole) -> None:
     """Write the client of each request that has rounds."""
     for client in range(loads.first.size):
         request = loads.first[client]
         while request >= 0:
             client_of[request] = client
             request = loads.after[request]
-
-
-class Walk:
-    """Longest-first loads, the walk that evens them out, and the best it has come by.
-
-    Parameters
-    ----------
-    rounds
-        Decode rounds of each request, shape (requests,), ≥ 0.
-    clients
-        Number of clients, ≥ 1.
-    rng
-        Chooses the moves.
-    deadline
-        Reading of ``time.perf_counter`` at which the walk stops.
-    """
-
-    def __init__(
-        self,
-        rounds: NDArray[np.int64],
-        clients: int,
-        rng: np.random.Generator,
-        deadline: float,
-    ) -> None:
-        self._loads = longest_first(rounds, clients)
-        self._rng = rng
-        self._deadline = deadline
-        self._client_of = np.full(len(rounds), -1)
-        self._keep()
-
-    def client_of(self) -> NDArray[np.int64]:
-        """Client of each request in the best plan, shape (requests,); −1 without rounds."""
-        return self._client_of
-
-    def aim(self, target: int, tries: int) -> bool:
-        """Walk until no load is above ``target`` or the tries or the time are used up.
-
-        Returns whether the target was met. How the tries are portioned does not show in the result.
-        """
-        set_target(self._loads, target)
-        portion = 64
-        while tries > 0 and self._loads.count[0] > 0 and time.perf_counter() < self._deadline:
-            started = time.perf_counter()
-            portion = min(portion, tries)
-            tries += walk(self._loads, target, portion, self._rng) - portion
-            if time.perf_counter() - started < PORTION_S:
-                portion *= 2
-        if self._loads.load.max() < self.best:
-            self._keep()
-        return self._loads.count[0] == 0
-
-    def _keep(self) -> None:
-        self.best = int(self._loads.load.max())
-        _write_clients(self._loads, self._client_of)

@@ -30,4 +30,9 @@ __all__ = [
 ]
 
 for _id in TASKS:
-    register(id=_id, entry_point="servegym.envs.serving_env:ServingEnv", kwargs={"task": _id})
+    register(
+        id=_id,
+        entry_point="servegym.envs.serving_env:ServingEnv",
+        vector_entry_point="servegym.envs.vector_env:ServingVectorEnv",
+        kwargs={"task": _id},
+    )

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba import prange
 from numpy.typing import NDArray
 
 from servegym.envs.cost_models import CostTables
-from servegym.envs.observation import observe
+from servegym.envs.observation import OBSERVATION_SIZE, observe
 from servegym.envs.reward import loss
 from servegym.envs.simulator.admission import admits
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.jit import kernel, parallel_kernel
 from servegym.envs.simulator.loop import DECODE, advance, decode, prefill
 from servegym.envs.simulator.state import State
 
@@ -109,3 +110,55 @@ def step(
     reward = episode.reported_loss - now_lost
     episode.reported_loss = now_lost
     return reward, not alive, alive and (late or many)
+
+
+class Rows(NamedTuple):
+    """What a step writes for each of E environments."""
+
+    observations: NDArray[np.float32]  # (E, OBSERVATION_SIZE)
+    masks: NDArray[np.bool_]  # (E, actions); on entry of a step the legal actions
+    rewards: NDArray[np.float64]  # (E,)
+    terminated: NDArray[np.bool_]  # (E,)
+    truncated: NDArray[np.bool_]  # (E,)
+    illegal: NDArray[np.bool_]  # (E,) the action was replaced by the first legal one
+
+
+def make_rows(environments: int, actions: int) -> Rows:
+    """Allocate what steps of ``environments`` environments write."""
+    return Rows(
+        np.zeros((environments, OBSERVATION_SIZE), np.float32),
+        np.zeros((environments, actions), np.bool_),
+        np.zeros(environments),
+        *(np.zeros(environments, np.bool_) for _ in range(3)),
+    )
+
+
+@kernel
+def step_row(
+    state: State, costs: CostTables, settings: Settings, rows: Rows, e: int, action: int
+) -> None:
+    """Step environment ``e``; an illegal action is replaced by the first legal one."""
+    rows.illegal[e] = not rows.masks[e, action]
+    if rows.illegal[e]:
+        action = int(np.argmax(rows.masks[e]))
+    rows.rewards[e], rows.terminated[e], rows.truncated[e] = step(
+        state, costs, settings, e, action, rows.observations[e], rows.masks[e]
+    )
+
+
+@kernel
+def step_rows(
+    state: State, costs: CostTables, settings: Settings, rows: Rows, actions: NDArray[np.int64]
+) -> None:
+    """Step every environment once."""
+    for e in range(actions.size):
+        step_row(state, costs, settings, rows, e, actions[e])
+
+
+@parallel_kernel
+def step_rows_in_parallel(
+    state: State, costs: CostTables, settings: Settings, rows: Rows, actions: NDArray[np.int64]
+) -> None:
+    """Step every environment once, on numba's threads; the same results, as rows are independent."""
+    for e in prange(actions.size):
+        step_row(state, costs, settings, rows, e, actions[e])

@@ -20,14 +20,13 @@ from gymnasium.utils import seeding
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from servegym.envs.bounds import LowerBound, lower_bound
+from servegym.envs.cases import Case, bound_case, sample_requests
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.metrics import METRICS, Records
 from servegym.envs.policy import Briefing, Policy, Situation
-from servegym.envs.requests import Requests
-from servegym.envs.serving_env import ServingEnv, sample_requests
+from servegym.envs.serving_env import ServingEnv
 
 COLUMNS: Final = (
     "task",
@@ -48,15 +47,6 @@ _SAVE_EVERY_S: Final = 2.0
 
 
 @dataclass(frozen=True)
-class Case:
-    """One instance, the same for all policies that are compared on it."""
-
-    seed: int
-    requests: Requests
-    bound: LowerBound
-
-
-@dataclass(frozen=True)
 class Episode:
     """One policy on one case: its row of the table and its per-request records."""
 
@@ -65,15 +55,12 @@ class Episode:
 
 
 def make_case(task: TaskConfig, seed: int) -> Case:
-    """Return the instance that ``env.reset(seed=seed)`` of the task samples."""
+    """Return the case that ``env.reset(seed=seed)`` of the task plays."""
     requests = sample_requests(task, seeding.np_random(seed)[0])
-    clients = task.cluster.clients
-    costs = task.cost.tables(clients)
-    bound = lower_bound(requests, clients, costs, task.cluster.max_prefill_tokens)
-    return Case(seed, requests, bound)
+    return bound_case(task, task.cost.tables(task.cluster.clients), requests)
 
 
-def play(task: TaskConfig, name: str, policy: Policy, case: Case) -> Episode:
+def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> Episode:
     """Play one episode and time every decision.
 
     A policy that must be asked at every round gets the task with ``decisions = "rounds"``; the
@@ -83,10 +70,10 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case) -> Episode:
         task = with_overrides(task, {"process": {"decisions": "rounds"}})
     env = ServingEnv(task)
     started = perf_counter_ns()
-    plan = policy.prepare(brief(task, case))
+    plan = policy.prepare(brief(task, case, seed))
     prepare_s = (perf_counter_ns() - started) / 1e9
     options = {"requests": case.requests, "bound": case.bound, "plan": plan}
-    observation, _ = env.reset(seed=case.seed, options=options)
+    observation, _ = env.reset(seed=seed, options=options)
     nanoseconds: list[int] = []
     ended = False
     info: dict[str, Any] = {}
@@ -98,7 +85,7 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case) -> Episode:
         if "illegal_action" in info:
             raise ServegymError(f"policy {name} chose illegal action {action}")
         ended = terminated or truncated
-    row = {"task": task.name, "policy": name, "seed": case.seed}
+    row = {"task": task.name, "policy": name, "seed": seed}
     row |= {metric: info[metric] for metric in METRICS}
     row["decision_ms_p50"], row["decision_ms_p99"] = np.percentile(nanoseconds, [50, 99]) / 1e6
     row["decision_points"] = task.process.decisions
@@ -106,11 +93,11 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case) -> Episode:
     return Episode(row, env.records())
 
 
-def brief(task: TaskConfig, case: Case) -> Briefing:
+def brief(task: TaskConfig, case: Case, seed: int) -> Briefing:
     """Return what a policy is told before it plays a case."""
     present = int(np.searchsorted(case.requests.arrival_s, 0.0, side="right"))
     # Apart from the workload's stream, so that a policy's luck and the instance are independent.
-    rng = np.random.default_rng([case.seed, 1])
+    rng = np.random.default_rng([seed, 1])
     return Briefing(task, case.requests.first(present), rng)
 
 
@@ -189,7 +176,7 @@ def _play_case(
     task: TaskConfig, make_policy: Callable[[str], Policy], seed: int, names: Sequence[str]
 ) -> list[dict[str, Any]]:
     case = make_case(task, seed)
-    return [play(task, name, make_policy(name), case).row for name in names]
+    return [play(task, name, make_policy(name), case, seed).row for name in names]
 
 
 def _open_table(task: TaskConfig, output: Path) -> pd.DataFrame:

@@ -10,7 +10,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from servegym.envs.bounds import LowerBound, lower_bound
+from servegym.envs.bounds import LowerBound
+from servegym.envs.cases import Case, bound_case, load_case, sample_requests
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.decision_process import Settings, begin, step
 from servegym.envs.errors import ServegymError, unknown
@@ -18,12 +19,11 @@ from servegym.envs.metrics import Records, episode_metrics, records
 from servegym.envs.observation import FEATURES, OBSERVATION_SIZE
 from servegym.envs.plan import Plan
 from servegym.envs.requests import Requests
-from servegym.envs.reward import REWARDS, write_credits
+from servegym.envs.reward import REWARDS
 from servegym.envs.simulator.admission import ADMISSION_RULES
-from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import DecisionView, view
 from servegym.envs.tasks import load_task
-from servegym.envs.workloads import make_workload
 
 _RESET_OPTIONS: Final = {"requests": Requests, "plan": Plan, "bound": LowerBound}
 
@@ -39,12 +39,6 @@ def make_settings(task: TaskConfig) -> Settings:
         max_decisions=process.max_decisions,
         max_seconds=process.max_seconds,
     )
-
-
-def sample_requests(task: TaskConfig, rng: np.random.Generator) -> Requests:
-    """Return the requests of one episode of ``task``."""
-    workload = task.workload
-    return make_workload(workload.source, workload.requests, workload.arrival_rate_per_s, rng)
 
 
 class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
@@ -200,11 +194,8 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         check_plan(plan, requests, clients)
         if self.state is None or self.state.requests.shape[1] != len(requests):
             self.state = make_state(1, len(requests), clients)
-        load(self.state, 0, requests, plan)
-        if bound is None:
-            budget = self.task.cluster.max_prefill_tokens
-            bound = lower_bound(requests, clients, self.costs, budget)
-        write_credits(self.state, 0, requests, bound)
+        case = Case(requests, bound) if bound else bound_case(self.task, self.costs, requests)
+        load_case(self.state, 0, case, plan)
 
 
 def check_plan(plan: Plan | None, requests: Requests, clients: int) -> None:

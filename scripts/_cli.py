@@ -59,7 +59,8 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-    fail(_unknown_option(kind, tokens) or _first_paragraph(box.getvalue()), BAD_INPUT)
+    _report(_unknown_option(kind, tokens) or _first_paragraph(box.getvalue()))
+    raise SystemExit(BAD_INPUT)
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
@@ -72,20 +73,21 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         status = main(argv)
         sys.stdout.flush()
     except ServegymError as error:
-        fail(str(error), BAD_INPUT)
+        _report(str(error))
+        status = BAD_INPUT
     except KeyboardInterrupt:
-        fail("interrupted", INTERRUPTED)
+        _report("interrupted")
+        status = INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at exit; give that somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(BROKEN_PIPE)
+        status = BROKEN_PIPE
     sys.exit(status)
 
 
-def fail(message: str, status: int) -> NoReturn:
-    """Print one line on stderr and leave with ``status``."""
+def _report(message: str) -> None:
+    """Print one line on stderr."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
-    sys.exit(status)
 
 
 def _unknown_option(kind: type, tokens: Sequence[str]) -> str | None:

@@ -23,14 +23,14 @@ from servegym.baselines.episodes import run_episode
 from servegym.baselines.planner import plan_offline
 from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.registry import make_policy
+from servegym.envs.cases import Case, load_case
 from servegym.envs.config import ClusterConfig, TaskConfig, WorkloadConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import Case, make_case, play
+from servegym.envs.evaluation import make_case, play
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.reward import write_credits
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.simulator.admission import ADMISSION_RULES
-from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.simulator.state import State, make_state
 from servegym.envs.summary import to_markdown
 from servegym.envs.tasks import TASKS
 from servegym.envs.workloads import make_workload
@@ -88,8 +88,7 @@ class CompiledEpisode:
 
     def prepare(self) -> None:
         """Put the instance into the state (not timed)."""
-        load(self.state, 0, self.case.requests, None)
-        write_credits(self.state, 0, self.case.requests, self.case.bound)
+        load_case(self.state, 0, self.case)
 
     def play(self) -> None:
         """Play it to its end."""
@@ -186,7 +185,7 @@ def latency_figures() -> list[Figure]:
         )
         case = make_case(task, 0)
         for name in LATENCY_POLICIES:
-            p99_ms = play(task, name, make_policy(name), case).row["decision_ms_p99"]
+            p99_ms = play(task, name, make_policy(name), case, seed=0).row["decision_ms_p99"]
             what = f"decision p99, {name}, {clients} clients"
             figures.append(Figure(what, p99_ms, "ms", "≤ 1"))
     return figures

@@ -121,7 +121,7 @@ def draw(task: TaskConfig, study: pd.DataFrame, output: Path) -> None:
     case = make_case(task, PAPER_CASE_SEED)
     episodes = []
     for name in ("fcfs", "hybrid"):
-        episode = play(task, name, make_policy(name), case)
+        episode = play(task, name, make_policy(name), case, PAPER_CASE_SEED)
         row = episode.row
         title = (
             f"{name}: {row['makespan_s']:.1f} s, {100 * row['gap']:.1f} % above the lower bound, "

@@ -121,13 +121,13 @@ def test_no_temporary_file_is_left(tmp_path: Path) -> None:
 
 def test_decisions_are_asked_every_round_where_a_policy_needs_it() -> None:
     case = make_case(TASK, 0)
-    assert play(TASK, "aligned", make_policy("aligned"), case).row["decision_points"] == "rounds"
-    assert play(TASK, "fcfs", make_policy("fcfs"), case).row["decision_points"] == "events"
+    assert play(TASK, "aligned", make_policy("aligned"), case, 0).row["decision_points"] == "rounds"
+    assert play(TASK, "fcfs", make_policy("fcfs"), case, 0).row["decision_points"] == "events"
 
 
 def test_a_truncated_episode_has_a_row() -> None:
     task = with_overrides(TASK, {"process": {"max_decisions": 2}})
-    row = play(task, "fcfs", make_policy("fcfs"), make_case(task, 0)).row
+    row = play(task, "fcfs", make_policy("fcfs"), make_case(task, 0), 0).row
     assert row["decisions"] == 2
     assert 0 < row["client_utilization"] <= 1
 
@@ -137,4 +137,4 @@ def test_policies_with_arrivals_plan_only_what_is_there() -> None:
     task = with_overrides(TASK, overrides)
     case = make_case(task, 0)
     for name in ("offline", "offline-steal", "hybrid", "aligned"):
-        assert play(task, name, make_policy(name), case).row["gap"] >= -1e-12
+        assert play(task, name, make_policy(name), case, 0).row["gap"] >= -1e-12

@@ -117,8 +117,8 @@ def test_a_trigger_policy_refuses_a_bad_parameter(bad: float) -> None:
 def test_a_policy_says_which_rule_the_task_lacks() -> None:
     task = with_overrides(TASKS["servegym/Tiny-v0"], {"process": {"rules": ["fcfs"]}})
     with pytest.raises(ServegymError, match="admits by 'longest'"):
-        play(task, "lpt", make_policy("lpt"), make_case(task, 0))
-    assert play(task, "fcfs", make_policy("fcfs"), make_case(task, 0)).row["requests"] == 8
+        play(task, "lpt", make_policy("lpt"), make_case(task, 0), 0)
+    assert play(task, "fcfs", make_policy("fcfs"), make_case(task, 0), 0).row["requests"] == 8
 
 
 def test_random_needs_its_briefing() -> None:
@@ -139,7 +139,7 @@ def test_played_and_compiled_episodes_agree(name: str, decisions: str) -> None:
     case = make_case(task, 3)
     policy = make_policy(name)
     assert isinstance(policy, TriggerPolicy)
-    row = play(task, name, policy, case).row
+    row = play(task, name, policy, case, 3).row
     compiled = play_compiled(task, policy, case)
     same = [metric for metric in METRICS if metric != "decisions"]  # forced moves count differently
     assert {metric: row[metric] for metric in same} == {metric: compiled[metric] for metric in same}
@@ -152,7 +152,7 @@ def test_the_parts_of_the_hybrid_pay_where_stages_are_dear() -> None:
     )
     case = make_case(task, 0)
     gaps = {
-        name: play(task, name, make_policy(name), case).row["gap"]
+        name: play(task, name, make_policy(name), case, 0).row["gap"]
         for name in ("fcfs", "offline-steal", "hybrid")
     }
     assert gaps["hybrid"] < gaps["offline-steal"] < gaps["fcfs"]

@@ -51,13 +51,17 @@ def test_no_episode_beats_its_bound(name: str) -> None:
 @pytest.mark.parametrize("policy", ["fcfs", "hybrid"])
 def test_the_single_case_is_reproduced(policy: str) -> None:
     """What the table says of the single case is what the code does today."""
-    row = play(PAPER, policy, make_policy(policy), make_case(PAPER, PAPER_CASE_SEED)).row
+    row = play(
+        PAPER, policy, make_policy(policy), make_case(PAPER, PAPER_CASE_SEED), PAPER_CASE_SEED
+    ).row
     table = pd.read_csv(RESULTS / "paper/case/episodes.csv").set_index("policy")
     assert row["makespan_s"] == pytest.approx(table.loc[policy, "makespan_s"], rel=1e-9)
 
 
 def test_the_calibration_hits_its_one_target() -> None:
-    row = play(PAPER, "fcfs", make_policy("fcfs"), make_case(PAPER, PAPER_CASE_SEED)).row
+    row = play(
+        PAPER, "fcfs", make_policy("fcfs"), make_case(PAPER, PAPER_CASE_SEED), PAPER_CASE_SEED
+    ).row
     assert f"{row['makespan_s']:.2f}" == f"{PAPER_BASELINE_S:.2f}" == PUBLISHED["fcfs"][0]
     text = (RESULTS / "calibration/calibration.md").read_text()
     assert f"Decode round: {1e3 * PAPER_ROUND_S:.3f} ms" in text

@@ -26,9 +26,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def kernel(function: Function) -> Function:
     """Compile ``function`` on first call (no Python objects) and cache the machine code on disk."""
-    dispatcher: Any = numba.njit(function)
+    return _cached(function, parallel=False)
+
+
+def parallel_kernel(function: Function) -> Function:
+    """Do as ``kernel``, and run ``prange`` loops on numba's threads."""
+    return _cached(function, parallel=True)
+
+
+def _cached(function: Function, *, parallel: bool) -> Function:
     if config.DISABLE_JIT:
         return function
+    dispatcher: Any = numba.njit(function, parallel=parallel)
     folder = Path(function.__code__.co_filename).resolve().parent
     previous = config.CACHE_DIR
     config.CACHE_DIR = str(_cache_folder(folder))
