@@ -16,9 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.baselines.highs import silent_highs, solve_interruptibly
-from servegym.envs.errors import unknown
+from servegym.envs.errors import ServegymError, unknown
 
 FORMULATIONS: Final = ("assignment", "counts")
+
+MAX_CELLS: Final = 5_000_000
+"""Requests × clients accepted; a program of this size takes gigabytes."""
 
 _BOUND_TOLERANCE: Final = 1e-3
 """Rounds that the solver's bound may be too high by; far above its feasibility tolerance."""
@@ -75,9 +78,14 @@ def solve_mip(
     Raises
     ------
     ServegymError
-        If there is no such formulation.
+        If there is no such formulation, or the program would not fit into memory.
     """
     kinds = _kinds(rounds, formulation)
+    if len(kinds.length) * clients > MAX_CELLS:
+        raise ServegymError(
+            f"the program would have {len(kinds.length) * clients} variables, at most {MAX_CELLS} "
+            "are accepted; take the solver 'rebalance'"
+        )
     model = silent_highs()
     model.setOptionValue("time_limit", float(time_limit_s))
     model.setOptionValue("mip_rel_gap", 0.0)

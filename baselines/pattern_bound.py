@@ -46,6 +46,7 @@ class PatternBound:
         self._lengths, self._counts = np.unique(rounds[rounds > 0], return_counts=True)
         self._clients = clients
         self._patterns: dict[bytes, NDArray[np.int64]] = {}
+        self._open_from: int | None = None  # the least target known to be open
 
     def learn(self, rounds: NDArray[np.int64], client_of: NDArray[np.int64]) -> None:
         """Take what each client of a plan holds as patterns to start from."""
@@ -56,6 +57,31 @@ class PatternBound:
         kind = np.searchsorted(self._lengths, rounds[held])
         np.add.at(patterns, (client_of[held], kind), 1)
         self._patterns.update({pattern.tobytes(): pattern for pattern in patterns})
+
+    def raise_bound(self, bound: int, load: int, deadline: float) -> int:
+        """Try one target between a bound and the load of a plan; return the bound, raised or not.
+
+        The load is most often optimal, so first comes the target just below it, then bisection.
+        Called again until it has nothing left to try, it finds the best bound that prices give.
+
+        Parameters
+        ----------
+        bound
+            Rounds that the largest load is known to need, at least the longest request.
+        load
+            Largest load of the best plan, in rounds.
+        deadline
+            Reading of ``time.perf_counter`` to stop at.
+        """
+        top = load if self._open_from is None else min(load, self._open_from)
+        if bound >= top:
+            return bound
+        target = top - 1 if top == load else (bound + top - 1) // 2
+        verdict = self.decide(target, deadline)
+        if verdict is Verdict.IMPOSSIBLE:
+            return target + 1
+        self._open_from = target if verdict is Verdict.OPEN else bound
+        return bound
 
     def decide(self, target: int, deadline: float) -> Verdict:
         """Look for prices that rule out loads within ``target`` rounds.

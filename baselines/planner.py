@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.baselines.milp import solve_mip
-from servegym.baselines.pattern_bound import PatternBound, Verdict
+from servegym.baselines.pattern_bound import PatternBound
 from servegym.baselines.walk import Walk, load_kernels
 from servegym.envs.config import MAX_CLIENTS
 from servegym.envs.errors import ServegymError, unknown
@@ -185,26 +185,14 @@ def _rebalance(problem: _Problem) -> _Found:
 
 
 def _close_gap(problem: _Problem, walk: Walk, bound: int) -> int:
-    """Lower the load and raise the bound in turn until they meet; return the bound.
-
-    Every target below ``bound`` is proven impossible; ``open_from`` is the least target that
-    pricing is known to leave open.
-    """
+    """Lower the load and raise the bound in turn until they meet; return the bound."""
     prices = PatternBound(problem.rounds, problem.clients)
-    prices.learn(problem.rounds, walk.client_of())
-    open_from = walk.best
     while bound < walk.best and problem.time_left_s > 0:
-        if bound < open_from:
-            # The load is most often optimal, so first the target just below it.
-            target = open_from - 1 if open_from == walk.best else (bound + open_from - 1) // 2
-            verdict = prices.decide(target, problem.deadline)
-            if verdict is Verdict.IMPOSSIBLE:
-                bound = target + 1
-            else:
-                open_from = target if verdict is Verdict.OPEN else bound
-        if not walk.aim(walk.best - 1, TRIES_A_CLIENT * problem.clients):
-            walk.kick()
-        open_from = min(open_from, walk.best)
+        if walk.aim(walk.best - 1, TRIES_A_CLIENT * problem.clients):
+            continue
+        prices.learn(problem.rounds, walk.client_of())
+        bound = prices.raise_bound(bound, walk.best, problem.deadline)
+        walk.kick()
     return bound
 
 

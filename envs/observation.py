@@ -6,6 +6,7 @@ what a scheduler can know: expected, never true, output lengths.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -51,13 +52,18 @@ FEATURES: Final = (
 
 OBSERVATION_SIZE: Final = len(FEATURES)
 
-_LOG_ROUNDS: Final = float(np.log1p(1 << 14))  # rounds beyond 16,384 read as 1
-_LOG_QUEUE: Final = float(np.log1p(1 << 8))  # requests per client beyond 256 read as 1
+_ROUND_DOUBLINGS: Final = 14.0  # rounds beyond 16,384 read as 1
+_QUEUE_DOUBLINGS: Final = 8.0  # requests per client beyond 256 read as 1
 
 
 @kernel
-def _log_rounds(rounds: int) -> float:
-    return min(np.log1p(max(rounds, 0)) / _LOG_ROUNDS, 1.0)
+def _log(x: float, doublings: float) -> float:
+    """Return log₂(1 + x) / doublings, at most 1, linear between powers of two.
+
+    Exact arithmetic only: a library's logarithm may differ in the last bit between machines.
+    """
+    mantissa, exponent = math.frexp(1.0 + max(x, 0.0))  # ½ ≤ mantissa < 1
+    return min((exponent + 2.0 * mantissa - 2.0) / doublings, 1.0)
 
 
 @kernel
@@ -71,16 +77,14 @@ def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.flo
     """Write the observation of replica ``r`` in environment ``e`` into ``out`` (OBSERVATION_SIZE,)."""
     episode = state.episodes[e]
     now = view(state, costs, e, r)
-    running = -now.active * now.round
-    for place in range(now.active):
-        running += state.finishes[e, r, place].due
+    running = state.replicas[e, r].due_sum - now.active * now.round
     total = max(episode.total_expected_rounds, 1)
     fixed_cost = now.active * now.prefill_fixed_s
     expected_wait = now.idle * now.seconds_to_finish
     out[0] = now.active / now.clients
     out[1] = min(now.idle, now.waiting) / now.clients
     out[2] = now.waiting / now.requests
-    out[3] = min(np.log1p(now.waiting / now.clients) / _LOG_QUEUE, 1.0)
+    out[3] = _log(now.waiting / now.clients, _QUEUE_DOUBLINGS)
     out[4] = episode.finished / now.requests
     out[5] = episode.arrived / now.requests
     out[6] = episode.waiting_rounds / total
@@ -106,7 +110,7 @@ def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
     for k in range(3):
         place = (2 - k) * (waiting - 1) // 2
         request = state.by_length[e, select(state.waiting_tree[e], place)]
-        out[14 + k] = _log_rounds(state.requests[e, request].expected_rounds)
+        out[14 + k] = _log(state.requests[e, request].expected_rounds, _ROUND_DOUBLINGS)
     below = 0
     for bucket in range(_BUCKETS):
         up_to = count_below(state.waiting_tree[e], state.bucket_rank[e, bucket + 1])
@@ -125,14 +129,17 @@ def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> 
         # The idle clients count as done; the next to finish is the first of those still active.
         done = max(int(np.ceil(FINISH_SHARES[k] * clients)) - (clients - active), 1)
         place = active - done
-        out[first + k] = _log_rounds(finishes[place].due - now) if place >= 0 else 0.0
+        out[first + k] = _log(finishes[place].due - now, _ROUND_DOUBLINGS) if place >= 0 else 0.0
     histogram = first + FINISH_SHARES.size
-    out[histogram : histogram + _BUCKETS] = 0.0
-    bucket = 0
-    for place in range(active - 1, -1, -1):
-        left = finishes[place].due - now
-        while bucket + 1 < _BUCKETS and left >= LENGTH_BUCKETS[bucket + 1]:
-            bucket += 1
-        out[histogram + bucket] += 1.0
-    for bucket in range(_BUCKETS):
-        out[histogram + bucket] /= clients
+    longer = active  # how many run for at least as long as the bucket's first length
+    for bucket in range(_BUCKETS - 1):
+        low, high = 0, longer
+        while low < high:
+            middle = (low + high) // 2
+            if finishes[middle].due - now >= LENGTH_BUCKETS[bucket + 1]:
+                low = middle + 1
+            else:
+                high = middle
+        out[histogram + bucket] = (longer - low) / clients
+        longer = low
+    out[histogram + _BUCKETS - 1] = longer / clients

@@ -128,10 +128,12 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         if not self._started:
             raise ServegymError("call reset() before step()")
         chosen = np.ascontiguousarray(actions, dtype=np.int64)
+        if chosen.shape != (self.num_envs,):
+            raise ServegymError(f"actions must have shape ({self.num_envs},), got {chosen.shape}")
         most = self.rows.masks.shape[1] - 1
-        if chosen.shape != (self.num_envs,) or chosen.min() < 0 or chosen.max() > most:
+        if chosen.min() < 0 or chosen.max() > most:
             raise ServegymError(
-                f"actions must be {self.num_envs} numbers in 0 … {most}, got {actions}"
+                f"actions must lie in 0 … {most}, got {chosen.min()} … {chosen.max()}"
             )
         return chosen
 

@@ -266,6 +266,17 @@ def test_many_arrivals(rng: np.random.Generator) -> None:
     assert bound.seconds >= arrivals[-1] + 2.0 + (requests.output_tokens[-1] - 1)
 
 
+@pytest.mark.xfail(reason="bug: Σ rounds · prompt overflows 64 bits", strict=True)
+def test_the_largest_workload_of_the_longest_requests() -> None:
+    """100,000 requests of 10 million tokens each way, alike: the cache part alone is known."""
+    most, n = 10**7, 100_000
+    costs = StageCosts(AffineDecode(1.0, 0.0, 1e-9), AffinePrefill(2.0, 0.0))
+    bound = bound_of(make_requests(np.full(n, most), np.full(n, most)), 1, costs)
+    rounds = most - 1
+    expected = n * (rounds + 1e-9 * (rounds * most + rounds * (rounds + 1) / 2))
+    assert bound.decode_s == pytest.approx(expected)
+
+
 # ---- rounds of the busiest client ------------------------------------------------------------
 
 ROUNDS = [

@@ -223,7 +223,6 @@ print(env.step(0)[4]["makespan_s"].hex())
 """
 
 
-@pytest.mark.xfail(reason="bug: numpy's int32 scalars overflow where numba widens", strict=True)
 def test_the_longest_outputs_without_the_compiler() -> None:
     """Rounds times requests is beyond 32 bits, in which the records hold either."""
     compiled, plain = (

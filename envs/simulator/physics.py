@@ -167,7 +167,7 @@ def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
     keys = np.empty(admitted, np.int64)  # rounds and id of each in one sortable number
     for k in range(admitted):
         i = np.int64(state.picked[e, k])
-        keys[k] = state.requests[e, i].decode_rounds * span + i
+        keys[k] = np.int64(state.requests[e, i].decode_rounds) * span + i
     keys.sort()
     # Those that run already move to the back; merging from the front never overtakes them.
     for k in range(replica.active - 1, -1, -1):
@@ -185,6 +185,7 @@ def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
             place += 1
             source += 1
         finishes[place].due = due
+        replica.due_sum += due
         finishes[place].request = i
         place += 1
 
@@ -208,6 +209,7 @@ def _finish_due(state: State, e: int, r: int) -> None:
         request.finished_s = replica.clock_s
         replica.cached_tokens -= request.prompt_tokens + request.decode_rounds + 1
         replica.active -= 1
+        replica.due_sum -= finish.due
         state.clients[e, r, request.client].request = NOBODY
         state.episodes[e].finished += 1
 

@@ -82,6 +82,7 @@ REPLICA: Final = np.dtype(
         ("rounds", np.int64),  # decode rounds run so far: the decode clock
         ("active", np.int64),  # clients that hold a request
         ("cached_tokens", np.int64),
+        ("due_sum", np.int64),  # Σ over running of the decode clock at which each finishes
         ("idle_wait_s", np.float64),  # idle client-seconds since the last prefill, work waiting
         ("prefill_stages", np.int64),
         ("prefill_s", np.float64),

@@ -1,0 +1,119 @@
+"""The vector environment: every row is a single environment, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numba
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from servegym.envs import ServegymError, ServingEnv
+from servegym.envs.metrics import METRICS
+from servegym.envs.vector_env import ServingVectorEnv
+
+SMALL: dict[str, Any] = {"cluster": {"clients": 6}, "workload": {"requests": 25}}
+TASKS = [
+    ("Tiny-v0", {}),
+    ("GSM8K-v0", SMALL),
+    ("Paper-v0", SMALL | {"process": {"decisions": "rounds", "max_decisions": 40}}),
+    ("GSM8K-v0", SMALL | {"workload": {"requests": 25, "arrival_rate_per_s": 2.0}}),
+]
+
+
+def any_action(rng: np.random.Generator, actions: int) -> int:
+    """Legal or not: what the environment makes of it is compared, too."""
+    return int(rng.integers(actions))
+
+
+@pytest.mark.parametrize(("task", "overrides"), TASKS)
+@pytest.mark.parametrize("threads", [1, numba.config.NUMBA_NUM_THREADS])
+def test_a_row_is_a_single_environment(task: str, overrides: dict[str, Any], threads: int) -> None:
+    rows = 3
+    vector = ServingVectorEnv(rows, task, overrides, threads=threads)
+    singles = [ServingEnv(task, overrides) for _ in range(rows)]
+    rng = np.random.default_rng(0)
+    observations, infos = vector.reset(seed=7)
+    for e, env in enumerate(singles):
+        first, info = env.reset(seed=7 + e)
+        assert first.tobytes() == observations[e].tobytes()
+        assert info["lower_bound_s"] == infos["lower_bound_s"][e]
+    for _ in range(150):
+        actions = [any_action(rng, vector.rows.masks.shape[1]) for _ in singles]
+        observations, rewards, terminated, truncated, infos = vector.step(actions)
+        for e, env in enumerate(singles):
+            last, reward, ended, cut, info = env.step(actions[e])
+            assert (reward, ended, cut) == (rewards[e], terminated[e], truncated[e])
+            assert info.get("illegal_action", False) == infos["illegal_action"][e]
+            if ended or cut:
+                assert last.tobytes() == infos["final_obs"][e].tobytes()
+                final = {name: infos["final_info"][name][e] for name in METRICS}
+                assert np.array_equal([info[name] for name in METRICS], list(final.values()), True)
+                last, _ = env.reset()
+            assert last.tobytes() == observations[e].tobytes()
+            assert np.array_equal(env.action_masks(), vector.action_masks()[e])
+
+
+def test_gymnasium_makes_it_and_knows_its_autoreset() -> None:
+    env = gym.make_vec("servegym/Tiny-v0", num_envs=4, vectorization_mode="vector_entry_point")
+    assert isinstance(env.unwrapped, ServingVectorEnv)
+    assert env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    observations, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observations)
+    assert env.action_space.contains(env.action_space.sample())
+
+
+def test_copies_unless_told_otherwise() -> None:
+    env = ServingVectorEnv(2, "Tiny-v0")
+    first, _ = env.reset(seed=0)
+    kept = first.copy()
+    env.step([3, 3])
+    assert np.array_equal(first, kept)
+    shared = ServingVectorEnv(2, "Tiny-v0", copy=False)
+    first, _ = shared.reset(seed=0)
+    shared.step([3, 3])
+    assert not np.array_equal(first, kept)
+
+
+def test_seeds_one_by_one() -> None:
+    env = ServingVectorEnv(2, "Tiny-v0")
+    first, _ = env.reset(seed=[5, 9])
+    assert first[1].tobytes() == ServingEnv("Tiny-v0").reset(seed=9)[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "good"),
+    [
+        ({"num_envs": 0}, {"num_envs": 1}),  # none
+        ({"num_envs": 1_000_001}, {"num_envs": 2}),  # absurd
+        ({"threads": 0}, {"threads": 1}),
+        ({"threads": numba.config.NUMBA_NUM_THREADS + 1}, {"threads": 1}),  # more than there are
+        ({"task": "Tyni-v0"}, {"task": "Tiny-v0"}),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], good: dict[str, Any]) -> None:
+    with pytest.raises(ServegymError):
+        ServingVectorEnv(**{"task": "Tiny-v0", **arguments})
+    ServingVectorEnv(**{"task": "Tiny-v0", **good})
+
+
+@pytest.mark.parametrize("actions", [[0], [0, 7], [-1, 0], [[0, 0]]])
+def test_bad_actions(actions: Any) -> None:
+    env = ServingVectorEnv(2, "Tiny-v0")
+    with pytest.raises(ServegymError, match="call reset"):
+        env.step([3, 3])
+    env.reset(seed=0)
+    with pytest.raises(ServegymError, match="actions must"):
+        env.step(actions)
+    env.step([0, 6])
+
+
+def test_bad_resets() -> None:
+    env = ServingVectorEnv(2, "Tiny-v0")
+    with pytest.raises(ServegymError, match="as many seeds"):
+        env.reset(seed=[1])
+    with pytest.raises(ServegymError, match="no reset options"):
+        env.reset(options={"requests": None})
+    env.reset(seed=[1, 2], options={})
