@@ -23,7 +23,7 @@ MAX_FREE: Final = 64
 """Requests of a pair that are split exactly; with more, the rest is first dealt out greedily."""
 
 MAX_BITS: Final = 1 << 17
-"""Bits of a subset-sum row; with longer loads, sums are kept to the nearest 2^k instead."""
+"""Bits of a subset-sum row; longer sums are kept in units of the least power of two that fits."""
 
 OVERLOADED_FIRST: Final = 0.75
 """Share of the moves that begin at an overloaded client; the others stir the clients that fit."""
@@ -49,8 +49,7 @@ class Loads(NamedTuple):
     pool: Whole  # (requests,) scratch: the requests of a pair
     mine: NDArray[np.bool_]  # (requests,) scratch: which of the pool go to the pair's first client
     reach: NDArray[np.uint64]  # (MAX_FREE + 1, words) scratch: bit s of row k is set if some of the
-    #                            first k requests of the pool sum to s · 2^shift rounds
-    shift: int  # 0 unless loads are beyond MAX_BITS
+    #                            first k requests of the pool sum to s, all in units of 2^shift
 
 
 def longest_first(rounds: Whole, clients: int) -> Loads:
@@ -70,8 +69,7 @@ def longest_first(rounds: Whole, clients: int) -> Loads:
     load = np.zeros(clients, dtype=np.int64)
     order = np.argsort(-rounds, kind="stable")
     _deal_longest_first(rounds, order[: np.count_nonzero(rounds)], first, after, load)
-    longest_load = int(load.max())
-    shift = max(0, longest_load.bit_length() - MAX_BITS.bit_length() + 1)
+    words = min(int(load.max()), MAX_BITS) // 64 + 1
     return Loads(
         rounds=rounds,
         first=first,
@@ -82,8 +80,7 @@ def longest_first(rounds: Whole, clients: int) -> Loads:
         overloaded=np.zeros(1, dtype=np.int64),
         pool=np.zeros(len(rounds), dtype=np.int64),
         mine=np.zeros(len(rounds), dtype=np.bool_),
-        reach=np.zeros((MAX_FREE + 1, (longest_load >> shift) // 64 + 1), dtype=np.uint64),
-        shift=shift,
+        reach=np.zeros((MAX_FREE + 1, words), dtype=np.uint64),
     )
 
 
@@ -192,16 +189,17 @@ def _split_anew(loads: Loads, one: int, other: int, target: int, rng: np.random.
     light = _deal_rest(loads, free, size)
     total = loads.load[one] + loads.load[other]
     worst = max(loads.load[one], loads.load[other], target)
-    # A kick can make loads longer than the scratch space; then the split is less even.
-    limit = min((total // 2 - light) >> loads.shift, 64 * loads.reach.shape[1] - 1)
-    _fill_reach(loads, free, limit)
-    highest = _highest(loads.reach[free], limit)
-    # Shares between the two bounds of the window all leave the same excess over the target.
-    lowest = (max(min(target, total - target), total - worst) - light) >> loads.shift
-    wanted = highest
-    if lowest < highest:
-        wanted = _highest(loads.reach[free], rng.integers(max(lowest, 0), highest + 1))
-    share = light + _mark_share(loads, free, wanted)
+    shift = 0
+    while (total // 2 - light) >> shift >= 64 * loads.reach.shape[1]:
+        shift += 1
+    limit = (total // 2 - light) >> shift
+    _fill_reach(loads, free, limit, shift)
+    wanted = _highest(loads.reach[free], limit)
+    # Shares between the two ends of the window all leave the same excess over the target.
+    lowest = (max(min(target, total - target), total - worst) - light) >> shift
+    if lowest < wanted:
+        wanted = _highest(loads.reach[free], rng.integers(max(lowest, 0), wanted + 1))
+    share = light + _mark_share(loads, free, wanted, shift)
     excess = max(0, share - target) + max(0, total - share - target)
     before = max(0, loads.load[one] - target) + max(0, loads.load[other] - target)
     if excess <= before and max(share, total - share) <= worst:
@@ -247,14 +245,14 @@ def _deal_rest(loads: Loads, free: int, size: int) -> int:
 
 
 @kernel
-def _fill_reach(loads: Loads, free: int, limit: int) -> None:
+def _fill_reach(loads: Loads, free: int, limit: int, shift: int) -> None:
     """Row k + 1 of ``reach`` is row k, or row k moved up by the length of the k-th free request."""
     reach = loads.reach
     words = limit // 64 + 1
     reach[0, :words] = 0
     reach[0, 0] = 1
     for k in range(free):
-        length = loads.rounds[loads.pool[k]] >> loads.shift
+        length = loads.rounds[loads.pool[k]] >> shift
         whole = min(length >> 6, words)
         part = np.uint64(length & 63)
         back = np.uint64(63) - part
@@ -286,7 +284,7 @@ def _highest(row: NDArray[np.uint64], limit: int) -> int:
 
 
 @kernel
-def _mark_share(loads: Loads, free: int, wanted: int) -> int:
+def _mark_share(loads: Loads, free: int, wanted: int, shift: int) -> int:
     """Mark free requests that sum to ``wanted``, a sum that is reached; return their rounds."""
     rounds = 0
     for k in range(free - 1, -1, -1):
@@ -294,7 +292,7 @@ def _mark_share(loads: Loads, free: int, wanted: int) -> int:
         word, bit = wanted >> 6, np.uint64(wanted & 63)
         loads.mine[k] = not (loads.reach[k, word] >> bit) & np.uint64(1)
         if loads.mine[k]:
-            wanted -= loads.rounds[request] >> loads.shift
+            wanted -= loads.rounds[request] >> shift
             rounds += loads.rounds[request]
     return rounds
 

@@ -142,7 +142,8 @@ class AffinePrefill:
             per_token_squared=self.per_token_squared,
             floor=self.floor,
         )
-        _refuse_nonpositive("prefill", base_and_per_token=self.base + self.per_token + self.floor)
+        if self.base + self.per_token + self.per_token_squared + self.floor == 0:
+            raise ServegymError("prefill must cost something: base, per_token and floor are all 0")
 
 
 @dataclass(frozen=True)

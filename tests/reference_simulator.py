@@ -44,7 +44,7 @@ def prefill_stage_s(costs: StageCosts, prompts: Sequence[int]) -> float:
     return prefill_s(costs, sum(prompts), sum(p * p for p in prompts), len(prompts))
 
 
-def prefill_s(costs: StageCosts, tokens: int, squares: int, requests: int) -> float:
+def prefill_s(costs: StageCosts, tokens: int, squares: float, requests: int) -> float:
     """Seconds of a prefill stage with so many prompt tokens, Σp² and requests."""
     prefill, overhead = costs.prefill, costs.engine_overhead
     if isinstance(prefill, AffinePrefill):

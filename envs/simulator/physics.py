@@ -36,7 +36,7 @@ def decode_seconds(
 
 
 @kernel
-def prefill_seconds(costs: CostTables, r: int, tokens: int, squares: int, requests: int) -> float:
+def prefill_seconds(costs: CostTables, r: int, tokens: int, squares: float, requests: int) -> float:
     """Return the time of a prefill stage of ``tokens`` prompt tokens (Σp² ``squares``)."""
     levels = costs.prefill_level_tokens.shape[1]
     if levels > 0:
@@ -136,11 +136,11 @@ def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) 
     """Run one prefill stage for the first ``admitted`` picked requests; return its seconds."""
     episode, replica = state.episodes[e], state.replicas[e, r]
     tokens = 0
-    squares = 0
+    squares = 0.0
     for i in state.picked[e, :admitted]:
         prompt = np.int64(state.requests[e, i].prompt_tokens)
         tokens += prompt
-        squares += prompt * prompt
+        squares += float(prompt) * prompt
     start_s = replica.clock_s
     seconds = prefill_seconds(costs, r, tokens, squares, admitted)
     episode.in_system_s += seconds * (episode.waiting + replica.active + admitted)

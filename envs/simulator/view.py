@@ -42,7 +42,7 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
     if waiting > 0:
         admitted = min(idle, waiting)
         tokens = episode.waiting_prompt_tokens * admitted // waiting
-        squares = episode.waiting_prompt_squares * admitted // waiting
+        squares = episode.waiting_prompt_squares * (admitted / waiting)
         prefill_s = prefill_seconds(costs, r, tokens, squares, admitted)
         variable_s = (
             costs.prefill_per_token_s[r] * tokens

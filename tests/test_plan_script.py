@@ -1,0 +1,303 @@
+"""scripts/plan.py and what all scripts share in scripts/_cli.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from _cli import parse, run
+
+from scripts import plan
+from servegym.envs.errors import ServegymError
+
+SCRIPT = Path(plan.__file__)
+CSV = "prompt_tokens,output_tokens\n9,6\n9,5\n9,4\n9,4\n9,4\n"
+"""Decode rounds 5, 4, 3, 3 and 3: on two clients 5 + 4 and 3 + 3 + 3."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a script ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ended(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs a main in this process, as ``python scripts/….py`` would."""
+
+    def end(main: Callable[[Sequence[str] | None], int], *options: str) -> Outcome:
+        with pytest.raises(SystemExit) as stop:
+            run(main, list(options))
+        shown = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return Outcome(stop.value.code, shown.out, shown.err)
+
+    return end
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    path = tmp_path / "work.csv"
+    path.write_text(CSV)
+    return path
+
+
+@pytest.mark.parametrize("solver", ["rebalance", "milp", "milp-cold"])
+def test_writes_the_plan(ended: Callable[..., Outcome], workload: Path, solver: str) -> None:
+    output = workload.with_name("plan.json")
+    options = ["--workload", str(workload), "--clients", "2", "--output", str(output)]
+    outcome = ended(plan.main, *options, "--solver", solver)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.out.startswith("load 9 rounds, lower bound 9, optimal")
+    written = json.loads(output.read_text())
+    seconds = written.pop("seconds")
+    assert 0 <= seconds < 60
+    assert sorted(written.pop("queues")) == [[0, 1], [2, 3, 4]]
+    assert written == {
+        "clients": 2,
+        "load": 9,
+        "lower_bound": 9,
+        "status": "optimal",
+        "solver": solver,
+    }
+    assert sorted(path.name for path in output.parent.iterdir()) == ["plan.json", "work.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workload", "missing.csv"], "missing.csv: no such workload file"),
+        (["--clients", "0"], "clients must lie in 1 … 1000000, got 0"),
+        (["--clients", "-3"], "got -3"),
+        (["--clients", "1000001"], "got 1000001"),
+        (["--clients", "two"], "--clients: not a whole number: 'two'"),
+        (["--clients", "2.0"], "not a whole number: '2.0'"),
+        (["--clients", "nan"], "not a whole number: 'nan'"),
+        (["--clients"], "--clients"),  # no value
+        (["--time-limit", "0"], "time limit must be > 0 seconds, got 0.0"),
+        (["--time-limit", "-1"], "got -1.0"),
+        (["--time-limit", "nan"], "got nan"),
+        (["--time-limit", "inf"], "got inf"),
+        (["--time-limit", "long"], "--time-limit: not a number: 'long'"),
+        (["--solver", "rebalnce"], "unknown solver 'rebalnce'; did you mean 'rebalance'?"),
+        (["--solver", "xyz"], "choose from rebalance, lpt, milp, milp-cold"),
+        (["--seed", "-1"], "seed must be ≥ 0"),
+        (["--worklod", "x"], "unknown option '--worklod'; did you mean '--workload'?"),
+        (["--no-clients"], "unknown option '--no-clients'"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_refuses(
+    ended: Callable[..., Outcome], workload: Path, options: list[str], message: str
+) -> None:
+    output = workload.with_name("plan.json")
+    good = ["--workload", str(workload), "--clients", "2", "--output", str(output)]
+    outcome = ended(plan.main, *good, *options)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("missing", ["--workload", "--clients", "--output"])
+def test_required_options(ended: Callable[..., Outcome], workload: Path, missing: str) -> None:
+    good = {"--workload": str(workload), "--clients": "2", "--output": "plan.json"}
+    options = [word for pair in good.items() if pair[0] != missing for word in pair]
+    outcome = ended(plan.main, *options)
+    assert outcome.status == 2
+    assert missing in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty"),
+        ("prompt_tokens,output_tokens\n", "has a header but no request"),
+        (CSV + "9,nan\n", "line 7: output_tokens"),
+        (CSV + "9,0\n", "line 7: output_tokens"),
+    ],
+)
+def test_refuses_workloads(
+    ended: Callable[..., Outcome], workload: Path, content: str, message: str
+) -> None:
+    workload.write_text(content)
+    output = workload.with_name("plan.json")
+    options = ["--workload", str(workload), "--clients", "2", "--output", str(output)]
+    outcome = ended(plan.main, *options)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("no/such/plan.json", "no such folder"),
+        (".", "is a folder"),
+        ("work.csv/plan.json", "no such folder"),  # a file where a folder should be
+    ],
+)
+def test_refuses_outputs(
+    ended: Callable[..., Outcome], workload: Path, output: str, message: str
+) -> None:
+    place = str(workload.parent / output)
+    outcome = ended(plan.main, "--workload", str(workload), "--clients", "2", "--output", place)
+    assert outcome.status == 2
+    assert message in outcome.err
+
+
+def test_refuses_a_folder_it_may_not_write(
+    ended: Callable[..., Outcome], workload: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write everywhere, so the answer of the system is feigned."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    output = str(workload.with_name("plan.json"))
+    outcome = ended(plan.main, "--workload", str(workload), "--clients", "2", "--output", output)
+    assert outcome.status == 2
+    assert "not writable" in outcome.err
+
+
+def test_runs_from_any_folder(tmp_path: Path, workload: Path) -> None:
+    """As users do: another working directory, relative paths."""
+    options = ["--workload", "work.csv", "--clients", "2", "--output", "plan.json"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+    assert json.loads((tmp_path / "plan.json").read_text())["load"] == 9
+
+
+@pytest.mark.parametrize("solver", ["rebalance", "milp-cold"])
+def test_ctrl_c_writes_nothing(tmp_path: Path, solver: str) -> None:
+    """Interrupted in a search that cannot end: status 130, one line, no file."""
+    rows = "".join(f"9,{length}\n" for length in range(500, 1000, 2))
+    (tmp_path / "work.csv").write_text("prompt_tokens,output_tokens\n" + rows)
+    options = ["--workload", "work.csv", "--clients", "77", "--output", "plan.json"]
+    running = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *options, "--time-limit", "600", "--solver", solver],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(4)
+    running.send_signal(signal.SIGINT)
+    out, errors = running.communicate(timeout=60)
+    assert (running.returncode, out, errors) == (130, "", "plan.py: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["work.csv"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some options."""
+
+    number: int = 1
+    """A number, at most 9."""
+    flag: bool = False
+    """A switch."""
+
+    def __post_init__(self) -> None:
+        if self.number > 9:
+            raise ServegymError(f"--number must be ≤ 9, got {self.number}")
+
+
+class TestParse:
+    def test_defaults(self) -> None:
+        assert parse(Sample, []) == Sample()
+
+    @pytest.mark.parametrize(
+        ("tokens", "expected"),
+        [
+            (["--number", "9"], Sample(9)),
+            (["--number=-2"], Sample(-2)),
+            (["--number", "1", "--number", "2"], Sample(2)),  # the last one counts
+            (["--flag"], Sample(flag=True)),
+            (["--no-flag"], Sample()),
+        ],
+    )
+    def test_reads(self, tokens: list[str], expected: Sample) -> None:
+        assert parse(Sample, tokens) == expected
+
+    @pytest.mark.parametrize(
+        ("tokens", "message"),
+        [
+            (["--number", "10"], "--number must be ≤ 9, got 10"),  # the class itself refuses
+            (["--nmber", "1"], "did you mean '--number'?"),
+            (["--no-flga"], "did you mean '--no-flag'?"),
+            (["--flag", "yes"], "yes"),
+        ],
+    )
+    def test_refuses(
+        self, capsys: pytest.CaptureFixture[str], tokens: list[str], message: str
+    ) -> None:
+        with pytest.raises(SystemExit) as stop:
+            parse(Sample, tokens)
+        shown = capsys.readouterr()
+        assert stop.value.code == 2
+        assert shown.out == ""
+        assert message in shown.err
+        assert shown.err.count("\n") == 1
+
+    def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stop:
+            parse(Sample, ["--help"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr()
+        assert "A number, at most 9." in shown.out
+        assert shown.err == ""
+
+
+class TestRun:
+    @pytest.mark.parametrize(
+        ("error", "status", "line"),
+        [
+            (ServegymError("no good"), 2, "no good"),
+            (ServegymError("two\nlines"), 2, "two lines"),
+            (KeyboardInterrupt(), 130, "interrupted"),
+        ],
+    )
+    def test_errors_become_a_line(
+        self, ended: Callable[..., Outcome], error: BaseException, status: int, line: str
+    ) -> None:
+        def main(argv: Sequence[str] | None) -> int:
+            raise error
+
+        outcome = ended(main)
+        assert (outcome.status, outcome.out) == (status, "")
+        assert outcome.err.endswith(f": {line}\n")
+        assert outcome.err.count("\n") == 1
+
+    def test_the_status_is_passed_on(self, ended: Callable[..., Outcome]) -> None:
+        assert ended(lambda argv: 3) == Outcome(3, "", "")
+
+    def test_our_own_faults_are_not_hidden(self) -> None:
+        def main(argv: Sequence[str] | None) -> int:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            run(main)
+
+    def test_a_closed_pipe_ends_silently(self, workload: Path) -> None:
+        """As in ``plan.py … | true``."""
+        options = f"--workload {workload} --clients 2 --output {workload.parent}/plan.json"
+        command = f'"{sys.executable}" "{SCRIPT}" {options} | true; echo "${{PIPESTATUS[0]}}"'
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert (done.stdout, done.stderr) == ("141\n", "")
