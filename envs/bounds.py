@@ -105,7 +105,8 @@ def _decode_bound(
     costs: CostTables,
     alone: bool,
 ) -> float:
-    cached = float((rounds * prompts + rounds * (rounds + 1) // 2).sum())
+    d = rounds.astype(float)  # the sum may be beyond 64 bits
+    cached = float((d * prompts + d * (d + 1.0) / 2.0).sum())
     base_s = costs.decode_base_s[0, 1:]
     sizes = np.arange(1.0, len(base_s) + 1.0)
     run_s = _cover(base_s, sizes, float(rounds.sum()), least_rounds, exact=alone)

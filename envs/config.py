@@ -36,6 +36,37 @@ def _check_whole(name: str, value: int, least: int, most: int) -> None:
         raise ServegymError(f"{name} must be a whole number in {least} … {most}, got {value}")
 
 
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """Return ``value`` as the annotated type, or refuse it."""
+    origin = get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ServegymError(f"{name} must be a list, got {value!r}")
+        return tuple(
+            _checked(f"{name}[{k}]", item, get_args(hint)[0]) for k, item in enumerate(value)
+        )
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise unknown(f"value of {name}:", value, get_args(hint))
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ServegymError(f"{name} is too large a number") from None
+    if not isinstance(value, hint) or isinstance(value, bool):
+        words = {int: "a whole number", float: "a number", str: "a text"}
+        raise ServegymError(f"{name} must be {words[hint]}, got {value!r}")
+    return value
+
+
+def _check_types(section: str, config: Any) -> None:
+    """Refuse fields that are not what their annotation says."""
+    hints = get_type_hints(type(config))
+    for item in fields(config):
+        _checked(f"{section}.{item.name}", getattr(config, item.name), hints[item.name])
+
+
 @dataclass(frozen=True)
 class ClusterConfig:
     """``[cluster]``: the machines."""
@@ -50,6 +81,7 @@ class ClusterConfig:
     """Token budget of one prefill stage; 0: none. A stage always admits at least one request."""
 
     def __post_init__(self) -> None:
+        _check_types("cluster", self)
         _check_whole("cluster.clients", self.clients, 1, MAX_CLIENTS)
         _check_whole("cluster.replicas", self.replicas, 1, 1)
         _check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 0)
@@ -68,6 +100,7 @@ class WorkloadConfig:
     """Poisson arrivals of a preset per second; 0: all requests are present at t = 0."""
 
     def __post_init__(self) -> None:
+        _check_types("workload", self)
         check_source(self.source)
         _check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
         if not 0 <= self.arrival_rate_per_s <= 1e9:
@@ -82,6 +115,9 @@ class InformationConfig:
 
     output_lengths: Literal["known"] = "known"
     """Output lengths are known in advance, as in the paper; the only value so far."""
+
+    def __post_init__(self) -> None:
+        _check_types("information", self)
 
 
 @dataclass(frozen=True)
@@ -100,6 +136,7 @@ class ProcessConfig:
     """Truncate when the simulated clock has passed this; 0: never."""
 
     def __post_init__(self) -> None:
+        _check_types("process", self)
         if not self.rules or len(set(self.rules)) != len(self.rules):
             raise ServegymError("process.rules must name at least one rule, each once")
         for rule in self.rules:
@@ -279,27 +316,3 @@ def _build(section: str, base: Any, values: Any) -> Any:
     except TypeError as error:
         missing = str(error).split("argument")[-1].lstrip("s: ")
         raise ServegymError(f"{section} lacks {missing}") from None
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as the annotated type, or refuse it."""
-    origin = get_origin(hint)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ServegymError(f"{name} must be a list, got {value!r}")
-        return tuple(
-            _checked(f"{name}[{k}]", item, get_args(hint)[0]) for k, item in enumerate(value)
-        )
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise unknown(f"value of {name}:", value, get_args(hint))
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise ServegymError(f"{name} is too large a number") from None
-    if not isinstance(value, hint) or isinstance(value, bool):
-        words = {int: "a whole number", float: "a number", str: "a text"}
-        raise ServegymError(f"{name} must be {words[hint]}, got {value!r}")
-    return value

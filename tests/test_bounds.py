@@ -266,7 +266,6 @@ def test_many_arrivals(rng: np.random.Generator) -> None:
     assert bound.seconds >= arrivals[-1] + 2.0 + (requests.output_tokens[-1] - 1)
 
 
-@pytest.mark.xfail(reason="bug: Σ rounds · prompt overflows 64 bits", strict=True)
 def test_the_largest_workload_of_the_longest_requests() -> None:
     """100,000 requests of 10 million tokens each way, alike: the cache part alone is known."""
     most, n = 10**7, 100_000

@@ -456,7 +456,6 @@ BAD_FIELDS: list[tuple[type, str, Any, Any]] = [
 ]
 
 
-@pytest.mark.xfail(reason="bug: types are checked in files only", strict=True)
 @pytest.mark.parametrize(("make", "name", "bad", "good"), BAD_FIELDS)
 def test_bad_field(make: type, name: str, bad: Any, good: Any) -> None:
     assert getattr(make(**{name: good}), name) == good
