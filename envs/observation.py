@@ -29,13 +29,13 @@ _BUCKETS: Final = len(LENGTH_BUCKETS)
 FEATURES: Final = (
     "active clients / clients",
     "clients a stage could fill now / clients",
-    "waiting / requests",
+    "waiting / arrived",
     "waiting per client, log-scaled",
-    "finished / requests",
-    "arrived / requests",
-    "expected rounds waiting / rounds of all requests",
-    "expected rounds running / rounds of all requests",
-    "clock / (clock + lower bound)",
+    "finished / arrived",
+    "cached tokens' share of the next decode round's seconds",
+    "expected rounds waiting / rounds of all arrived",
+    "expected rounds running / rounds of all arrived",
+    "stage seconds / (stage + seconds until the next finish)",
     "idle time waited against the fixed cost of a stage, a / (a + b)",
     "idle time until the next finish against the fixed cost of a stage, a / (a + b)",
     "both idle times against the whole cost of a stage, a / (a + b)",
@@ -78,18 +78,19 @@ def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.flo
     episode = state.episodes[e]
     now = view(state, costs, e, r)
     running = state.replicas[e, r].due_sum - now.active * now.round
-    total = max(episode.total_expected_rounds, 1)
+    total = max(episode.arrived_rounds, 1)
+    cached_s = costs.decode_per_kv_token_s[r] * state.replicas[e, r].cached_tokens
     fixed_cost = now.active * now.prefill_fixed_s
     expected_wait = now.idle * now.seconds_to_finish
     out[0] = now.active / now.clients
     out[1] = min(now.idle, now.waiting) / now.clients
-    out[2] = now.waiting / now.requests
+    out[2] = now.waiting / now.arrived
     out[3] = _log(now.waiting / now.clients, _QUEUE_DOUBLINGS)
-    out[4] = episode.finished / now.requests
-    out[5] = episode.arrived / now.requests
+    out[4] = episode.finished / now.arrived
+    out[5] = cached_s / now.round_s
     out[6] = episode.waiting_rounds / total
     out[7] = running / total
-    out[8] = _balance(now.clock_s, episode.bound_s)
+    out[8] = _balance(now.prefill_s, now.seconds_to_finish)
     out[9] = _balance(now.idle_wait_s, fixed_cost)
     out[10] = _balance(expected_wait, fixed_cost)
     out[11] = _balance(now.idle_wait_s + expected_wait, now.active * now.prefill_s)

@@ -16,7 +16,6 @@ from servegym.envs.cost_models import AffinePrefill, LevelledPrefill, StageCosts
 from servegym.envs.observation import FEATURES
 from tests.helpers import (
     UNIT_COSTS,
-    inside,
     instance,
     make_env,
     random_costs,
@@ -100,31 +99,34 @@ def rounds_until(left: list[int], done_share: float, clients: int) -> float:
     return log_rounds(left[finishing - 1]) if finishing <= len(left) else 0.0
 
 
-def expected_observation(reference: ReferenceSimulator, bound_s: float) -> list[float]:
-    clients, n = reference.clients, len(reference.requests)
+def expected_observation(reference: ReferenceSimulator) -> list[float]:
+    clients = reference.clients
     left = sorted(request.rounds_left for request in reference.running())
     waiting = sorted(request.rounds for request in reference.waiting())
     active, idle = len(left), len(reference.idle_clients())
-    all_rounds = max(sum(request.rounds for request in reference.requests), 1)
-    phases = [request.phase for request in reference.requests]
+    arrived = [request for request in reference.requests if request.phase != "future"]
+    all_rounds = max(sum(request.rounds for request in arrived), 1)
+    finished = sum(request.phase == "finished" for request in arrived)
+    next_round_s = decode_round_s_or_idle(reference)
+    cached_s = reference.costs.decode.per_kv_token * reference.cached_tokens()
     stage_s, fixed_s = stage_if_filled_now(reference)
     to_finish_s = rounds_ahead_s(reference, left[0]) if left else 0.0
     middle = (len(waiting) - 1) // 2
     return [
         active / clients,
         min(idle, len(waiting)) / clients,
-        len(waiting) / n,
+        len(waiting) / len(arrived),
         log(len(waiting) / clients, 8),
-        phases.count("finished") / n,
-        (n - phases.count("future")) / n,
+        finished / len(arrived),
+        cached_s / next_round_s,
         sum(waiting) / all_rounds,
         sum(left) / all_rounds,
-        share(reference.clock_s, bound_s),
+        share(stage_s, to_finish_s),
         share(reference.idle_wait_s, active * fixed_s),
         share(idle * to_finish_s, active * fixed_s),
         share(reference.idle_wait_s + idle * to_finish_s, active * stage_s),
         fixed_s / stage_s if stage_s > 0 else 0.0,
-        share(stage_s, decode_round_s_or_idle(reference)),
+        share(stage_s, next_round_s),
         *([log_rounds(waiting[k]) for k in (-1, middle, 0)] if waiting else [0.0] * 3),
         *[rounds_until(left, done_share, clients) for done_share in SHARES],
         *histogram(left, clients),
@@ -147,7 +149,7 @@ def decode_round_s_or_idle(reference: ReferenceSimulator) -> float:
 def assert_observed(
     env: ServingEnv, reference: ReferenceSimulator, observation: np.ndarray
 ) -> None:
-    expected = expected_observation(reference, inside(env).bound_s)
+    expected = expected_observation(reference)
     wrong = [
         (name, float(ours), theirs)
         for name, ours, theirs in zip(FEATURES, observation, expected, strict=True)
@@ -205,7 +207,7 @@ def test_by_hand() -> None:
     """Four clients, five requests of 3, 3, 5, 9 and 1 rounds; at 5 s two have finished.
 
     Left are 2 and 6 rounds; request 4 waits with one round. A stage takes 2 s, all of it fixed, a
-    round 1 s. The bound: 21 request-rounds take 9 rounds at least (the longest); two stages.
+    round 1 s; nothing is charged for cached tokens.
     """
     env = make_env(4)
     start(env, instance((5, 4), (5, 4), (5, 6), (5, 10), (5, 2)))
@@ -214,13 +216,12 @@ def test_by_hand() -> None:
     assert seen(env, observation) == {
         "active clients / clients": 0.5,
         "clients a stage could fill now / clients": 0.25,
-        "waiting / requests": 0.2,
+        "waiting / arrived": 0.2,
         "waiting per client, log-scaled": round(0.25 / 8, 6),
-        "finished / requests": 0.4,
-        "arrived / requests": 1.0,
-        "expected rounds waiting / rounds of all requests": round(1 / 21, 6),
-        "expected rounds running / rounds of all requests": round(8 / 21, 6),
-        "clock / (clock + lower bound)": round(5 / (5 + 9 + 4), 6),
+        "finished / arrived": 0.4,
+        "expected rounds waiting / rounds of all arrived": round(1 / 21, 6),
+        "expected rounds running / rounds of all arrived": round(8 / 21, 6),
+        "stage seconds / (stage + seconds until the next finish)": 0.5,
         # two idle clients for two rounds, against two active ones for 2 s
         "idle time until the next finish against the fixed cost of a stage, a / (a + b)": 0.5,
         "both idle times against the whole cost of a stage, a / (a + b)": 0.5,

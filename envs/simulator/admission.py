@@ -1,7 +1,9 @@
 """Admission rules: which waiting requests a prefill stage gives to the idle clients.
 
 One loop serves every rule: idle clients in index order, each asks the rule for its next request,
-until the stage's token budget is spent. Ties are broken by request id.
+until one does not fit into the stage's token budget (a later one that would is not looked for).
+Equal lengths: longest first takes the lower id, shortest first the higher, stealing the earlier in
+the victim's queue.
 """
 
 from __future__ import annotations

@@ -89,6 +89,7 @@ def receive_arrivals(state: State, e: int, r: int) -> None:
         if request.arrival_s > now_s:
             break
         episode.arrived += 1
+        episode.arrived_rounds += request.expected_rounds
         request.phase = WAITING
         _count_waiting(state, e, i, 1)
         episode.in_system_s += now_s - request.arrival_s

@@ -34,12 +34,12 @@ EPISODE: Final = np.dtype(
     [
         # The instance, written by ``load`` and ``write_credits``.
         ("requests", np.int64),  # how many requests the episode has
-        ("total_expected_rounds", np.int64),  # Σ expected_rounds
         ("bound_s", np.float64),  # lower bound of the makespan
         ("round_credit_s", np.float64),  # share of the bound that one request-round earns
         ("prompt_credit_s", np.float64),  # share of the bound that one prompt token earns
         # Who is where.
         ("arrived", np.int64),  # requests 0 … arrived − 1 have arrived
+        ("arrived_rounds", np.int64),  # Σ expected_rounds over arrived
         ("finished", np.int64),
         ("waiting", np.int64),
         ("first_waiting", np.int64),  # no request with a smaller id is waiting
@@ -183,7 +183,6 @@ def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
     state.bucket_rank[e, :-1] = np.searchsorted(requests.decode_rounds[order], LENGTH_BUCKETS)
     state.bucket_rank[e, -1] = n
     state.episodes[e].requests = n
-    state.episodes[e].total_expected_rounds = requests.decode_rounds.sum()
     if plan is None:
         plan_greedily(state, e, 0)
     else:

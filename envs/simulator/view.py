@@ -17,7 +17,7 @@ class DecisionView(NamedTuple):
     active: int
     idle: int
     waiting: int  # requests that have arrived and are not admitted
-    requests: int  # of the whole episode
+    arrived: int  # requests so far, finished ones included
     round: int  # decode rounds run so far
     clock_s: float
     idle_wait_s: float  # idle client-seconds since the last prefill stage, while requests waited
@@ -55,7 +55,7 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
         active,
         idle,
         waiting,
-        episode.requests,
+        episode.arrived,
         replica.rounds,
         replica.clock_s,
         replica.idle_wait_s,
