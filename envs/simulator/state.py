@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from servegym.envs.plan import Plan
 from servegym.envs.requests import Requests
+from servegym.envs.simulator.dealing import sift_down
 from servegym.envs.simulator.jit import kernel
 
 # Phases of a request, in the order it goes through them.
@@ -214,35 +215,11 @@ def _enqueue_plan(
 @kernel
 def plan_greedily(state: State, e: int, r: int) -> None:
     """Queue the requests present at t = 0 longest first, each at the least loaded client."""
-    clients = state.clients[e, r]
-    # A binary heap of clients, least loaded first; equal loads go to the lower client.
-    heap = np.arange(clients.size)
+    heap = np.arange(state.clients.shape[2])
+    load = np.zeros_like(heap)
     for place in range(state.episodes[e].requests - 1, -1, -1):
         request = state.by_length[e, place]
-        if state.requests[e, request].arrival_s > 0:
-            continue
-        enqueue(state, e, r, heap[0], request)
-        _sift_down(heap, clients)
-
-
-@kernel
-def _sift_down(heap: NDArray[np.int64], clients: Records) -> None:
-    """Restore the heap after the load of its root has grown."""
-    root = 0
-    moved = heap[0]
-    while 2 * root + 1 < heap.size:
-        child = 2 * root + 1
-        other = child + 1
-        if other < heap.size and _lighter(clients, heap[other], heap[child]):
-            child = other
-        if _lighter(clients, moved, heap[child]):
-            break
-        heap[root] = heap[child]
-        root = child
-    heap[root] = moved
-
-
-@kernel
-def _lighter(clients: Records, a: int, b: int) -> bool:
-    load_a, load_b = clients[a].queue_rounds, clients[b].queue_rounds
-    return load_a < load_b or (load_a == load_b and a < b)
+        if state.requests[e, request].arrival_s == 0:
+            enqueue(state, e, r, heap[0], request)
+            load[heap[0]] += state.requests[e, request].expected_rounds
+            sift_down(heap, load)
