@@ -50,7 +50,7 @@ class PatternBound:
 
     def learn(self, rounds: NDArray[np.int64], client_of: NDArray[np.int64]) -> None:
         """Take what each client of a plan holds as patterns to start from."""
-        if self._clients * len(self._lengths) > MAX_TABLE:
+        if 8 * self._clients * len(self._lengths) > MAX_TABLE:
             return
         patterns = np.zeros((self._clients, len(self._lengths)), dtype=np.int64)
         held = rounds > 0

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.envs.simulator.dealing import sift_down
 from servegym.envs.simulator.jit import kernel
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
@@ -94,30 +95,7 @@ def _deal_longest_first(
         after[request] = first[client]
         first[client] = request
         load[client] += rounds[request]
-        _sift_down(heap, load)
-
-
-@kernel
-def _sift_down(heap: Whole, load: Whole) -> None:
-    """Restore the heap, ordered by (load, client), after the top's load has grown."""
-    client = heap[0]
-    hole = 0
-    while True:
-        child = 2 * hole + 1
-        if child >= heap.size:
-            break
-        if child + 1 < heap.size and _lighter(heap[child + 1], heap[child], load):
-            child += 1
-        if not _lighter(heap[child], client, load):
-            break
-        heap[hole] = heap[child]
-        hole = child
-    heap[hole] = client
-
-
-@kernel
-def _lighter(one: int, other: int, load: Whole) -> bool:
-    return load[one] < load[other] or (load[one] == load[other] and one < other)
+        sift_down(heap, load)
 
 
 @kernel

@@ -192,7 +192,7 @@ def test_long_queues_and_long_requests(scale: int, requests: int, clients: int) 
 
 
 def test_pricing_proves_what_the_area_cannot() -> None:
-    """Three clients for every two that 5-round requests would fill: hard only for the bound."""
+    """Each client takes two of 511 and one of 300; the last 300 costs far more than its area."""
     rounds = np.repeat(whole(511, 300), [40, 21])
     found = plan_offline(rounds, 20, time_limit_s=20)
     assert rounds_lower_bound(rounds, 20) < found.lower_bound == found.load
@@ -255,6 +255,11 @@ class TestWalk:
         walk = self.make()
         assert not walk.aim(8, tries=200)
         assert walk.best == 9
+
+    def test_one_client_has_no_partner(self) -> None:
+        walk = Walk(whole(5, 4), 1, np.random.default_rng(0), math.inf)
+        assert walk.aim(9, tries=10)
+        assert not walk.aim(8, tries=10)
 
     def test_a_passed_deadline_stops_it_at_once(self) -> None:
         walk = self.make(deadline=time.perf_counter())
@@ -341,7 +346,13 @@ class TestCertifiedPlan:
         ],
     )
     def test_refuses_nonsense(self, values: dict[str, Any], message: str) -> None:
-        good = {"plan": self.PLAN, "load": 5, "lower_bound": 5, "solver": "lpt", "seconds": 0.0}
+        good: dict[str, Any] = {
+            "plan": self.PLAN,
+            "load": 5,
+            "lower_bound": 5,
+            "solver": "lpt",
+            "seconds": 0.0,
+        }
         assert CertifiedPlan(**good).status == "optimal"  # the legal boundary
         with pytest.raises(ServegymError, match=message):
             CertifiedPlan(**good | values)
