@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from typing import Any, Final, SupportsFloat
+from typing import Any, Final, SupportsFloat, SupportsIndex
 
 import gymnasium as gym
 import numpy as np
@@ -136,12 +137,15 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         return observation, {"lower_bound_s": float(self._state.episodes[0].bound_s)}
 
     def step(
-        self, action: SupportsFloat
+        self, action: SupportsIndex
     ) -> tuple[NDArray[np.float32], SupportsFloat, bool, bool, dict[str, Any]]:
         """Carry out an action and run to the next decision point."""
         if self._over:
             raise ServegymError("the episode is over; call reset() before step()")
-        chosen = int(action)  # type: ignore[call-overload]
+        try:
+            chosen = operator.index(action)
+        except TypeError:
+            raise ServegymError(f"action must be a whole number, got {action!r}") from None
         if not 0 <= chosen < self._mask.size:
             raise ServegymError(f"action must lie in 0 … {self._mask.size - 1}, got {chosen}")
         info: dict[str, Any] = {}
@@ -168,6 +172,8 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return which actions are legal now, shape (actions,); sb3-contrib asks for this name."""
+        if self.state is None:
+            raise ServegymError("call reset() before action_masks()")
         return self._mask.copy()
 
     def view(self) -> DecisionView:

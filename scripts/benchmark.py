@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -33,6 +34,7 @@ from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.summary import to_markdown
 from servegym.envs.tasks import TASKS
+from servegym.envs.vector_env import ServingVectorEnv
 from servegym.envs.workloads import make_workload
 
 LARGE = TaskConfig(
@@ -40,7 +42,8 @@ LARGE = TaskConfig(
     cluster=ClusterConfig(clients=2000),
     workload=WorkloadConfig(requests=100_000),
 )
-LATENCY_POLICIES = ("fcfs", "hybrid", "threshold-15", "lookahead", "aligned", "random")
+LATENCY_POLICIES = ("fcfs", "hybrid", "threshold-12", "lookahead", "aligned", "random")
+VECTOR_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,12 @@ def compiled_episode(task: TaskConfig, name: str) -> CompiledEpisode:
 
 def simulator_figures(repeats: int) -> list[Figure]:
     """Episodes under compiled rules: event-driven, asked at every round, and large."""
-    small = compiled_episode(TASKS["servegym/GSM8K-v0"], "threshold-15")
+    small = compiled_episode(TASKS["servegym/GSM8K-v0"], "threshold-12")
     events = small.median_seconds(20 * repeats)
-    every = compiled_episode(TASKS["servegym/GSM8K-v0"], "threshold-15")
+    every = compiled_episode(TASKS["servegym/GSM8K-v0"], "threshold-12")
     every.policy = replace(every.policy, every_round=True)
     rounds = every.median_seconds(20 * repeats)
-    large = compiled_episode(LARGE, "threshold-150")
+    large = compiled_episode(LARGE, "threshold-120")
     episode = large.median_seconds(repeats)
     per_request = sum(
         array.nbytes for array in large.state if array.ndim > 1 and array.shape[1] >= 100_000
@@ -172,6 +175,23 @@ def environment_figures(repeats: int) -> list[Figure]:
         taken = seconds(episode)
         rates.append(steps / taken)
     return [Figure("ServingEnv.step, random legal actions", median(rates) / 1e3, "k/s", "")]
+
+
+def vector_figures(repeats: int) -> list[Figure]:
+    """Time the vector environment with new episodes included, random legal actions, one thread."""
+    env = ServingVectorEnv(VECTOR_ROWS, "servegym/GSM8K-v0", copy=False)
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    rates = []
+    for repeat in range(repeats + 1):
+        stepping = 0.0
+        steps = 700 if repeat == 0 else 200  # first until the rows are out of step
+        for _ in range(steps):
+            actions = (rng.random(env.rows.masks.shape) * env.rows.masks).argmax(axis=1)
+            stepping += seconds(partial(env.step, actions))
+        rates.append(steps * VECTOR_ROWS / stepping)
+    what = f"ServingVectorEnv, {VECTOR_ROWS} rows, random legal actions"
+    return [Figure(what, median(rates[1:]) / 1e3, "k/s", "")]
 
 
 def latency_figures() -> list[Figure]:
@@ -238,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measurements: list[Callable[[], list[Figure]]] = [
         lambda: simulator_figures(args.repeats),
         lambda: environment_figures(args.repeats),
+        lambda: vector_figures(args.repeats),
         latency_figures,
         lambda: planner_figures(args.plans),
     ]

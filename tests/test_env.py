@@ -613,3 +613,15 @@ def test_rendered_image(three_on_two: Requests) -> None:
     assert image.ndim == 3
     colours = {tuple(pixel) for pixel in image.reshape(-1, 3)[::7].tolist()}
     assert (0xD1, 0x49, 0x5B) in colours
+
+
+@pytest.mark.parametrize("bad", [1.5, "1", None, np.float32(1)])
+def test_an_action_is_a_whole_number(bad: Any) -> None:
+    env = ServingEnv("Tiny-v0")
+    with pytest.raises(ServegymError, match="call reset"):
+        env.action_masks()
+    env.reset(seed=0)
+    with pytest.raises(ServegymError, match="whole number"):
+        env.step(bad)
+    for good in (3, np.int64(0), np.array(3)):
+        env.step(good)
