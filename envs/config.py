@@ -1,6 +1,6 @@
 """A task's configuration: frozen dataclasses that cannot be built wrong, and their TOML form.
 
-Every key has a documented default; the sections are those of DESIGN §7.
+Every key has a documented default; README shows an example.
 """
 
 from __future__ import annotations

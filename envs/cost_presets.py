@@ -1,4 +1,4 @@
-"""Cost models of public kernel profiles, with how well each fits (DESIGN §8).
+"""Cost models of public kernel profiles, with how well each fits.
 
 All affine presets are fits by relative-error least squares; they hold the model's kernels only: no
 CPU overhead, embedding or sampling.

@@ -1,4 +1,4 @@
-"""What an episode was worth: metrics from the simulator's records (columns of DESIGN §7)."""
+"""What an episode was worth: metrics from the simulator's records."""
 
 from __future__ import annotations
 

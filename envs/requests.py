@@ -1,4 +1,4 @@
-"""Requests of one episode, and the CSV files they come from (DESIGN §7)."""
+"""Requests of one episode, and the CSV files they come from."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     a client is idle and a request waits, a scheduler chooses: stop everyone for a *prefill* stage
     that admits waiting requests (every decoding client stalls), or go on with *decode* rounds (every
     active client emits one token, the idle ones nothing). Between decision points the simulator
-    fast-forwards. This is the problem of arXiv 2502.15763; DESIGN §3 and §4 give exact semantics.
+    fast-forwards. This is the problem of arXiv 2502.15763; CONTRIBUTING.md has the exact semantics.
 
     ## Action space
     ``Discrete(1 + number of rules)``; the default rules:

@@ -1,6 +1,6 @@
 """Where requests come from: presets sampled with a seed, or a CSV file.
 
-Prompt lengths of the GSM8K presets are the 1319 measured ones (DESIGN §8), shuffled; other numbers
+Prompt lengths of the GSM8K presets are the 1319 measured ones, shuffled; other numbers
 of requests take whole copies and a random part of one. Output lengths of the paper's model are not
 public; two families made for its mean (344.83) and standard deviation (187.99) are shipped, joined to
 the prompts by a Gaussian copula with the measured rank correlation. The generation limit of

@@ -1,7 +1,7 @@
-"""A slow, obvious reference of DESIGN §3: lists, loops over every round, no kernel, no closed form.
+"""A slow, obvious reference of CONTRIBUTING's semantics: lists and loops, no kernel, no closed form.
 
 The fast simulator must agree with this file. Of the package it uses plain data only (requests, cost
-parameters, a plan's queues); every formula and every rule is written anew, as a reader of DESIGN would.
+parameters, a plan's queues); every formula and every rule is written anew, as a reader of them would.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ class ReferenceSimulator:
         return sorted({rounds for rounds in left if left.count(rounds) >= 2})
 
     def aligned(self, targets: list[int]) -> Request:
-        """Best score L − 3·pad among the longer half (DESIGN §4).
+        """Best score L − 3·pad among the longer half.
 
         The last two per client go longest first, as does everything that finishes past the last
         target. Equal scores: the longer one.

@@ -363,7 +363,7 @@ def test_each_family(write: Write, text: str, expected: StageCosts) -> None:
 
 # ---- a whole task ---------------------------------------------------------------------------
 
-DESIGN_EXAMPLE = """
+EXAMPLE = """
 [cluster]
 replicas = 1
 clients = 200
@@ -382,7 +382,7 @@ output_lengths = "known"
 
 
 def test_the_example_of_the_design(write: Write) -> None:
-    path = write("task.toml", DESIGN_EXAMPLE)
+    path = write("task.toml", EXAMPLE)
     decode = AffineDecode(0.0389, 5.01e-5, 5.94e-8)
     costs = StageCosts(decode, AffinePrefill(0.02787, 1.704e-4, 4.826e-9, 0.0374))
     assert load_task(str(path)) == TaskConfig(name=str(path), cost=costs)

@@ -188,7 +188,7 @@ def test_geometric_levels_that_round_to_one_are_one() -> None:
 
 # ---- presets --------------------------------------------------------------------------------
 
-# DESIGN §8, in the words of its table.
+# The published fits, in the words of their table.
 FITS = {
     "llama2-70b-a100x4": (0.03756, 1.050e-4, 5.940e-8, 0.02787, 1.704e-4, 4.826e-9, 0.0374),
     "llama2-70b-a100x8": (0.02432, 9.336e-5, 3.419e-8, 0.02109, 1.137e-4, 2.0e-10, 0.0253),

@@ -18,7 +18,7 @@ from servegym.envs.tasks import TASKS
 
 TASK = TASKS["servegym/Tiny-v0"]
 TIMED = ["decision_ms_p50", "decision_ms_p99", "prepare_s"]
-DESIGN_COLUMNS = (
+PROMISED_COLUMNS = (
     "task,policy,seed,requests,makespan_s,lower_bound_s,gap,client_utilization,decode_utilization,"
     "decode_rounds,prefill_stages,prefill_s,output_tokens_per_s,ttft_p50_s,ttft_p99_s,tpot_p50_s,"
     "tpot_p99_s,decisions,decision_ms_p50,decision_ms_p99"
@@ -30,7 +30,7 @@ def run(output: Path, names: list[str], seeds: range, jobs: int = 1) -> pd.DataF
 
 
 def test_the_columns_other_tools_rely_on_come_first() -> None:
-    assert ",".join(COLUMNS[:20]) == DESIGN_COLUMNS
+    assert ",".join(COLUMNS[:20]) == PROMISED_COLUMNS
 
 
 def test_a_case_is_what_the_environment_samples() -> None:

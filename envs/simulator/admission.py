@@ -27,7 +27,7 @@ SHORTEST: Final = 3
 FCFS: Final = 4
 ALIGNED: Final = 5
 
-# The aligned rule's parameters, from the spike in DESIGN §4.
+# The aligned rule's parameters, from a throw-away study; results hardly depend on them.
 ALIGNED_PAD_WEIGHT: Final = 3
 ALIGNED_TARGET_SIZE: Final = 2
 ALIGNED_TAIL_PER_CLIENT: Final = 2
@@ -142,7 +142,7 @@ def _stolen(state: State, e: int, r: int) -> int:
 def _find_targets(state: State, e: int, r: int) -> int:
     """Write the rounds from now in which several running requests finish, soonest first.
 
-    Returns their number. DESIGN §4: "the next round in which at least m running requests finish".
+    Returns their number.
     """
     replica, finishes = state.replicas[e, r], state.finishes[e, r]
     count = 0
@@ -160,7 +160,7 @@ def _find_targets(state: State, e: int, r: int) -> int:
 
 @kernel
 def _aligned(state: State, e: int, target_count: int) -> int:
-    """Return the waiting request with the best score L − α · pad (DESIGN §4).
+    """Return the waiting request with the best score L − α · pad.
 
     L is its expected rounds, pad the rounds from its finish to the next target at or after it.
     Candidates are the longer half of those waiting that finish by the last target; without any, and

@@ -1,7 +1,8 @@
 """What stages do to the state: arrivals, prefill stages, decode rounds and their exact times.
 
-DESIGN §3. At one replica stages never overlap; a prefill stage emits each admitted request's first
-token; decode rounds between two events are run in one go, their exact times summed in closed form.
+The semantics of CONTRIBUTING.md. At one replica stages never overlap; a prefill stage emits each
+admitted request's first token; decode rounds between two events are run in one go, their exact times
+summed in closed form.
 """
 
 from __future__ import annotations
