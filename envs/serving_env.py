@@ -69,8 +69,35 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     the first legal one, and ``info["illegal_action"]`` says so.
 
     ## Observation space
-    ``Box(0, 1, (OBSERVATION_SIZE,), float32)``, already scaled and independent of J; each entry is
-    described in ``servegym.envs.observation.FEATURES``.
+    ``Box(0, 1, (55,), float32)``, already scaled and independent of J. A log-scaled x reads
+    log₂(1 + x), straight between powers of two, over 14 (rounds) or 8 (queue), at most 1.
+
+    | entry | what |
+    |---|---|
+    | 0 | active clients / clients |
+    | 1 | clients a stage could fill now / clients |
+    | 2 | waiting / arrived |
+    | 3 | waiting per client, log-scaled |
+    | 4 | finished / arrived |
+    | 5 | cached tokens' share of the next decode round's seconds |
+    | 6 | expected rounds waiting / rounds of all arrived |
+    | 7 | expected rounds running / rounds of all arrived |
+    | 8 | stage seconds / (stage + seconds until the next finish) |
+    | 9 | idle time waited against the fixed cost of a stage, a / (a + b) |
+    | 10 | idle time until the next finish against the fixed cost of a stage, a / (a + b) |
+    | 11 | both idle times against the whole cost of a stage, a / (a + b) |
+    | 12 | fixed share of a stage that fills the idle clients |
+    | 13 | stage seconds / (stage + decode round seconds) |
+    | 14 | longest waiting, log-scaled rounds |
+    | 15 | median waiting, log-scaled rounds |
+    | 16 | shortest waiting, log-scaled rounds |
+    | 17 … 26 | rounds until a share of the clients is done, log-scaled |
+    | 27 … 40 | running requests / clients, by rounds left |
+    | 41 … 54 | waiting requests / waiting, by expected rounds |
+
+    The shares are 0%, 1%, 2%, 5%, 10%, 20%, 35%, 50%, 75%, 100%; 0% is the next finish.
+    The histograms' buckets begin at 0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048 rounds.
+    ``servegym.envs.observation.FEATURES`` names every entry.
 
     ## Reward
     ``gap`` (default): the return of an episode is exactly −100 · (makespan / lower bound − 1); each

@@ -263,3 +263,13 @@ def test_a_stage_of_many_of_the_longest_prompts() -> None:
     env = make_env(n, StageCosts(UNIT_COSTS.decode, AffinePrefill(0.0, 0.0, 1e-9)))
     start(env, instance(*[(most, 2)] * n))
     assert env.view().prefill_s == pytest.approx(n * 1e-9 * most**2)
+
+
+def test_the_docstring_tabulates_every_entry() -> None:
+    text = ServingEnv.__doc__ or ""
+    for entry, name in enumerate(FEATURES[:17]):
+        assert f"| {entry} | {name} |" in text
+    assert f"``Box(0, 1, ({len(FEATURES)},), float32)``" in text
+    assert "begin at " + ", ".join(str(low) for low in BUCKETS) in text
+    assert ", ".join(f"{share:.0%}" for share in SHARES) in text
+    assert f"… {len(FEATURES) - 1} | waiting requests" in text
