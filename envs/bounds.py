@@ -110,10 +110,11 @@ def _decode_bound(
     base_s = costs.decode_base_s[0, 1:]
     sizes = np.arange(1.0, len(base_s) + 1.0)
     run_s = _cover(base_s, sizes, float(rounds.sum()), least_rounds, exact=alone)
-    return run_s + float(costs.decode_per_kv_token_s[0]) * cached
+    return run_s + float(costs.rates[0].decode_per_kv_token_s) * cached
 
 
 def _prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) -> float:
+    rates = costs.rates[0]
     tokens = float(prompts.sum())
     if costs.prefill_level_tokens.shape[1] > 0:
         capacities = costs.prefill_level_tokens[0].astype(float)
@@ -121,12 +122,12 @@ def _prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) -
     else:
         squares = float((prompts.astype(float) ** 2).sum())
         line_s = (
-            stages * costs.prefill_base_s[0]
-            + costs.prefill_per_token_s[0] * tokens
-            + costs.prefill_per_token_squared_s[0] * squares
+            stages * rates.prefill_base_s
+            + rates.prefill_per_token_s * tokens
+            + rates.prefill_per_token_squared_s * squares
         )
-        work_s = float(max(stages * costs.prefill_floor_s[0], line_s))
-    overhead_s = stages * costs.overhead_base_s[0] + len(prompts) * costs.overhead_per_client_s[0]
+        work_s = float(max(stages * rates.prefill_floor_s, line_s))
+    overhead_s = stages * rates.overhead_base_s + len(prompts) * rates.overhead_per_client_s
     return work_s + float(overhead_s)
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,19 +37,26 @@ def _refuse_unsorted(name: str, values: Sequence[float]) -> None:
         raise ServegymError(f"{name} must strictly increase", name)
 
 
+RATES: Final = np.dtype(
+    [
+        ("decode_per_kv_token_s", np.float64),  # per cached token at the round's start
+        ("prefill_base_s", np.float64),
+        ("prefill_per_token_s", np.float64),  # per prompt token
+        ("prefill_per_token_squared_s", np.float64),  # per Σ p² of the admitted prompts
+        ("prefill_floor_s", np.float64),  # shortest stage
+        ("overhead_base_s", np.float64),  # CPU time added to every prefill stage
+        ("overhead_per_client_s", np.float64),  # … and per admitted request
+    ]
+)
+
+
 class CostTables(NamedTuple):
     """Cost of stages as arrays; R replicas, J clients, L prefill levels (0 unless levelled)."""
 
     decode_base_s: NDArray[np.float64]  # (R, J + 1) round with n active clients, without its cache
-    decode_per_kv_token_s: NDArray[np.float64]  # (R,) per cached token at the round's start
-    prefill_base_s: NDArray[np.float64]  # (R,)
-    prefill_per_token_s: NDArray[np.float64]  # (R,) per prompt token
-    prefill_per_token_squared_s: NDArray[np.float64]  # (R,) per Σ p² of the admitted prompts
-    prefill_floor_s: NDArray[np.float64]  # (R,) shortest stage
+    rates: Any  # (R,) RATES, records
     prefill_level_tokens: NDArray[np.int64]  # (R, L) capacity of each level, ascending
     prefill_level_s: NDArray[np.float64]  # (R, L) cost of each level
-    overhead_base_s: NDArray[np.float64]  # (R,) CPU time added to every prefill stage
-    overhead_per_client_s: NDArray[np.float64]  # (R,) … and per admitted request
 
 
 class CostModel(Protocol):
@@ -197,17 +204,20 @@ class StageCosts:
         if isinstance(prefill, LevelledPrefill):
             levels, level_count = prefill, len(prefill.level_tokens)
             prefill = _proportional(levels)
+        rates = (
+            self.decode.per_kv_token,
+            prefill.base,
+            prefill.per_token,
+            prefill.per_token_squared,
+            prefill.floor,
+            overhead.base,
+            overhead.per_client,
+        )
         return CostTables(
             decode_base_s=decode[None, :],
-            decode_per_kv_token_s=np.array([self.decode.per_kv_token]),
-            prefill_base_s=np.array([prefill.base]),
-            prefill_per_token_s=np.array([prefill.per_token]),
-            prefill_per_token_squared_s=np.array([prefill.per_token_squared]),
-            prefill_floor_s=np.array([prefill.floor]),
+            rates=np.array([rates], dtype=RATES).view(np.recarray),
             prefill_level_tokens=np.array([levels.level_tokens[:level_count]], dtype=np.int64),
             prefill_level_s=np.array([levels.level_seconds[:level_count]], dtype=float),
-            overhead_base_s=np.array([overhead.base]),
-            overhead_per_client_s=np.array([overhead.per_client]),
         )
 
 

@@ -45,25 +45,23 @@ def legal_actions(state: State, settings: Settings, e: int, r: int, mask: NDArra
 
 
 @kernel
-def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> bool:
-    """Carry out a legal action and run to the next decision point; False at the end."""
+def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> None:
+    """Carry out a legal action."""
     if action == DECODE:
         decode(state, costs, e, r, settings.every_round)
     else:
         prefill(state, costs, e, r, settings.rules[action - 1], settings.max_prefill_tokens)
-    return advance(state, costs, e, r)
 
 
 @kernel
 def run_to_choice(
     state: State, costs: CostTables, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]
 ) -> bool:
-    """From a loaded or advanced state, run on while only one action is legal; False at the end."""
-    alive = advance(state, costs, e, r)
-    while alive:
+    """Run to the next decision point with a choice and write its mask; False at the end."""
+    while advance(state, costs, e, r):
         if legal_actions(state, settings, e, r, mask) > 1:
             return True
-        alive = apply(state, costs, settings, e, r, int(np.argmax(mask)))
+        apply(state, costs, settings, e, r, int(np.argmax(mask)))
     legal_actions(state, settings, e, r, mask)
     return False
 

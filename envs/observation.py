@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from servegym.envs.cost_models import CostTables
 from servegym.envs.simulator.jit import kernel
-from servegym.envs.simulator.order import count_below, select
+from servegym.envs.simulator.order import select
 from servegym.envs.simulator.state import LENGTH_BUCKETS, State
 from servegym.envs.simulator.view import view
 
@@ -79,7 +79,7 @@ def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.flo
     now = view(state, costs, e, r)
     running = state.replicas[e, r].due_sum - now.active * now.round
     total = max(episode.arrived_rounds, 1)
-    cached_s = costs.decode_per_kv_token_s[r] * state.replicas[e, r].cached_tokens
+    cached_s = costs.rates[r].decode_per_kv_token_s * state.replicas[e, r].cached_tokens
     fixed_cost = now.active * now.prefill_fixed_s
     expected_wait = now.idle * now.seconds_to_finish
     out[0] = now.active / now.clients
@@ -112,11 +112,8 @@ def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
         place = (2 - k) * (waiting - 1) // 2
         request = state.by_length[e, select(state.waiting_tree[e], place)]
         out[14 + k] = _log(state.requests[e, request].expected_rounds, _ROUND_DOUBLINGS)
-    below = 0
     for bucket in range(_BUCKETS):
-        up_to = count_below(state.waiting_tree[e], state.bucket_rank[e, bucket + 1])
-        out[histogram + bucket] = (up_to - below) / waiting
-        below = up_to
+        out[histogram + bucket] = state.waiting_lengths[e, bucket] / waiting
 
 
 @kernel

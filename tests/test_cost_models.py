@@ -214,7 +214,7 @@ MEASURED_MS = (
 
 def test_table_preset_holds_the_measured_times() -> None:
     tables = cost_preset("llama2-70b-a100x4-table").costs.tables(200)
-    assert tables.decode_per_kv_token_s[0] == 5.973e-8
+    assert tables.rates[0].decode_per_kv_token_s == 5.973e-8
     for pair in MEASURED_MS.split():
         batch, milliseconds = pair.split(":")
         assert tables.decode_base_s[0, int(batch)] == pytest.approx(float(milliseconds) / 1000)

@@ -42,7 +42,7 @@ def admits(state: State, e: int, r: int, rule: int) -> bool:
     if rule != PLAN:
         return True
     for client in range(clients):
-        if state.clients[e, r, client].request == NOBODY and _head(state, e, r, client) != NOBODY:
+        if state.holding[e, r, client] == NOBODY and _head(state, e, r, client) != NOBODY:
             return True
     return False
 
@@ -57,7 +57,7 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
     tokens = 0
     target_count = _find_targets(state, e, r) if rule == ALIGNED else 0
     for client in range(state.clients.shape[2]):
-        if state.clients[e, r, client].request != NOBODY:
+        if state.holding[e, r, client] != NOBODY:
             continue
         if state.episodes[e].waiting == 0:
             break

@@ -33,12 +33,13 @@ def decode_seconds(
     arithmetic.
     """
     cached = rounds * cached_tokens + active * (rounds * (rounds - 1) // 2)
-    return rounds * costs.decode_base_s[r, active] + costs.decode_per_kv_token_s[r] * cached
+    return rounds * costs.decode_base_s[r, active] + costs.rates[r].decode_per_kv_token_s * cached
 
 
 @kernel
 def prefill_seconds(costs: CostTables, r: int, tokens: int, squares: float, requests: int) -> float:
     """Return the time of a prefill stage of ``tokens`` prompt tokens (Σp² ``squares``)."""
+    rates = costs.rates[r]
     levels = costs.prefill_level_tokens.shape[1]
     if levels > 0:
         top = costs.prefill_level_tokens[r, levels - 1]
@@ -50,12 +51,12 @@ def prefill_seconds(costs: CostTables, r: int, tokens: int, squares: float, requ
             seconds += costs.prefill_level_s[r, level]
     else:
         line = (
-            costs.prefill_base_s[r]
-            + costs.prefill_per_token_s[r] * tokens
-            + costs.prefill_per_token_squared_s[r] * squares
+            rates.prefill_base_s
+            + rates.prefill_per_token_s * tokens
+            + rates.prefill_per_token_squared_s * squares
         )
-        seconds = max(costs.prefill_floor_s[r], line)
-    return seconds + costs.overhead_base_s[r] + costs.overhead_per_client_s[r] * requests
+        seconds = max(rates.prefill_floor_s, line)
+    return seconds + rates.overhead_base_s + rates.overhead_per_client_s * requests
 
 
 @kernel
@@ -70,7 +71,7 @@ def expected_remaining(state: State, e: int, r: int, i: int) -> int:
 def client_work(state: State, e: int, r: int, client: int) -> int:
     """Return the decode rounds a client has before it: its running request and its planned queue."""
     work = state.clients[e, r, client].queue_rounds
-    running = state.clients[e, r, client].request
+    running = state.holding[e, r, client]
     if running != NOBODY:
         work += expected_remaining(state, e, r, running)
     return work
@@ -118,6 +119,7 @@ def _count_waiting(state: State, e: int, i: int, sign: int) -> None:
     episode.waiting_rounds += sign * request.expected_rounds
     episode.waiting_prompt_tokens += sign * prompt
     episode.waiting_prompt_squares += sign * prompt * prompt
+    state.waiting_lengths[e, request.bucket] += sign
     add(state.waiting_tree[e], request.rank, sign)
 
 
@@ -127,7 +129,7 @@ def pick(state: State, e: int, r: int, client: int, i: int) -> None:
     request = state.requests[e, i]
     _count_waiting(state, e, i, -1)
     state.clients[e, r, request.plan_client].queue_rounds -= request.expected_rounds
-    state.clients[e, r, client].request = i
+    state.holding[e, r, client] = i
     request.phase = RUNNING
     request.client = client
     request.admitted_round = state.replicas[e, r].rounds
@@ -212,7 +214,7 @@ def _finish_due(state: State, e: int, r: int) -> None:
         replica.cached_tokens -= request.prompt_tokens + request.decode_rounds + 1
         replica.active -= 1
         replica.due_sum -= finish.due
-        state.clients[e, r, request.client].request = NOBODY
+        state.holding[e, r, request.client] = NOBODY
         state.episodes[e].finished += 1
 
 

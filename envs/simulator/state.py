@@ -69,6 +69,7 @@ REQUEST: Final = np.dtype(
         # Records.
         ("client", np.int32),  # or NOBODY
         ("phase", np.int8),
+        ("bucket", np.int8),  # of LENGTH_BUCKETS, by expected rounds
         ("admitted_s", np.float64),  # start of its prefill stage, NaN before
         ("admitted_round", np.int64),  # decode clock then
         ("first_token_s", np.float64),  # end of its prefill stage, NaN before
@@ -94,8 +95,7 @@ REPLICA: Final = np.dtype(
 
 CLIENT: Final = np.dtype(
     [
-        ("request", np.int32),  # or NOBODY
-        # Its planned queue, a linked list; stolen entries stay until they surface.
+        # A planned queue, a linked list; stolen entries stay until they surface.
         ("queue_head", np.int32),  # or NOBODY
         ("queue_tail", np.int32),  # or NOBODY
         ("queue_rounds", np.int64),  # Σ expected_rounds still waiting in it
@@ -120,10 +120,11 @@ class State(NamedTuple):
     episodes: Records  # (E,) EPISODE
     requests: Records  # (E, I) REQUEST, by id
     by_length: NDArray[np.int32]  # (E, I) request ids, shortest expected first
-    bucket_rank: NDArray[np.int32]  # (E, B + 1) first rank of each of LENGTH_BUCKETS
+    waiting_lengths: NDArray[np.int32]  # (E, B) waiting requests in each of LENGTH_BUCKETS
     waiting_tree: NDArray[np.int32]  # (E, 2^k + 1) Fenwick tree over ranks
     replicas: Records  # (E, R) REPLICA
     clients: Records  # (E, R, J) CLIENT
+    holding: NDArray[np.int32]  # (E, R, J) the request each client holds, or NOBODY
     finishes: Records  # (E, R, J) FINISH of the running, latest first; [:active]
     picked: NDArray[np.int32]  # (E, J) scratch: the requests one prefill stage admits
     targets: NDArray[np.int64]  # (E, J) scratch: rounds in which several requests finish
@@ -134,7 +135,7 @@ _NEW_REQUEST: Final = {
     "plan_next": NOBODY,
     "client": NOBODY,
 } | dict.fromkeys(("admitted_s", "first_token_s", "finished_s"), np.nan)
-_NEW_CLIENT: Final = dict.fromkeys(("request", "queue_head", "queue_tail"), NOBODY)
+_NEW_CLIENT: Final = dict.fromkeys(("queue_head", "queue_tail"), NOBODY)
 
 
 def make_state(environments: int, requests: int, clients: int, replicas: int = 1) -> State:
@@ -145,10 +146,11 @@ def make_state(environments: int, requests: int, clients: int, replicas: int = 1
         episodes=_records(e, dtype=EPISODE),
         requests=_records(e, i, dtype=REQUEST),
         by_length=np.zeros((e, i), np.int32),
-        bucket_rank=np.zeros((e, len(LENGTH_BUCKETS) + 1), np.int32),
+        waiting_lengths=np.zeros((e, len(LENGTH_BUCKETS)), np.int32),
         waiting_tree=np.zeros((e, tree + 1), np.int32),
         replicas=_records(e, r, dtype=REPLICA),
         clients=_records(e, r, j, dtype=CLIENT),
+        holding=np.zeros((e, r, j), np.int32),
         finishes=_records(e, r, j, dtype=FINISH),
         picked=np.zeros((e, j), np.int32),
         targets=np.zeros((e, j), np.int64),
@@ -172,6 +174,7 @@ def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
     for array, values in ((state.requests, _NEW_REQUEST), (state.clients, _NEW_CLIENT)):
         for name, value in values.items():
             array[name][e] = value
+    state.holding[e] = NOBODY
     # Among equal lengths the later request is "shorter", so that longest-first serves in order.
     order = np.lexsort((-np.arange(n), requests.decode_rounds))
     rows = state.requests[e, :n]
@@ -179,10 +182,9 @@ def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
     rows["prompt_tokens"] = requests.prompt_tokens
     rows["decode_rounds"] = requests.decode_rounds
     rows["expected_rounds"] = requests.decode_rounds
+    rows["bucket"] = np.searchsorted(LENGTH_BUCKETS, requests.decode_rounds, side="right") - 1
     rows["rank"][order] = np.arange(n)
     state.by_length[e, :n] = order
-    state.bucket_rank[e, :-1] = np.searchsorted(requests.decode_rounds[order], LENGTH_BUCKETS)
-    state.bucket_rank[e, -1] = n
     state.episodes[e].requests = n
     if plan is None:
         plan_greedily(state, e, 0)

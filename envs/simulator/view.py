@@ -44,10 +44,11 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
         tokens = episode.waiting_prompt_tokens * admitted // waiting
         squares = episode.waiting_prompt_squares * (admitted / waiting)
         prefill_s = prefill_seconds(costs, r, tokens, squares, admitted)
+        rates = costs.rates[r]
         variable_s = (
-            costs.prefill_per_token_s[r] * tokens
-            + costs.prefill_per_token_squared_s[r] * squares
-            + costs.overhead_per_client_s[r] * admitted
+            rates.prefill_per_token_s * tokens
+            + rates.prefill_per_token_squared_s * squares
+            + rates.overhead_per_client_s * admitted
         )
         fixed_s = max(prefill_s - variable_s, 0.0)
     return DecisionView(
