@@ -48,9 +48,15 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
     clients = task.cluster.clients
     state = make_state(1, len(case.requests), clients)
     load_case(state, 0, case, policy.prepare(brief(task, case, seed=0)))
+    play_loaded(state, task.cost.tables(clients), task, policy)
+    return episode_metrics(state, 0)
+
+
+def play_loaded(state: State, costs: CostTables, task: TaskConfig, policy: TriggerPolicy) -> None:
+    """Play the episode loaded into row 0 to its end; ``costs`` are the task's tables."""
     run_episode(
         state,
-        task.cost.tables(clients),
+        costs,
         0,
         ADMISSION_RULES.index(policy.rule),
         policy.trigger,
@@ -58,4 +64,3 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
         policy.every_round or task.process.decisions == "rounds",
         task.cluster.max_prefill_tokens,
     )
-    return episode_metrics(state, 0)

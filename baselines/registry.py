@@ -110,3 +110,11 @@ def make_policy(name: str) -> Policy:
     if number and isinstance(entry.prototype, TriggerPolicy):
         return replace(entry.prototype, parameter=float(number))
     return copy(entry.prototype)
+
+
+def make_trigger_policy(name: str) -> TriggerPolicy:
+    """Return a new policy that compiled code can play; any other name is refused."""
+    policy = make_policy(name)
+    if not isinstance(policy, TriggerPolicy):
+        raise ServegymError(f"policy {name!r} has no trigger, so compiled code cannot play it")
+    return policy

@@ -67,21 +67,6 @@ def run_to_choice(
 
 
 @kernel
-def begin(
-    state: State,
-    costs: CostTables,
-    settings: Settings,
-    e: int,
-    observation: NDArray[np.float32],
-    mask: NDArray[np.bool_],
-) -> bool:
-    """Start the loaded episode; write its first observation and mask. False if it has no choice."""
-    alive = run_to_choice(state, costs, settings, e, 0, mask)
-    observe(state, costs, e, 0, observation)
-    return alive
-
-
-@kernel
 def step(
     state: State,
     costs: CostTables,
@@ -129,6 +114,13 @@ def make_rows(environments: int, actions: int) -> Rows:
         np.zeros(environments),
         *(np.zeros(environments, np.bool_) for _ in range(3)),
     )
+
+
+@kernel
+def begin_row(state: State, costs: CostTables, settings: Settings, rows: Rows, e: int) -> None:
+    """Start the episode loaded into environment ``e``; write its first observation and mask."""
+    run_to_choice(state, costs, settings, e, 0, rows.masks[e])
+    observe(state, costs, e, 0, rows.observations[e])
 
 
 @kernel

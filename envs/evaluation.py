@@ -111,7 +111,7 @@ def evaluate(
     jobs: int = 1,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Play every policy on every seed and return the table, sorted by policy and seed.
+    """Play every policy on every seed and return these episodes, sorted by policy and seed.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def evaluate(
         Makes a policy by name; must be picklable, as it runs in worker processes.
     output
         Folder for ``episodes.csv`` and ``task.json``; made if missing. Episodes that stand in it are
-        kept, also those of policies and seeds not asked for now.
+        kept there, also those of policies and seeds not asked for now.
     jobs
         Worker processes.
 
@@ -153,7 +153,8 @@ def evaluate(
         finally:
             if missing:
                 _save_table(rows, names, output)
-    return _as_table(rows, names)
+    asked = {(name, seed) for seed, _ in wanted for name in names}
+    return _as_table([row for row in rows if (row["policy"], row["seed"]) in asked], names)
 
 
 def _play_cases(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from servegym.envs.bounds import LowerBound
 from servegym.envs.cases import Case, bound_case, load_case, sample_requests
 from servegym.envs.config import TaskConfig, with_overrides
-from servegym.envs.decision_process import Settings, begin, step
+from servegym.envs.decision_process import Settings, begin_row, make_rows, step_row
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.metrics import Records, episode_metrics, records
 from servegym.envs.observation import FEATURES, OBSERVATION_SIZE
@@ -138,7 +138,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.action_space = spaces.Discrete(1 + len(self.task.process.rules))
         self.observation_space = spaces.Box(0.0, 1.0, (OBSERVATION_SIZE,), np.float32)
         self.state: State | None = None
-        self._mask = np.zeros(int(self.action_space.n), dtype=np.bool_)
+        self.rows = make_rows(1, 1 + len(self.task.process.rules))
         self._over = True
 
     def reset(
@@ -158,10 +158,11 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         if requests is None:
             requests = sample_requests(self.task, self.np_random)
         self._load(requests, options.get("plan"), options.get("bound"))
-        observation = np.zeros(OBSERVATION_SIZE, dtype=np.float32)
-        begin(self._state, self.costs, self.settings, 0, observation, self._mask)
+        begin_row(self._state, self.costs, self.settings, self.rows, 0)
         self._over = False
-        return observation, {"lower_bound_s": float(self._state.episodes[0].bound_s)}
+        return self.rows.observations[0].copy(), {
+            "lower_bound_s": float(self._state.episodes[0].bound_s)
+        }
 
     def step(
         self, action: SupportsIndex
@@ -173,20 +174,16 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
             chosen = operator.index(action)
         except TypeError:
             raise ServegymError(f"action must be a whole number, got {action!r}") from None
-        if not 0 <= chosen < self._mask.size:
-            raise ServegymError(f"action must lie in 0 … {self._mask.size - 1}, got {chosen}")
-        info: dict[str, Any] = {}
-        if not self._mask[chosen]:
-            chosen = int(np.argmax(self._mask))
-            info["illegal_action"] = True
-        observation = np.zeros(OBSERVATION_SIZE, dtype=np.float32)
-        reward, terminated, truncated = step(
-            self._state, self.costs, self.settings, 0, chosen, observation, self._mask
-        )
+        rows = self.rows
+        if not 0 <= chosen < rows.masks.shape[1]:
+            raise ServegymError(f"action must lie in 0 … {rows.masks.shape[1] - 1}, got {chosen}")
+        step_row(self._state, self.costs, self.settings, rows, 0, chosen)
+        info: dict[str, Any] = {"illegal_action": True} if rows.illegal[0] else {}
+        terminated, truncated = bool(rows.terminated[0]), bool(rows.truncated[0])
         if terminated or truncated:
             self._over = True
             info.update(episode_metrics(self._state, 0))
-        return observation, reward, terminated, truncated, info
+        return rows.observations[0].copy(), float(rows.rewards[0]), terminated, truncated, info
 
     def render(self) -> NDArray[np.uint8] | None:
         """Draw the clients over time so far as an RGB image, shape (height, width, 3)."""
@@ -201,7 +198,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         """Return which actions are legal now, shape (actions,); sb3-contrib asks for this name."""
         if self.state is None:
             raise ServegymError("call reset() before action_masks()")
-        return self._mask.copy()
+        return self.rows.masks[0].copy()
 
     def view(self) -> DecisionView:
         """Return the numbers that rules decide by."""

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from servegym.envs.cases import bound_case, load_case, sample_requests
 from servegym.envs.config import TaskConfig
-from servegym.envs.decision_process import begin, make_rows, step_rows, step_rows_in_parallel
+from servegym.envs.decision_process import begin_row, make_rows, step_rows, step_rows_in_parallel
 from servegym.envs.errors import ServegymError
 from servegym.envs.metrics import episode_metrics
 from servegym.envs.serving_env import ServingEnv
@@ -140,8 +140,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     def _begin_episode(self, e: int) -> None:
         requests = sample_requests(self.task, self._rngs[e])
         load_case(self.state, e, bound_case(self.task, self.costs, requests))
-        observation, mask = self.rows.observations[e], self.rows.masks[e]
-        begin(self.state, self.costs, self.settings, e, observation, mask)
+        begin_row(self.state, self.costs, self.settings, self.rows, e)
 
     def _begin_next(self, ended: NDArray[np.intp], infos: dict[str, Any]) -> dict[str, Any]:
         """Keep what the ended rows leave behind, in Gymnasium's form, and begin their next episode."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Final
@@ -119,6 +119,12 @@ def check_source(source: str) -> None:
         )
 
 
+@lru_cache(maxsize=8)
+def _read_once(path: Path, modified_ns: int) -> Requests:
+    """Read a file that every episode asks for; ``modified_ns`` tells that it has changed."""
+    return read_requests(path)
+
+
 def make_workload(
     source: str, requests: int, arrival_rate_per_s: float, rng: Generator
 ) -> Requests:
@@ -130,7 +136,8 @@ def make_workload(
     """
     check_source(source)
     if source not in WORKLOAD_PRESETS:
-        return read_requests(Path(source))
+        path = Path(source)
+        return _read_once(path, path.stat().st_mtime_ns if path.is_file() else 0)
     prompts, outputs = WORKLOAD_PRESETS[source].sample(requests, rng)
     if arrival_rate_per_s == 0:
         return make_requests(prompts, outputs)

@@ -20,17 +20,16 @@ import pandas as pd
 from _cli import parse, run
 from tqdm import tqdm
 
-from servegym.baselines.episodes import run_episode
+from servegym.baselines.episodes import play_loaded
 from servegym.baselines.planner import plan_offline
 from servegym.baselines.policies import TriggerPolicy
-from servegym.baselines.registry import make_policy
+from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.envs.cases import Case, load_case
 from servegym.envs.config import ClusterConfig, TaskConfig, WorkloadConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import make_case, play
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.serving_env import ServingEnv
-from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.summary import to_markdown
 from servegym.envs.tasks import TASKS
@@ -95,16 +94,8 @@ class CompiledEpisode:
 
     def play(self) -> None:
         """Play it to its end."""
-        run_episode(
-            self.state,
-            self.task.cost.tables(self.task.cluster.clients),
-            0,
-            ADMISSION_RULES.index(self.policy.rule),
-            self.policy.trigger,
-            self.policy.parameter,
-            self.policy.every_round,
-            0,
-        )
+        costs = self.task.cost.tables(self.task.cluster.clients)
+        play_loaded(self.state, costs, self.task, self.policy)
 
     def median_seconds(self, repeats: int) -> float:
         """Return the median time of playing it, after one play that compiles."""
@@ -117,9 +108,7 @@ class CompiledEpisode:
 
 def compiled_episode(task: TaskConfig, name: str) -> CompiledEpisode:
     """Set up the first training case of a task under a trigger policy."""
-    policy = make_policy(name)
-    if not isinstance(policy, TriggerPolicy):
-        raise TypeError(f"{name} is not a trigger policy")
+    policy = make_trigger_policy(name)
     case = make_case(task, 0)
     state = make_state(1, len(case.requests), task.cluster.clients)
     return CompiledEpisode(task, policy, case, state)

@@ -21,8 +21,7 @@ from _cli import parse, run
 from tqdm import tqdm
 
 from servegym.baselines.episodes import play_compiled
-from servegym.baselines.policies import TriggerPolicy
-from servegym.baselines.registry import make_policy
+from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.config import TaskConfig, WorkloadConfig
 from servegym.envs.cost_models import (
     AffineDecode,
@@ -96,10 +95,7 @@ def unit_task(source: str, prefill: LevelledPrefill) -> TaskConfig:
 def coefficients(task: TaskConfig, seed: int) -> Coefficients:
     """Measure one case under the baseline."""
     case = make_case(task, seed)
-    baseline = make_policy("fcfs")
-    if not isinstance(baseline, TriggerPolicy):
-        raise TypeError("the baseline is a trigger policy")
-    row = play_compiled(task, baseline, case)
+    row = play_compiled(task, make_trigger_policy("fcfs"), case)
     return Coefficients(
         case.bound.decode_rounds,
         case.bound.prefill_s,

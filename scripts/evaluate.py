@@ -143,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference not in names:
         args = replace(args, reference=names[0])
     episodes = evaluate(task, make_policy, names, seeds, args.output, jobs=args.jobs)
-    shown = episodes[episodes["policy"].isin(names) & episodes["seed"].isin(seeds)]
-    table = to_markdown(summarise(shown, args.reference))
+    table = to_markdown(summarise(episodes, args.reference))
     write_file(args.output / "summary.md", summary_text(task.name, args, table))
     print(table)
     print(f"wrote {args.output / 'episodes.csv'} and {args.output / 'summary.md'}")

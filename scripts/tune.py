@@ -13,8 +13,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from servegym.baselines.episodes import play_compiled
-from servegym.baselines.policies import TriggerPolicy
-from servegym.baselines.registry import make_policy
+from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED, make_case
@@ -50,13 +49,10 @@ def candidates() -> list[str]:
 def gaps(task: TaskConfig, seed: int, names: Sequence[str]) -> list[dict[str, object]]:
     """Return one row per policy for one training case."""
     case = make_case(task, seed)
-    rows: list[dict[str, object]] = []
-    for name in names:
-        policy = make_policy(name)
-        if isinstance(policy, TriggerPolicy):
-            gap = play_compiled(task, policy, case)["gap"]
-            rows.append({"policy": name, "seed": seed, "gap": gap})
-    return rows
+    return [
+        {"policy": name, "seed": seed, "gap": play_compiled(task, policy, case)["gap"]}
+        for name, policy in ((name, make_trigger_policy(name)) for name in names)
+    ]
 
 
 def best_of_families(table: pd.DataFrame) -> pd.DataFrame:

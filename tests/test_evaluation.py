@@ -69,6 +69,13 @@ def test_finished_episodes_are_not_run_again(tmp_path: Path) -> None:
     assert 123.0 not in set(table["makespan_s"][2:])
 
 
+def test_only_what_was_asked_for_is_returned_and_the_rest_is_kept(tmp_path: Path) -> None:
+    run(tmp_path, ["fcfs", "lpt"], range(4))
+    table = run(tmp_path, ["lpt"], range(1, 3))
+    assert list(zip(table["policy"], table["seed"], strict=True)) == [("lpt", 1), ("lpt", 2)]
+    assert len(pd.read_csv(tmp_path / "episodes.csv")) == 8
+
+
 def test_an_interrupted_evaluation_keeps_what_is_finished(tmp_path: Path) -> None:
     calls = 0
 

@@ -10,7 +10,12 @@ import pytest
 from servegym.baselines import triggers
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.policies import RandomPolicy, TriggerPolicy
-from servegym.baselines.registry import REGISTRY, make_policy, policy_descriptions
+from servegym.baselines.registry import (
+    REGISTRY,
+    make_policy,
+    make_trigger_policy,
+    policy_descriptions,
+)
 from servegym.envs.config import with_overrides
 from servegym.envs.cost_models import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.errors import ServegymError
@@ -106,6 +111,12 @@ def test_every_policy_has_a_line_and_is_made_anew() -> None:
     assert all(text and "\n" not in text for text in lines.values())
     assert make_policy("random") is not make_policy("random")
     assert make_policy("fcfs") is not make_policy("fcfs")
+
+
+def test_compiled_code_plays_trigger_policies_only() -> None:
+    assert make_trigger_policy("threshold-4").parameter == 4
+    with pytest.raises(ServegymError, match="'random' has no trigger"):
+        make_trigger_policy("random")
 
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])

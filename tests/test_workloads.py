@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -195,3 +196,12 @@ def test_unknown_source() -> None:
     )
     check_source("gsm8k-lognormal")
     check_source("anything.csv")  # whether it exists is seen when it is read
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "work.csv"
+    for stamp, output in ((1, 3), (2, 5)):
+        path.write_text(f"prompt_tokens,output_tokens\n7,{output}\n")
+        os.utime(path, ns=(stamp, stamp))
+        read = make_workload(str(path), 0, 0.0, np.random.default_rng(0))
+        assert read.output_tokens.tolist() == [output]
