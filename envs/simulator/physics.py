@@ -136,8 +136,8 @@ def pick(state: State, e: int, r: int, client: int, i: int) -> None:
 
 
 @kernel
-def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) -> float:
-    """Run one prefill stage for the first ``admitted`` picked requests; return its seconds."""
+def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) -> None:
+    """Run one prefill stage for the first ``admitted`` picked requests."""
     episode, replica = state.episodes[e], state.replicas[e, r]
     tokens = 0
     squares = 0.0
@@ -160,7 +160,6 @@ def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) 
     _schedule_finishes(state, e, r, admitted)
     _finish_due(state, e, r)
     receive_arrivals(state, e, r)
-    return seconds
 
 
 @kernel
@@ -245,8 +244,8 @@ def rounds_to_arrival(state: State, costs: CostTables, e: int, r: int, most: int
 
 
 @kernel
-def run_decode(state: State, costs: CostTables, e: int, r: int, rounds: int) -> float:
-    """Run decode rounds, at most as many as to the next finish; return their seconds."""
+def run_decode(state: State, costs: CostTables, e: int, r: int, rounds: int) -> None:
+    """Run decode rounds, at most as many as to the next finish."""
     episode, replica = state.episodes[e], state.replicas[e, r]
     active = replica.active
     clients = state.clients.shape[2]
@@ -261,4 +260,3 @@ def run_decode(state: State, costs: CostTables, e: int, r: int, rounds: int) -> 
         replica.idle_wait_s += seconds * (clients - active)
     _finish_due(state, e, r)
     receive_arrivals(state, e, r)
-    return seconds
