@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.jit import allocating_kernel, kernel
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
 # mypy: disable-error-code="arg-type,assignment,return-value"
@@ -38,7 +38,7 @@ class Knapsack:
         return pattern
 
 
-@kernel
+@allocating_kernel
 def _fill(
     lengths: Whole,
     prices: Whole,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.simulator.dealing import sift_down
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.jit import allocating_kernel, kernel
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
 # mypy: disable-error-code="arg-type,assignment,return-value"
@@ -85,7 +85,7 @@ def longest_first(rounds: Whole, clients: int) -> Loads:
     )
 
 
-@kernel
+@allocating_kernel
 def _deal_longest_first(
     rounds: Whole, order: Whole, first: Whole, after: Whole, load: Whole
 ) -> None:

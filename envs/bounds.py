@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from servegym.envs.cost_models import CostTables
 from servegym.envs.makespan_bound import rounds_lower_bound
 from servegym.envs.requests import Requests
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.jit import allocating_kernel
 
 _RELEASE_POINTS: Final = 16  # arrival times tried; more cost time and gain little
 
@@ -168,7 +168,7 @@ def _dual_vertices(cost_bytes: bytes, size_bytes: bytes, exact: bool) -> NDArray
     return np.vstack([edges[allowed], corners])
 
 
-@kernel
+@allocating_kernel
 def lower_hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the places of the lower convex hull of points whose ``x`` strictly ascends."""
     hull = np.empty(x.size, np.int64)

@@ -8,9 +8,10 @@ summed in closed form.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from servegym.envs.cost_models import CostTables
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.jit import allocating_kernel, kernel
 from servegym.envs.simulator.order import add
 from servegym.envs.simulator.state import (
     FINISHED,
@@ -167,30 +168,49 @@ def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
     """Merge the admitted requests into the order of finishing: latest first, ties by request id."""
     replica, finishes = state.replicas[e, r], state.finishes[e, r]
     span = state.requests.shape[1]
-    keys = np.empty(admitted, np.int64)  # rounds and id of each in one sortable number
+    keys = state.keys[e, :admitted]  # rounds and id of each in one sortable number
     for k in range(admitted):
         i = np.int64(state.picked[e, k])
         keys[k] = np.int64(state.requests[e, i].decode_rounds) * span + i
-    keys.sort()
-    # Those that run already move to the back; merging from the front never overtakes them.
-    for k in range(replica.active - 1, -1, -1):
-        finishes[k + admitted].due = finishes[k].due
-        finishes[k + admitted].request = finishes[k].request
+    _sort(keys)
+    # From the back, soonest first: who finishes after all of the admitted stays in place.
+    running = replica.active - 1
     replica.active += admitted
-    source = admitted
-    place = 0
-    for k in range(admitted - 1, -1, -1):
-        i = keys[k] % span
-        due = replica.rounds + keys[k] // span
-        while source < replica.active and _later(finishes[source], due, i):
-            finishes[place].due = finishes[source].due
-            finishes[place].request = finishes[source].request
-            place += 1
-            source += 1
+    merged = 0
+    place = replica.active - 1
+    while merged < admitted:
+        i = keys[merged] % span
+        due = replica.rounds + keys[merged] // span
+        while running >= 0 and not _later(finishes[running], due, i):
+            finishes[place].due = finishes[running].due
+            finishes[place].request = finishes[running].request
+            place -= 1
+            running -= 1
         finishes[place].due = due
-        replica.due_sum += due
         finishes[place].request = i
-        place += 1
+        replica.due_sum += due
+        place -= 1
+        merged += 1
+
+
+@allocating_kernel
+def _sort_many(keys: NDArray[np.int64]) -> None:
+    keys.sort()
+
+
+@kernel
+def _sort(keys: NDArray[np.int64]) -> None:
+    """Sort in place; most stages admit a handful, and then a call to a library costs more."""
+    if keys.size > 16:
+        _sort_many(keys)
+        return
+    for k in range(1, keys.size):
+        key = keys[k]
+        place = k
+        while place > 0 and keys[place - 1] > key:
+            keys[place] = keys[place - 1]
+            place -= 1
+        keys[place] = key
 
 
 @kernel

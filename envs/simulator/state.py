@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from servegym.envs.plan import Plan
 from servegym.envs.requests import Requests
 from servegym.envs.simulator.dealing import sift_down
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.jit import allocating_kernel, kernel
 
 # Phases of a request, in the order it goes through them.
 FUTURE: Final = 0
@@ -127,6 +127,7 @@ class State(NamedTuple):
     holding: NDArray[np.int32]  # (E, R, J) the request each client holds, or NOBODY
     finishes: Records  # (E, R, J) FINISH of the running, latest first; [:active]
     picked: NDArray[np.int32]  # (E, J) scratch: the requests one prefill stage admits
+    keys: NDArray[np.int64]  # (E, J) scratch: what the admitted are sorted by
     targets: NDArray[np.int64]  # (E, J) scratch: rounds in which several requests finish
 
 
@@ -153,6 +154,7 @@ def make_state(environments: int, requests: int, clients: int, replicas: int = 1
         holding=np.zeros((e, r, j), np.int32),
         finishes=_records(e, r, j, dtype=FINISH),
         picked=np.zeros((e, j), np.int32),
+        keys=np.zeros((e, j), np.int64),
         targets=np.zeros((e, j), np.int64),
     )
 
@@ -214,7 +216,7 @@ def _enqueue_plan(
             enqueue(state, e, r, client, order[place])
 
 
-@kernel
+@allocating_kernel
 def plan_greedily(state: State, e: int, r: int) -> None:
     """Queue the requests present at t = 0 longest first, each at the least loaded client."""
     heap = np.arange(state.clients.shape[2])
