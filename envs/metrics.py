@@ -68,6 +68,8 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     ttft_s = (log.first_token_s - log.arrival_s)[started]
     decoded = done & (log.decode_rounds > 0)
     tpot_s = (log.finished_s - log.first_token_s)[decoded] / log.decode_rounds[decoded]
+    ttft_p50_s, ttft_p99_s = _percentiles(ttft_s)
+    tpot_p50_s, tpot_p99_s = _percentiles(tpot_s)
     bound_s = float(episode.bound_s)
     return {
         "requests": int(episode.requests),
@@ -80,13 +82,17 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "prefill_stages": int(replicas.prefill_stages.sum()),
         "prefill_s": float(replicas.prefill_s.sum()),
         "output_tokens_per_s": tokens / now_s,
-        "ttft_p50_s": _percentile(ttft_s, 50),
-        "ttft_p99_s": _percentile(ttft_s, 99),
-        "tpot_p50_s": _percentile(tpot_s, 50),
-        "tpot_p99_s": _percentile(tpot_s, 99),
+        "ttft_p50_s": ttft_p50_s,
+        "ttft_p99_s": ttft_p99_s,
+        "tpot_p50_s": tpot_p50_s,
+        "tpot_p99_s": tpot_p99_s,
         "decisions": int(episode.decisions),
     }
 
 
-def _percentile(values: NDArray[np.float64], q: float) -> float:
-    return float(np.percentile(values, q)) if len(values) else float("nan")
+def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return median and 99th percentile; NaN without values."""
+    if len(values) == 0:
+        return float("nan"), float("nan")
+    median, high = np.percentile(values, (50, 99))
+    return float(median), float(high)

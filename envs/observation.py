@@ -110,8 +110,8 @@ def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
         return
     for k in range(3):
         place = (2 - k) * (waiting - 1) // 2
-        request = state.by_length[e, select(state.waiting_tree[e], place)]
-        out[14 + k] = _log(state.requests[e, request].expected_rounds, _ROUND_DOUBLINGS)
+        rounds = state.lengths[e, select(state.waiting_tree[e], place)]
+        out[14 + k] = _log(rounds, _ROUND_DOUBLINGS)
     for bucket in range(_BUCKETS):
         out[histogram + bucket] = state.waiting_lengths[e, bucket] / waiting
 
@@ -131,13 +131,24 @@ def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> 
     histogram = first + FINISH_SHARES.size
     longer = active  # how many run for at least as long as the bucket's first length
     for bucket in range(_BUCKETS - 1):
-        low, high = 0, longer
-        while low < high:
-            middle = (low + high) // 2
-            if finishes[middle].due - now >= LENGTH_BUCKETS[bucket + 1]:
-                low = middle + 1
-            else:
-                high = middle
-        out[histogram + bucket] = (longer - low) / clients
-        longer = low
+        still = _due_from(state, e, r, now + LENGTH_BUCKETS[bucket + 1])
+        out[histogram + bucket] = (longer - still) / clients
+        longer = still
     out[histogram + _BUCKETS - 1] = longer / clients
+
+
+@kernel
+def _due_from(state: State, e: int, r: int, due: int) -> int:
+    """Return how many running requests finish at round ``due`` of the decode clock or later.
+
+    A binary search whose number of steps depends on the active clients only and that chooses without
+    branching: a processor runs the searches of all buckets side by side.
+    """
+    finishes = state.finishes[e, r]
+    first = 0
+    size = state.replicas[e, r].active
+    while size > 0:
+        half = (size + 1) // 2
+        first += half if finishes[first + half - 1].due >= due else 0
+        size -= half
+    return first

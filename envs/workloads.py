@@ -21,7 +21,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
-from scipy.stats import rankdata
 
 from servegym.envs.errors import ServegymError, nearest
 from servegym.envs.requests import Requests, make_requests, read_requests
@@ -65,7 +64,11 @@ def sample_gsm8k_prompts(requests: int, rng: Generator) -> Tokens:
 def _correlated_normals(prompts: Tokens, rng: Generator) -> NDArray[np.float64]:
     """Return standard normals whose rank correlation with ``prompts`` is the measured one."""
     rho = 2.0 * np.sin(np.pi * PROMPT_OUTPUT_RANK_CORRELATION / 6.0)  # Spearman → normal copula
-    scores = ndtri((rankdata(prompts) - 0.5) / len(prompts))
+    counts = np.bincount(prompts)
+    ranks = np.cumsum(counts) - (counts - 1) / 2  # of each length, the mean over its ties
+    with np.errstate(divide="ignore", invalid="ignore"):
+        score_of_length = ndtri((ranks - 0.5) / len(prompts))
+    scores = score_of_length[prompts]
     noise = rng.standard_normal(len(prompts))
     normals: NDArray[np.float64] = rho * scores + np.sqrt(1.0 - rho**2) * noise
     return normals

@@ -41,8 +41,8 @@ def admits(state: State, e: int, r: int, rule: int) -> bool:
         return False
     if rule != PLAN:
         return True
-    for client in range(clients):
-        if state.holding[e, r, client] == NOBODY and _head(state, e, r, client) != NOBODY:
+    for client in state.idle[e, r, : clients - state.replicas[e, r].active]:
+        if _head(state, e, r, client) != NOBODY:
             return True
     return False
 
@@ -56,17 +56,20 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
     admitted = 0
     tokens = 0
     target_count = _find_targets(state, e, r) if rule == ALIGNED else 0
-    for client in range(state.clients.shape[2]):
-        if state.holding[e, r, client] != NOBODY:
+    idle = state.idle[e, r, : state.clients.shape[2] - state.replicas[e, r].active]
+    left_idle = 0
+    full = False
+    for client in idle:
+        i = NOBODY
+        if not full and state.episodes[e].waiting > 0:
+            i = _candidate(state, e, r, rule, client, target_count)
+        if i != NOBODY:
+            tokens += state.requests[e, i].prompt_tokens
+            full = admitted > 0 and 0 < max_prefill_tokens < tokens
+        if i == NOBODY or full:
+            idle[left_idle] = client
+            left_idle += 1
             continue
-        if state.episodes[e].waiting == 0:
-            break
-        i = _candidate(state, e, r, rule, client, target_count)
-        if i == NOBODY:
-            continue
-        tokens += state.requests[e, i].prompt_tokens
-        if admitted > 0 and 0 < max_prefill_tokens < tokens:
-            break
         pick(state, e, r, client, i)
         state.picked[e, admitted] = i
         admitted += 1
@@ -193,7 +196,7 @@ def _rank_above(state: State, e: int, rounds: int) -> int:
     low, high = 0, state.episodes[e].requests
     while low < high:
         middle = (low + high) // 2
-        if state.requests[e, state.by_length[e, middle]].expected_rounds <= rounds:
+        if state.lengths[e, middle] <= rounds:
             low = middle + 1
         else:
             high = middle

@@ -38,11 +38,11 @@ def count_below(tree: Tree, rank: int) -> int:
 def select(tree: Tree, k: int) -> int:
     """Return the rank of the ``k``-th counted entry from the bottom, ``k`` ≥ 0 and < the count."""
     position = 0
-    step = tree.size - 1
+    step = (tree.size - 1) >> 1
     while step > 0:
-        ahead = position + step
-        if ahead < tree.size and tree[ahead] <= k:
-            position = ahead
-            k -= tree[ahead]
+        below = tree[position + step]
+        taken = below <= k
+        position += step if taken else 0
+        k -= below if taken else 0
         step >>= 1
     return position

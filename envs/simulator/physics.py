@@ -61,21 +61,10 @@ def prefill_seconds(costs: CostTables, r: int, tokens: int, squares: float, requ
 
 
 @kernel
-def expected_remaining(state: State, e: int, r: int, i: int) -> int:
-    """Return the decode rounds that running request ``i`` is believed to need still, ≥ 0."""
-    request = state.requests[e, i]
-    done = state.replicas[e, r].rounds - request.admitted_round
-    return max(request.expected_rounds - done, 0)
-
-
-@kernel
 def client_work(state: State, e: int, r: int, client: int) -> int:
     """Return the decode rounds a client has before it: its running request and its planned queue."""
-    work = state.clients[e, r, client].queue_rounds
-    running = state.holding[e, r, client]
-    if running != NOBODY:
-        work += expected_remaining(state, e, r, running)
-    return work
+    own = state.clients[e, r, client]
+    return own.queue_rounds + max(own.expected_end - state.replicas[e, r].rounds, 0)
 
 
 @kernel
@@ -126,14 +115,15 @@ def _count_waiting(state: State, e: int, i: int, sign: int) -> None:
 
 @kernel
 def pick(state: State, e: int, r: int, client: int, i: int) -> None:
-    """Take waiting request ``i`` out of the queues and give it to an idle client."""
+    """Take waiting request ``i`` out of the queues and give it to a client."""
     request = state.requests[e, i]
     _count_waiting(state, e, i, -1)
     state.clients[e, r, request.plan_client].queue_rounds -= request.expected_rounds
-    state.holding[e, r, client] = i
+    state.clients[e, r, client].expected_end = (
+        state.replicas[e, r].rounds + request.expected_rounds
+    )
     request.phase = RUNNING
     request.client = client
-    request.admitted_round = state.replicas[e, r].rounds
 
 
 @kernel
@@ -231,10 +221,22 @@ def _finish_due(state: State, e: int, r: int) -> None:
         request.phase = FINISHED
         request.finished_s = replica.clock_s
         replica.cached_tokens -= request.prompt_tokens + request.decode_rounds + 1
-        replica.active -= 1
         replica.due_sum -= finish.due
-        state.holding[e, r, request.client] = NOBODY
+        _leave_idle(state, e, r, request.client)
         state.episodes[e].finished += 1
+
+
+@kernel
+def _leave_idle(state: State, e: int, r: int, client: int) -> None:
+    """Put a client whose request has finished among the idle ones."""
+    replica, idle = state.replicas[e, r], state.idle[e, r]
+    state.clients[e, r, client].expected_end = 0
+    place = state.clients.shape[2] - replica.active
+    while place > 0 and idle[place - 1] > client:
+        idle[place] = idle[place - 1]
+        place -= 1
+    idle[place] = client
+    replica.active -= 1
 
 
 @kernel

@@ -71,7 +71,6 @@ REQUEST: Final = np.dtype(
         ("phase", np.int8),
         ("bucket", np.int8),  # of LENGTH_BUCKETS, by expected rounds
         ("admitted_s", np.float64),  # start of its prefill stage, NaN before
-        ("admitted_round", np.int64),  # decode clock then
         ("first_token_s", np.float64),  # end of its prefill stage, NaN before
         ("finished_s", np.float64),  # NaN before
     ],
@@ -99,6 +98,7 @@ CLIENT: Final = np.dtype(
         ("queue_head", np.int32),  # or NOBODY
         ("queue_tail", np.int32),  # or NOBODY
         ("queue_rounds", np.int64),  # Σ expected_rounds still waiting in it
+        ("expected_end", np.int64),  # decode clock when its request should finish; 0: it is idle
     ],
     align=True,
 )
@@ -120,23 +120,19 @@ class State(NamedTuple):
     episodes: Records  # (E,) EPISODE
     requests: Records  # (E, I) REQUEST, by id
     by_length: NDArray[np.int32]  # (E, I) request ids, shortest expected first
+    lengths: NDArray[np.int32]  # (E, I) their expected rounds, so ascending
     waiting_lengths: NDArray[np.int32]  # (E, B) waiting requests in each of LENGTH_BUCKETS
     waiting_tree: NDArray[np.int32]  # (E, 2^k + 1) Fenwick tree over ranks
     replicas: Records  # (E, R) REPLICA
     clients: Records  # (E, R, J) CLIENT
-    holding: NDArray[np.int32]  # (E, R, J) the request each client holds, or NOBODY
+    idle: NDArray[np.int32]  # (E, R, J) the idle clients, ascending; [: J − active]
     finishes: Records  # (E, R, J) FINISH of the running, latest first; [:active]
     picked: NDArray[np.int32]  # (E, J) scratch: the requests one prefill stage admits
     keys: NDArray[np.int64]  # (E, J) scratch: what the admitted are sorted by
     targets: NDArray[np.int64]  # (E, J) scratch: rounds in which several requests finish
 
 
-_NEW_REQUEST: Final = {
-    "plan_client": NOBODY,
-    "plan_next": NOBODY,
-    "client": NOBODY,
-} | dict.fromkeys(("admitted_s", "first_token_s", "finished_s"), np.nan)
-_NEW_CLIENT: Final = dict.fromkeys(("queue_head", "queue_tail"), NOBODY)
+_NEW_CLIENT: Final = np.array((NOBODY, NOBODY, 0, 0), CLIENT)
 
 
 def make_state(environments: int, requests: int, clients: int, replicas: int = 1) -> State:
@@ -147,11 +143,12 @@ def make_state(environments: int, requests: int, clients: int, replicas: int = 1
         episodes=_records(e, dtype=EPISODE),
         requests=_records(e, i, dtype=REQUEST),
         by_length=np.zeros((e, i), np.int32),
+        lengths=np.zeros((e, i), np.int32),
         waiting_lengths=np.zeros((e, len(LENGTH_BUCKETS)), np.int32),
         waiting_tree=np.zeros((e, tree + 1), np.int32),
         replicas=_records(e, r, dtype=REPLICA),
         clients=_records(e, r, j, dtype=CLIENT),
-        holding=np.zeros((e, r, j), np.int32),
+        idle=np.zeros((e, r, j), np.int32),
         finishes=_records(e, r, j, dtype=FINISH),
         picked=np.zeros((e, j), np.int32),
         keys=np.zeros((e, j), np.int64),
@@ -170,28 +167,55 @@ def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
     Without a plan the requests present at t = 0 go longest first to the least loaded client. The
     bound and the reward's credits are the caller's to write.
     """
-    n = len(requests)
-    for array in state:
-        array[e] = np.zeros((), array.dtype)
-    for array, values in ((state.requests, _NEW_REQUEST), (state.clients, _NEW_CLIENT)):
-        for name, value in values.items():
-            array[name][e] = value
-    state.holding[e] = NOBODY
+    state.episodes[e] = np.zeros((), EPISODE)
+    state.replicas[e] = np.zeros((), REPLICA)
+    state.clients[e] = _NEW_CLIENT
+    state.idle[e] = np.arange(state.clients.shape[2])
+    state.waiting_lengths[e] = 0
+    state.waiting_tree[e] = 0
     # Among equal lengths the later request is "shorter", so that longest-first serves in order.
-    order = np.lexsort((-np.arange(n), requests.decode_rounds))
-    rows = state.requests[e, :n]
-    rows["arrival_s"] = requests.arrival_s
-    rows["prompt_tokens"] = requests.prompt_tokens
-    rows["decode_rounds"] = requests.decode_rounds
-    rows["expected_rounds"] = requests.decode_rounds
-    rows["bucket"] = np.searchsorted(LENGTH_BUCKETS, requests.decode_rounds, side="right") - 1
-    rows["rank"][order] = np.arange(n)
-    state.by_length[e, :n] = order
-    state.episodes[e].requests = n
+    n, rounds = len(requests), requests.decode_rounds
+    order = np.argsort(rounds * n - np.arange(n))
+    _write_requests(state, e, requests.arrival_s, requests.prompt_tokens, rounds, order)
     if plan is None:
         plan_greedily(state, e, 0)
     else:
         _enqueue_plan(state, e, 0, plan.order, plan.offsets)
+
+
+@kernel
+def _write_requests(
+    state: State,
+    e: int,
+    arrival_s: NDArray[np.float64],
+    prompt_tokens: NDArray[np.int64],
+    decode_rounds: NDArray[np.int64],
+    order: NDArray[np.int64],
+) -> None:
+    """Write the requests, none of them arrived; ``order`` is by length, shortest first."""
+    state.episodes[e].requests = order.size
+    bucket = 0
+    for rank in range(order.size):
+        i = order[rank]
+        rounds = decode_rounds[i]
+        while bucket + 1 < LENGTH_BUCKETS.size and LENGTH_BUCKETS[bucket + 1] <= rounds:
+            bucket += 1
+        state.by_length[e, rank] = i
+        state.lengths[e, rank] = rounds
+        request = state.requests[e, i]
+        request.arrival_s = arrival_s[i]
+        request.prompt_tokens = prompt_tokens[i]
+        request.decode_rounds = rounds
+        request.expected_rounds = rounds
+        request.rank = rank
+        request.bucket = bucket
+        request.phase = FUTURE
+        request.plan_client = NOBODY
+        request.plan_next = NOBODY
+        request.client = NOBODY
+        request.admitted_s = np.nan
+        request.first_token_s = np.nan
+        request.finished_s = np.nan
 
 
 @kernel
