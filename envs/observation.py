@@ -18,11 +18,14 @@ from servegym.envs.simulator.order import select
 from servegym.envs.simulator.state import LENGTH_BUCKETS, State
 from servegym.envs.simulator.view import view
 
-OBSERVATION_VERSION: Final = 1
+OBSERVATION_VERSION: Final = 2
 """Raised whenever the meaning of an entry changes; agents name the version they were trained on."""
 
 FINISH_SHARES: Final = np.array([0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0])
 """Shares of all clients whose next finish the observation holds."""
+
+STAGE_COSTS: Final = np.array([0.25, 0.5, 1.0, 2.0, 4.0])
+"""Idle client-time from now on, in fixed costs of a stage, at which the observation looks ahead."""
 
 _BUCKETS: Final = len(LENGTH_BUCKETS)
 
@@ -47,6 +50,8 @@ FEATURES: Final = (
     *(f"rounds until {share:.0%} of clients are done, log-scaled" for share in FINISH_SHARES),
     *(f"running with ≥ {low} rounds left / clients, in this bucket" for low in LENGTH_BUCKETS),
     *(f"waiting with ≥ {low} rounds / waiting, in this bucket" for low in LENGTH_BUCKETS),
+    *(f"idle / clients once idling on costs {cost:g} stages" for cost in STAGE_COSTS),
+    *(f"rounds until idling on costs {cost:g} stages, log-scaled" for cost in STAGE_COSTS),
 )
 """What each entry means, in order; the environment's specification."""
 
@@ -98,6 +103,7 @@ def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.flo
     out[13] = _balance(now.prefill_s, now.round_s)
     _observe_waiting(state, e, out)
     _observe_running(state, e, r, out)
+    _observe_patience(state, e, r, fixed_cost / now.round_s, out)
 
 
 @kernel
@@ -152,3 +158,33 @@ def _due_from(state: State, e: int, r: int, due: int) -> int:
         first += half if finishes[first + half - 1].due >= due else 0
         size -= half
     return first
+
+
+@kernel
+def _observe_patience(
+    state: State, e: int, r: int, stage_rounds: float, out: NDArray[np.float32]
+) -> None:
+    """Write what waiting on would bring: clients idle, and rounds gone, by the time it has a cost.
+
+    ``stage_rounds``: client-rounds that the fixed cost of one stage is worth.
+    """
+    clients = state.clients.shape[2]
+    finishes = state.finishes[e, r]
+    place = state.replicas[e, r].active - 1
+    idle = clients - 1 - place
+    passed = 0  # rounds from now
+    cost = 0  # idle client-rounds until then
+    first = OBSERVATION_SIZE - 2 * STAGE_COSTS.size
+    for k in range(STAGE_COSTS.size):
+        limit = STAGE_COSTS[k] * stage_rounds
+        while place >= 0:
+            rounds = finishes[place].due - state.replicas[e, r].rounds - passed
+            if cost + idle * rounds > limit:
+                break
+            cost += idle * rounds
+            passed += rounds
+            place -= 1
+            idle += 1
+        out[first + k] = idle / clients
+        spent = passed + (limit - cost) / idle if place >= 0 else passed
+        out[first + STAGE_COSTS.size + k] = _log(spent, _ROUND_DOUBLINGS)

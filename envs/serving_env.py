@@ -69,7 +69,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     the first legal one, and ``info["illegal_action"]`` says so.
 
     ## Observation space
-    ``Box(0, 1, (55,), float32)``, already scaled and independent of J. A log-scaled x reads
+    ``Box(0, 1, (65,), float32)``, already scaled and independent of J. A log-scaled x reads
     log₂(1 + x), straight between powers of two, over 14 (rounds) or 8 (queue), at most 1.
 
     | entry | what |
@@ -94,8 +94,11 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     | 17 … 26 | rounds until a share of the clients is done, log-scaled |
     | 27 … 40 | running requests / clients, by rounds left |
     | 41 … 54 | waiting requests / waiting, by expected rounds |
+    | 55 … 59 | idle clients / clients once the idle time from now on costs ¼ … 4 stages |
+    | 60 … 64 | rounds until then, log-scaled |
 
     The shares are 0%, 1%, 2%, 5%, 10%, 20%, 35%, 50%, 75%, 100%; 0% is the next finish.
+    Idle time is held against ¼, ½, 1, 2 and 4 times the fixed cost of a stage.
     The histograms' buckets begin at 0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048 rounds.
     ``servegym.envs.observation.FEATURES`` names every entry.
 

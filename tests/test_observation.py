@@ -30,6 +30,7 @@ GROUPS = 10
 CASES_PER_GROUP = 12
 
 BUCKETS = [0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048]
+STAGE_COSTS = [0.25, 0.5, 1.0, 2.0, 4.0]
 SHARES = [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0]
 
 
@@ -99,6 +100,20 @@ def rounds_until(left: list[int], done_share: float, clients: int) -> float:
     return log_rounds(left[finishing - 1]) if finishing <= len(left) else 0.0
 
 
+def waiting_on(left: list[int], clients: int, limit: float) -> tuple[float, float]:
+    """Idle clients, and rounds gone, when idling from now on has taken ``limit`` client-rounds.
+
+    A round that would exceed it is gone in part.
+    """
+    spent = 0
+    for rounds in range(max(left, default=0)):
+        idle = clients - sum(ends > rounds for ends in left)
+        if spent + idle > limit:
+            return idle, rounds + (limit - spent) / idle
+        spent += idle
+    return clients, max(left, default=0)
+
+
 def expected_observation(reference: ReferenceSimulator) -> list[float]:
     clients = reference.clients
     left = sorted(request.rounds_left for request in reference.running())
@@ -112,6 +127,8 @@ def expected_observation(reference: ReferenceSimulator) -> list[float]:
     stage_s, fixed_s = stage_if_filled_now(reference)
     to_finish_s = rounds_ahead_s(reference, left[0]) if left else 0.0
     middle = (len(waiting) - 1) // 2
+    stage_rounds = active * fixed_s / next_round_s
+    futures = [waiting_on(left, clients, cost * stage_rounds) for cost in STAGE_COSTS]
     return [
         active / clients,
         min(idle, len(waiting)) / clients,
@@ -131,6 +148,8 @@ def expected_observation(reference: ReferenceSimulator) -> list[float]:
         *[rounds_until(left, done_share, clients) for done_share in SHARES],
         *histogram(left, clients),
         *histogram(waiting, len(waiting)),
+        *[idle / clients for idle, _ in futures],
+        *[log_rounds(rounds) for _, rounds in futures],
     ]
 
 
@@ -235,6 +254,17 @@ def test_by_hand() -> None:
         "running with ≥ 2 rounds left / clients, in this bucket": 0.25,
         "running with ≥ 4 rounds left / clients, in this bucket": 0.25,
         "waiting with ≥ 0 rounds / waiting, in this bucket": 1.0,
+        # a stage is worth 4 client-rounds: two rounds of two idle clients, four of three
+        "idle / clients once idling on costs 0.25 stages": 0.5,
+        "idle / clients once idling on costs 0.5 stages": 0.5,
+        "idle / clients once idling on costs 1 stages": 0.75,
+        "idle / clients once idling on costs 2 stages": 0.75,
+        "idle / clients once idling on costs 4 stages": 1.0,
+        "rounds until idling on costs 0.25 stages, log-scaled": round(0.5 / 14, 6),
+        "rounds until idling on costs 0.5 stages, log-scaled": logs[1],
+        "rounds until idling on costs 1 stages, log-scaled": logs[2],
+        "rounds until idling on costs 2 stages, log-scaled": round(log_rounds(2 + 4 / 3), 6),
+        "rounds until idling on costs 4 stages, log-scaled": logs[6],
     }
 
 
@@ -272,4 +302,4 @@ def test_the_docstring_tabulates_every_entry() -> None:
     assert f"``Box(0, 1, ({len(FEATURES)},), float32)``" in text
     assert "begin at " + ", ".join(str(low) for low in BUCKETS) in text
     assert ", ".join(f"{share:.0%}" for share in SHARES) in text
-    assert f"… {len(FEATURES) - 1} | waiting requests" in text
+    assert f"… {len(FEATURES) - 1} | rounds until then, log-scaled |" in text

@@ -119,9 +119,7 @@ def pick(state: State, e: int, r: int, client: int, i: int) -> None:
     request = state.requests[e, i]
     _count_waiting(state, e, i, -1)
     state.clients[e, r, request.plan_client].queue_rounds -= request.expected_rounds
-    state.clients[e, r, client].expected_end = (
-        state.replicas[e, r].rounds + request.expected_rounds
-    )
+    state.clients[e, r, client].expected_end = state.replicas[e, r].rounds + request.expected_rounds
     request.phase = RUNNING
     request.client = client
 
