@@ -1,0 +1,303 @@
+"""Trained agents as policies: read from safetensors and JSON, run in plain numpy, without torch.
+
+An agent is a folder of two files. ``agent.safetensors`` holds the weights ``0.weight``, ``0.bias``,
+``1.weight`` … of a tanh network, float32; ``agent.json`` says what it observes and decides, and how
+it came about. Nothing in either file can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.observation import FEATURES, OBSERVATION_VERSION
+from servegym.envs.plan import Plan
+from servegym.envs.policy import Briefing, Situation
+from servegym.envs.simulator.admission import ADMISSION_RULES
+
+AGENT_FORMAT: Final = "servegym-agent-1"
+"""Named in ``agent.json``; raised whenever what the files hold changes."""
+
+CARD_FILE: Final = "agent.json"
+WEIGHTS_FILE: Final = "agent.safetensors"
+
+
+class Network:
+    """A multi-layer perceptron with tanh between its layers.
+
+    Parameters
+    ----------
+    layers
+        (weights (out, in), biases (out,)) from the first layer to the last, float32.
+    """
+
+    def __init__(self, layers: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> None:
+        self.layers = list(layers)
+        # The transposed views are made once: a decision is a few microseconds, each counts.
+        self._hidden = [(weights.T, biases) for weights, biases in self.layers[:-1]]
+        self._output = (self.layers[-1][0].T, self.layers[-1][1])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of inputs and of outputs of every layer."""
+        return (self.layers[0][0].shape[1], *(len(biases) for _, biases in self.layers))
+
+    def scores(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the score of every action, shape (…, actions), of observations (…, features)."""
+        signal = observations
+        for weights, biases in self._hidden:
+            signal = signal @ weights
+            signal += biases
+            np.tanh(signal, out=signal)
+        weights, biases = self._output
+        signal = signal @ weights
+        signal += biases
+        return signal
+
+    def best(self, observations: NDArray[np.float32], masks: NDArray[np.bool_]) -> Any:
+        """Return the legal action with the highest score, the first of equals, shape (…)."""
+        return np.where(masks, self.scores(observations), -np.inf).argmax(axis=-1)
+
+
+@dataclass(frozen=True)
+class AgentCard:
+    """What ``agent.json`` says of an agent."""
+
+    rules: tuple[str, ...]
+    """Action 1 + k prefills under the k-th of these admission rules; action 0 decodes."""
+    decisions: str
+    """``process.decisions`` of its task: whether it decides at events or at every round."""
+    layers: tuple[int, ...]
+    """Number of inputs, then of outputs of every layer."""
+    weights_sha256: str
+    """SHA-256 of ``agent.safetensors``, in hexadecimal."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """The task it was trained on, in full."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Command, commit, algorithm, steps and versions of libraries."""
+    format: str = AGENT_FORMAT
+    observation_version: int = OBSERVATION_VERSION
+    features: tuple[str, ...] = FEATURES
+    """What each input means, in order."""
+
+
+class LearnedPolicy:
+    """The legal action that a trained network scores highest.
+
+    Runs on any number of clients: the observation does not depend on it. In a task that offers
+    other rules, or in another order, actions are matched by the rules' names.
+
+    Parameters
+    ----------
+    network
+        Scores the actions of ``card.rules``.
+    card
+        What the agent observes and decides.
+    """
+
+    def __init__(self, network: Network, card: AgentCard) -> None:
+        self.network = network
+        self.card = card
+        self.every_round = card.decisions == "rounds"
+        self._actions = np.arange(1 + len(card.rules))  # the task's number of each of our actions
+
+    def prepare(self, briefing: Briefing) -> Plan | None:
+        """Find the agent's rules in this task.
+
+        Raises
+        ------
+        ServegymError
+            If the task lacks one of them.
+        """
+        rules = briefing.task.process.rules
+        for rule in self.card.rules:
+            if rule not in rules:
+                raise ServegymError(
+                    f"this agent admits by {rule!r}, which process.rules of {briefing.task.name} "
+                    "leaves out; add it there"
+                )
+        self._actions = np.array([0, *(1 + rules.index(rule) for rule in self.card.rules)])
+        return None
+
+    def act(self, situation: Situation) -> int:
+        """Return the best legal action."""
+        legal = situation.mask[self._actions]
+        if not legal.any():  # only rules that the agent does not know can go on
+            return int(situation.mask.argmax())
+        return int(self._actions[self.network.best(situation.observation, legal)])
+
+
+def save_agent(
+    network: Network,
+    folder: Path,
+    rules: Sequence[str],
+    decisions: str,
+    task: dict[str, Any],
+    training: dict[str, Any],
+) -> None:
+    """Write an agent's two files into ``folder``, each under a temporary name first, the card last.
+
+    A reader that comes between the two sees a card whose hash does not fit, and refuses it.
+    """
+    tensors = {}
+    for k, (weights, biases) in enumerate(network.layers):
+        tensors[f"{k}.weight"] = np.ascontiguousarray(weights)
+        tensors[f"{k}.bias"] = np.ascontiguousarray(biases)
+    data = save(tensors)
+    digest = hashlib.sha256(data).hexdigest()
+    card = AgentCard(tuple(rules), decisions, network.sizes, digest, task, training)
+    make_folder(folder)
+    write_file(folder / WEIGHTS_FILE, data)
+    write_file(folder / CARD_FILE, json.dumps(asdict(card), indent=2, default=str) + "\n")
+
+
+def load_agent(folder: str | Path) -> LearnedPolicy:
+    """Return the agent of a folder.
+
+    Raises
+    ------
+    ServegymError
+        If a file is missing, damaged or was changed after it was written, if it is of another format
+        or of another version of the observation, or names a rule that does not exist.
+    """
+    folder = Path(folder)
+    card = read_card(folder / CARD_FILE)
+    return LearnedPolicy(_read_network(folder / WEIGHTS_FILE, card), card)
+
+
+def read_card(path: Path) -> AgentCard:
+    """Read and check ``agent.json``."""
+    data = _read(path)
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ServegymError(f"{path}: not JSON; export the agent again") from None
+    if not isinstance(found, dict) or found.get("format") != AGENT_FORMAT:
+        name = found.get("format") if isinstance(found, dict) else None
+        raise ServegymError(
+            f"{path}: unknown agent format {name!r}; this version reads {AGENT_FORMAT!r}"
+        )
+    version = found.get("observation_version")
+    if version != OBSERVATION_VERSION:
+        raise ServegymError(
+            f"{path}: the agent observes version {version!r} of the features, this servegym gives "
+            f"version {OBSERVATION_VERSION}; train it again"
+        )
+    card = AgentCard(
+        rules=_texts(path, found, "rules"),
+        decisions=found.get("decisions", ""),
+        layers=_sizes(path, found),
+        weights_sha256=str(found.get("weights_sha256")),
+        task=_table(path, found, "task"),
+        training=_table(path, found, "training"),
+        features=_texts(path, found, "features"),
+    )
+    _check(path, card)
+    return card
+
+
+def _check(path: Path, card: AgentCard) -> None:
+    """Refuse a card that this version of the environment cannot serve."""
+    if card.features != FEATURES:
+        other = [name for name in card.features if name not in FEATURES]
+        what = f"{other[0]!r} is not among" if other else "they are fewer than, or not in order of,"
+        raise ServegymError(
+            f"{path}: the agent observes other features; {what} the {len(FEATURES)} of this version"
+        )
+    for rule in card.rules:
+        if rule not in ADMISSION_RULES:
+            raise ServegymError(f"{path}: {unknown('admission rule', rule, ADMISSION_RULES)}")
+    if not card.rules or len(set(card.rules)) != len(card.rules):
+        raise ServegymError(f"{path}: rules must name at least one rule, each once")
+    if card.decisions not in ("events", "rounds"):
+        raise ServegymError(
+            f"{path}: decisions must be 'events' or 'rounds', got {card.decisions!r}"
+        )
+    ends = (len(card.features), 1 + len(card.rules))
+    if (card.layers[0], card.layers[-1]) != ends:
+        raise ServegymError(
+            f"{path}: layers must lead from {ends[0]} features to {ends[1]} actions, "
+            f"got {card.layers}"
+        )
+
+
+def _read_network(path: Path, card: AgentCard) -> Network:
+    data = _read(path)
+    if hashlib.sha256(data).hexdigest() != card.weights_sha256:
+        raise ServegymError(
+            f"{path}: not the weights that {CARD_FILE} describes (its SHA-256 differs): truncated "
+            "or changed; export the agent again"
+        )
+    try:
+        tensors = load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ServegymError(f"{path}: not a safetensors file: {error}") from None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for k, (inputs, outputs) in enumerate(zip(card.layers[:-1], card.layers[1:], strict=True)):
+        shapes |= {f"{k}.weight": (outputs, inputs), f"{k}.bias": (outputs,)}
+    for name in sorted(shapes.keys() | tensors.keys()):
+        _check_tensor(path, name, shapes.get(name), tensors.get(name))
+    pairs = [(tensors[f"{k}.weight"], tensors[f"{k}.bias"]) for k in range(len(card.layers) - 1)]
+    return Network(pairs)
+
+
+def _check_tensor(
+    path: Path, name: str, shape: tuple[int, ...] | None, tensor: NDArray[Any] | None
+) -> None:
+    if shape is None or tensor is None:
+        what = "lacks" if tensor is None else "has an unknown"
+        raise ServegymError(f"{path}: {what} tensor {name!r}; {CARD_FILE} describes others")
+    if tensor.shape != shape or tensor.dtype != np.float32:
+        raise ServegymError(
+            f"{path}: tensor {name!r} must be float32 of shape {shape}, "
+            f"got {tensor.dtype} of {tensor.shape}"
+        )
+    if not np.isfinite(tensor).all():
+        raise ServegymError(f"{path}: tensor {name!r} holds NaN or infinity; train the agent again")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ServegymError(
+            f"{path}: no such file; an agent's folder holds {CARD_FILE} and {WEIGHTS_FILE}"
+        ) from None
+    except OSError as error:
+        raise ServegymError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _texts(path: Path, found: dict[str, Any], key: str) -> tuple[str, ...]:
+    values = found.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ServegymError(f"{path}: {key} must be a list of texts, got {values!r}")
+    return tuple(values)
+
+
+def _sizes(path: Path, found: dict[str, Any]) -> tuple[int, ...]:
+    values = found.get("layers")
+    if (
+        not isinstance(values, list)
+        or len(values) < 2
+        or not all(type(value) is int and value > 0 for value in values)
+    ):
+        raise ServegymError(f"{path}: layers must be two or more whole numbers, got {values!r}")
+    return tuple(values)
+
+
+def _table(path: Path, found: dict[str, Any], key: str) -> dict[str, Any]:
+    values = found.get(key)
+    if not isinstance(values, dict):
+        raise ServegymError(f"{path}: {key} must be a table, got {values!r}")
+    return values
