@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,75 @@ def draw_makespans(episodes: pd.DataFrame) -> Figure:
     axes.set_ylabel("makespan (s)")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def draw_values(
+    clock_s: NDArray[np.float64], estimates: NDArray[np.float64], returns: NDArray[np.float64]
+) -> Figure:
+    """Return a critic's value estimates beside what the episode then returned, over its time.
+
+    All of shape (decisions,): simulated seconds, and estimate and return in the reward's units.
+    """
+    figure = Figure(figsize=(10, 3.3), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(clock_s, returns, color="black", linewidth=1.2, label="actual return to go")
+    axes.plot(clock_s, estimates, color=DECODE_COLOURS[1], linewidth=1.2, label="critic's estimate")
+    axes.set_xlabel("simulated seconds")
+    axes.set_ylabel("return to go")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def draw_learning_curves(curves: pd.DataFrame, references: Mapping[str, float]) -> Figure:
+    """Return the gap over minutes of training, a line and a band a run, dashed lines to compare with.
+
+    Parameters
+    ----------
+    curves
+        One row an evaluation: ``label`` (which line), ``seed`` (the training run), ``training_s`` and
+        ``gap_percent``, as ``evaluations.csv`` has them. The line is the mean over seeds, the band
+        reaches from the best seed to the worst, over the time that all of them trained.
+    references
+        Gap in percent by policy name.
+    """
+    figure = Figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for k, (label, group) in enumerate(curves.groupby("label", sort=False)):
+        minutes, gaps = _on_one_grid(group)
+        axes.plot(minutes, gaps.mean(axis=0), color=f"C{k}", linewidth=1.8, label=label)
+        if len(gaps) > 1:
+            axes.fill_between(
+                minutes, gaps.min(axis=0), gaps.max(axis=0), color=f"C{k}", alpha=0.2, linewidth=0
+            )
+    for k, (name, gap) in enumerate(references.items()):
+        axes.axhline(gap, color="grey", linewidth=1, linestyle=("--", ":", "-.")[k % 3])
+        axes.annotate(
+            f"{name} {gap:.2f} %",
+            (1.0, gap),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            annotation_clip=False,
+        )
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("gap to the lower bound (%)")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _on_one_grid(runs: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return minutes, shape (points,), and each seed's gap at them, shape (seeds, points)."""
+    seeds = [run.sort_values("training_s") for _, run in runs.groupby("seed", sort=False)]
+    begin_s = max(run["training_s"].iloc[0] for run in seeds)
+    end_s = min(run["training_s"].iloc[-1] for run in seeds)
+    grid = np.unique(np.concatenate([run["training_s"].to_numpy(float) for run in seeds]))
+    grid = grid[(grid >= begin_s) & (grid <= end_s)]
+    gaps = [np.interp(grid, run["training_s"], run["gap_percent"]) for run in seeds]
+    return grid / 60.0, np.stack(gaps)
 
 
 def to_png(figure: Figure) -> bytes:

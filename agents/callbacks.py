@@ -1,0 +1,331 @@
+"""What training shows and keeps: serving metrics in TensorBoard, evaluations.csv, the best agent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter, perf_counter_ns
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HParam, Image, TensorBoardOutputFormat
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch.utils.tensorboard import SummaryWriter
+
+from servegym.agents.export import export_agent, policy_network
+from servegym.agents.validation import Trace, Validation, ValidationResult
+from servegym.envs.config import TaskConfig
+from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.metrics import METRICS
+from servegym.envs.rendering import draw_gantt, draw_values, to_image
+
+CHARTED: Final = (
+    "gap",
+    "makespan_s",
+    "client_utilization",
+    "decode_utilization",
+    "prefill_stages",
+    "decode_rounds",
+)
+"""The metrics that have a chart of their own, ``serving/<name>``. ``serving/gap`` is in percent of the
+lower bound (100 · gap), utilisations are shares in 0 … 1, times are seconds."""
+
+EVALUATION_COLUMNS: Final = (
+    "timesteps",
+    "wall_s",
+    "training_s",
+    "cases",
+    "gap_percent",
+    "gap_percent_sem",
+    *CHARTED[1:],
+    "decisions",
+    "decision_ms_p50",
+    "decision_ms_p99",
+)
+"""Columns of ``evaluations.csv``: means over the validation cases, with the gap's standard error.
+``training_s`` is ``wall_s`` without the seconds that evaluations took."""
+
+_TIMED_DECISIONS: Final = 200
+_NOT_TEXT: Final = ("stdout", "log", "json", "csv")
+
+
+class ServingCallback(BaseCallback):
+    """Watch PPO or MaskablePPO train on a task.
+
+    Every ``every_timesteps``, at the start and at the end it plays the validation cases greedily, with
+    the numpy network that would be exported, and logs ``serving/…`` with two figures (the first
+    case's Gantt chart; the critic's estimates against the actual return to go). In between it logs
+    ``serving/train_…``: means over the episodes that ended in a rollout (from ``info["serving"]``,
+    the METRICS of the ended episode) and the shares of the actions taken.
+
+    References appear as runs of their own beside the training run, with the same tags: TensorBoard
+    draws equal tags of all runs below its log folder into one chart, so that the lines are in the
+    very charts that open first, with a legend, and can be switched off. A custom-scalars layout would
+    show them on a page of its own only.
+
+    The folder gets ``evaluations.csv``, the best agent so far in ``agent/``, the last one in
+    ``final/`` and the references in ``tensorboard/reference-<policy>/``; the training run's own
+    events should lie in ``tensorboard/``, too. Nothing here draws from a random generator or touches
+    the weights: training goes as it would without.
+
+    Where ``model.num_timesteps`` is not 0 at the start, training was resumed: evaluations beyond that
+    step are dropped from the table, the best so far and the seconds are those of the last row kept.
+
+    Parameters
+    ----------
+    task
+        What the model is trained on.
+    validation_seeds
+        Seeds of the validation cases; apart from those of training and of held-out evaluation.
+    every_timesteps
+        Environment steps between two evaluations, rounded up to whole rollouts.
+    references
+        Mean metrics on the validation cases of policies to compare with, by policy name: keys as in
+        METRICS, ``gap`` as a fraction.
+    hyperparameters
+        Shown on TensorBoard's HParams page with the metrics.
+    folder
+        Of the run.
+    command
+        The command line, for ``agent.json``.
+    """
+
+    def __init__(
+        self,
+        task: TaskConfig,
+        validation_seeds: Sequence[int],
+        every_timesteps: int,
+        references: Mapping[str, Mapping[str, float]],
+        hyperparameters: Mapping[str, Any],
+        folder: Path,
+        command: str = "",
+    ) -> None:
+        super().__init__()
+        if every_timesteps < 1:
+            raise ServegymError(f"every_timesteps must be ≥ 1, got {every_timesteps}")
+        for values in references.values():
+            for name in values:
+                if name not in METRICS:
+                    raise unknown("metric", name, METRICS)
+        self.task = task
+        self.validation = Validation(task, validation_seeds)
+        self.every_timesteps = every_timesteps
+        self.references = references
+        self.hyperparameters = hyperparameters
+        self.folder = folder
+        self.command = command
+        self.evaluations = pd.DataFrame(columns=list(EVALUATION_COLUMNS))
+        self._actions = ("decode", *task.process.rules)
+        self._ended: list[Mapping[str, float]] = []
+        self._writers: dict[str, SummaryWriter] = {}
+        self._began_s = 0.0  # perf_counter() when the run would have begun without interruption
+        self._evaluating_s = 0.0
+
+    @property
+    def best_gap_percent(self) -> float:
+        """The smallest mean gap of an evaluation so far, in percent; infinite before the first."""
+        return float(self.evaluations["gap_percent"].min()) if len(self.evaluations) else np.inf
+
+    def _on_training_start(self) -> None:
+        make_folder(self.folder)
+        resumed = self.num_timesteps > 0
+        if resumed:
+            self.evaluations = _read_evaluations(self._table_path, self.num_timesteps)
+        last = self.evaluations.iloc[-1] if len(self.evaluations) else None
+        wall_s, training_s = (0.0, 0.0) if last is None else (last["wall_s"], last["training_s"])
+        self._began_s = perf_counter() - wall_s
+        self._evaluating_s = wall_s - training_s
+        purge_step = self.num_timesteps + 1 if resumed else None
+        for policy in self.references:
+            path = self.folder / "tensorboard" / f"reference-{policy}"
+            self._writers[policy] = SummaryWriter(str(path), purge_step=purge_step)
+        if resumed:
+            self._forget_events_from(self.num_timesteps + 1)
+        self._log_hyperparameters()
+        if last is None:
+            self._evaluate()
+
+    def _on_rollout_start(self) -> None:
+        every = self.every_timesteps
+        if self.num_timesteps // every > self._last_evaluated // every:
+            self._evaluate()
+
+    def _on_step(self) -> bool:
+        if self.locals["dones"].any():
+            self._ended += [info["serving"] for info in self.locals["infos"] if "serving" in info]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        taken = self.locals["rollout_buffer"].actions.astype(np.int64).ravel()
+        shares = np.bincount(taken, minlength=len(self._actions)) / len(taken)
+        for action, share in zip(self._actions, shares, strict=True):
+            self.logger.record_mean(f"serving/train_action_share/{action}", float(share))
+        if self._ended:
+            for tag, value in _charts(_means(pd.DataFrame(self._ended)), "train_").items():
+                self.logger.record_mean(tag, value)
+            self._ended.clear()
+
+    def _on_training_end(self) -> None:
+        if self._last_evaluated < self.num_timesteps:
+            self._evaluate()
+        export_agent(self._ppo, self.task, self.command, self.folder / "final")
+        for writer in self._writers.values():
+            writer.close()
+
+    @property
+    def _ppo(self) -> OnPolicyAlgorithm:
+        if not isinstance(self.model, OnPolicyAlgorithm):
+            raise ServegymError(f"only PPO and MaskablePPO, not {type(self.model).__name__}")
+        return self.model
+
+    @property
+    def _table_path(self) -> Path:
+        return self.folder / "evaluations.csv"
+
+    @property
+    def _last_evaluated(self) -> int:
+        return int(self.evaluations["timesteps"].iloc[-1]) if len(self.evaluations) else -1
+
+    def _evaluate(self) -> None:
+        """Play the validation cases, log, draw, keep the row and the best agent."""
+        started_s = perf_counter()
+        wall_s = started_s - self._began_s
+        training_s = wall_s - self._evaluating_s
+        network = policy_network(self._ppo)
+        result = self.validation.play(network.best)
+        latency_ms = _latency_ms(network.best, result.trace)
+        row = _row(result.episodes) | {
+            "timesteps": self.num_timesteps,
+            "wall_s": wall_s,
+            "training_s": training_s,
+            "decision_ms_p50": latency_ms[0],
+            "decision_ms_p99": latency_ms[1],
+        }
+        if row["gap_percent"] < self.best_gap_percent:
+            export_agent(self._ppo, self.task, self.command, self.folder / "agent")
+        rows = [*self.evaluations.to_dict("records"), row]
+        self.evaluations = pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
+        write_file(self._table_path, self.evaluations.to_csv(index=False))
+        self._log(result, latency_ms)
+        self._evaluating_s += perf_counter() - started_s
+
+    def _log(self, result: ValidationResult, latency_ms: tuple[float, float]) -> None:
+        for tag, value in _charts(_means(result.episodes)).items():
+            self.logger.record(tag, value)
+        for action, share in zip(self._actions, result.action_shares, strict=True):
+            self.logger.record(f"serving/action_share/{action}", float(share))
+        for percentile, value in zip((50, 99), latency_ms, strict=True):
+            self.logger.record(f"serving/decision_ms_p{percentile}", value)
+        for tag, image in self._draw(result).items():
+            self.logger.record(tag, Image(image, "HWC"), exclude=_NOT_TEXT)
+        self.logger.dump(self.num_timesteps)
+        for policy, values in self.references.items():
+            for tag, value in _charts(values).items():
+                self._writers[policy].add_scalar(tag, value, self.num_timesteps)
+            self._writers[policy].flush()
+
+    def _draw(self, result: ValidationResult) -> dict[str, NDArray[np.uint8]]:
+        trace, episode = result.trace, result.episodes.iloc[0]
+        title = (
+            f"seed {int(episode['seed'])} after {self.num_timesteps:,} steps: "
+            f"{episode['makespan_s']:.1f} s, {100 * episode['gap']:.2f} % above the lower bound, "
+            f"{int(episode['prefill_stages'])} prefill stages"
+        )
+        gantt = draw_gantt(trace.records, self.task.cluster.clients, title)
+        returns = _returns_to_go(trace.rewards, float(self._ppo.gamma))
+        values = draw_values(trace.clock_s, self._value_estimates(trace), returns)
+        return {"serving/gantt": to_image(gantt), "serving/value": to_image(values)}
+
+    def _value_estimates(self, trace: Trace) -> NDArray[np.float64]:
+        policy = self._ppo.policy
+        with torch.no_grad():
+            observations = torch.as_tensor(trace.observations, device=policy.device)
+            return policy.predict_values(observations).cpu().numpy().ravel().astype(np.float64)
+
+    def _log_hyperparameters(self) -> None:
+        """Log them once; TensorBoard shows the metrics' last values beside them."""
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in self.hyperparameters.items()
+        }
+        metrics = dict.fromkeys((f"serving/{name}" for name in CHARTED), 0.0)
+        self.logger.record("hparams", HParam(plain, metrics), exclude=_NOT_TEXT)
+
+    def _forget_events_from(self, step: int) -> None:
+        """Make TensorBoard hide what the interrupted run logged beyond its last checkpoint."""
+        restart = SessionLog(status=SessionLog.START)
+        for output in self.logger.output_formats:
+            if isinstance(output, TensorBoardOutputFormat):
+                file_writer: Any = output.writer.file_writer  # torch types it as None
+                file_writer.add_event(Event(step=step, session_log=restart), step)
+
+
+def _charts(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+    """Return the charted metrics by tag, in the units of the charts."""
+    return {
+        f"serving/{prefix}{name}": metrics[name] * (100.0 if name == "gap" else 1.0)
+        for name in CHARTED
+        if name in metrics
+    }
+
+
+def _means(episodes: pd.DataFrame) -> dict[str, float]:
+    return {name: float(np.mean(episodes[name])) for name in METRICS}
+
+
+def _row(episodes: pd.DataFrame) -> dict[str, float]:
+    """Return what a row of ``evaluations.csv`` takes from the episodes."""
+    means = _means(episodes)
+    return {
+        "cases": len(episodes),
+        "gap_percent": 100.0 * means["gap"],
+        "gap_percent_sem": 100.0 * _standard_error(episodes["gap"].to_numpy(float)),
+        **{name: means[name] for name in (*CHARTED[1:], "decisions")},
+    }
+
+
+def _standard_error(values: NDArray[np.float64]) -> float:
+    return float(stats.sem(values)) if len(values) > 1 else float("nan")
+
+
+def _returns_to_go(rewards: NDArray[np.float64], discount: float) -> NDArray[np.float64]:
+    """Return Σ_k discount^k · reward of each decision and those after it, shape (decisions,)."""
+    returns = np.zeros(len(rewards))
+    later = 0.0
+    for k in range(len(rewards) - 1, -1, -1):
+        later = rewards[k] + discount * later
+        returns[k] = later
+    return returns
+
+
+def _latency_ms(best: Any, trace: Trace) -> tuple[float, float]:
+    """Return the median and the 99th percentile of a single decision's milliseconds."""
+    nanoseconds = []
+    for k in range(_TIMED_DECISIONS):
+        observation = trace.observations[k % len(trace.observations)]
+        mask = trace.masks[k % len(trace.masks)]
+        started = perf_counter_ns()
+        best(observation, mask)
+        nanoseconds.append(perf_counter_ns() - started)
+    p50, p99 = np.percentile(nanoseconds, [50, 99]) / 1e6
+    return float(p50), float(p99)
+
+
+def _read_evaluations(path: Path, timesteps: int) -> pd.DataFrame:
+    """Return the evaluations up to a step."""
+    if not path.is_file():
+        return pd.DataFrame(columns=list(EVALUATION_COLUMNS))
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
+        table = pd.DataFrame()
+    if tuple(table.columns) != EVALUATION_COLUMNS:
+        raise ServegymError(f"{path}: not a table of this version; begin a new run")
+    return table[table["timesteps"] <= timesteps].reset_index(drop=True)
