@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from _cli import parse, run
+from _policies import DESCRIPTIONS, make_policy, note_agents
 
-from servegym.baselines.registry import make_policy, policy_descriptions
+from servegym.baselines.registry import policy_descriptions
 from servegym.envs.config import TaskConfig, WorkloadConfig
 from servegym.envs.cost_presets import COST_PRESETS
 from servegym.envs.errors import ServegymError
@@ -31,7 +33,7 @@ class Args:
     task: str = "GSM8K-v0"
     """A registered task or a task TOML."""
     policies: str = "random,fcfs,offline-steal,hybrid,threshold-12,lookahead,aligned"
-    """Comma-separated names; see --list-policies."""
+    """Comma-separated names or folders of trained agents; see --list-policies."""
     seeds: str = "1000000:1000010"
     """FIRST:AFTER_LAST, or one seed. Held-out seeds begin at 1000000."""
     output: Path = Path("results/evaluation")
@@ -66,13 +68,13 @@ def parse_seeds(text: str) -> range:
     return seeds
 
 
-def parse_policies(text: str) -> list[str]:
-    """Return the names of a comma-separated list, each once."""
+def parse_policies(text: str, task_name: str) -> list[str]:
+    """Return the names of a comma-separated list, each once; refuse what is no policy of the task."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise ServegymError("--policies names no policy; see --list-policies")
     for name in names:
-        make_policy(name)
+        make_policy(name, task_name)
     return list(dict.fromkeys(names))
 
 
@@ -110,7 +112,8 @@ def _percent(share: float | None) -> str:
 
 def list_policies() -> str:
     """Return the policies with their descriptions."""
-    return "\n".join(f"{name:18} {text}" for name, text in policy_descriptions().items())
+    descriptions = policy_descriptions() | DESCRIPTIONS
+    return "\n".join(f"{name:18} {text}" for name, text in descriptions.items())
 
 
 def list_tasks() -> str:
@@ -139,10 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not 1 <= args.jobs <= MAX_JOBS:
         raise ServegymError(f"--jobs must lie in 1 … {MAX_JOBS}, got {args.jobs}")
-    task, names, seeds = resolve_task(args), parse_policies(args.policies), parse_seeds(args.seeds)
+    task, seeds = resolve_task(args), parse_seeds(args.seeds)
+    names = parse_policies(args.policies, task.name)
     if args.reference not in names:
         args = replace(args, reference=names[0])
-    episodes = evaluate(task, make_policy, names, seeds, args.output, jobs=args.jobs)
+    note_agents(names, task.name, args.output)
+    policy_of = partial(make_policy, task_name=task.name)
+    episodes = evaluate(task, policy_of, names, seeds, args.output, jobs=args.jobs)
     table = to_markdown(summarise(episodes, args.reference))
     write_file(args.output / "summary.md", summary_text(task.name, args, table))
     print(table)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from _cli import parse, run
+from _policies import make_policy
 
-from servegym.baselines.registry import make_policy
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED, evaluate, make_case, play
@@ -35,6 +36,9 @@ OTHERS = (
     "aligned",
 )
 """Simple rows, and the tuned ones: numbers from results/tuning/Paper-v0/tuning.md."""
+
+LEARNED: tuple[str, ...] = ()  # ("ppo",) once results/agents/Paper-v0 holds the agent
+"""The shipped agent of the task."""
 
 PUBLISHED = {
     "fcfs": ("201.00", "80.2"),
@@ -121,7 +125,7 @@ def draw(task: TaskConfig, study: pd.DataFrame, output: Path) -> None:
     case = make_case(task, PAPER_CASE_SEED)
     episodes = []
     for name in ("fcfs", "hybrid"):
-        episode = play(task, name, make_policy(name), case, PAPER_CASE_SEED)
+        episode = play(task, name, make_policy(name, task.name), case, PAPER_CASE_SEED)
         row = episode.row
         title = (
             f"{name}: {row['makespan_s']:.1f} s, {100 * row['gap']:.1f} % above the lower bound, "
@@ -138,13 +142,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ServegymError(f"--cases must lie in 2 … {HELD_OUT_SEED}, got {args.cases}")
     if args.jobs < 1:
         raise ServegymError(f"--jobs must be ≥ 1, got {args.jobs}")
-    task, names = TASKS["servegym/Paper-v0"], [*STEPS, *OTHERS]
+    task, names = TASKS["servegym/Paper-v0"], [*STEPS, *OTHERS, *LEARNED]
+    policy_of = partial(make_policy, task_name=task.name)
     begin(args.output)
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + args.cases)
     print(f"the paper's single case (training seed {PAPER_CASE_SEED}), {len(names)} policies")
-    case = evaluate(task, make_policy, names, [PAPER_CASE_SEED], args.output / "case")
+    case = evaluate(task, policy_of, names, [PAPER_CASE_SEED], args.output / "case")
     print(f"{args.cases} held-out cases")
-    study = evaluate(task, make_policy, names, seeds, args.output / "study", jobs=args.jobs)
+    study = evaluate(task, policy_of, names, seeds, args.output / "study", jobs=args.jobs)
     table = report(case, study)
     write_file(args.output / "table.md", table)
     write_file(args.output / "study" / "summary.md", to_markdown(summarise(study, "hybrid")))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from scripts.calibrate import PAPER_BASELINE_S
-from scripts.paper import OTHERS, PUBLISHED, STEPS, report
+from scripts.paper import LEARNED, OTHERS, PUBLISHED, STEPS, report
 from scripts.readme import with_tables
 from servegym.baselines.registry import make_policy
 from servegym.envs.cost_presets import PAPER_ROUND_S
@@ -31,7 +31,7 @@ def test_the_paper_table_follows_from_its_episodes() -> None:
     case = pd.read_csv(RESULTS / "paper/case/episodes.csv")
     study = pd.read_csv(RESULTS / "paper/study/episodes.csv")
     assert report(case, study) == (RESULTS / "paper/table.md").read_text()
-    assert set(study["policy"]) == {*STEPS, *OTHERS}
+    assert set(study["policy"]) == {*STEPS, *OTHERS, *LEARNED}
     assert study.groupby("policy")["seed"].nunique().eq(100).all()
     assert study["seed"].min() >= HELD_OUT_SEED
 

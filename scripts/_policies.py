@@ -1,0 +1,91 @@
+"""What a policy's name on a command line stands for: a baseline, a trained agent, or its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from servegym.agents.policy import CARD_FILE, load_agent, read_card
+from servegym.baselines import registry
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.policy import Policy
+from servegym.envs.tasks import NAMESPACE
+
+SHIPPED = "ppo"
+"""The agent that is shipped for the task."""
+
+AGENTS = Path(__file__).resolve().parents[1] / "results" / "agents"
+
+DESCRIPTIONS = {
+    SHIPPED: "the trained agent that is shipped for the task, in results/agents/<task>/",
+    "FOLDER": f"a trained agent: a folder with {CARD_FILE}, written with a /, as results/my-agent",
+}
+
+
+def make_policy(name: str, task_name: str) -> Policy:
+    """Return a new policy for a task.
+
+    Parameters
+    ----------
+    name
+        A baseline's name, ``ppo``, or the folder of an agent: anything with a ``/``, or a folder
+        that holds ``agent.json``.
+    task_name
+        Of the task to be played, which decides what ``ppo`` is.
+
+    Raises
+    ------
+    ServegymError
+        If there is no such policy, or the agent's files are missing or refused.
+    """
+    folder = agent_folder(name, task_name)
+    return registry.make_policy(name) if folder is None else load_agent(folder)
+
+
+def agent_folder(name: str, task_name: str) -> Path | None:
+    """Return the folder of a trained agent; None for the name of a baseline."""
+    if name == SHIPPED:
+        return _shipped(task_name.removeprefix(f"{NAMESPACE}/"))
+    if "/" in name or (Path(name) / CARD_FILE).is_file():
+        return Path(name)
+    return None
+
+
+def note_agents(names: Sequence[str], task_name: str, output: Path) -> None:
+    """Keep which weights play under which name in ``output``; refuse a name whose weights changed.
+
+    Finished episodes are not played again, so an agent that was trained anew under the same name
+    would get the rows of the old one.
+    """
+    folders = {name: agent_folder(name, task_name) for name in names}
+    hashes = {
+        name: read_card(folder / CARD_FILE).weights_sha256
+        for name, folder in folders.items()
+        if folder is not None
+    }
+    if not hashes:
+        return
+    path = output / "agents.json"
+    try:
+        known = dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (TypeError, ValueError):
+        raise ServegymError(f"{path}: damaged; choose a new --output folder") from None
+    for name, digest in hashes.items():
+        if known.get(name, digest) != digest:
+            raise ServegymError(
+                f"{output} holds episodes of other weights of {name!r}; choose a new --output folder"
+            )
+    make_folder(output)
+    write_file(path, json.dumps(known | hashes, indent=2) + "\n")
+
+
+def _shipped(task: str) -> Path:
+    folder = AGENTS / task
+    if not (folder / CARD_FILE).is_file():
+        raise ServegymError(
+            f"policy {SHIPPED!r}: no agent is shipped for {task}; train one with "
+            f"`python scripts/train.py --task {task}` and give its folder instead"
+        )
+    return folder
