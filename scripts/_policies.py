@@ -18,9 +18,12 @@ SHIPPED = "ppo"
 
 AGENTS = Path(__file__).resolve().parents[1] / "results" / "agents"
 
+BEST = "agent"
+"""Where a training run keeps its best agent, within its folder."""
+
 DESCRIPTIONS = {
     SHIPPED: "the trained agent that is shipped for the task, in results/agents/<task>/",
-    "FOLDER": f"a trained agent: a folder with {CARD_FILE}, written with a /, as results/my-agent",
+    "FOLDER": f"a trained agent: a folder that holds {CARD_FILE}, or that of a training run",
 }
 
 
@@ -30,8 +33,8 @@ def make_policy(name: str, task_name: str) -> Policy:
     Parameters
     ----------
     name
-        A baseline's name, ``ppo``, or the folder of an agent: anything with a ``/``, or a folder
-        that holds ``agent.json``.
+        A baseline's name, ``ppo``, or a folder: anything with a ``/``, or what holds ``agent.json``.
+        The folder of a training run stands for the best agent of that run.
     task_name
         Of the task to be played, which decides what ``ppo`` is.
 
@@ -48,9 +51,10 @@ def agent_folder(name: str, task_name: str) -> Path | None:
     """Return the folder of a trained agent; None for the name of a baseline."""
     if name == SHIPPED:
         return _shipped(task_name.removeprefix(f"{NAMESPACE}/"))
-    if "/" in name or (Path(name) / CARD_FILE).is_file():
-        return Path(name)
-    return None
+    for folder in (Path(name), Path(name) / BEST):
+        if (folder / CARD_FILE).is_file():
+            return folder
+    return Path(name) if "/" in name else None
 
 
 def note_agents(names: Sequence[str], task_name: str, output: Path) -> None:

@@ -313,11 +313,17 @@ def test_evaluate_takes_an_agent_by_path(agent: Path, tmp_path: Path) -> None:
     assert list(table["gap"][3:]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_folder_beside_one_needs_no_slash(
-    agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["agent", "run", "./run", "run/agent/"])
+def test_folders_of_agents_and_of_runs(
+    agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    """No slash is needed, and a run's folder stands for its best agent."""
+    if "run" in name:
+        (tmp_path / "run").mkdir()
+        agent.rename(tmp_path / "run" / "agent")
     monkeypatch.chdir(tmp_path)
-    assert evaluate_with("agent", tmp_path / "out") == 0
+    assert evaluate_with(name, tmp_path / "out") == 0
+    assert set(pd.read_csv(tmp_path / "out" / "episodes.csv")["policy"]) == {name}
 
 
 def test_ppo_is_the_shipped_agent_of_the_task(

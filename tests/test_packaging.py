@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("agents", "baselines", "envs")
-HEAVY = {"torch", "stable_baselines3", "sb3_contrib"}
+HEAVY = {"torch", "stable_baselines3", "sb3_contrib", "tensorboard"}
 
 
 def python_files(*folders: str) -> list[Path]:

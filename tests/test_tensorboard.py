@@ -16,12 +16,13 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from servegym.agents import callbacks
 from servegym.agents.callbacks import EVALUATION_COLUMNS, ServingCallback
 from servegym.agents.policy import load_agent
 from servegym.agents.validation import Validation
 from servegym.envs import ServegymError, load_task
 from servegym.envs.metrics import METRICS
-from servegym.envs.rendering import draw_learning_curves, to_image
+from servegym.envs.rendering import draw_learning_curves, draw_values, to_image
 
 TINY = load_task("Tiny-v0")
 SEEDS = (500, 501, 502)
@@ -38,12 +39,12 @@ ACTIONS = ("decode", *TINY.process.rules)
 
 
 class Reporting(gym.Wrapper):
-    """Puts the metrics of an ended episode where training looks for them."""
+    """Puts the metrics of an ended episode where training looks for them; the gap is always 0.25."""
 
     def step(self, action: Any) -> Any:
         observation, reward, terminated, truncated, info = super().step(action)
         if terminated or truncated:
-            info = {"serving": {name: info[name] for name in METRICS}}
+            info = {"serving": {name: info[name] for name in METRICS} | {"gap": 0.25}}
         return observation, reward, terminated, truncated, info
 
     def action_masks(self) -> Any:
@@ -117,6 +118,7 @@ def test_every_chart_is_there(trained: Path) -> None:
             for action in ACTIONS
         ]
         assert np.allclose(np.sum(shares, axis=0), 1.0, atol=1e-6)
+    assert {event.value for event in events.Scalars("serving/train_gap")} == {25.0}
     assert "train/value_loss" in events.Tags()["scalars"]  # stable-baselines3's own stay
 
 
@@ -149,6 +151,30 @@ def test_pictures(trained: Path, tag: str) -> None:
     assert [event.step for event in images] == STEPS
     assert all(event.encoded_image_string.startswith(b"\x89PNG") for event in images)
     assert all(event.width > 500 and event.height > 100 for event in images)
+
+
+def test_the_value_figure_compares_with_what_the_episode_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def draw(*lines: Any) -> Any:
+        drawn.append(lines)
+        return draw_values(*lines)
+
+    monkeypatch.setattr(callbacks, "draw_values", draw)
+    model = make_model(MaskablePPO, tmp_path)
+    model.learn(1, callback=make_callback(tmp_path))
+    first, last = drawn
+    assert not np.array_equal(first[1], last[1])  # the critic has learnt
+    result = Validation(TINY, SEEDS).play(load_agent(tmp_path / "final").network.best)
+    clock_s, estimates, returns = last
+    assert returns[0] == pytest.approx(-100 * result.episodes["gap"].iloc[0])  # γ = 1
+    assert returns[-1] == result.trace.rewards[-1]
+    assert np.array_equal(clock_s, result.trace.clock_s)
+    for observation, estimate in zip(result.trace.observations, estimates, strict=True):
+        value = model.policy.predict_values(torch.as_tensor(observation[None]))
+        assert value.item() == pytest.approx(estimate, rel=1e-5)
 
 
 def test_hyperparameters_name_their_metrics(trained: Path) -> None:
@@ -227,6 +253,14 @@ def test_a_worse_agent_does_not_replace_the_best(tmp_path: Path) -> None:
     assert load_agent(tmp_path / "final").card.training["timesteps"] == 5 * ROLLOUT
 
 
+def test_seconds_of_imitation_count(tmp_path: Path) -> None:
+    callback = make_callback(tmp_path)
+    callback.earlier_s = 1e6
+    make_model(MaskablePPO, tmp_path).learn(1, callback=callback)
+    table = pd.read_csv(tmp_path / "evaluations.csv")
+    assert table[["wall_s", "training_s"]].min().min() >= 1e6
+
+
 def test_a_damaged_table_is_refused_on_resume(tmp_path: Path) -> None:
     model = train(tmp_path, 1)
     (tmp_path / "evaluations.csv").write_text("a,b\n1,2\n")
@@ -272,6 +306,11 @@ def test_learning_curves() -> None:
     assert np.allclose(lines["PPO"].get_xdata(), [0, 1, 2])
     assert np.allclose(lines["PPO"].get_ydata(), [7, 4, 2])
     assert np.allclose(lines["imitation"].get_ydata(), [5, 1])
-    assert [text.get_text() for text in axes.texts] == ["hybrid 3.00 %", "threshold-12 2.50 %"]
+    assert set(np.asarray(lines["hybrid (3.00 %)"].get_ydata())) == {3.0}
+    assert set(np.asarray(lines["threshold-12 (2.50 %)"].get_ydata())) == {2.5}
+    assert axes.get_ylim()[1] < 3 * 3.0  # all fits
+    curves["gap_percent"] *= 10
+    assert draw_learning_curves(curves, {"hybrid": 3.0}).axes[0].get_ylim()[1] == 9.0
+    assert draw_learning_curves(curves, {}).axes[0].get_ylim()[1] > 70
     assert len(axes.collections) == 1  # one seed has no band
     assert to_image(figure).shape[2] == 3
