@@ -34,7 +34,7 @@ _PLAIN_WORDS = {
 Args = TypeVar("Args")
 
 
-def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
+def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | None = None) -> Args:
     """Read the options of a flat dataclass, one ``--option`` per field.
 
     Parameters
@@ -44,6 +44,8 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
         ``ServegymError`` in ``__post_init__``.
     argv
         Arguments without the program's name; None takes those of this process.
+    default
+        Values of the options that are not given; None takes the dataclass's own.
 
     Raises
     ------
@@ -55,7 +57,7 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=tokens)
+            return tyro.cli(kind, args=tokens, default=default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -66,7 +68,8 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's ``main`` and leave with its status.
 
-    Bad input leaves with status 2 and Ctrl-C with 130, each after one line on stderr; a reader
+    Bad input leaves with status 2 and Ctrl-C with 130, each after one line on stderr (a
+    ``KeyboardInterrupt`` may bring its own); a reader
     that closes the pipe early (``| head``) ends the script silently.
     """
     try:
@@ -75,8 +78,8 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     except ServegymError as error:
         _report(str(error))
         status = BAD_INPUT
-    except KeyboardInterrupt:
-        _report("interrupted")
+    except KeyboardInterrupt as stop:
+        _report(str(stop) or "interrupted")
         status = INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at exit; give that somewhere to go.

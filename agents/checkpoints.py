@@ -1,0 +1,170 @@
+"""Checkpoints: all that training needs to go on as if it had not stopped, without pickle.
+
+A checkpoint is one safetensors file: arrays as tensors, everything else as JSON in its header. It is
+taken between two rollouts, so that no half-filled buffer belongs to it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecMonitor
+
+from servegym.agents.sb3_vec_env import ServingSB3VecEnv
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import make_folder, write_file
+
+KEEP: Final = 2
+"""How many checkpoints a folder keeps."""
+
+_FORMAT: Final = "servegym checkpoint 1"
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def save_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], folder: Path) -> Path:
+    """Write a checkpoint whole or not at all; forget all but the last two.
+
+    ``identity`` is JSON that :func:`load_checkpoint` compares: a checkpoint of another run is not
+    gone on from.
+    """
+    make_folder(folder)
+    arrays, values = _collect(model)
+    header = {"format": _FORMAT, "identity": json.dumps(identity), "values": json.dumps(values)}
+    path = folder / f"{model.num_timesteps:012d}.safetensors"
+    write_file(path, save(arrays, header))
+    for old in checkpoints(folder)[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, oldest first."""
+    return sorted(folder.glob("[0-9]*.safetensors"))
+
+
+def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path: Path) -> None:
+    """Put ``model`` and its environments where they stood.
+
+    Raises
+    ------
+    ServegymError
+        If the file is damaged, no checkpoint, or one of another run.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ServegymError(
+            f"{path}: damaged or no checkpoint ({error}); delete it to go on from the one before"
+        ) from None
+    if header.get("format") != _FORMAT:
+        raise ServegymError(f"{path}: not a {_FORMAT}")
+    check_identity(str(path), json.loads(header["identity"]), identity)
+    _restore(model, arrays, json.loads(header["values"]))
+
+
+def check_identity(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse what is of another run, naming the first difference."""
+    wanted = json.loads(json.dumps(wanted))  # as it was written: tuples are lists
+    for name in dict(found) | dict(wanted):
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            check_identity(place, old, new)
+        elif old != new:
+            raise ServegymError(
+                f"{place}: belongs to a run with {name} {old!r}, this one has {new!r}; "
+                "resume with the same, or begin a run in another folder"
+            )
+
+
+def _environments(model: OnPolicyAlgorithm) -> tuple[VecMonitor, ServingSB3VecEnv]:
+    monitor = model.get_env()
+    assert isinstance(monitor, VecMonitor)
+    environment = monitor.venv
+    assert isinstance(environment, ServingSB3VecEnv)
+    return monitor, environment
+
+
+def _collect(model: OnPolicyAlgorithm) -> tuple[Arrays, dict[str, Any]]:
+    """Return the arrays and the other values that make up the state of training."""
+    monitor, environment = _environments(model)
+    rows, row_rngs = environment.get_state()
+    _, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 (what SB3 draws from)
+    arrays: Arrays = {
+        "last_observations": model._last_obs,
+        "last_episode_starts": model._last_episode_starts,
+        "episode_returns": monitor.episode_returns,
+        "episode_lengths": monitor.episode_lengths,
+        "torch_rng": torch.get_rng_state().numpy(),
+        "numpy_rng": np.asarray(numpy_keys),
+    }
+    arrays |= {f"rows.{name}": array for name, array in rows.items()}
+    arrays |= {f"policy.{name}": value.numpy() for name, value in _weights(model).items()}
+    for parameter, slots in model.policy.optimizer.state_dict()["state"].items():
+        arrays |= {f"optimizer.{parameter}.{slot}": value.numpy() for slot, value in slots.items()}
+    values = {
+        "num_timesteps": model.num_timesteps,
+        "n_updates": model._n_updates,
+        "episode_count": monitor.episode_count,
+        "recent_episodes": [
+            {key: float(value) for key, value in episode.items()}
+            for episode in model.ep_info_buffer or ()
+        ],
+        "row_rngs": row_rngs,
+        "numpy_rng": numpy_rest,
+        "python_rng": random.getstate(),
+    }
+    # safetensors writes memory as it lies there.
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}, values
+
+
+def _restore(model: OnPolicyAlgorithm, arrays: Arrays, values: Mapping[str, Any]) -> None:
+    monitor, environment = _environments(model)
+    monitor.reset()
+    environment.set_state(_under("rows.", arrays), values["row_rngs"])
+    model._last_obs = arrays["last_observations"]
+    model._last_episode_starts = arrays["last_episode_starts"]
+    monitor.episode_returns = arrays["episode_returns"]
+    monitor.episode_lengths = arrays["episode_lengths"]
+    monitor.episode_count = values["episode_count"]
+    model.policy.load_state_dict(
+        {name: torch.from_numpy(array) for name, array in _under("policy.", arrays).items()}
+    )
+    optimizer = model.policy.optimizer
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for name, array in _under("optimizer.", arrays).items():
+        parameter, _, slot = name.partition(".")
+        slots.setdefault(int(parameter), {})[slot] = torch.from_numpy(array)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+    model.num_timesteps = values["num_timesteps"]
+    model._n_updates = values["n_updates"]
+    model.ep_info_buffer = deque(values["recent_episodes"], maxlen=model._stats_window_size)
+    torch.set_rng_state(torch.from_numpy(arrays["torch_rng"]))
+    np.random.set_state(("MT19937", arrays["numpy_rng"], *values["numpy_rng"]))  # noqa: NPY002
+    version, state, gauss = values["python_rng"]
+    random.setstate((version, tuple(state), gauss))
+
+
+def _weights(model: OnPolicyAlgorithm) -> dict[str, torch.Tensor]:
+    return dict(model.policy.state_dict())
+
+
+def _under(prefix: str, arrays: Arrays) -> Arrays:
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,151 @@
+"""How an agent is trained: one frozen dataclass, with defaults per task."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
+
+from servegym.envs.errors import ServegymError, unknown
+
+ALGORITHMS: Final = ("maskable-ppo", "ppo")
+"""sb3-contrib's PPO, which knows the legal actions, and stable-baselines3's, which does not."""
+
+MAX_SEED: Final = 799
+SEEDS_PER_AGENT: Final = 1000
+"""Agent seed s trains on environment seeds 1000 · s …, all below those of validation (900,000 …)."""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Everything that, with the task, determines the trained weights."""
+
+    algorithm: str = "maskable-ppo"
+    """maskable-ppo or ppo."""
+    seed: int = 0
+    """Agent seed, 0 … 799: first weights, sampled actions, and training episodes: row e of the
+    environments begins with seed 1000 · seed + e and then follows its own generator."""
+    timesteps: int = 2_000_000
+    """Decisions to train on, over all environments; rounded up to whole rollouts."""
+    environments: int = 64
+    """Environments that step together, 1 … 1000."""
+    steps: int = 256
+    """Steps of each environment in one rollout."""
+    batch_size: int = 4096
+    """Decisions in one gradient step."""
+    epochs: int = 4
+    """Passes over a rollout."""
+    learning_rate: float = 1e-3
+    """Adam's learning rate at the start."""
+    final_learning_rate: float = 0.1
+    """Share of the learning rate that a linear decay over the timesteps ends at."""
+    gamma: float = 1.0
+    """Discount; 1 makes the return exactly minus the gap in percent."""
+    gae_lambda: float = 0.95
+    """Weight of later rewards in generalized advantage estimation."""
+    clip_range: float = 0.2
+    """PPO's clip range of the probability ratio."""
+    entropy: float = 0.003
+    """Coefficient of the entropy bonus at the start."""
+    final_entropy: float = 0.0
+    """Share of the entropy coefficient that a linear decay over the timesteps ends at."""
+    value_coefficient: float = 0.5
+    """Weight of the value loss."""
+    max_gradient_norm: float = 0.5
+    """Gradients are scaled down to this norm."""
+    width: int = 128
+    """Units of a hidden layer (tanh); actor and critic have separate networks."""
+    depth: int = 2
+    """Hidden layers."""
+    value_warmup: int = 0
+    """First updates that train the value network only, so that PPO does not spoil a warm start."""
+    imitation_rounds: int = 0
+    """Rounds of imitation before PPO, 0: none. Round 1 plays the expert, later ones the learner."""
+    imitation_states: int = 30_000
+    """States that the expert labels in one round."""
+    imitation_environments: int = 32
+    """Environments that the labelled states come from, 1 … 1000."""
+    imitation_epochs: int = 10
+    """Passes over all states labelled so far, after each round."""
+    imitation_batch_size: int = 512
+    """States in one gradient step of imitation."""
+    imitation_learning_rate: float = 1e-3
+    """Adam's learning rate in imitation; decays linearly to 0 in each round."""
+    imitation_temperature: float = 0.02
+    """The learner imitates softmax(value / temperature); percentage points of the gap."""
+    imitation_random: float = 0.05
+    """Share of random actions while states are collected, for diversity."""
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise unknown("algorithm", self.algorithm, ALGORITHMS)
+        for item in fields(self):
+            if item.name in _BOUNDS:
+                _check(item.name, getattr(self, item.name), type(item.default))
+        if self.batch_size > self.environments * self.steps:
+            raise ServegymError(
+                f"batch_size must be at most environments · steps = "
+                f"{self.environments * self.steps}, got {self.batch_size}"
+            )
+
+    @property
+    def rollout(self) -> int:
+        """Decisions between two updates."""
+        return self.environments * self.steps
+
+    @property
+    def first_environment_seed(self) -> int:
+        """The seed of the first row."""
+        return SEEDS_PER_AGENT * self.seed
+
+
+_WHOLE: Final = 10**12
+_BOUNDS: Final[dict[str, tuple[float, float]]] = {
+    "seed": (0, MAX_SEED),
+    "timesteps": (1, _WHOLE),
+    "environments": (1, SEEDS_PER_AGENT),
+    "steps": (1, 10**6),
+    "batch_size": (2, _WHOLE),
+    "epochs": (1, 1000),
+    "learning_rate": (0, 1),
+    "final_learning_rate": (0, 1),
+    "gamma": (0, 1),
+    "gae_lambda": (0, 1),
+    "clip_range": (1e-6, 1),
+    "entropy": (0, 100),
+    "final_entropy": (0, 1),
+    "value_coefficient": (0, 100),
+    "max_gradient_norm": (1e-9, 1e9),
+    "width": (1, 8192),
+    "depth": (0, 16),
+    "value_warmup": (0, _WHOLE),
+    "imitation_rounds": (0, 1000),
+    "imitation_states": (1, 10**8),
+    "imitation_environments": (1, SEEDS_PER_AGENT),
+    "imitation_epochs": (1, 1000),
+    "imitation_batch_size": (1, 10**8),
+    "imitation_learning_rate": (0, 1),
+    "imitation_temperature": (1e-6, 1e6),
+    "imitation_random": (0, 1),
+}
+"""Least and greatest valid value of each number."""
+
+
+def _check(name: str, value: Any, kind: type) -> None:
+    least, most = _BOUNDS[name]
+    words = "a whole number" if kind is int else "a number"
+    fits = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+    if not fits or not math.isfinite(value) or not least <= value <= most:
+        raise ServegymError(f"{name} must be {words} in {least:g} … {most:g}, got {value!r}")
+
+
+_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    # Eight requests on three clients: an episode is a handful of decisions.
+    "servegym/Tiny-v0": {"timesteps": 100_000, "width": 64, "environments": 16, "batch_size": 1024},
+}
+"""What a task wants otherwise than the class says, by task id."""
+
+
+def default_hyperparameters(task: str) -> Hyperparameters:
+    """Return the defaults of a task by its full id; other names get those of the class."""
+    return replace(Hyperparameters(), **_DEFAULTS.get(task, {}))

@@ -1,0 +1,121 @@
+"""``ServingVectorEnv`` as a Stable-Baselines3 vector environment: one compiled call steps all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from servegym.envs.errors import ServegymError
+from servegym.envs.vector_env import ServingVectorEnv
+
+Infos = list[dict[str, Any]]
+Indices = Iterable[int] | int | None
+
+
+class ServingSB3VecEnv(VecEnv):
+    """The rows of a :class:`ServingVectorEnv`, as Stable-Baselines3 asks for them.
+
+    What a row's ``info`` holds: ``illegal_action`` where its action was replaced; of a row whose
+    episode ended also ``terminal_observation``, ``TimeLimit.truncated`` and ``serving``, the
+    episode's metrics (``servegym.envs.metrics.METRICS``). sb3-contrib finds the legal actions by
+    ``env_method("action_masks")``.
+    """
+
+    def __init__(self, env: ServingVectorEnv) -> None:
+        self.env = env
+        self._actions = np.zeros(env.num_envs, np.int64)
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+
+    def reset(self) -> NDArray[np.float32]:
+        """Begin a new episode in every row, from the seeds of :meth:`seed` where it was called."""
+        if any(self._options):
+            raise ServegymError("the vector environment takes no reset options")
+        observations, _ = self.env.reset(seed=list(self._seeds))
+        self._reset_seeds()
+        # A copy: the caller keeps it while the rows are stepped.
+        return observations.copy()
+
+    def step_async(self, actions: NDArray[np.int64]) -> None:
+        """Remember the actions; :meth:`step_wait` takes the step."""
+        self._actions = actions
+
+    def step_wait(
+        self,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], Infos]:
+        """Step every row; rows that end begin their next episode at once."""
+        observations, rewards, terminated, truncated, all_infos = self.env.step(self._actions)
+        dones = terminated | truncated
+        infos: Infos = [{} for _ in range(self.num_envs)]
+        for e in np.flatnonzero(all_infos["illegal_action"]):
+            infos[e]["illegal_action"] = True
+        for e in np.flatnonzero(dones):
+            infos[e]["terminal_observation"] = all_infos["final_obs"][e]
+            infos[e]["TimeLimit.truncated"] = bool(truncated[e] and not terminated[e])
+            metrics = all_infos["final_info"].items()
+            infos[e]["serving"] = {
+                name: float(column[e]) for name, column in metrics if not name.startswith("_")
+            }
+        # Copies: SB3 adds to rewards, and keeps the observations while the rows are stepped.
+        return observations.copy(), rewards.copy(), dones, infos
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: Indices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Call a method of the vector environment that returns an array over rows."""
+        values = getattr(self.env, method_name)(*method_args, **method_kwargs)
+        # A list of the rows, without a loop where all are asked for.
+        return list(values) if indices is None else [values[e] for e in self._get_indices(indices)]
+
+    def get_attr(self, attr_name: str, indices: Indices = None) -> list[Any]:
+        """Return an attribute that all rows share, once per row."""
+        value = getattr(self.env, attr_name)
+        return [value for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Indices = None) -> None:
+        """Refuse: rows share everything but their episodes."""
+        raise ServegymError(f"rows share their attributes, {attr_name!r} cannot be set")
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Indices = None) -> list[bool]:
+        """Return False for every row: there are no single environments to wrap."""
+        return [False for _ in self._get_indices(indices)]
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Give row e the seed ``seed`` + e at the next reset; None leaves its generator as it is."""
+        self._seeds = [None if seed is None else seed + e for e in range(self.num_envs)]
+        return self._seeds
+
+    def get_state(self) -> tuple[dict[str, NDArray[np.uint8]], list[Any]]:
+        """Return all arrays of the rows as bytes, and the state of each row's generator (JSON)."""
+        arrays = {name: array.copy() for name, array in self._arrays().items()}
+        return arrays, [rng.bit_generator.state for rng in self.env._rngs]
+
+    def set_state(self, arrays: Mapping[str, NDArray[np.uint8]], rngs: Sequence[Any]) -> None:
+        """Put the rows where :meth:`get_state` found them; call :meth:`reset` before.
+
+        Raises
+        ------
+        ServegymError
+            If it is the state of other environments.
+        """
+        own = self._arrays()
+        sizes = {name: array.size for name, array in own.items()}
+        if sizes != {name: array.size for name, array in arrays.items()} or len(rngs) != len(
+            self.env._rngs
+        ):
+            raise ServegymError("it holds the state of other environments")
+        for name, array in own.items():
+            array[:] = arrays[name]
+        for rng, state in zip(self.env._rngs, rngs, strict=True):
+            rng.bit_generator.state = state
+
+    def _arrays(self) -> dict[str, NDArray[np.uint8]]:
+        """Return every array of the rows as the bytes it consists of, not copied."""
+        named = self.env.state._asdict() | self.env.rows._asdict()
+        return {name: np.asarray(array).reshape(-1).view(np.uint8) for name, array in named.items()}

@@ -1,0 +1,297 @@
+"""Training with PPO, from the first weights to the last, through kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final
+
+import numpy as np
+import torch
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecMonitor
+from tqdm import tqdm
+
+from servegym.agents.checkpoints import (
+    check_identity,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from servegym.agents.hyperparameters import Hyperparameters
+from servegym.agents.imitation import Expert, imitate
+from servegym.agents.sb3_vec_env import ServingSB3VecEnv
+from servegym.envs.config import TaskConfig
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.observation import OBSERVATION_VERSION
+from servegym.envs.vector_env import ServingVectorEnv
+
+_CLASSES: Final[dict[str, type[OnPolicyAlgorithm]]] = {"maskable-ppo": MaskablePPO, "ppo": PPO}
+_PACKAGES: Final = ("numpy", "torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numba")
+_RECORD: Final = "run.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What does not change the trained weights, but where and how long the training runs."""
+
+    checkpoint_every: int = 10
+    """Rollouts between two checkpoints."""
+    max_minutes: float = 0.0
+    """Stop after a rollout once training (without callbacks and imitation) has taken so long,
+    counted from this start or resume; 0: never. The learning rate still follows the timesteps."""
+    threads: int = 1
+    """Torch's threads; other numbers may change the last bits of the weights."""
+    tensorboard: bool = True
+    """Write stable-baselines3's own scalars to ``tensorboard/``."""
+    progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ServegymError(f"checkpoint_every must be ≥ 1, got {self.checkpoint_every}")
+        if not 0 <= self.max_minutes < 1e9:
+            raise ServegymError(f"max_minutes must lie in 0 … 1e9, got {self.max_minutes}")
+        if not 1 <= self.threads <= 1024:
+            raise ServegymError(f"threads must lie in 1 … 1024, got {self.threads}")
+
+
+def identity(task: TaskConfig, hyperparameters: Hyperparameters) -> dict[str, Any]:
+    """Return what makes a run this run: task, hyper-parameters, observation version."""
+    return {
+        "task": asdict(task),
+        "hyperparameters": asdict(hyperparameters),
+        "observation_version": OBSERVATION_VERSION,
+    }
+
+
+def begin_run(
+    task: TaskConfig, hyperparameters: Hyperparameters, folder: Path, command: str, resume: bool
+) -> None:
+    """Claim a folder for a run, or make sure that the run in it is this one; writes ``run.json``.
+
+    Raises
+    ------
+    ServegymError
+        If the folder holds a run and ``resume`` is not given, holds another run, or holds none.
+    """
+    record = folder / _RECORD
+    if resume:
+        check_identity(str(record), read_run(folder), identity(task, hyperparameters))
+        return
+    if record.exists():
+        raise ServegymError(f"{folder}: holds a run; go on with it by --resume, or name another")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ServegymError(f"{folder}: not empty and holds no run; name another folder")
+    make_folder(folder)
+    content = identity(task, hyperparameters) | {
+        "command": command,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in _PACKAGES},
+    }
+    write_file(record, json.dumps(content, indent=2) + "\n")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the record of the run in a folder: identity, command, versions."""
+    record = folder / _RECORD
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        return {key: content[key] for key in ("task", "hyperparameters", "observation_version")}
+    except FileNotFoundError:
+        raise ServegymError(f"{folder}: holds no run to resume") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ServegymError(f"{record}: cannot be read: {error}") from None
+
+
+def make_model(task: TaskConfig, hyperparameters: Hyperparameters) -> OnPolicyAlgorithm:
+    """Build an untrained agent with its environments."""
+    h = hyperparameters
+    environment = ServingSB3VecEnv(ServingVectorEnv(h.environments, task, copy=False))
+    # Checking every distribution that is built costs a tenth of the time.
+    torch.distributions.Distribution.set_default_validate_args(False)
+    layers = [h.width] * h.depth
+    model = _CLASSES[h.algorithm](
+        policy="MlpPolicy",
+        env=VecMonitor(environment),
+        learning_rate=_decay(h.learning_rate, h.final_learning_rate),
+        n_steps=h.steps,
+        batch_size=h.batch_size,
+        n_epochs=h.epochs,
+        gamma=h.gamma,
+        gae_lambda=h.gae_lambda,
+        clip_range=h.clip_range,
+        ent_coef=h.entropy,
+        vf_coef=h.value_coefficient,
+        max_grad_norm=h.max_gradient_norm,
+        policy_kwargs={
+            "net_arch": {"pi": layers, "vf": layers},
+            "activation_fn": torch.nn.Tanh,
+        },
+        seed=h.seed,
+        device="cpu",
+    )
+    environment.seed(h.first_environment_seed)
+    return model
+
+
+def train(
+    task: TaskConfig,
+    hyperparameters: Hyperparameters,
+    folder: Path,
+    *,
+    callbacks: Sequence[BaseCallback] = (),
+    expert: Expert | None = None,
+    resume: bool = False,
+    command: str = "",
+    options: Options | None = None,
+) -> OnPolicyAlgorithm:
+    """Train an agent; return it with its last weights.
+
+    Parameters
+    ----------
+    folder
+        Where ``run.json``, ``checkpoints/`` and ``tensorboard/`` are written.
+    callbacks
+        Called as by ``model.learn``; they must not draw from the global generators.
+    expert
+        Whom to imitate first, where ``imitation_rounds`` is not 0.
+    resume
+        Go on from the last checkpoint in ``folder``: the weights in the end are those of the run
+        that was never stopped, bit for bit. A run that was stopped before its first checkpoint
+        (during imitation) begins anew.
+    command
+        What to note in ``run.json``.
+
+    Raises
+    ------
+    ServegymError
+        If the folder does not fit (see :func:`begin_run`), a checkpoint is damaged or another run's.
+    """
+    options = options or Options()
+    begin_run(task, hyperparameters, folder, command, resume)
+    torch.set_num_threads(options.threads)
+    model = make_model(task, hyperparameters)
+    if options.tensorboard:
+        model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
+    run = _Run(model, hyperparameters, identity(task, hyperparameters), folder, options)
+    saved = checkpoints(run.checkpoint_folder)
+    if saved:
+        load_checkpoint(model, run.identity, saved[-1])
+    elif hyperparameters.imitation_rounds > 0:
+        if expert is None:
+            raise ServegymError("imitation_rounds is not 0, but there is no expert to imitate")
+        imitate(model, task, expert, hyperparameters, progress=options.progress)
+    run.learn(CallbackList(list(callbacks)), anew=not saved)
+    return model
+
+
+@dataclass
+class _Run:
+    model: OnPolicyAlgorithm
+    hyperparameters: Hyperparameters
+    identity: dict[str, Any]
+    folder: Path
+    options: Options
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def learn(self, callbacks: CallbackList, *, anew: bool) -> None:
+        """Alternate rollouts and updates, as ``model.learn`` does, with checkpoints in between."""
+        model, h = self.model, self.hyperparameters
+        timed = _TimedCallbacks(callbacks)
+        left = h.timesteps if anew else h.timesteps - model.num_timesteps
+        total, callback = model._setup_learn(left, timed, anew, h.algorithm, False)
+        if anew:
+            self._save()
+        callback.on_training_start({"self": model, "total_timesteps": total}, {})
+        started = perf_counter()
+        with tqdm(
+            total=h.timesteps,
+            initial=model.num_timesteps,
+            unit="step",
+            unit_scale=True,
+            disable=not self.options.progress,
+        ) as bar:
+            while model.num_timesteps < total:
+                self._learn_from_one_rollout(callback, total)
+                bar.update(h.rollout)
+                bar.set_postfix_str(_recent_return(model))
+                late = self._is_late(perf_counter() - started - timed.seconds)
+                rollouts = model.num_timesteps // h.rollout
+                if late or rollouts % self.options.checkpoint_every == 0:
+                    self._save()
+                if late:
+                    break
+        self._save()
+        callback.on_training_end()
+
+    def _learn_from_one_rollout(self, callback: BaseCallback, total: int) -> None:
+        model, h = self.model, self.hyperparameters
+        environments = model.get_env()
+        assert environments is not None
+        model.collect_rollouts(environments, callback, model.rollout_buffer, h.steps)
+        model._update_current_progress_remaining(model.num_timesteps, total)
+        remaining = model._current_progress_remaining
+        model.ent_coef = _decay(h.entropy, h.final_entropy)(remaining)
+        rollouts = model.num_timesteps // h.rollout
+        _freeze_actor(model, rollouts <= h.value_warmup)
+        model.dump_logs(rollouts)
+        model.train()
+
+    def _save(self) -> None:
+        save_checkpoint(self.model, self.identity, self.checkpoint_folder)
+
+    def _is_late(self, seconds: float) -> bool:
+        return 0 < 60 * self.options.max_minutes <= seconds
+
+
+class _TimedCallbacks(CallbackList):
+    """The given callbacks, and how long they have taken."""
+
+    def __init__(self, callbacks: CallbackList) -> None:
+        super().__init__(callbacks.callbacks)
+        self.seconds = 0.0
+
+    def _on_step(self) -> bool:
+        return self._timed(super()._on_step)
+
+    def _on_rollout_start(self) -> None:
+        self._timed(super()._on_rollout_start)
+
+    def _on_rollout_end(self) -> None:
+        self._timed(super()._on_rollout_end)
+
+    def _timed(self, call: Callable[[], Any]) -> Any:
+        started = perf_counter()
+        result = call()
+        self.seconds += perf_counter() - started
+        return result
+
+
+def _decay(first: float, last_share: float) -> Callable[[float], float]:
+    """Return first · (share of the timesteps that remains, brought from 0 … 1 to last_share … 1)."""
+    return lambda remaining: first * (last_share + (1.0 - last_share) * max(remaining, 0.0))
+
+
+def _freeze_actor(model: OnPolicyAlgorithm, frozen: bool) -> None:
+    """Leave the actor out of gradient steps, or not; actor and critic share no weights."""
+    for part in (model.policy.mlp_extractor.policy_net, model.policy.action_net):
+        part.requires_grad_(not frozen)
+
+
+def _recent_return(model: OnPolicyAlgorithm) -> str:
+    episodes = model.ep_info_buffer
+    return f"return {np.mean([item['r'] for item in episodes]):.3f}" if episodes else ""

@@ -1,0 +1,151 @@
+"""Train an agent with PPO; go on after a kill with --resume; watch it with TensorBoard."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from _cli import parse, run
+
+from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
+from servegym.baselines.episodes import play_compiled
+from servegym.baselines.registry import make_trigger_policy
+from servegym.envs.config import TaskConfig
+from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import make_case
+from servegym.envs.metrics import METRICS
+from servegym.envs.tasks import load_task
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    from servegym.agents.imitation import Expert
+
+VALIDATION_SEED: Final = 900_000
+MAX_VALIDATION_CASES: Final = 100_000  # held-out seeds begin there
+THRESHOLDS: Final = (1, 2, 3, 5, 7, 10, 12, 15, 20, 25, 30, 40, 60)
+
+
+@dataclass(frozen=True)
+class Args(Hyperparameters):
+    """Train an agent; writes run.json, checkpoints/, evaluations.csv, tensorboard/, agent/, final/."""
+
+    task: str = "GSM8K-v0"
+    """A registered task or a task TOML."""
+    output: Path = Path("runs/agent")
+    """Folder of the run."""
+    resume: bool = False
+    """Go on with the run in the folder; options that are not given are those of that run."""
+    max_minutes: float = 0.0
+    """Stop once training has taken so long, without evaluations and imitation, since this start or
+    resume; 0: never. The learning rate still decays over the timesteps."""
+    expert: str = "aligned"
+    """Rule that the imitated rollout expert finishes episodes with."""
+    validation_cases: int = 20
+    """Validation cases, seeds 900000 …; 0: no evaluations."""
+    evaluate_every: int = 250_000
+    """Timesteps between two evaluations."""
+    checkpoint_every: int = 10
+    """Rollouts between two checkpoints."""
+    threads: int = 1
+    """Torch's threads."""
+
+
+def read_args(argv: Sequence[str] | None) -> Args:
+    """Return the options; those not given are the task's defaults, or those of the run to resume."""
+    args = parse(Args, argv)
+    if args.resume:
+        from servegym.agents.training import read_run
+
+        defaults = read_run(args.output)["hyperparameters"]
+    else:
+        defaults = asdict(default_hyperparameters(load_task(args.task).name))
+    return parse(Args, argv, replace(Args(), **defaults))
+
+
+def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Return the mean metrics on the validation cases of the hybrid and of the best threshold."""
+    cases = [make_case(task, seed) for seed in seeds]
+
+    def means(name: str) -> dict[str, float]:
+        policy = make_trigger_policy(name)
+        rows = [play_compiled(task, policy, case) for case in cases]
+        return {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS}
+
+    thresholds = {f"threshold-{k}": means(f"threshold-{k}") for k in THRESHOLDS}
+    best = min(thresholds, key=lambda name: thresholds[name]["gap"])
+    return {"hybrid": means("hybrid"), best: thresholds[best]}
+
+
+def make_callbacks(
+    args: Args, task: TaskConfig, hyperparameters: Hyperparameters, command: str
+) -> list[BaseCallback]:
+    """Return what evaluates the agent while it is trained."""
+    if args.validation_cases == 0:
+        return []
+    from servegym.agents.callbacks import ServingCallback
+
+    seeds = range(VALIDATION_SEED, VALIDATION_SEED + args.validation_cases)
+    lines: Mapping[str, Mapping[str, float]] = references(task, seeds)
+    shown = asdict(hyperparameters)
+    return [
+        ServingCallback(
+            task, seeds, args.evaluate_every, lines, shown, args.output, command=command
+        )
+    ]
+
+
+def make_expert(args: Args, task: TaskConfig) -> Expert | None:
+    """Return whom to imitate, if anybody."""
+    if args.imitation_rounds == 0:
+        return None
+    from servegym.baselines.rollout import make_rollout_expert
+
+    return make_rollout_expert(args.expert, task)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train."""
+    args = read_args(argv)
+    if not 0 <= args.validation_cases <= MAX_VALIDATION_CASES:
+        raise ServegymError(
+            f"--validation-cases must lie in 0 … {MAX_VALIDATION_CASES}, got {args.validation_cases}"
+        )
+    if args.evaluate_every < 1:
+        raise ServegymError(f"--evaluate-every must be ≥ 1, got {args.evaluate_every}")
+    task = load_task(args.task)
+    hyperparameters = Hyperparameters(
+        **{item.name: getattr(args, item.name) for item in fields(Hyperparameters)}
+    )
+    words = ["python", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]
+    command = shlex.join(words)
+    # Torch takes seconds to import; bad options are refused before.
+    from servegym.agents.training import Options, train
+
+    options = Options(args.checkpoint_every, args.max_minutes, args.threads)
+    try:
+        model = train(
+            task,
+            hyperparameters,
+            args.output,
+            callbacks=make_callbacks(args, task, hyperparameters, command),
+            expert=make_expert(args, task),
+            resume=args.resume,
+            command=command,
+            options=options,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; go on from the last checkpoint with --output {args.output} --resume"
+        ) from None
+    print(f"{args.output}: {model.num_timesteps} timesteps")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
