@@ -62,18 +62,24 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
     ServegymError
         If the file is damaged, no checkpoint, or one of another run.
     """
+    advice = "delete it to go on from the one before"
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ServegymError(
-            f"{path}: damaged or no checkpoint ({error}); delete it to go on from the one before"
-        ) from None
+        raise ServegymError(f"{path}: damaged or no checkpoint ({error}); {advice}") from None
     if header.get("format") != _FORMAT:
-        raise ServegymError(f"{path}: not a {_FORMAT}")
-    check_identity(str(path), json.loads(header["identity"]), identity)
-    _restore(model, arrays, json.loads(header["values"]))
+        raise ServegymError(f"{path}: not a {_FORMAT}; {advice}")
+    try:
+        found, values = (json.loads(header[part]) for part in ("identity", "values"))
+        check_identity(str(path), found, identity)
+        _restore(model, arrays, values)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ServegymError):
+            raise
+        words = " ".join(str(error).split())
+        raise ServegymError(f"{path}: damaged ({words}); {advice}") from None
 
 
 def check_identity(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -152,6 +158,7 @@ def _restore(model: OnPolicyAlgorithm, arrays: Arrays, values: Mapping[str, Any]
     model.num_timesteps = values["num_timesteps"]
     model._n_updates = values["n_updates"]
     model.ep_info_buffer = deque(values["recent_episodes"], maxlen=model._stats_window_size)
+    model.ep_success_buffer = deque(maxlen=model._stats_window_size)
     torch.set_rng_state(torch.from_numpy(arrays["torch_rng"]))
     np.random.set_state(("MT19937", arrays["numpy_rng"], *values["numpy_rng"]))  # noqa: NPY002
     version, state, gauss = values["python_rng"]

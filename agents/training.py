@@ -86,15 +86,17 @@ def begin_run(
         If the folder holds a run and ``resume`` is not given, holds another run, or holds none.
     """
     record = folder / _RECORD
+    wanted = identity(task, hyperparameters)
     if resume:
-        check_identity(str(record), read_run(folder), identity(task, hyperparameters))
+        found = read_run(folder)
+        check_identity(str(record), {key: found[key] for key in wanted}, wanted)
         return
     if record.exists():
         raise ServegymError(f"{folder}: holds a run; go on with it by --resume, or name another")
     if folder.is_dir() and any(folder.iterdir()):
         raise ServegymError(f"{folder}: not empty and holds no run; name another folder")
     make_folder(folder)
-    content = identity(task, hyperparameters) | {
+    content = wanted | {
         "command": command,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
@@ -107,11 +109,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     record = folder / _RECORD
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
-        return {key: content[key] for key in ("task", "hyperparameters", "observation_version")}
     except FileNotFoundError:
         raise ServegymError(f"{folder}: holds no run to resume") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ServegymError(f"{record}: cannot be read: {error}") from None
+    keys = {"task", "hyperparameters", "observation_version", "command"}
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise ServegymError(f"{record}: not the record of a run")
+    return content
 
 
 def make_model(task: TaskConfig, hyperparameters: Hyperparameters) -> OnPolicyAlgorithm:
@@ -219,7 +224,7 @@ class _Run:
         callback.on_training_start({"self": model, "total_timesteps": total}, {})
         started = perf_counter()
         with tqdm(
-            total=h.timesteps,
+            total=-(-total // h.rollout) * h.rollout,
             initial=model.num_timesteps,
             unit="step",
             unit_scale=True,
@@ -227,15 +232,15 @@ class _Run:
         ) as bar:
             while model.num_timesteps < total:
                 self._learn_from_one_rollout(callback, total)
+                bar.set_postfix_str(_recent_return(model), refresh=False)
                 bar.update(h.rollout)
-                bar.set_postfix_str(_recent_return(model))
-                late = self._is_late(perf_counter() - started - timed.seconds)
+                late = 0 < 60 * self.options.max_minutes <= perf_counter() - started - timed.seconds
                 rollouts = model.num_timesteps // h.rollout
-                if late or rollouts % self.options.checkpoint_every == 0:
+                done = late or model.num_timesteps >= total
+                if done or rollouts % self.options.checkpoint_every == 0:
                     self._save()
                 if late:
                     break
-        self._save()
         callback.on_training_end()
 
     def _learn_from_one_rollout(self, callback: BaseCallback, total: int) -> None:
@@ -253,9 +258,6 @@ class _Run:
 
     def _save(self) -> None:
         save_checkpoint(self.model, self.identity, self.checkpoint_folder)
-
-    def _is_late(self, seconds: float) -> bool:
-        return 0 < 60 * self.options.max_minutes <= seconds
 
 
 class _TimedCallbacks(CallbackList):

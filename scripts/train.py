@@ -59,13 +59,15 @@ class Args(Hyperparameters):
 def read_args(argv: Sequence[str] | None) -> Args:
     """Return the options; those not given are the task's defaults, or those of the run to resume."""
     args = parse(Args, argv)
-    if args.resume:
-        from servegym.agents.training import read_run
+    if not args.resume:
+        defaults = default_hyperparameters(load_task(args.task).name)
+        return parse(Args, argv, replace(Args(), **asdict(defaults)))
+    # Imported late: torch takes seconds, and bad options should be refused before.
+    from servegym.agents.training import read_run
 
-        defaults = read_run(args.output)["hyperparameters"]
-    else:
-        defaults = asdict(default_hyperparameters(load_task(args.task).name))
-    return parse(Args, argv, replace(Args(), **defaults))
+    record = read_run(args.output)
+    first = parse(Args, shlex.split(record["command"])[2:])
+    return parse(Args, argv, replace(first, **record["hyperparameters"]))
 
 
 def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
@@ -124,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     words = ["python", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]
     command = shlex.join(words)
-    # Torch takes seconds to import; bad options are refused before.
     from servegym.agents.training import Options, train
 
     options = Options(args.checkpoint_every, args.max_minutes, args.threads)
