@@ -110,8 +110,8 @@ def _collect(model: OnPolicyAlgorithm) -> tuple[Arrays, dict[str, Any]]:
     rows, row_rngs = environment.get_state()
     _, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 (what SB3 draws from)
     arrays: Arrays = {
-        "last_observations": model._last_obs,
-        "last_episode_starts": model._last_episode_starts,
+        "last_observations": np.asarray(model._last_obs),
+        "last_episode_starts": np.asarray(model._last_episode_starts),
         "episode_returns": monitor.episode_returns,
         "episode_lengths": monitor.episode_lengths,
         "torch_rng": torch.get_rng_state().numpy(),

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib import MaskablePPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
@@ -134,7 +134,7 @@ def fit(
     for _ in range(h.imitation_epochs):
         order = torch.from_numpy(rng.permutation(len(data.returns)))
         total = 0.0
-        for chosen in order.split(h.imitation_batch_size):
+        for chosen in torch.split(order, h.imitation_batch_size):
             observations, masks, targets, returns = (tensor[chosen] for tensor in tensors)
             actor_features, critic_features = policy.mlp_extractor(observations)
             logits = policy.action_net(actor_features)
@@ -176,7 +176,8 @@ def spread_over_episodes(env: ServingVectorEnv, actor: _Actor) -> None:
 
 def _opening(rng: np.random.Generator, rows: int) -> _Actor:
     """Return who opens episodes before anything is learned: each row prefills at a rate of its own."""
-    rates = np.exp(rng.uniform(*np.log(_OPENING_RATES), rows))
+    least, most = np.log(_OPENING_RATES)
+    rates = np.exp(rng.uniform(least, most, rows))
 
     def act(env: ServingVectorEnv, _: NDArray[np.float64] | None) -> NDArray[np.int64]:
         masks = env.action_masks()
@@ -198,12 +199,13 @@ def _expert_actor(rng: np.random.Generator, random_share: float) -> _Actor:
 
 def _learner(model: OnPolicyAlgorithm, rng: np.random.Generator, random_share: float) -> _Actor:
     """Return who samples from what is learned so far."""
-    masked = isinstance(model.policy, MaskableActorCriticPolicy)
 
     def act(env: ServingVectorEnv, _: NDArray[np.float64] | None) -> NDArray[np.int64]:
         observations, masks = env.rows.observations, env.action_masks()
-        legal = {"action_masks": masks} if masked else {}
-        actions, _state = model.predict(observations, deterministic=False, **legal)
+        if isinstance(model, MaskablePPO):
+            actions, _state = model.predict(observations, action_masks=masks)
+        else:
+            actions, _state = model.predict(observations)
         return _sometimes_random(rng, env, actions, random_share)
 
     return act

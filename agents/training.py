@@ -36,7 +36,10 @@ from servegym.envs.files import make_folder, write_file
 from servegym.envs.observation import OBSERVATION_VERSION
 from servegym.envs.vector_env import ServingVectorEnv
 
-_CLASSES: Final[dict[str, type[OnPolicyAlgorithm]]] = {"maskable-ppo": MaskablePPO, "ppo": PPO}
+_CLASSES: Final[dict[str, Callable[..., OnPolicyAlgorithm]]] = {
+    "maskable-ppo": MaskablePPO,
+    "ppo": PPO,
+}
 _PACKAGES: Final = ("numpy", "torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numba")
 _RECORD: Final = "run.json"
 

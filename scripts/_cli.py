@@ -57,6 +57,8 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | N
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
+            if default is None:
+                return tyro.cli(kind, args=tokens)
             return tyro.cli(kind, args=tokens, default=default)
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -53,7 +53,7 @@ class Args(Hyperparameters):
     checkpoint_every: int = 10
     """Rollouts between two checkpoints."""
     threads: int = 1
-    """Torch's threads."""
+    """Threads of torch and of the imitated expert."""
 
 
 def read_args(argv: Sequence[str] | None) -> Args:
@@ -106,9 +106,9 @@ def make_expert(args: Args, task: TaskConfig) -> Expert | None:
     """Return whom to imitate, if anybody."""
     if args.imitation_rounds == 0:
         return None
-    from servegym.baselines.rollout import make_rollout_expert
+    from servegym.baselines.expert import make_rollout_expert
 
-    return make_rollout_expert(args.expert, task)
+    return make_rollout_expert(args.expert, task, args.threads)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
