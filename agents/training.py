@@ -93,6 +93,8 @@ def begin_run(
     if resume:
         found = read_run(folder)
         check_identity(str(record), {key: found[key] for key in wanted}, wanted)
+        for unfinished in folder.rglob(".*.tmp"):  # what a kill has left
+            unfinished.unlink()
         return
     if record.exists():
         raise ServegymError(f"{folder}: holds a run; go on with it by --resume, or name another")
@@ -132,13 +134,15 @@ def make_model(task: TaskConfig, hyperparameters: Hyperparameters) -> OnPolicyAl
     model = _CLASSES[h.algorithm](
         policy="MlpPolicy",
         env=VecMonitor(environment),
-        learning_rate=_decay(h.learning_rate, h.final_learning_rate),
+        learning_rate=_decay(
+            h.warm_learning_rate if h.warm else h.learning_rate, h.final_learning_rate
+        ),
         n_steps=h.steps,
         batch_size=h.batch_size,
         n_epochs=h.epochs,
         gamma=h.gamma,
         gae_lambda=h.gae_lambda,
-        clip_range=h.clip_range,
+        clip_range=h.warm_clip_range if h.warm else h.clip_range,
         ent_coef=h.entropy,
         vf_coef=h.value_coefficient,
         max_grad_norm=h.max_gradient_norm,
@@ -196,7 +200,7 @@ def train(
     saved = checkpoints(run.checkpoint_folder)
     if saved:
         load_checkpoint(model, run.identity, saved[-1])
-    elif hyperparameters.imitation_rounds > 0:
+    elif hyperparameters.warm:
         if expert is None:
             raise ServegymError("imitation_rounds is not 0, but there is no expert to imitate")
         imitate(model, task, expert, hyperparameters, progress=options.progress)
@@ -255,7 +259,7 @@ class _Run:
         remaining = model._current_progress_remaining
         model.ent_coef = _decay(h.entropy, h.final_entropy)(remaining)
         rollouts = model.num_timesteps // h.rollout
-        _freeze_actor(model, rollouts <= h.value_warmup)
+        _freeze_actor(model, h.warm and rollouts <= h.value_warmup)
         model.dump_logs(rollouts)
         model.train()
 

@@ -22,8 +22,7 @@ from servegym.envs.metrics import METRICS
 from servegym.envs.tasks import load_task
 
 if TYPE_CHECKING:
-    from stable_baselines3.common.callbacks import BaseCallback
-
+    from servegym.agents.callbacks import ServingCallback
     from servegym.agents.imitation import Expert
 
 VALIDATION_SEED: Final = 900_000
@@ -86,17 +85,17 @@ def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, dict[str, fl
 
 def make_callbacks(
     args: Args, task: TaskConfig, hyperparameters: Hyperparameters, command: str
-) -> list[BaseCallback]:
+) -> list[ServingCallback]:
     """Return what evaluates the agent while it is trained."""
     if args.validation_cases == 0:
         return []
-    from servegym.agents.callbacks import ServingCallback
+    from servegym.agents import callbacks
 
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + args.validation_cases)
     lines: Mapping[str, Mapping[str, float]] = references(task, seeds)
     shown = asdict(hyperparameters)
     return [
-        ServingCallback(
+        callbacks.ServingCallback(
             task, seeds, args.evaluate_every, lines, shown, args.output, command=command
         )
     ]

@@ -244,10 +244,23 @@ def test_schedules_end_where_they_should(tmp_path: Path) -> None:
 
 
 def test_value_warmup_leaves_the_actor_alone(tmp_path: Path) -> None:
-    h = replace(SMALL, timesteps=128, value_warmup=2)
-    first, last = weights(make_model(TINY, h)), weights(train(TINY, h, tmp_path, options=QUIET))
+    h = replace(SMALL, timesteps=128, imitation_rounds=1, imitation_states=4, value_warmup=2)
+    imitated = make_model(TINY, h)
+    imitate(imitated, TINY, prefer_prefill, h)
+    first = weights(imitated)
+    last = weights(train(TINY, h, tmp_path, expert=prefer_prefill, options=QUIET))
     changed_parts = {name.rpartition(".")[0] for name in first if first[name] != last[name]}
     assert changed_parts == {"mlp_extractor.value_net.0", "mlp_extractor.value_net.2", "value_net"}
+
+
+def test_a_warm_start_is_followed_by_smaller_steps() -> None:
+    h = replace(
+        SMALL, learning_rate=0.1, clip_range=0.3, warm_learning_rate=0.2, warm_clip_range=0.4
+    )
+    for rounds, rate, clip in ((0, 0.1, 0.3), (1, 0.2, 0.4)):
+        model = make_model(TINY, replace(h, imitation_rounds=rounds))
+        assert model.lr_schedule(1.0) == pytest.approx(rate)
+        assert model.__dict__["clip_range"](1.0) == pytest.approx(clip)
 
 
 # Checkpoints and folders that do not fit
@@ -273,7 +286,10 @@ def resume(folder: Path, task: Any = TINY, **other: Any) -> OnPolicyAlgorithm:
 
 
 def test_a_finished_run_is_resumed_without_another_step(run: Path) -> None:
+    unfinished = run / "checkpoints" / ".000000000064.safetensors.1.tmp"
+    unfinished.touch()
     assert resume(run).num_timesteps == 64
+    assert not unfinished.exists()
 
 
 def test_runs_of_others_are_not_resumed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
