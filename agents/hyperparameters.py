@@ -41,7 +41,7 @@ class Hyperparameters:
     """Share of the learning rate that a linear decay over the timesteps ends at."""
     gamma: float = 1.0
     """Discount; 1 makes the return exactly minus the gap in percent."""
-    gae_lambda: float = 0.99
+    gae_lambda: float = 0.998
     """Weight of later rewards in generalized advantage estimation. What a prefill costs shows only
     many decisions later: 0.95 learns far worse."""
     clip_range: float = 0.2

@@ -66,7 +66,9 @@ def read_args(argv: Sequence[str] | None) -> Args:
 
     record = read_run(args.output)
     first = parse(Args, shlex.split(record["command"])[2:])
-    return parse(Args, argv, replace(first, **record["hyperparameters"]))
+    names = {item.name for item in fields(Hyperparameters)}
+    recorded = {key: value for key, value in record["hyperparameters"].items() if key in names}
+    return parse(Args, argv, replace(first, **recorded))
 
 
 def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
