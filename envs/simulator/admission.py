@@ -55,14 +55,13 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
     """
     admitted = 0
     tokens = 0
-    target_count = _find_targets(state, e, r) if rule == ALIGNED else 0
     idle = state.idle[e, r, : state.clients.shape[2] - state.replicas[e, r].active]
     left_idle = 0
     full = False
     for client in idle:
         i = NOBODY
         if not full and state.episodes[e].waiting > 0:
-            i = _candidate(state, e, r, rule, client, target_count)
+            i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
             tokens += state.requests[e, i].prompt_tokens
             full = admitted > 0 and 0 < max_prefill_tokens < tokens
@@ -77,7 +76,7 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
 
 
 @kernel
-def _candidate(state: State, e: int, r: int, rule: int, client: int, target_count: int) -> int:
+def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
     """Return the request that ``rule`` gives to an idle client; some request must be waiting."""
     if rule == PLAN:
         return _head(state, e, r, client)
@@ -90,7 +89,7 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int, target_coun
         return _waiting_at(state, e, 0)
     if rule == FCFS:
         return _first(state, e)
-    return _aligned(state, e, target_count)
+    return _aligned(state, e, r)
 
 
 @kernel
@@ -142,47 +141,37 @@ def _stolen(state: State, e: int, r: int) -> int:
 
 
 @kernel
-def _find_targets(state: State, e: int, r: int) -> int:
-    """Write the rounds from now in which several running requests finish, soonest first.
-
-    Returns their number.
-    """
-    replica, finishes = state.replicas[e, r], state.finishes[e, r]
-    count = 0
-    size = 0
-    for place in range(replica.active - 1, -1, -1):
-        due = finishes[place].due
-        size += 1
-        if place == 0 or finishes[place - 1].due != due:
-            if size >= ALIGNED_TARGET_SIZE:
-                state.targets[e, count] = due - replica.rounds
-                count += 1
-            size = 0
-    return count
-
-
-@kernel
-def _aligned(state: State, e: int, target_count: int) -> int:
+def _aligned(state: State, e: int, r: int) -> int:
     """Return the waiting request with the best score L − α · pad.
 
-    L is its expected rounds, pad the rounds from its finish to the next target at or after it.
-    Candidates are the longer half of those waiting that finish by the last target; without any, and
-    for the last two requests per client, the longest goes first. Between two targets the score grows
-    with L, so only the longest request that finishes by each target can win: one search a target.
+    L is its expected rounds, pad the rounds from its finish to the next target at or after it; a
+    target is when several running requests finish together. Candidates are the longer half of those
+    waiting that finish by the last target; without any, and for the last two requests per client, the
+    longest goes first. Between two targets the score grows with L, so only the longest request that
+    finishes by each target can win: one search a target.
     """
+    replica, finishes = state.replicas[e, r], state.finishes[e, r]
     waiting = state.episodes[e].waiting
     best = _waiting_at(state, e, waiting - 1)
     if waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:
         return best
     best_score = np.int64(-(1 << 62))
-    for k in range(target_count - 1, -1, -1):
-        target = state.targets[e, k]
+    place = 0
+    while place < replica.active:
+        due = finishes[place].due
+        target = due - replica.rounds
         if target < best_score:
-            break  # no score exceeds its target
-        place = count_below(state.waiting_tree[e], _rank_above(state, e, target)) - 1
-        if place < waiting // 2:
+            break  # no score exceeds its target, and the next is sooner
+        together = 0
+        while place < replica.active and finishes[place].due == due:
+            together += 1
+            place += 1
+        if together < ALIGNED_TARGET_SIZE:
+            continue
+        longest = count_below(state.waiting_tree[e], _rank_above(state, e, target)) - 1
+        if longest < waiting // 2:
             break
-        i = _waiting_at(state, e, place)
+        i = _waiting_at(state, e, longest)
         rounds = state.requests[e, i].expected_rounds
         score = rounds - ALIGNED_PAD_WEIGHT * (target - rounds)
         if score > best_score:

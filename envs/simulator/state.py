@@ -7,6 +7,7 @@ scratch. About 80 bytes per request.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from servegym.envs.plan import Plan
 from servegym.envs.requests import Requests
 from servegym.envs.simulator.dealing import sift_down
 from servegym.envs.simulator.jit import allocating_kernel, kernel
+from servegym.envs.simulator.order import Tree, tree_size
 
 # Phases of a request, in the order it goes through them.
 FUTURE: Final = 0
@@ -26,6 +28,8 @@ FINISHED: Final = 3
 NOBODY: Final = -1
 """No request, no client: the null id in every index array."""
 
+
+_LINE_BYTES: Final = 64
 
 LENGTH_BUCKETS: Final = np.array([0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048])
 """First number of rounds of each length bucket of the observation; the last one is open."""
@@ -122,14 +126,13 @@ class State(NamedTuple):
     by_length: NDArray[np.int32]  # (E, I) request ids, shortest expected first
     lengths: NDArray[np.int32]  # (E, I) their expected rounds, so ascending
     waiting_lengths: NDArray[np.int32]  # (E, B) waiting requests in each of LENGTH_BUCKETS
-    waiting_tree: NDArray[np.int32]  # (E, 2^k + 1) Fenwick tree over ranks
+    waiting_tree: Tree  # (E, tree_size(I)) which ranks wait
     replicas: Records  # (E, R) REPLICA
     clients: Records  # (E, R, J) CLIENT
     idle: NDArray[np.int32]  # (E, R, J) the idle clients, ascending; [: J − active]
     finishes: Records  # (E, R, J) FINISH of the running, latest first; [:active]
     picked: NDArray[np.int32]  # (E, J) scratch: the requests one prefill stage admits
     keys: NDArray[np.int64]  # (E, J) scratch: what the admitted are sorted by
-    targets: NDArray[np.int64]  # (E, J) scratch: rounds in which several requests finish
 
 
 _NEW_CLIENT: Final = np.array((NOBODY, NOBODY, 0, 0), CLIENT)
@@ -138,27 +141,31 @@ _NEW_CLIENT: Final = np.array((NOBODY, NOBODY, 0, 0), CLIENT)
 def make_state(environments: int, requests: int, clients: int, replicas: int = 1) -> State:
     """Allocate the state of ``environments`` episodes of up to ``requests`` requests each."""
     e, i, j, r = environments, requests, clients, replicas
-    tree = 1 << max(i - 1, 1).bit_length()
     return State(
         episodes=_records(e, dtype=EPISODE),
         requests=_records(e, i, dtype=REQUEST),
         by_length=np.zeros((e, i), np.int32),
         lengths=np.zeros((e, i), np.int32),
         waiting_lengths=np.zeros((e, len(LENGTH_BUCKETS)), np.int32),
-        waiting_tree=np.zeros((e, tree + 1), np.int32),
+        waiting_tree=np.zeros((e, tree_size(i)), np.int64),
         replicas=_records(e, r, dtype=REPLICA),
         clients=_records(e, r, j, dtype=CLIENT),
         idle=np.zeros((e, r, j), np.int32),
         finishes=_records(e, r, j, dtype=FINISH),
         picked=np.zeros((e, j), np.int32),
         keys=np.zeros((e, j), np.int64),
-        targets=np.zeros((e, j), np.int64),
     )
 
 
 def _records(*shape: int, dtype: np.dtype[np.void]) -> Records:
-    """Return zeroed records whose fields are attributes, also where kernels run as plain Python."""
-    return np.zeros(shape, dtype).view(np.recarray)
+    """Return zeroed records whose fields are attributes, also where kernels run as plain Python.
+
+    They begin at a cache line's start, so that a record of 64 bytes lies in one.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + _LINE_BYTES, np.uint8)
+    start = -memory.ctypes.data % _LINE_BYTES
+    return memory[start : start + size].view(dtype).reshape(shape).view(np.recarray)
 
 
 def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
