@@ -86,12 +86,14 @@ def make_requests(
     predictions = outputs
     if predicted_output_tokens is not None:
         predictions = _whole("predicted_output_tokens", predicted_output_tokens)
-    order = np.argsort(arrivals, kind="stable")
     if not len(prompts) == len(outputs) == len(arrivals) == len(predictions):
         raise ServegymError(
             f"a workload's columns must be equally long, got {len(prompts)} prompt_tokens, "
             f"{len(outputs)} output_tokens, {len(arrivals)} arrival_s, {len(predictions)} predictions"
         )
+    if arrival_s is None:
+        return Requests(arrivals, prompts, outputs, predictions)
+    order = np.argsort(arrivals, kind="stable")
     return Requests(arrivals[order], prompts[order], outputs[order], predictions[order])
 
 

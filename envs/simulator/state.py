@@ -2,7 +2,7 @@
 
 E environments × R replicas × J clients × I requests (the most any environment holds). Everything a
 kernel reads or writes during an episode is here; nothing is allocated while it runs, but for small
-scratch. About 80 bytes per request.
+scratch. About 72 bytes per request.
 """
 
 from __future__ import annotations
@@ -135,9 +135,6 @@ class State(NamedTuple):
     keys: NDArray[np.int64]  # (E, J) scratch: what the admitted are sorted by
 
 
-_NEW_CLIENT: Final = np.array((NOBODY, NOBODY, 0, 0), CLIENT)
-
-
 def make_state(environments: int, requests: int, clients: int, replicas: int = 1) -> State:
     """Allocate the state of ``environments`` episodes of up to ``requests`` requests each."""
     e, i, j, r = environments, requests, clients, replicas
@@ -176,18 +173,30 @@ def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
     """
     state.episodes[e] = np.zeros((), EPISODE)
     state.replicas[e] = np.zeros((), REPLICA)
-    state.clients[e] = _NEW_CLIENT
-    state.idle[e] = np.arange(state.clients.shape[2])
     state.waiting_lengths[e] = 0
     state.waiting_tree[e] = 0
     # Among equal lengths the later request is "shorter", so that longest-first serves in order.
     n, rounds = len(requests), requests.decode_rounds
-    order = np.argsort(rounds * n - np.arange(n))
+    order = n - 1 - np.sort(rounds * n + np.arange(n)[::-1]) % n  # faster than argsort
+    _free_clients(state, e)
     _write_requests(state, e, requests.arrival_s, requests.prompt_tokens, rounds, order)
     if plan is None:
         plan_greedily(state, e, 0)
     else:
         _enqueue_plan(state, e, 0, plan.order, plan.offsets)
+
+
+@kernel
+def _free_clients(state: State, e: int) -> None:
+    """Give every client an empty queue and nothing to do."""
+    for r in range(state.clients.shape[1]):
+        for client in range(state.clients.shape[2]):
+            own = state.clients[e, r, client]
+            own.queue_head = NOBODY
+            own.queue_tail = NOBODY
+            own.queue_rounds = 0
+            own.expected_end = 0
+            state.idle[e, r, client] = client
 
 
 @kernel
