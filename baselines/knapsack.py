@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.simulator.jit import allocating_kernel, kernel
+from servegym.envs.simulator.jit import allocating_kernel
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
 # mypy: disable-error-code="arg-type,assignment,return-value"
@@ -70,7 +70,7 @@ def _fill(
             room -= sizes[row] * lengths[kinds[row]]
 
 
-@kernel
+@allocating_kernel
 def _improve(value: Whole, taken: NDArray[np.bool_], weight: int, gain: int) -> None:
     """Offer one bundle to every room; from the largest down, so that it is taken once."""
     taken[:weight] = False

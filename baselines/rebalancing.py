@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.simulator.dealing import sift_down
-from servegym.envs.simulator.jit import allocating_kernel, kernel
+from servegym.envs.simulator.jit import allocating_kernel
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
 # mypy: disable-error-code="arg-type,assignment,return-value"
@@ -98,7 +98,7 @@ def _deal_longest_first(
         sift_down(heap, load)
 
 
-@kernel
+@allocating_kernel
 def set_target(loads: Loads, target: int) -> None:
     """List the clients whose load is above ``target``."""
     loads.overloaded[0] = 0
@@ -107,7 +107,7 @@ def set_target(loads: Loads, target: int) -> None:
         _list_if_over(loads, client, target)
 
 
-@kernel
+@allocating_kernel
 def _list_if_over(loads: Loads, client: int, target: int) -> None:
     over = loads.load[client] > target
     listed = loads.place[client] >= 0
@@ -123,7 +123,7 @@ def _list_if_over(loads: Loads, client: int, target: int) -> None:
         loads.place[client] = -1
 
 
-@kernel
+@allocating_kernel
 def walk(loads: Loads, target: int, tries: int, rng: np.random.Generator) -> int:
     """Split pairs anew until no load is above ``target``; return how many of the tries are left.
 
@@ -144,7 +144,7 @@ def walk(loads: Loads, target: int, tries: int, rng: np.random.Generator) -> int
     return tries
 
 
-@kernel
+@allocating_kernel
 def _lightest_of_some(load: Whole, one: int, rng: np.random.Generator) -> int:
     """Draw ``PARTNERS`` clients other than ``one``; return the least loaded."""
     best = -1
@@ -157,7 +157,7 @@ def _lightest_of_some(load: Whole, one: int, rng: np.random.Generator) -> int:
     return best
 
 
-@kernel
+@allocating_kernel
 def _split_anew(loads: Loads, one: int, other: int, target: int, rng: np.random.Generator) -> None:
     """Pool the requests of two clients and share them out anew, unless that does harm."""
     size = _pool(loads, one, other)
@@ -186,7 +186,7 @@ def _split_anew(loads: Loads, one: int, other: int, target: int, rng: np.random.
         _list_if_over(loads, other, target)
 
 
-@kernel
+@allocating_kernel
 def _pool(loads: Loads, one: int, other: int) -> int:
     """Write the requests of both clients into ``pool``; return how many there are."""
     size = 0
@@ -199,14 +199,14 @@ def _pool(loads: Loads, one: int, other: int) -> int:
     return size
 
 
-@kernel
+@allocating_kernel
 def _shuffle(pool: Whole, size: int, rng: np.random.Generator) -> None:
     for last in range(size - 1, 0, -1):
         other = rng.integers(0, last + 1)
         pool[last], pool[other] = pool[other], pool[last]
 
 
-@kernel
+@allocating_kernel
 def _deal_rest(loads: Loads, free: int, size: int) -> int:
     """Deal what is not free to the lighter share in turn; the first share ends as the lighter."""
     ours = theirs = 0
@@ -222,7 +222,7 @@ def _deal_rest(loads: Loads, free: int, size: int) -> int:
     return min(ours, theirs)
 
 
-@kernel
+@allocating_kernel
 def _fill_reach(loads: Loads, free: int, limit: int, shift: int) -> None:
     """Row k + 1 of ``reach`` is row k, or row k moved up by the length of the k-th free request."""
     reach = loads.reach
@@ -245,7 +245,7 @@ def _fill_reach(loads: Loads, free: int, limit: int, shift: int) -> None:
             below = moved
 
 
-@kernel
+@allocating_kernel
 def _highest(row: NDArray[np.uint64], limit: int) -> int:
     """Return the highest bit of ``row`` that is set and ≤ ``limit``, −1 if there is none."""
     word = limit >> 6
@@ -261,7 +261,7 @@ def _highest(row: NDArray[np.uint64], limit: int) -> int:
     return 64 * word + bit
 
 
-@kernel
+@allocating_kernel
 def _mark_share(loads: Loads, free: int, wanted: int, shift: int) -> int:
     """Mark free requests that sum to ``wanted``, a sum that is reached; return their rounds."""
     rounds = 0
@@ -275,7 +275,7 @@ def _mark_share(loads: Loads, free: int, wanted: int, shift: int) -> int:
     return rounds
 
 
-@kernel
+@allocating_kernel
 def _hand_out(loads: Loads, one: int, other: int, size: int) -> None:
     """Link the marked requests of the pool to ``one``, the others to ``other``."""
     for client in (one, other):
@@ -289,7 +289,7 @@ def _hand_out(loads: Loads, one: int, other: int, size: int) -> None:
         loads.load[client] += loads.rounds[request]
 
 
-@kernel
+@allocating_kernel
 def kick(loads: Loads, pairs: int, rng: np.random.Generator) -> None:
     """Split some pairs at random, whatever the harm: a way out of a corner."""
     for _ in range(pairs):
@@ -301,7 +301,7 @@ def kick(loads: Loads, pairs: int, rng: np.random.Generator) -> None:
         _hand_out(loads, one, other, size)
 
 
-@kernel
+@allocating_kernel
 def write_clients(loads: Loads, client_of: Whole) -> None:
     """Write the client of each request that has rounds."""
     for client in range(loads.first.size):

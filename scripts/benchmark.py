@@ -193,9 +193,9 @@ def vector_figures(repeats: int) -> list[Figure]:
             shares.append(beginning / (VECTOR_STEPS * plain + beginning))
         # The first repeat compiles and lets the rows fall out of step.
         name = f"{what}, {threads} thread{'s' * (threads > 1)}"
-        rate = VECTOR_ROWS / median(means[1:])
+        rate = float(VECTOR_ROWS / median(means[1:]))
         figures.append(Figure(name, rate / 1e3, "k/s", "≥ 300" if threads == 1 else ""))
-        figures.append(Figure("… of it in new episodes", 100 * median(shares[1:]), "%", ""))
+        figures.append(Figure("… of it in new episodes", 100 * float(median(shares[1:])), "%", ""))
     return figures
 
 

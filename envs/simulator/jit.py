@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def kernel(function: Function) -> Function:
     """Compile ``function`` on first call (no Python objects) and cache the machine code on disk.
 
-    A kernel allocates and returns no array or list, so it need not count references to those it is
+    A kernel makes and returns no array or list, so it need not count references to those it is
     given, and it is compiled into its callers: ``State`` and ``CostTables`` are over a hundred words,
     which every call would copy, after two atomic additions for each array. Both together took three
     quarters of a step's time.
@@ -36,7 +36,7 @@ def kernel(function: Function) -> Function:
 
 
 def allocating_kernel(function: Function) -> Function:
-    """Do as ``kernel`` for a function that makes arrays or lists; not for inner loops."""
+    """Do as ``kernel`` for a function that makes arrays or draws random numbers; called as usual."""
     return _cached(function, _nrt=True)
 
 
