@@ -79,7 +79,7 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
     info: dict[str, Any] = {}
     while not ended:
         started = perf_counter_ns()
-        action = policy.act(Situation(env.view(), observation, env.action_masks()))
+        action = policy.act(Situation(env.view(), observation, env.action_masks(), env.imagine))
         nanoseconds.append(perf_counter_ns() - started)
         observation, _, terminated, truncated, info = env.step(action)
         if "illegal_action" in info:

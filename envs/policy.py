@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.config import TaskConfig
+from servegym.envs.errors import ServegymError
 from servegym.envs.plan import Plan
 from servegym.envs.requests import Requests
+from servegym.envs.simulator.state import State
 from servegym.envs.simulator.view import DecisionView
 
 
@@ -27,6 +30,10 @@ class Briefing:
     rng: np.random.Generator
 
 
+def _no_imagination() -> State:
+    raise ServegymError("this situation carries no model of the future; play() gives one")
+
+
 @dataclass(frozen=True)
 class Situation:
     """What a policy is told at a decision point."""
@@ -34,6 +41,8 @@ class Situation:
     view: DecisionView
     observation: NDArray[np.float32]  # (OBSERVATION_SIZE,)
     mask: NDArray[np.bool_]  # (actions,) legal actions
+    imagine: Callable[[], State] = _no_imagination
+    """Makes the episode as the scheduler believes it to be (``ServingEnv.imagine``), where asked."""
 
 
 class Policy(Protocol):

@@ -22,6 +22,7 @@ from servegym.envs.plan import Plan
 from servegym.envs.requests import Requests
 from servegym.envs.reward import REWARDS
 from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import DecisionView, view
 from servegym.envs.tasks import load_task
@@ -141,6 +142,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.action_space = spaces.Discrete(1 + len(self.task.process.rules))
         self.observation_space = spaces.Box(0.0, 1.0, (OBSERVATION_SIZE,), np.float32)
         self.state: State | None = None
+        self._imagined: State | None = None
         self.rows = make_rows(1, 1 + len(self.task.process.rules))
         self._over = True
 
@@ -206,6 +208,18 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     def view(self) -> DecisionView:
         """Return the numbers that rules decide by."""
         return view(self._state, self.costs, 0, 0)
+
+    def imagine(self) -> State:
+        """Return the episode as its scheduler believes it to be, one row to try things on.
+
+        Expected lengths in the place of true ones, nothing that has not arrived. The arrays are the
+        caller's until the next call, which overwrites them.
+        """
+        state = self._state
+        if self._imagined is None or self._imagined.requests.shape != state.requests.shape:
+            self._imagined = make_state(1, state.requests.shape[1], state.clients.shape[2])
+        imagine_row(state, 0, self._imagined, 0)
+        return self._imagined
 
     def records(self) -> Records:
         """Return a copy of the per-request records so far."""
