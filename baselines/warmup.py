@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numba
+
 from servegym.baselines.episodes import play_compiled
+from servegym.baselines.expert import make_rollout_expert
 from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.registry import REGISTRY, make_policy
 from servegym.envs.evaluation import make_case, play
 from servegym.envs.tasks import TASKS
+from servegym.envs.vector_env import ServingVectorEnv
 
 
 def warm_up() -> None:
-    """Play one tiny episode under each policy, in Python and in compiled code."""
+    """Play one tiny episode under each policy, in Python and in compiled code; ask the expert."""
     task = TASKS["servegym/Tiny-v0"]
     case = make_case(task, seed=0)
     for family, entry in REGISTRY.items():
@@ -19,6 +23,10 @@ def warm_up() -> None:
         play(task, name, policy, case, seed=0)
         if isinstance(policy, TriggerPolicy):
             play_compiled(task, policy, case)
+    env = ServingVectorEnv(2, task)
+    env.reset(seed=0)
+    for threads in range(1, min(2, numba.config.NUMBA_NUM_THREADS) + 1):
+        make_rollout_expert("aligned", task, threads)(env)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""What every action is worth in each state of a vector environment: labels for imitation learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from servegym.baselines.registry import make_trigger_policy
+from servegym.baselines.rollout import Base, action_values, make_base
+from servegym.envs.config import TaskConfig
+from servegym.envs.cost_models import CostTables
+from servegym.envs.decision_process import Settings
+from servegym.envs.errors import ServegymError
+from servegym.envs.serving_env import make_settings
+from servegym.envs.simulator.jit import kernel, parallel_kernel
+from servegym.envs.simulator.state import State, make_state
+from servegym.envs.vector_env import ServingVectorEnv
+
+Expert = Callable[[ServingVectorEnv], NDArray[np.float64]]
+
+
+def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> Expert:
+    """Return a function that values every action in the present states of a vector environment.
+
+    Parameters
+    ----------
+    base_name
+        The policy that finishes the episodes: any of the registry that has a trigger. Where it is
+        planned, it follows the plan that each row already has.
+    task
+        The task of the environments that will be given.
+    threads
+        Numba threads that share the rows. The values do not depend on it.
+
+    Returns
+    -------
+    Callable
+        Takes the environment and returns values of shape (num_envs, actions): minus the gap to the
+        lower bound in percent with which the episode ends, as its scheduler believes, if the action
+        is taken now and the base policy goes on; −∞ where it is illegal.
+
+    Raises
+    ------
+    ServegymError
+        If there is no such policy, its rule is not among the task's or ``threads`` is out of range;
+        when called, if the environment is not of the task.
+    """
+    if not 1 <= threads <= numba.config.NUMBA_NUM_THREADS:
+        raise ServegymError(
+            f"threads must lie in 1 … {numba.config.NUMBA_NUM_THREADS}, got {threads}"
+        )
+    policy = make_trigger_policy(base_name)
+    if policy.rule not in task.process.rules:
+        raise ServegymError(
+            f"{base_name} admits by {policy.rule!r}, which process.rules of {task.name} leaves out"
+        )
+    base = make_base(policy, make_settings(task))
+    scratch: State | None = None
+
+    def value_actions(env: ServingVectorEnv) -> NDArray[np.float64]:
+        nonlocal scratch
+        if env.task != task:
+            raise ServegymError(f"the expert is for {task.name}, the environment for another task")
+        _, requests = env.state.requests.shape
+        if scratch is None or scratch.requests.shape[1] != requests:
+            scratch = make_state(2 * threads, requests, task.cluster.clients)
+        values = np.empty(env.rows.masks.shape)
+        arguments = (env.state, env.costs, env.settings, base, env.rows.masks, scratch, values)
+        if threads == 1:
+            _value_share(*arguments, 0, 1)
+        else:
+            numba.set_num_threads(threads)
+            _value_in_parallel(*arguments, threads)
+        return values
+
+    return value_actions
+
+
+@kernel
+def _value_share(
+    state: State,
+    costs: CostTables,
+    settings: Settings,
+    base: Base,
+    masks: NDArray[np.bool_],
+    scratch: State,
+    values: NDArray[np.float64],
+    t: int,
+    threads: int,
+) -> None:
+    """Value the actions in every ``threads``-th row, from row ``t`` on."""
+    for e in range(t, masks.shape[0], threads):
+        action_values(state, costs, settings, base, e, masks[e], scratch, t, values[e])
+
+
+@parallel_kernel
+def _value_in_parallel(
+    state: State,
+    costs: CostTables,
+    settings: Settings,
+    base: Base,
+    masks: NDArray[np.bool_],
+    scratch: State,
+    values: NDArray[np.float64],
+    threads: int,
+) -> None:
+    """Value the actions in every row, on numba's threads."""
+    for t in prange(threads):
+        _value_share(state, costs, settings, base, masks, scratch, values, t, threads)

@@ -1,0 +1,327 @@
+"""Rollout: imagined episodes, the values of actions, the policy and its name."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from servegym.baselines.episodes import play_compiled
+from servegym.baselines.expert import make_rollout_expert
+from servegym.baselines.registry import make_policy, make_trigger_policy
+from servegym.baselines.rollout import RolloutPolicy
+from servegym.envs import Requests, ServingEnv
+from servegym.envs.config import TaskConfig, with_overrides
+from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import brief, make_case, play
+from servegym.envs.metrics import METRICS
+from servegym.envs.policy import Briefing, Policy, Situation
+from servegym.envs.simulator.state import RUNNING, WAITING, State
+from servegym.envs.tasks import TASKS
+from servegym.envs.vector_env import ServingVectorEnv
+from tests.helpers import instance, make_env, start
+
+TINY = TASKS["servegym/Tiny-v0"]
+SMALL = with_overrides(
+    TASKS["servegym/GSM8K-v0"], {"cluster": {"clients": 8}, "workload": {"requests": 40}}
+)
+ROUNDS = {"process": {"decisions": "rounds"}}
+
+MANY = instance(*((5, 2 + 3 * k % 11) for k in range(12)))
+"""Twelve requests of 1 to 11 tokens after the first, all present."""
+
+
+def middle(requests: Requests) -> ServingEnv:
+    """An environment at its second decision point: of three clients one has finished."""
+    env = make_env(3)
+    start(env, requests)
+    env.step(1 + env.task.process.rules.index("fcfs"))
+    assert env.view().active == 2
+    assert env.view().waiting > 1
+    return env
+
+
+def content(state: State) -> dict[str, Any]:
+    """Everything that an imagined episode holds, by name."""
+    active = int(state.replicas[0, 0]["active"])
+    arrays = state._asdict() | {"finishes": state.finishes[0, 0, :active]}
+    named: dict[str, Any] = {}
+    for name, array in arrays.items():
+        for part in array.dtype.names or ("",):
+            named[f"{name} {part}"] = np.array(array[part] if part else array)
+    return named
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], but: tuple[str, ...] = ()) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        if name not in but:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def state_of(env: ServingEnv) -> State:
+    assert env.state is not None
+    return env.state
+
+
+def test_with_known_lengths_the_imagined_episode_is_the_real_one() -> None:
+    env = middle(MANY)
+    secrets = ("bound_s", "round_credit_s", "prompt_credit_s", "reported_loss")
+    hidden = tuple(f"episodes {name}" for name in secrets)
+    scratch = ("picked ", "targets ")
+    imagined = content(env.imagine())
+    assert_same(imagined, content(state_of(env)), but=(*hidden, *scratch))
+    assert all(imagined[name] == 0 for name in hidden)
+
+
+def test_the_imagined_episode_holds_no_true_length() -> None:
+    env = middle(MANY)
+    before = deepcopy(content(env.imagine()))
+    state = state_of(env)
+    rows = state.requests[0]
+    waiting = np.flatnonzero(rows["phase"] == WAITING)
+    running = np.flatnonzero(rows["phase"] == RUNNING)
+    # Another truth behind the same expectations: waiting lengths in another order, running ones
+    # longer, by different amounts, so that they finish in another order, too.
+    rows["decode_rounds"][waiting] = rows["decode_rounds"][waiting][::-1]
+    replica = state.replicas[0, 0]
+    finishes = state.finishes[0, 0, : replica["active"]]
+    later = 100 * np.arange(1, len(running) + 1)
+    rows["decode_rounds"][finishes["request"]] += later
+    finishes["due"] += later
+    finishes[:] = finishes[::-1].copy()
+    replica["due_sum"] += later.sum()
+    state.episodes[0]["bound_s"] *= 2
+    assert_same(before, content(env.imagine()))
+
+
+def test_a_request_that_outlives_its_expectation_is_believed_to_end_next_round() -> None:
+    env = middle(MANY)
+    state = state_of(env)
+    running = np.flatnonzero(state.requests[0]["phase"] == RUNNING)
+    state.requests[0]["expected_rounds"][running] = 0
+    imagined = env.imagine()
+    now = imagined.replicas[0, 0]["rounds"]
+    assert imagined.finishes[0, 0, : len(running)]["due"].tolist() == [now + 1] * len(running)
+    assert imagined.finishes[0, 0, : len(running)]["request"].tolist() == sorted(running)[::-1]
+
+
+def test_what_has_not_arrived_is_not_imagined() -> None:
+    present = [(5, 4), (5, 9), (5, 3), (5, 6), (5, 7)]
+    futures = [[(5, 2, 50.0), (5, 30, 60.0)], [(90, 5, 70.0), (7, 8, 71.0)]]
+    imagined = []
+    for future in futures:
+        env = middle(instance(*present, *future))
+        imagined.append(deepcopy(content(env.imagine())))
+    assert_same(imagined[0], imagined[1])
+    assert imagined[0]["episodes requests"] == 5
+
+
+def slow_value(env: ServingEnv, action: int, base: Policy) -> float:
+    """Minus the gap in percent if `action` is taken and the policy object plays on, in a copy."""
+    env = deepcopy(env)
+    observation, _, ended, _, info = env.step(action)
+    while not ended:
+        situation = Situation(env.view(), observation, env.action_masks())
+        observation, _, ended, _, info = env.step(base.act(situation))
+    return -100 * float(info["gap"])
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("aligned-lookahead-0.7", TINY),
+        ("threshold-2", TINY),
+        ("hybrid", TINY),
+        ("static", with_overrides(TINY, ROUNDS)),
+        ("aligned", with_overrides(SMALL, ROUNDS)),
+        ("lookahead", with_overrides(SMALL, {"process": {"rules": ["longest", "fcfs"]}})),
+    ],
+)
+def test_values_are_those_of_branches_in_the_real_environment(name: str, task: TaskConfig) -> None:
+    rows = 2
+    together = ServingVectorEnv(rows, task)
+    together.reset(seed=5)
+    alone = [ServingEnv(task) for _ in range(rows)]
+    for e, env in enumerate(alone):
+        env.reset(seed=5 + e)
+    base = make_trigger_policy(name)
+    base.prepare(brief(task, make_case(task, 0), 0))
+    expert = make_rollout_expert(name, task)
+    rng = np.random.default_rng(0)
+    for step in range(12):
+        values = expert(together)
+        assert values.shape == together.rows.masks.shape
+        for e, env in enumerate(alone):
+            mask = env.action_masks()
+            assert np.all(np.isneginf(values[e, ~mask]))
+            if step % 4:
+                continue
+            for action in np.flatnonzero(mask):
+                slow = slow_value(env, int(action), base)
+                assert values[e, action] == pytest.approx(slow, rel=1e-9, abs=1e-9)
+        actions = [int(rng.choice(np.flatnonzero(env.action_masks()))) for env in alone]
+        ended = [env.step(action)[2] for env, action in zip(alone, actions, strict=True)]
+        if any(ended):
+            break
+        together.step(actions)
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread only")
+def test_values_do_not_depend_on_threads() -> None:
+    env = ServingVectorEnv(5, TINY)
+    env.reset(seed=0)
+    one, two = (make_rollout_expert("lpt", TINY, threads)(env) for threads in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_the_expert_leaves_the_environment_as_it_was() -> None:
+    env = ServingVectorEnv(2, TINY)
+    env.reset(seed=0)
+    before = deepcopy(env.state)
+    make_rollout_expert("hybrid", TINY)(env)
+    for name, array in before._asdict().items():
+        assert array.tobytes() == getattr(env.state, name).tobytes(), name
+
+
+def test_an_episode_without_a_choice_has_a_value() -> None:
+    task = with_overrides(TINY, {"cluster": {"clients": 1}, "process": {"rules": ["fcfs"]}})
+    env = ServingVectorEnv(1, task)
+    env.reset(seed=0)
+    value, illegal = make_rollout_expert("fcfs", task)(env)[0]
+    gap = play_compiled(task, make_trigger_policy("fcfs"), make_case(task, 0))["gap"]
+    assert value == pytest.approx(-100 * gap)
+    assert illegal == -np.inf
+
+
+def test_the_expert_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ServegymError, match="did you mean 'aligned'"):
+        make_rollout_expert("alined", TINY)
+    with pytest.raises(ServegymError, match="threads must lie"):
+        make_rollout_expert("aligned", TINY, threads=0)
+    task = with_overrides(TINY, {"process": {"rules": ["fcfs"]}})
+    with pytest.raises(ServegymError, match="leaves out"):
+        make_rollout_expert("aligned", task)
+    with pytest.raises(ServegymError, match="another task"):
+        make_rollout_expert("fcfs", task)(ServingVectorEnv(1, TINY))
+
+
+@pytest.mark.parametrize("name", ["aligned-lookahead-0.7", "aligned", "fcfs", "hybrid", "static"])
+@pytest.mark.parametrize("variations", [0, 4])
+def test_a_rollout_never_ends_later_than_its_base(name: str, variations: int) -> None:
+    better = 0
+    for seed in range(8):
+        case = make_case(TINY, seed)
+        base = make_trigger_policy(name)
+        rollout = RolloutPolicy(make_trigger_policy(name), variations)
+        ours, theirs = (
+            play(TINY, "policy", policy, case, seed).row["makespan_s"] for policy in (rollout, base)
+        )
+        assert ours <= theirs * (1 + 1e-12)
+        better += ours < theirs * (1 - 1e-6)
+    if name == "fcfs":
+        assert better >= 4
+
+
+def test_variations_improve_on_first_actions() -> None:
+    gaps = {}
+    for name in ("aligned-lookahead-0.7", "rollout-0", "rollout-6"):
+        rows = [play(SMALL, name, make_policy(name), make_case(SMALL, s), s).row for s in range(4)]
+        gaps[name] = np.mean([row["gap"] for row in rows])
+    assert gaps["rollout-6"] < gaps["rollout-0"] < gaps["aligned-lookahead-0.7"]
+
+
+def test_the_same_seed_gives_the_same_episode_and_objects_can_be_used_again() -> None:
+    policy = make_policy("rollout-2")
+    case = make_case(SMALL, 1)
+    first = play(SMALL, "rollout-2", policy, case, 1)
+    play(TINY, "rollout-2", policy, make_case(TINY, 0), 0)
+    again = play(SMALL, "rollout-2", policy, case, 1)
+    assert {metric: first.row[metric] for metric in METRICS} == {
+        metric: again.row[metric] for metric in METRICS
+    }
+
+
+def test_arrivals_over_time_can_be_played() -> None:
+    task = with_overrides(SMALL, {"workload": {"arrival_rate_per_s": 2.0}})
+    row = play(task, "rollout-2", make_policy("rollout-2"), make_case(task, 0), 0).row
+    assert row["requests"] == 40
+
+
+def test_without_time_the_base_policy_plays() -> None:
+    """`play` refuses an illegal action, so these are all legal."""
+    for seed in range(4):
+        case = make_case(SMALL, seed)
+        rollout = RolloutPolicy(make_trigger_policy("lookahead"), 4, budget_s=0.0)
+        ours = play(SMALL, "rollout", rollout, case, seed).row
+        theirs = play(SMALL, "lookahead", make_policy("lookahead"), case, seed).row
+        assert ours["makespan_s"] == theirs["makespan_s"]
+
+
+def test_a_time_budget_ends_the_search() -> None:
+    rollout = RolloutPolicy(make_trigger_policy("fcfs"), variations=10**9, budget_s=0.002)
+    row = play(TINY, "rollout", rollout, make_case(TINY, 0), 0).row
+    base = play(TINY, "fcfs", make_policy("fcfs"), make_case(TINY, 0), 0).row
+    assert row["makespan_s"] <= base["makespan_s"]
+    assert row["decision_ms_p50"] < 100  # a shared machine may lose time between two trials
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rolout", "did you mean 'rollout'"),
+        ("rollout:alined", "did you mean 'aligned'"),
+        ("rollout:", "unknown policy ''"),
+        ("rollout:random", "'random' has no trigger"),
+        ("rollout:rollout", "'rollout' has no trigger"),
+        ("rollout:threshold", "needs a whole K"),
+        ("rollout-2.5", "N must be a whole number"),
+        ("rollout-1000001", "N must be a whole number"),
+        ("lookahead:fcfs", "unknown policy"),
+    ],
+)
+def test_bad_names_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ServegymError, match=message):
+        make_policy(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "variations", "base"),
+    [
+        ("rollout", 6, "aligned-lookahead-0.7"),
+        ("rollout-0", 0, "aligned-lookahead-0.7"),
+        ("rollout:aligned", 6, "aligned"),
+        ("rollout-12:threshold-4", 12, "threshold-4"),
+    ],
+)
+def test_good_names_say_what_is_tried(name: str, variations: int, base: str) -> None:
+    assert make_policy(name) == RolloutPolicy(make_trigger_policy(base), variations)
+
+
+def test_a_rollout_needs_its_briefing_and_a_model() -> None:
+    policy = make_policy("rollout")
+    env = make_env(3)
+    observation, _ = start(env, MANY)
+    situation = Situation(env.view(), observation, env.action_masks())
+    with pytest.raises(ServegymError, match="prepare"):
+        policy.act(situation)
+    policy.prepare(Briefing(env.task, MANY, np.random.default_rng(0)))
+    with pytest.raises(ServegymError, match="no model of the future"):
+        policy.act(situation)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variations": -1}, "variations must be ≥ 0"),
+        ({"budget_s": -0.5}, "budget must be ≥ 0"),
+        ({"budget_s": np.nan}, "budget must be ≥ 0"),
+        ({"rules": ("longst",)}, "did you mean 'longest'"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ServegymError, match=message):
+        RolloutPolicy(make_trigger_policy("fcfs"), **settings)
