@@ -113,7 +113,7 @@ def _percent(share: float | None) -> str:
 def list_policies() -> str:
     """Return the policies with their descriptions."""
     descriptions = policy_descriptions() | DESCRIPTIONS
-    return "\n".join(f"{name:18} {text}" for name, text in descriptions.items())
+    return "\n".join(f"{name:22} {text}" for name, text in descriptions.items())
 
 
 def list_tasks() -> str:
