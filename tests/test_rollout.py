@@ -47,7 +47,11 @@ def middle(requests: Requests) -> ServingEnv:
 def content(state: State) -> dict[str, Any]:
     """Everything that an imagined episode holds, by name."""
     active = int(state.replicas[0, 0]["active"])
-    arrays = state._asdict() | {"finishes": state.finishes[0, 0, :active]}
+    clients = state.clients.shape[2]
+    arrays = state._asdict() | {
+        "finishes": state.finishes[0, 0, :active],
+        "idle": state.idle[0, 0, : clients - active],
+    }
     named: dict[str, Any] = {}
     for name, array in arrays.items():
         for part in array.dtype.names or ("",):
@@ -71,7 +75,7 @@ def test_with_known_lengths_the_imagined_episode_is_the_real_one() -> None:
     env = middle(MANY)
     secrets = ("bound_s", "round_credit_s", "prompt_credit_s", "reported_loss")
     hidden = tuple(f"episodes {name}" for name in secrets)
-    scratch = ("picked ", "targets ")
+    scratch = ("picked ", "keys ")
     imagined = content(env.imagine())
     assert_same(imagined, content(state_of(env)), but=(*hidden, *scratch))
     assert all(imagined[name] == 0 for name in hidden)
@@ -103,6 +107,7 @@ def test_a_request_that_outlives_its_expectation_is_believed_to_end_next_round()
     state = state_of(env)
     running = np.flatnonzero(state.requests[0]["phase"] == RUNNING)
     state.requests[0]["expected_rounds"][running] = 0
+    state.clients[0, 0]["expected_end"] = 0
     imagined = env.imagine()
     now = imagined.replicas[0, 0]["rounds"]
     assert imagined.finishes[0, 0, : len(running)]["due"].tolist() == [now + 1] * len(running)

@@ -6,8 +6,8 @@ import numpy as np
 
 from servegym.envs.simulator.jit import kernel
 from servegym.envs.simulator.order import add
-from servegym.envs.simulator.physics import expected_remaining
-from servegym.envs.simulator.state import WAITING, State
+from servegym.envs.simulator.physics import sort_keys
+from servegym.envs.simulator.state import WAITING, Records, State
 
 
 @kernel
@@ -18,16 +18,25 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     """
     n = source.episodes[e].requests
     target.episodes[f] = source.episodes[e]
-    target.requests[f, :n] = source.requests[e, :n]
-    target.by_length[f, :n] = source.by_length[e, :n]
-    target.waiting_lengths[f] = source.waiting_lengths[e]
-    target.waiting_tree[f] = source.waiting_tree[e]
+    _copy(source.requests[e], target.requests[f], n)
+    _copy(source.by_length[e], target.by_length[f], n)
+    _copy(source.lengths[e], target.lengths[f], n)
+    _copy(source.waiting_lengths[e], target.waiting_lengths[f], source.waiting_lengths.shape[1])
+    _copy(source.waiting_tree[e], target.waiting_tree[f], source.waiting_tree.shape[1])
+    clients = source.clients.shape[2]
     for r in range(source.replicas.shape[1]):
-        target.replicas[f, r] = source.replicas[e, r]
-        target.clients[f, r] = source.clients[e, r]
-        target.holding[f, r] = source.holding[e, r]
         active = source.replicas[e, r].active
-        target.finishes[f, r, :active] = source.finishes[e, r, :active]
+        target.replicas[f, r] = source.replicas[e, r]
+        _copy(source.clients[e, r], target.clients[f, r], clients)
+        _copy(source.idle[e, r], target.idle[f, r], clients - active)
+        _copy(source.finishes[e, r], target.finishes[f, r], active)
+
+
+@kernel
+def _copy(source: Records, target: Records, count: int) -> None:
+    """Copy the first entries; a loop, because numba's slices allocate."""
+    for k in range(count):
+        target[k] = source[k]
 
 
 @kernel
@@ -60,17 +69,20 @@ def _forget_future(state: State, e: int) -> None:
     """Leave out the requests that have not arrived; they have the highest ids."""
     episode = state.episodes[e]
     place = 0
-    state.waiting_tree[e] = 0
+    for k in range(state.waiting_tree.shape[1]):
+        state.waiting_tree[e, k] = 0
     for old in range(episode.requests):
         i = state.by_length[e, old]
         if i < episode.arrived:
             state.by_length[e, place] = i
+            state.lengths[e, place] = state.lengths[e, old]
             state.requests[e, i].rank = place
             if state.requests[e, i].phase == WAITING:
                 add(state.waiting_tree[e], place, 1)
             place += 1
-    state.by_length[e, place : episode.requests] = 0
     for i in range(episode.arrived, episode.requests):
+        state.by_length[e, i] = 0  # as many places as requests are left out
+        state.lengths[e, i] = 0
         request = state.requests[e, i]
         request.arrival_s = np.inf
         request.prompt_tokens = 0
@@ -87,14 +99,15 @@ def _expect_finishes(state: State, e: int, r: int) -> None:
     replica, finishes = state.replicas[e, r], state.finishes[e, r]
     active = replica.active
     span = state.requests.shape[1]
-    keys = np.empty(active, np.int64)  # rounds left and id of each in one sortable number
+    keys = state.keys[e, :active]  # rounds left and id of each in one sortable number
     for k in range(active):
         i = finishes[k].request
-        left = max(expected_remaining(state, e, r, i), 1)
         request = state.requests[e, i]
-        request.decode_rounds = replica.rounds - request.admitted_round + left
+        expected_end = state.clients[e, r, request.client].expected_end
+        left = max(expected_end - replica.rounds, 1)
+        request.decode_rounds = request.expected_rounds + replica.rounds + left - expected_end
         keys[k] = left * span + i
-    keys.sort()
+    sort_keys(keys)
     replica.due_sum = 0
     for k in range(active):
         key = keys[active - 1 - k]

@@ -160,7 +160,7 @@ def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
     for k in range(admitted):
         i = np.int64(state.picked[e, k])
         keys[k] = np.int64(state.requests[e, i].decode_rounds) * span + i
-    _sort(keys)
+    sort_keys(keys)
     # From the back, soonest first: who finishes after all of the admitted stays in place.
     running = replica.active - 1
     replica.active += admitted
@@ -187,7 +187,7 @@ def _sort_many(keys: NDArray[np.int64]) -> None:
 
 
 @kernel
-def _sort(keys: NDArray[np.int64]) -> None:
+def sort_keys(keys: NDArray[np.int64]) -> None:
     """Sort in place; most stages admit a handful, and then a call to a library costs more."""
     if keys.size > 16:
         _sort_many(keys)
