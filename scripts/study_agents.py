@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,4 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Training takes hours and children: a plain kill must end them as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run(main)
