@@ -21,6 +21,54 @@ def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     return mean, float(half)
 
 
+def stratified_interval(
+    values: NDArray[np.float64], resamples: int = 9999
+) -> tuple[float, float, float]:
+    """Return the mean over runs and cases and the ends of its 95 % stratified bootstrap interval.
+
+    The method of rliable (Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
+    Statistical Precipice", NeurIPS): cases are strata, training runs are drawn anew within each. It
+    takes what a run does on one case as independent of what it does on another; where whole runs are
+    good or bad, the interval of the runs' means is wider, so state that one, too.
+
+    Parameters
+    ----------
+    values
+        One row a training run, one column a case. The ends are NaN for a single run.
+    resamples
+        Bootstrap samples; drawn from a generator of its own, so the same values give the same ends.
+    """
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    found = stats.bootstrap(
+        tuple(values.T),
+        _mean_of_strata,
+        n_resamples=resamples,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return mean, float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _mean_of_strata(*strata: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """Return the mean of the strata's means; each stratum weighs the same."""
+    return np.mean([stratum.mean(axis=axis) for stratum in strata], axis=0)
+
+
+def by_case(episodes: pd.DataFrame, policies: Sequence[str]) -> NDArray[np.float64]:
+    """Return the gap in percent of each policy on each case, shape (policies, cases).
+
+    Only cases that all of them have played, in order of their seeds.
+    """
+    table = episodes[episodes["policy"].isin(policies)].pivot_table(
+        index="policy", columns="seed", values="gap"
+    )
+    return 100.0 * table.loc[list(policies)].dropna(axis=1).to_numpy(float)
+
+
 def with_interval(values: NDArray[np.float64], scale: float = 1.0, digits: int = 2) -> str:
     """Format a mean with its interval; where nothing varies (one case) the mean alone."""
     mean, half = mean_interval(np.asarray(values, dtype=float) * scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from servegym.agents.policy import CARD_FILE, load_agent, read_card
@@ -57,17 +57,25 @@ def agent_folder(name: str, task_name: str) -> Path | None:
     return Path(name) if "/" in name else None
 
 
+def make_listed_policy(name: str, folders: Mapping[str, Path]) -> Policy:
+    """Return the agent whose folder is listed under the name, or the baseline of that name."""
+    return load_agent(folders[name]) if name in folders else registry.make_policy(name)
+
+
 def note_agents(names: Sequence[str], task_name: str, output: Path) -> None:
+    """Note the weights of those names that are agents; see :func:`note_weights`."""
+    folders = {name: agent_folder(name, task_name) for name in names}
+    note_weights({name: folder for name, folder in folders.items() if folder is not None}, output)
+
+
+def note_weights(folders: Mapping[str, Path], output: Path) -> None:
     """Keep which weights play under which name in ``output``; refuse a name whose weights changed.
 
     Finished episodes are not played again, so an agent that was trained anew under the same name
     would get the rows of the old one.
     """
-    folders = {name: agent_folder(name, task_name) for name in names}
     hashes = {
-        name: read_card(folder / CARD_FILE).weights_sha256
-        for name, folder in folders.items()
-        if folder is not None
+        name: read_card(folder / CARD_FILE).weights_sha256 for name, folder in folders.items()
     }
     if not hashes:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -9,28 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _cli import parse, run
+from _study_play import evaluate_agents, play_transfer
+from _study_report import write_task, write_transfer
 from _study_runs import ABLATED, MAIN, Run, ablations, grid, train_all
 
 from servegym.agents.hyperparameters import MAX_SEED
 from servegym.envs.errors import ServegymError, unknown
-from servegym.envs.tasks import load_task
+from servegym.envs.evaluation import HELD_OUT_SEED
+from servegym.envs.tasks import NAMESPACE, TASKS
 
 PAPER = "Paper-v0"
-PARTS = ("train",)
+PARTS = ("train", "evaluate", "transfer", "report")
 
 
 @dataclass(frozen=True)
 class Args:
     """Study trained agents; goes on where it was interrupted."""
 
-    parts: str = "train"
+    parts: str = ",".join(PARTS)
     """Comma-separated: train (hours; into --runs), evaluate, transfer (both play agents; into
     --output), report (tables and pictures from what the two have left)."""
     tasks: str = f"{ABLATED},{PAPER}"
     """Comma-separated tasks."""
     variants: str = "all"
-    """Comma-separated: main (the agent itself) and ablations, of GSM8K-v0 only; all, or see --help
-    of an unknown one."""
+    """Comma-separated: main (the agent itself) and ablations, which are of GSM8K-v0 only: short,
+    imitation, every-round, without-RULE, ppo-unmasked; or all."""
     seeds: int = 5
     """Main runs of each task, agent seeds 0 …."""
     timesteps: int = 12_000_000
@@ -41,6 +45,10 @@ class Args:
     """Runs of each ablation, agent seeds 0 …."""
     ablation_timesteps: int = 4_000_000
     """Timesteps of an ablation's run."""
+    cases: int = 100
+    """Held-out cases, seeds 1000000 …."""
+    transfer_cases: int = 30
+    """Held-out cases of each setting of transfer; a third of them with 2000 clients."""
     runs: Path = Path("runs/study")
     """Folder of the training runs."""
     output: Path = Path("results/agents")
@@ -60,11 +68,14 @@ def read_list(option: str, text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
-def make_grid(args: Args) -> list[Run]:
+def read_tasks(text: str) -> list[str]:
+    """Return the short names of registered tasks."""
+    short = [name.removeprefix(f"{NAMESPACE}/") for name in TASKS]
+    return read_list("--tasks", text, short)
+
+
+def make_grid(args: Args, tasks: Sequence[str]) -> list[Run]:
     """Return the training runs that the options ask for."""
-    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    for task in tasks:
-        load_task(task)
     every = [MAIN, *ablations()]
     variants = every if args.variants == "all" else read_list("--variants", args.variants, every)
     timesteps = {task: args.paper_timesteps if task == PAPER else args.timesteps for task in tasks}
@@ -75,23 +86,42 @@ def make_grid(args: Args) -> list[Run]:
 
 def check(args: Args) -> None:
     """Refuse numbers out of range."""
-    for name, most in (("seeds", MAX_SEED + 1), ("ablation_seeds", MAX_SEED + 1), ("jobs", 1024)):
-        if not 1 <= getattr(args, name) <= most:
-            option = name.replace("_", "-")
-            raise ServegymError(f"--{option} must lie in 1 … {most}, got {getattr(args, name)}")
+    limits = {
+        "seeds": (1, MAX_SEED + 1),
+        "ablation_seeds": (1, MAX_SEED + 1),
+        "cases": (2, HELD_OUT_SEED),  # a single one has no interval
+        "transfer_cases": (2, HELD_OUT_SEED),
+        "jobs": (1, 1024),
+    }
+    for name, (least, most) in limits.items():
+        value, option = getattr(args, name), name.replace("_", "-")
+        if not least <= value <= most:
+            raise ServegymError(f"--{option} must lie in {least} … {most}, got {value}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts that are asked for."""
     args = parse(Args, argv)
     check(args)
-    parts = read_list("--parts", args.parts, PARTS)
-    runs = make_grid(args)
+    parts, tasks = read_list("--parts", args.parts, PARTS), read_tasks(args.tasks)
+    runs = make_grid(args, tasks)
     if "train" in parts:
         failed = train_all(runs, args.runs, args.jobs)
         if failed:
             print("\n".join(failed), file=sys.stderr)
             return 1
+    if "evaluate" in parts:
+        for task in tasks:
+            print(f"{task}: {args.cases} held-out cases")
+            evaluate_agents(task, runs, args.runs, args.output, args.cases, args.jobs)
+    if "transfer" in parts:
+        play_transfer(args.output, args.transfer_cases, args.jobs)
+    if "report" in parts:
+        words = sys.argv[1:] if argv is None else argv
+        command = shlex.join(["python", "scripts/study_agents.py", *words])
+        written = [path for task in tasks for path in write_task(task, args.output, command)]
+        written += write_transfer(args.output, command)
+        print("wrote", ", ".join(str(path) for path in written))
     return 0
 
 

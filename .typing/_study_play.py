@@ -1,0 +1,1 @@
+../scripts/_study_play.py
