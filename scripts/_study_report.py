@@ -280,9 +280,10 @@ def write_task(task: str, output: Path, command: str) -> list[Path]:
 
 def reference_lines(validation: pd.DataFrame) -> dict[str, float]:
     """Return the gaps in percent, on the cases of validation, that curves are drawn with."""
-    names = [HYBRID, best_of_family(validation, "threshold"), "aligned", "rollout"]
-    known = set(validation["policy"])
-    return {name: float(by_case(validation, [name]).mean()) for name in names if name in known}
+    played = set(validation["policy"])
+    threshold = best_of_family(validation, "threshold") or ""
+    names = [name for name in (HYBRID, threshold, "aligned", "rollout") if name in played]
+    return {name: float(by_case(validation, [name]).mean()) for name in names}
 
 
 def write_transfer(output: Path, command: str) -> list[Path]:

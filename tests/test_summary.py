@@ -9,7 +9,14 @@ import pandas as pd
 import pytest
 
 from servegym.envs.evaluation import COLUMNS
-from servegym.envs.summary import mean_interval, summarise, to_markdown, with_interval
+from servegym.envs.summary import (
+    by_case,
+    mean_interval,
+    stratified_interval,
+    summarise,
+    to_markdown,
+    with_interval,
+)
 
 
 def episodes(gaps: dict[str, list[float]]) -> pd.DataFrame:
@@ -49,6 +56,31 @@ def test_differences_are_paired_by_seed() -> None:
     assert column == "gap − a (points)"
     assert list(table[column]) == ["", "1.00 ± 0.00"]
     assert list(table["n"]) == [3, 3]
+
+
+def test_the_bootstrap_draws_runs_anew_within_each_case() -> None:
+    # Two runs, apart by 2 on the second case only: its mean is 2, 3 or 4 at ¼, ½ and ¼.
+    mean, low, high = stratified_interval(np.array([[2.0, 4.0], [2.0, 2.0]]))
+    assert (mean, low, high) == (2.5, 2.0, 3.0)
+
+
+def test_the_bootstrap_of_many_cases_is_that_of_a_mean_of_independent_draws() -> None:
+    # Runs at 0 and 1 on each of 400 cases: a stratum's mean has variance ⅛, all of them ⅛ / 400.
+    mean, low, high = stratified_interval(np.repeat([[0.0], [1.0]], 400, axis=1))
+    assert mean == 0.5
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(1 / 8 / 400), rel=0.05)
+
+
+def test_one_run_has_no_bootstrap() -> None:
+    mean, low, high = stratified_interval(np.array([[1.0, 3.0]]))
+    assert mean == 2.0
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+def test_gaps_by_case_are_those_that_all_have_played() -> None:
+    table = episodes({"a": [0.01, 0.05, 0.09], "b": [0.02, 0.06]})
+    assert by_case(table, ["b", "a"]) == pytest.approx(np.array([[2.0, 6.0], [1.0, 5.0]]))
 
 
 def test_without_the_reference_there_is_no_column() -> None:
