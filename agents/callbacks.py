@@ -95,9 +95,6 @@ class ServingCallback(BaseCallback):
         Of the run.
     command
         The command line, for ``agent.json``.
-    earlier_s
-        Seconds of training before the first step, as imitation takes; ``wall_s`` and ``training_s``
-        begin there.
     """
 
     def __init__(
@@ -109,7 +106,6 @@ class ServingCallback(BaseCallback):
         hyperparameters: Mapping[str, Any],
         folder: Path,
         command: str = "",
-        earlier_s: float = 0.0,
     ) -> None:
         super().__init__()
         if every_timesteps < 1:
@@ -125,7 +121,6 @@ class ServingCallback(BaseCallback):
         self.hyperparameters = hyperparameters
         self.folder = folder
         self.command = command
-        self.earlier_s = earlier_s
         self.evaluations = pd.DataFrame(columns=list(EVALUATION_COLUMNS))
         self._actions = ("decode", *task.process.rules)
         self._ended: list[Mapping[str, float]] = []
@@ -144,8 +139,10 @@ class ServingCallback(BaseCallback):
         if resumed:
             self.evaluations = _read_evaluations(self._table_path, self.num_timesteps)
         last = self.evaluations.iloc[-1] if len(self.evaluations) else None
-        wall_s = self.earlier_s if last is None else float(last["wall_s"])
-        training_s = self.earlier_s if last is None else float(last["training_s"])
+        # What imitation took before the first step counts, too; only `train` tells of it.
+        imitation_s = float(self.locals.get("imitation_s", 0.0))
+        wall_s = imitation_s if last is None else float(last["wall_s"])
+        training_s = imitation_s if last is None else float(last["training_s"])
         self._began_s = perf_counter() - wall_s
         self._evaluating_s = wall_s - training_s
         purge_step = self.num_timesteps + 1 if resumed else None

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
 
+from servegym.agents.record import check_identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
@@ -80,20 +81,6 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
             raise
         words = " ".join(str(error).split())
         raise ServegymError(f"{path}: damaged ({words}); {advice}") from None
-
-
-def check_identity(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse what is of another run, naming the first difference."""
-    wanted = json.loads(json.dumps(wanted))  # as it was written: tuples are lists
-    for name in dict(found) | dict(wanted):
-        old, new = found.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            check_identity(place, old, new)
-        elif old != new:
-            raise ServegymError(
-                f"{place}: belongs to a run with {name} {old!r}, this one has {new!r}; "
-                "resume with the same, or begin a run in another folder"
-            )
 
 
 def _environments(model: OnPolicyAlgorithm) -> tuple[VecMonitor, ServingSB3VecEnv]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
@@ -21,27 +18,19 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
 from tqdm import tqdm
 
-from servegym.agents.checkpoints import (
-    check_identity,
-    checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from servegym.agents.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.agents.imitation import Expert, imitate
+from servegym.agents.record import begin_run, identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
-from servegym.envs.observation import OBSERVATION_VERSION
 from servegym.envs.vector_env import ServingVectorEnv
 
 _CLASSES: Final[dict[str, Callable[..., OnPolicyAlgorithm]]] = {
     "maskable-ppo": MaskablePPO,
     "ppo": PPO,
 }
-_PACKAGES: Final = ("numpy", "torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numba")
-_RECORD: Final = "run.json"
 
 
 @dataclass(frozen=True)
@@ -67,61 +56,6 @@ class Options:
             raise ServegymError(f"max_minutes must lie in 0 … 1e9, got {self.max_minutes}")
         if not 1 <= self.threads <= 1024:
             raise ServegymError(f"threads must lie in 1 … 1024, got {self.threads}")
-
-
-def identity(task: TaskConfig, hyperparameters: Hyperparameters) -> dict[str, Any]:
-    """Return what makes a run this run: task, hyper-parameters, observation version."""
-    return {
-        "task": asdict(task),
-        "hyperparameters": asdict(hyperparameters),
-        "observation_version": OBSERVATION_VERSION,
-    }
-
-
-def begin_run(
-    task: TaskConfig, hyperparameters: Hyperparameters, folder: Path, command: str, resume: bool
-) -> None:
-    """Claim a folder for a run, or make sure that the run in it is this one; writes ``run.json``.
-
-    Raises
-    ------
-    ServegymError
-        If the folder holds a run and ``resume`` is not given, holds another run, or holds none.
-    """
-    record = folder / _RECORD
-    wanted = identity(task, hyperparameters)
-    if resume:
-        found = read_run(folder)
-        check_identity(str(record), {key: found[key] for key in wanted}, wanted)
-        for unfinished in folder.rglob(".*.tmp"):  # what a kill has left
-            unfinished.unlink()
-        return
-    if record.exists():
-        raise ServegymError(f"{folder}: holds a run; go on with it by --resume, or name another")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ServegymError(f"{folder}: not empty and holds no run; name another folder")
-    make_folder(folder)
-    content = wanted | {
-        "command": command,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in _PACKAGES},
-    }
-    write_file(record, json.dumps(content, indent=2) + "\n")
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return the record of the run in a folder: identity, command, versions."""
-    record = folder / _RECORD
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ServegymError(f"{folder}: holds no run to resume") from None
-    except (OSError, ValueError) as error:
-        raise ServegymError(f"{record}: cannot be read: {error}") from None
-    keys = {"task", "hyperparameters", "observation_version", "command"}
-    if not isinstance(content, dict) or not keys <= content.keys():
-        raise ServegymError(f"{record}: not the record of a run")
-    return content
 
 
 def make_model(task: TaskConfig, hyperparameters: Hyperparameters) -> OnPolicyAlgorithm:
@@ -188,23 +122,26 @@ def train(
     Raises
     ------
     ServegymError
-        If the folder does not fit (see :func:`begin_run`), a checkpoint is damaged or another run's.
+        If the folder does not fit (see :func:`check_run`), a checkpoint is damaged or another run's.
     """
     options = options or Options()
     begin_run(task, hyperparameters, folder, command, resume)
     torch.set_num_threads(options.threads)
     model = make_model(task, hyperparameters)
-    if options.tensorboard:
-        model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
     run = _Run(model, hyperparameters, identity(task, hyperparameters), folder, options)
     saved = checkpoints(run.checkpoint_folder)
+    imitation_s = 0.0
     if saved:
         load_checkpoint(model, run.identity, saved[-1])
     elif hyperparameters.warm:
         if expert is None:
             raise ServegymError("imitation_rounds is not 0, but there is no expert to imitate")
+        started = perf_counter()
         imitate(model, task, expert, hyperparameters, progress=options.progress)
-    run.learn(CallbackList(list(callbacks)), anew=not saved)
+        imitation_s = perf_counter() - started
+    if options.tensorboard:
+        model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
+    run.learn(CallbackList(list(callbacks)), anew=not saved, imitation_s=imitation_s)
     return model
 
 
@@ -220,7 +157,7 @@ class _Run:
     def checkpoint_folder(self) -> Path:
         return self.folder / "checkpoints"
 
-    def learn(self, callbacks: CallbackList, *, anew: bool) -> None:
+    def learn(self, callbacks: CallbackList, *, anew: bool, imitation_s: float) -> None:
         """Alternate rollouts and updates, as ``model.learn`` does, with checkpoints in between."""
         model, h = self.model, self.hyperparameters
         timed = _TimedCallbacks(callbacks)
@@ -228,7 +165,9 @@ class _Run:
         total, callback = model._setup_learn(left, timed, anew, h.algorithm, False)
         if anew:
             self._save()
-        callback.on_training_start({"self": model, "total_timesteps": total}, {})
+        callback.on_training_start(
+            {"self": model, "total_timesteps": total, "imitation_s": imitation_s}, {}
+        )
         started = perf_counter()
         with tqdm(
             total=-(-total // h.rollout) * h.rollout,

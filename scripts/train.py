@@ -13,6 +13,7 @@ import numpy as np
 from _cli import parse, run
 
 from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
+from servegym.agents.record import check_run, read_run
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.config import TaskConfig
@@ -61,9 +62,6 @@ def read_args(argv: Sequence[str] | None) -> Args:
     if not args.resume:
         defaults = default_hyperparameters(load_task(args.task).name)
         return parse(Args, argv, replace(Args(), **asdict(defaults)))
-    # Imported late: torch takes seconds, and bad options should be refused before.
-    from servegym.agents.training import read_run
-
     record = read_run(args.output)
     first = parse(Args, shlex.split(record["command"])[2:])
     names = {item.name for item in fields(Hyperparameters)}
@@ -125,8 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     hyperparameters = Hyperparameters(
         **{item.name: getattr(args, item.name) for item in fields(Hyperparameters)}
     )
+    check_run(task, hyperparameters, args.output, args.resume)
     words = ["python", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]
     command = shlex.join(words)
+    # Imported late: torch takes seconds, and what can be refused should be refused before.
     from servegym.agents.training import Options, train
 
     options = Options(args.checkpoint_every, args.max_minutes, args.threads)

@@ -24,12 +24,13 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
 
 from scripts import train as script
-from servegym.agents import training
+from servegym.agents import record
 from servegym.agents.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
 from servegym.agents.imitation import collect, imitate, soft_targets, spread_over_episodes
+from servegym.agents.record import identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
-from servegym.agents.training import Options, identity, make_model, train
+from servegym.agents.training import Options, make_model, train
 from servegym.envs import ServegymError, ServingEnv
 from servegym.envs.metrics import METRICS
 from servegym.envs.tasks import TASKS
@@ -297,7 +298,7 @@ def test_runs_of_others_are_not_resumed(run: Path, monkeypatch: pytest.MonkeyPat
         resume(run, task=TASKS["servegym/Paper-v0"])
     with pytest.raises(ServegymError, match=r"a run with learning_rate 0\.001, this one has 0\.5"):
         resume(run, learning_rate=0.5)
-    monkeypatch.setattr(training, "OBSERVATION_VERSION", 0)
+    monkeypatch.setattr(record, "OBSERVATION_VERSION", 0)
     with pytest.raises(ServegymError, match="observation_version"):
         resume(run)
 
@@ -450,10 +451,13 @@ def test_the_learner_comes_to_do_what_the_expert_does(algorithm: str) -> None:
 def test_imitation_wants_an_expert_and_the_gap(tmp_path: Path) -> None:
     h = replace(SMALL, imitation_rounds=1)
     with pytest.raises(ServegymError, match="no expert"):
-        train(TINY, h, tmp_path, options=QUIET)
+        train(TINY, h, tmp_path / "run", options=QUIET)
     task = changed(TINY, process={"reward": "latency"})
     with pytest.raises(ServegymError, match="gap"):
         imitate(make_model(task, h), task, prefer_prefill, h)
+    with pytest.raises(ServegymError, match="gap"):
+        train(task, h, tmp_path / "other", expert=prefer_prefill, options=QUIET)
+    assert not (tmp_path / "other").exists()
 
 
 # The command line

@@ -1,0 +1,103 @@
+"""``run.json``: which run a folder holds. Imports no torch, so that a wrong folder is refused at once."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from servegym.agents.hyperparameters import Hyperparameters
+from servegym.envs.config import TaskConfig
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.observation import OBSERVATION_VERSION
+
+_PACKAGES: Final = ("numpy", "torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numba")
+_RECORD: Final = "run.json"
+
+
+def identity(task: TaskConfig, hyperparameters: Hyperparameters) -> dict[str, Any]:
+    """Return what makes a run this run: task, hyper-parameters, observation version."""
+    return {
+        "task": asdict(task),
+        "hyperparameters": asdict(hyperparameters),
+        "observation_version": OBSERVATION_VERSION,
+    }
+
+
+def check_run(
+    task: TaskConfig, hyperparameters: Hyperparameters, folder: Path, resume: bool
+) -> None:
+    """Make sure that a run can begin in a folder or, to resume, that the run in it is this one.
+
+    Raises
+    ------
+    ServegymError
+        If the folder holds a run and ``resume`` is not given, holds another run, or holds none, or if
+        the run is to imitate for another reward than ``gap``, in which experts value actions.
+    """
+    if hyperparameters.warm and task.process.reward != "gap":
+        raise ServegymError(
+            f"imitation needs process.reward = 'gap', the task has {task.process.reward!r}"
+        )
+    record = folder / _RECORD
+    if resume:
+        found, wanted = read_run(folder), identity(task, hyperparameters)
+        check_identity(str(record), {key: found[key] for key in wanted}, wanted)
+    elif record.exists():
+        raise ServegymError(f"{folder}: holds a run; go on with it by --resume, or name another")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ServegymError(f"{folder}: not empty and holds no run; name another folder")
+
+
+def begin_run(
+    task: TaskConfig, hyperparameters: Hyperparameters, folder: Path, command: str, resume: bool
+) -> None:
+    """Claim a folder that :func:`check_run` finds fit; writes ``run.json``."""
+    check_run(task, hyperparameters, folder, resume)
+    if resume:
+        for unfinished in folder.rglob(".*.tmp"):  # what a kill has left
+            unfinished.unlink()
+        return
+    make_folder(folder)
+    content = identity(task, hyperparameters) | {
+        "command": command,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in _PACKAGES},
+    }
+    write_file(folder / _RECORD, json.dumps(content, indent=2) + "\n")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the record of the run in a folder: identity, command, versions."""
+    record = folder / _RECORD
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ServegymError(f"{folder}: holds no run to resume") from None
+    except (OSError, ValueError) as error:
+        raise ServegymError(f"{record}: cannot be read: {error}") from None
+    kinds = {"task": dict, "hyperparameters": dict, "observation_version": int, "command": str}
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), kind) for key, kind in kinds.items()
+    ):
+        raise ServegymError(f"{record}: not the record of a run")
+    return content
+
+
+def check_identity(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse what is of another run, naming the first difference."""
+    wanted = json.loads(json.dumps(wanted))  # as it was written: tuples are lists
+    for name in dict(found) | dict(wanted):
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            check_identity(place, old, new)
+        elif old != new:
+            raise ServegymError(
+                f"{place}: belongs to a run with {name} {old!r}, this one has {new!r}; "
+                "resume with the same, or begin a run in another folder"
+            )
