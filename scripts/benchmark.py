@@ -6,6 +6,7 @@ timed between the measurements, so that runs on shared machines can be compared 
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import subprocess
 import time
@@ -14,10 +15,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from _cli import parse, run
+from _policies import SHIPPED
+from _policies import make_policy as make_any_policy
 from tqdm import tqdm
 
 from servegym.baselines.episodes import play_loaded
@@ -44,6 +48,8 @@ LARGE = TaskConfig(
 LATENCY_POLICIES = ("fcfs", "hybrid", "threshold-12", "lookahead", "aligned", "random")
 VECTOR_ROWS = 256
 VECTOR_STEPS = 750  # about an episode
+DECISION_POLICIES = {"rollout-0": "", "rollout": "≤ 5", SHIPPED: "≤ 0.2"}
+"""Policies that search or learn; the target is of the median for ``rollout``, of p99 for the agent."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,64 @@ def latency_figures() -> list[Figure]:
     return figures
 
 
+def decision_figures() -> list[Figure]:
+    """Decision latency of policies that search or learn, on GSM8K-v0."""
+    task = TASKS["servegym/GSM8K-v0"]
+    case = make_case(task, 0)
+    figures = []
+    for name, target in DECISION_POLICIES.items():
+        row = play(task, name, make_any_policy(name, task.name), case, seed=0).row
+        percentile = "p99" if name == SHIPPED else "p50"
+        value = row[f"decision_ms_{percentile}"]
+        figures.append(Figure(f"decision {percentile}, {name}, 200 clients", value, "ms", target))
+    return figures
+
+
+def training_figures(repeats: int) -> list[Figure]:
+    """Speed of MaskablePPO with GSM8K-v0's defaults on one torch thread, and the environment's share.
+
+    Two updates a repeat. The environment's share is stepping and finding the legal actions.
+    """
+    import torch
+
+    from servegym.agents.hyperparameters import default_hyperparameters
+    from servegym.agents.training import make_model
+
+    torch.set_num_threads(1)
+    task = TASKS["servegym/GSM8K-v0"]
+    hyperparameters = default_hyperparameters(task.name)
+    model = make_model(task, hyperparameters)
+    environments = model.get_env()
+    assert environments is not None
+    inside = 0.0
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*arguments: Any, **options: Any) -> Any:
+            nonlocal inside
+            started = time.perf_counter()
+            result = call(*arguments, **options)
+            inside += time.perf_counter() - started
+            return result
+
+        return timed_call
+
+    for method in ("step", "env_method"):
+        setattr(environments, method, timed(getattr(environments, method)))
+    decisions = 2 * hyperparameters.rollout
+    model.learn(decisions)
+    rates, shares = [], []
+    for _ in range(repeats):
+        inside = 0.0
+        taken = seconds(partial(model.learn, decisions, reset_num_timesteps=False))
+        rates.append(decisions / taken)
+        shares.append(inside / taken)
+    what = f"MaskablePPO, {hyperparameters.environments} environments"
+    return [
+        Figure(f"{what}, training", median(rates) / 1e3, "k decisions/s", ""),
+        Figure("… of it in the environment", 100 * median(shares), "%", "≤ 15"),
+    ]
+
+
 def planner_figures(plans: int) -> list[Figure]:
     """Time and proofs of the offline planner on both output families, and a large instance."""
     figures = []
@@ -265,8 +329,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: environment_figures(args.repeats),
         lambda: vector_figures(args.repeats),
         latency_figures,
+        decision_figures,
         lambda: planner_figures(args.plans),
     ]
+    if importlib.util.find_spec("sb3_contrib"):
+        measurements.append(lambda: training_figures(args.repeats))
+    else:
+        print("training is not measured: it needs the extra servegym[train]")
     for measure in measurements:
         figures += measure()
         loops.append(python_loop())

@@ -33,7 +33,7 @@ STEPS = {
 
 OTHERS = (
     *("random", "static", "hybrid-myopic", "hybrid-0.01", "lpt", "threshold-1", "lookahead"),
-    "aligned",
+    *("aligned", "aligned-lookahead", "rollout"),
 )
 """Simple rows, and the tuned ones: numbers from results/tuning/Paper-v0/tuning.md."""
 
