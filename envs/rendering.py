@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,8 @@ except ImportError as error:  # pragma: no cover - matplotlib is a core dependen
 
 PREFILL_COLOUR = "#d1495b"
 DECODE_COLOURS = ("#9ecae1", "#2171b5")
+
+_REFERENCE_STYLES: Final[tuple[Any, ...]] = ("--", ":", "-.", (0, (7, 1, 1, 1, 1, 1)))
 
 
 def draw_gantt_rows(axes: Axes, log: Records, clients: int) -> None:
@@ -145,7 +147,7 @@ def draw_learning_curves(curves: pd.DataFrame, references: Mapping[str, float]) 
                 minutes, gaps.min(axis=0), gaps.max(axis=0), color=f"C{k}", alpha=0.2, linewidth=0
             )
     for k, (name, gap) in enumerate(references.items()):
-        style = ("--", ":", "-.")[k % 3]
+        style = _REFERENCE_STYLES[k % len(_REFERENCE_STYLES)]
         text = f"{name} ({gap:.2f} %)"
         axes.axhline(gap, color="dimgrey", linewidth=1.2, linestyle=style, label=text)
     axes.set_xlim(left=0)

@@ -137,7 +137,7 @@ def train_all(grid: Sequence[Run], runs: Path, jobs: int) -> list[str]:
     for run in grid:
         _check_timesteps(run, runs)
     waiting = [run for run in grid if not is_finished(run, runs)]
-    crew = _Crew(runs)
+    crew = Crew(runs)
     failed = []
     with (
         ThreadPoolExecutor(jobs) as executor,
@@ -162,7 +162,7 @@ def log_file(run: Run, runs: Path) -> Path:
     return runs / f"{run.name}.log"
 
 
-class _Crew:
+class Crew:
     """The training processes under way."""
 
     def __init__(self, runs: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from _cli import run
 from _study_play import CURVE_COLUMNS, evaluate_agents, settings, tuned_threshold
 from _study_report import (
     ablation_table,
+    closed_by,
     minutes_to_pass,
     policy_table,
     reference_lines,
@@ -95,6 +98,21 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setattr(_study_runs, "_TRAIN", script)
     return script
+
+
+def test_a_stop_ends_what_runs_and_starts_no_more(stub: Path, tmp_path: Path) -> None:
+    stub.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
+    one = Run("Tiny-v0", "main", 0, 100)
+    crew = _study_runs.Crew(tmp_path)
+    log = tmp_path / "Tiny-v0" / "main" / "0.log"
+    with ThreadPoolExecutor(1) as executor:
+        status = executor.submit(crew.train, one)
+        while not (log.is_file() and log.read_text()) and not status.done():
+            time.sleep(0.01)
+        crew.stop()
+        assert status.result(timeout=20) < 0  # ended by a signal
+    assert crew.train(one) == 1
+    assert log.read_text() == "begun\n"
 
 
 @pytest.mark.usefixtures("stub")
@@ -203,9 +221,10 @@ def test_the_policy_table_of_hand_made_rows() -> None:
 def test_the_seed_table_of_hand_made_rows() -> None:
     table = seed_table(ROWS, CURVES, episodes({"hybrid": [0.05, 0.05]}))
     assert list(table["passes hybrid's 5.00 % (min)"]) == ["1.0", "never"]
+    assert list(table["closed in 15 min (%)"]) == ["40", "-60"]
     assert list(table["best validation gap (%)"]) == ["3.00", "8.00"]
     assert list(table["− hybrid (points)"]) == ["-4.00 ± 0.00 better", "-5.00 ± 12.71 not clear"]
-    assert not any(str(column).startswith("− aligned") for column in table)  # nobody played it
+    assert not any("aligned" in str(column) for column in table)  # nobody played it
 
 
 def test_the_ablation_table_of_hand_made_rows() -> None:
@@ -236,6 +255,11 @@ def test_passing_is_the_first_evaluation_below() -> None:
     curve = pd.DataFrame({"training_s": [0.0, 60.0, 90.0], "gap_percent": [9.0, 5.0, 4.9]})
     assert minutes_to_pass(curve, 5.0) == "1.5"
     assert minutes_to_pass(curve, 4.9) == "never"
+
+
+def test_what_is_closed_in_time_counts_the_best_agent_until_then() -> None:
+    curve = pd.DataFrame({"training_s": [0.0, 60.0, 90.0, 150.0], "gap_percent": [9, 5, 6, 1]})
+    assert closed_by(curve, 10.0, 2) == "50"
 
 
 def test_curves_are_drawn_with_the_best_threshold() -> None:
