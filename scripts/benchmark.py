@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -236,47 +235,17 @@ def decision_figures() -> list[Figure]:
 
 
 def training_figures(repeats: int) -> list[Figure]:
-    """Speed of MaskablePPO with GSM8K-v0's defaults on one torch thread, and the environment's share.
-
-    Two updates a repeat. The environment's share is stepping and finding the legal actions.
-    """
-    import torch
-
+    """Speed of PPO's training with GSM8K-v0's defaults on one torch thread."""
     from servegym.agents.hyperparameters import default_hyperparameters
-    from servegym.agents.training import make_model
+    from servegym.agents.speed import training_speed
 
-    torch.set_num_threads(1)
     task = TASKS["servegym/GSM8K-v0"]
     hyperparameters = default_hyperparameters(task.name)
-    model = make_model(task, hyperparameters)
-    environments = model.get_env()
-    assert environments is not None
-    inside = 0.0
-
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed_call(*arguments: Any, **options: Any) -> Any:
-            nonlocal inside
-            started = time.perf_counter()
-            result = call(*arguments, **options)
-            inside += time.perf_counter() - started
-            return result
-
-        return timed_call
-
-    for method in ("step", "env_method"):
-        setattr(environments, method, timed(getattr(environments, method)))
-    decisions = 2 * hyperparameters.rollout
-    model.learn(decisions)
-    rates, shares = [], []
-    for _ in range(repeats):
-        inside = 0.0
-        taken = seconds(partial(model.learn, decisions, reset_num_timesteps=False))
-        rates.append(decisions / taken)
-        shares.append(inside / taken)
-    what = f"MaskablePPO, {hyperparameters.environments} environments"
+    rate, share = training_speed(task, hyperparameters, repeats)
+    what = f"{hyperparameters.algorithm}, {hyperparameters.environments} environments, training"
     return [
-        Figure(f"{what}, training", median(rates) / 1e3, "k decisions/s", ""),
-        Figure("… of it in the environment", 100 * median(shares), "%", "≤ 15"),
+        Figure(what, rate / 1e3, "k decisions/s", ""),
+        Figure("… of it in the environment", 100 * share, "%", "≤ 15"),
     ]
 
 
