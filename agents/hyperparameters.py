@@ -1,4 +1,4 @@
-"""How an agent is trained: one frozen dataclass, with defaults per task."""
+"""How an agent is trained: two frozen dataclasses, with defaults per task. Imports no torch."""
 
 from __future__ import annotations
 
@@ -108,6 +108,31 @@ class Hyperparameters:
     def first_environment_seed(self) -> int:
         """The seed of the first row."""
         return SEEDS_PER_AGENT * self.seed
+
+
+@dataclass(frozen=True)
+class Options:
+    """What does not change the trained weights, but where and how long the training runs."""
+
+    checkpoint_every: int = 10
+    """Rollouts between two checkpoints."""
+    max_minutes: float = 0.0
+    """Stop after a rollout once training (without callbacks and imitation) has taken so long,
+    counted from this start or resume; 0: never. The learning rate still follows the timesteps."""
+    threads: int = 1
+    """Torch's threads; other numbers may change the last bits of the weights."""
+    tensorboard: bool = True
+    """Write stable-baselines3's own scalars to ``tensorboard/``."""
+    progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ServegymError(f"checkpoint_every must be ≥ 1, got {self.checkpoint_every}")
+        if not 0 <= self.max_minutes < 1e9:
+            raise ServegymError(f"max_minutes must lie in 0 … 1e9, got {self.max_minutes}")
+        if not 1 <= self.threads <= 1024:
+            raise ServegymError(f"threads must lie in 1 … 1024, got {self.threads}")
 
 
 _WHOLE: Final = 10**12

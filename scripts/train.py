@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from _cli import parse, run
 
-from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
+from servegym.agents.hyperparameters import Hyperparameters, Options, default_hyperparameters
 from servegym.agents.record import check_run, read_run
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
@@ -123,13 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     hyperparameters = Hyperparameters(
         **{item.name: getattr(args, item.name) for item in fields(Hyperparameters)}
     )
+    options = Options(args.checkpoint_every, args.max_minutes, args.threads)
+    make_trigger_policy(args.expert)  # refuse a mistyped one even where nobody is imitated
     check_run(task, hyperparameters, args.output, args.resume)
     words = ["python", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]
     command = shlex.join(words)
     # Imported late: torch takes seconds, and what can be refused should be refused before.
-    from servegym.agents.training import Options, train
+    from servegym.agents.training import train
 
-    options = Options(args.checkpoint_every, args.max_minutes, args.threads)
     try:
         model = train(
             task,

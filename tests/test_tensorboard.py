@@ -19,9 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from servegym.agents import callbacks, training
 from servegym.agents.callbacks import EVALUATION_COLUMNS, ServingCallback
-from servegym.agents.hyperparameters import Hyperparameters
+from servegym.agents.hyperparameters import Hyperparameters, Options
 from servegym.agents.policy import load_agent
-from servegym.agents.training import Options
 from servegym.agents.validation import Validation
 from servegym.envs import ServegymError, load_task
 from servegym.envs.metrics import METRICS

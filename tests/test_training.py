@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,13 +27,13 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
 
 from scripts import train as script
-from servegym.agents import record
+from servegym.agents import record, training
 from servegym.agents.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
+from servegym.agents.hyperparameters import Hyperparameters, Options, default_hyperparameters
 from servegym.agents.imitation import collect, imitate, soft_targets, spread_over_episodes
 from servegym.agents.record import identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
-from servegym.agents.training import Options, make_model, train
+from servegym.agents.training import make_model, train
 from servegym.envs import ServegymError, ServingEnv
 from servegym.envs.metrics import METRICS
 from servegym.envs.tasks import TASKS
@@ -488,32 +491,101 @@ def test_train_and_resume_from_the_command_line(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("bad", "words", "good"),
     [
-        (
-            ("--algorithm", "maskableppo"),
-            "unknown algorithm 'maskableppo'; did you mean 'maskable-ppo'",
-        ),
-        (("--task", "GSM8k"), "did you mean 'GSM8K-v0'"),
-        (("--learning-rat", "1"), "did you mean '--learning-rate'"),
-        (("--timesteps", "many"), "many"),
-        (("--resume",), "holds no run to resume"),
-        (("--seed", "800"), "seed must be a whole number in 0 … 799, got 800"),
-        (("--evaluate-every", "0"), "--evaluate-every must be"),
+        (("--algorithm", "maskableppo"), "did you mean 'maskable-ppo'", ("--algorithm", "ppo")),
+        (("--algorithm", "dqn"), "choose from maskable-ppo, ppo", ("--algorithm", "maskable-ppo")),
+        (("--task", "GSM8k"), "did you mean 'GSM8K-v0'", ("--task", "GSM8K-v0")),
+        (("--task", "missing.toml"), "no such task file", ("--task", "servegym/Tiny-v0")),
+        (("--learning-rat", "1"), "did you mean '--learning-rate'", ("--learning-rate", "1")),
+        (("--learning-rate", "nan"), "learning_rate must be a number", ("--learning-rate", "0")),
+        (("--timesteps", "many"), "many", ("--timesteps", "1")),
+        (("--timesteps", "1e6"), "not a whole number: '1e6'", ("--timesteps", "1000000")),
+        (("--timesteps", "0"), "timesteps must be a whole number in 1", ("--timesteps", "1")),
+        (("--seed", "800"), "seed must be a whole number in 0 … 799", ("--seed", "799")),
+        (("--evaluate-every", "0"), "--evaluate-every must be", ("--evaluate-every", "1")),
+        (("--validation-cases", "-1"), "--validation-cases must", ("--validation-cases", "0")),
+        (("--checkpoint-every", "0"), "checkpoint_every must be", ("--checkpoint-every", "1")),
+        (("--max-minutes", "nan"), "max_minutes must lie", ("--max-minutes", "0")),
+        (("--threads", "0"), "threads must lie", ("--threads", "1")),
+        (("--expert", "algined"), "did you mean 'aligned'", ("--expert", "lookahead-0.7")),
+        (("--resume",), "holds no run to resume", ()),
     ],
 )
 def test_bad_options(
-    options: Sequence[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bad: Sequence[str],
+    words: str,
+    good: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises((ServegymError, SystemExit)) as caught:
-        script.main(["--output", str(tmp_path / "run"), *options])
-    message = str(caught.value)
-    if isinstance(caught.value, SystemExit):
-        assert caught.value.code == 2
-        message = capsys.readouterr().err.strip()
-    assert words in message
-    assert "\n" not in message
+    """Refused before torch is imported, with nothing written; the nearest valid option is taken."""
+    common = ["--validation-cases", "0", "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "servegym.agents.training", None)  # importing it fails
+        assert words in refusal([*common, *bad])
     assert not (tmp_path / "run").exists()
+    begun = Mock()
+    monkeypatch.setattr(training, "train", begun)
+    assert script.main([*common, *good]) == 0
+    begun.assert_called_once()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "holds a run; go on with it by --resume, or name another"),
+        (("--resume", "--task", "Paper-v0"), "a run with name 'servegym/Tiny-v0', this one has"),
+        (("--resume", "--width", "9"), "a run with width 8, this one has 9"),
+    ],
+)
+def test_folders_of_other_runs(
+    options: Sequence[str], words: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(run)
+    monkeypatch.setitem(sys.modules, "servegym.agents.training", None)
+    assert words in refusal(["--output", str(run), "--task", "Tiny-v0", *options])
+    assert contents(run) == before
+
+
+def test_a_truncated_checkpoint_from_the_command_line(run: Path) -> None:
+    path = checkpoints(run / "checkpoints")[-1]
+    path.write_bytes(path.read_bytes()[:1000])
+    before = contents(run)
+    options = ["--task", "Tiny-v0", "--output", str(run), "--resume", "--validation-cases", "0"]
+    words = refusal(options)
+    assert "delete it to go on from the one before" in words
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"task": {}, "hyperparameters": 3, "observation_version": 2, "command": "x"}',
+    ],
+)
+def test_a_damaged_record_from_the_command_line(record: str, run: Path) -> None:
+    (run / "run.json").write_text(record)
+    assert "run.json" in refusal(["--output", str(run), "--resume"])
+
+
+def refusal(options: Sequence[str]) -> str:
+    """Run the script, which must refuse: status 2 and one line, which is returned."""
+    errors = io.StringIO()
+    with redirect_stderr(errors), pytest.raises(SystemExit) as stop:
+        run_script(script.main, options)
+    assert stop.value.code == 2
+    lines = errors.getvalue().strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_ctrl_c_leaves_with_a_hint(
