@@ -76,7 +76,8 @@ class ServingCallback(BaseCallback):
     the weights: training goes as it would without.
 
     Where ``model.num_timesteps`` is not 0 at the start, training was resumed: evaluations beyond that
-    step are dropped from the table, the best so far and the seconds are those of the last row kept.
+    step are dropped from the table, the best so far is that of the rows kept, and the seconds go on
+    from the last of them or, under ``train``, from the checkpoint.
 
     Parameters
     ----------
@@ -139,10 +140,11 @@ class ServingCallback(BaseCallback):
         if resumed:
             self.evaluations = _read_evaluations(self._table_path, self.num_timesteps)
         last = self.evaluations.iloc[-1] if len(self.evaluations) else None
-        # What imitation took before the first step counts, too; only `train` tells of it.
-        imitation_s = float(self.locals.get("imitation_s", 0.0))
-        wall_s = imitation_s if last is None else float(last["wall_s"])
-        training_s = imitation_s if last is None else float(last["training_s"])
+        wall_s = 0.0 if last is None else float(last["wall_s"])
+        training_s = 0.0 if last is None else float(last["training_s"])
+        # Only `train` tells of imitation, and of the time from the last row to the checkpoint.
+        untold_s = max(0.0, float(self.locals.get("training_s", 0.0)) - training_s)
+        wall_s, training_s = wall_s + untold_s, training_s + untold_s
         self._began_s = perf_counter() - wall_s
         self._evaluating_s = wall_s - training_s
         purge_step = self.num_timesteps + 1 if resumed else None

@@ -34,14 +34,17 @@ _FORMAT: Final = "servegym checkpoint 1"
 Arrays = dict[str, NDArray[Any]]
 
 
-def save_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], folder: Path) -> Path:
+def save_checkpoint(
+    model: OnPolicyAlgorithm, identity: Mapping[str, Any], folder: Path, training_s: float = 0.0
+) -> Path:
     """Write a checkpoint whole or not at all; forget all but the last two.
 
     ``identity`` is JSON that :func:`load_checkpoint` compares: a checkpoint of another run is not
-    gone on from.
+    gone on from. ``training_s`` is how long training has taken so far.
     """
     make_folder(folder)
     arrays, values = _collect(model)
+    values["training_s"] = training_s
     header = {"format": _FORMAT, "identity": json.dumps(identity), "values": json.dumps(values)}
     path = folder / f"{model.num_timesteps:012d}.safetensors"
     write_file(path, save(arrays, header))
@@ -55,8 +58,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"))
 
 
-def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path: Path) -> None:
-    """Put ``model`` and its environments where they stood.
+def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path: Path) -> float:
+    """Put ``model`` and its environments where they stood; return the seconds training had taken.
 
     Raises
     ------
@@ -76,6 +79,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
         found, values = (json.loads(header[part]) for part in ("identity", "values"))
         check_identity(str(path), found, identity)
         _restore(model, arrays, values)
+        return float(values["training_s"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, ServegymError):
             raise

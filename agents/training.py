@@ -105,18 +105,18 @@ def train(
     model = make_model(task, hyperparameters)
     run = _Run(model, hyperparameters, identity(task, hyperparameters), folder, options)
     saved = checkpoints(run.checkpoint_folder)
-    imitation_s = 0.0
+    earlier_s = 0.0
     if saved:
-        load_checkpoint(model, run.identity, saved[-1])
+        earlier_s = load_checkpoint(model, run.identity, saved[-1])
     elif hyperparameters.warm:
         if expert is None:
             raise ServegymError("imitation_rounds is not 0, but there is no expert to imitate")
         started = perf_counter()
         imitate(model, task, expert, hyperparameters, progress=options.progress)
-        imitation_s = perf_counter() - started
+        earlier_s = perf_counter() - started
     if options.tensorboard:
         model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
-    run.learn(CallbackList(list(callbacks)), anew=not saved, imitation_s=imitation_s)
+    run.learn(CallbackList(list(callbacks)), anew=not saved, earlier_s=earlier_s)
     return model
 
 
@@ -132,16 +132,16 @@ class _Run:
     def checkpoint_folder(self) -> Path:
         return self.folder / "checkpoints"
 
-    def learn(self, callbacks: CallbackList, *, anew: bool, imitation_s: float) -> None:
+    def learn(self, callbacks: CallbackList, *, anew: bool, earlier_s: float) -> None:
         """Alternate rollouts and updates, as ``model.learn`` does, with checkpoints in between."""
         model, h = self.model, self.hyperparameters
         timed = _TimedCallbacks(callbacks)
         left = h.timesteps if anew else h.timesteps - model.num_timesteps
         total, callback = model._setup_learn(left, timed, anew, h.algorithm, False)
         if anew:
-            self._save()
+            self._save(earlier_s)
         callback.on_training_start(
-            {"self": model, "total_timesteps": total, "imitation_s": imitation_s}, {}
+            {"self": model, "total_timesteps": total, "training_s": earlier_s}, {}
         )
         started = perf_counter()
         with tqdm(
@@ -155,11 +155,12 @@ class _Run:
                 self._learn_from_one_rollout(callback, total)
                 bar.set_postfix_str(_recent_return(model), refresh=False)
                 bar.update(h.rollout)
-                late = 0 < 60 * self.options.max_minutes <= perf_counter() - started - timed.seconds
+                trained_s = perf_counter() - started - timed.seconds
+                late = 0 < 60 * self.options.max_minutes <= trained_s
                 rollouts = model.num_timesteps // h.rollout
                 done = late or model.num_timesteps >= total
                 if done or rollouts % self.options.checkpoint_every == 0:
-                    self._save()
+                    self._save(earlier_s + trained_s)
                 if late:
                     break
         callback.on_training_end()
@@ -177,8 +178,8 @@ class _Run:
         model.dump_logs(rollouts)
         model.train()
 
-    def _save(self) -> None:
-        save_checkpoint(self.model, self.identity, self.checkpoint_folder)
+    def _save(self, training_s: float) -> None:
+        save_checkpoint(self.model, self.identity, self.checkpoint_folder, training_s)
 
 
 class _TimedCallbacks(CallbackList):

@@ -19,8 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from servegym.agents import callbacks, training
 from servegym.agents.callbacks import EVALUATION_COLUMNS, ServingCallback
+from servegym.agents.checkpoints import checkpoints, load_checkpoint
 from servegym.agents.hyperparameters import Hyperparameters, Options
 from servegym.agents.policy import load_agent
+from servegym.agents.record import identity
 from servegym.agents.validation import Validation
 from servegym.envs import ServegymError, load_task
 from servegym.envs.metrics import METRICS
@@ -292,6 +294,16 @@ def test_seconds_of_imitation_count(tmp_path: Path) -> None:
         TINY, h, tmp_path, callbacks=[make_callback(tmp_path)], resume=True, options=options
     )
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "evaluations.csv"), before)
+    # Killed after the checkpoint and before the evaluation: what the rollout took is not forgotten.
+    before[:1].to_csv(tmp_path / "evaluations.csv", index=False)
+    saved = checkpoints(tmp_path / "checkpoints")[-1]
+    taken_s = load_checkpoint(training.make_model(TINY, h), identity(TINY, h), saved)
+    training.train(
+        TINY, h, tmp_path, callbacks=[make_callback(tmp_path)], resume=True, options=options
+    )
+    after = pd.read_csv(tmp_path / "evaluations.csv")
+    assert list(after["timesteps"]) == [0, ROLLOUT]
+    assert after["training_s"].iloc[-1] >= taken_s > before["training_s"].iloc[0]
 
 
 @pytest.mark.usefixtures("unseen")
