@@ -25,11 +25,11 @@ from servegym.envs.tasks import load_task
 BASELINES: Final[dict[str, tuple[str, ...]]] = {
     "GSM8K-v0": (
         *("random", "fcfs", "hybrid", "hybrid-0.2", "lpt", "threshold-12", "lookahead"),
-        *("lookahead-0.7", "aligned", "aligned-lookahead-0.7", "rollout"),
+        *("lookahead-0.7", "aligned", "aligned-lookahead-0.5", "rollout"),
     ),
     "Paper-v0": (
         *("fcfs", "random", "hybrid", "hybrid-0.01", "offline", "threshold-1", "lookahead"),
-        *("aligned", "aligned-lookahead-0.7", "rollout"),
+        *("aligned", "aligned-lookahead-0.01", "rollout"),
     ),
 }
 """Whom the agents are compared with; the tuned numbers are from results/tuning/."""

@@ -20,6 +20,7 @@ from servegym.envs.evaluation import HELD_OUT_SEED
 from servegym.envs.tasks import NAMESPACE, TASKS
 
 PAPER = "Paper-v0"
+TINY = "Tiny-v0"
 PARTS = ("train", "evaluate", "transfer", "report")
 
 
@@ -30,20 +31,22 @@ class Args:
     parts: str = ",".join(PARTS)
     """Comma-separated: train (hours; into --runs), evaluate, transfer (both play agents; into
     --output), report (tables and pictures from what the two have left)."""
-    tasks: str = f"{ABLATED},{PAPER}"
+    tasks: str = f"{ABLATED},{PAPER},{TINY}"
     """Comma-separated tasks."""
     variants: str = "all"
     """Comma-separated: main (the agent itself) and ablations, which are of GSM8K-v0 only: short,
     imitation, every-round, without-RULE, ppo-unmasked; or all."""
     seeds: int = 5
     """Main runs of each task, agent seeds 0 …."""
-    timesteps: int = 12_000_000
-    """Timesteps of a main run, but for Paper-v0."""
-    paper_timesteps: int = 4_000_000
+    timesteps: int = 8_000_000
+    """Timesteps of a main run, but for the two tasks below."""
+    paper_timesteps: int = 3_000_000
     """Timesteps of a main run on Paper-v0."""
+    tiny_timesteps: int = 300_000
+    """Timesteps of a main run on Tiny-v0."""
     ablation_seeds: int = 1
     """Runs of each ablation, agent seeds 0 …."""
-    ablation_timesteps: int = 4_000_000
+    ablation_timesteps: int = 2_000_000
     """Timesteps of an ablation's run."""
     cases: int = 100
     """Held-out cases, seeds 1000000 …."""
@@ -78,7 +81,8 @@ def make_grid(args: Args, tasks: Sequence[str]) -> list[Run]:
     """Return the training runs that the options ask for."""
     every = [MAIN, *ablations()]
     variants = every if args.variants == "all" else read_list("--variants", args.variants, every)
-    timesteps = {task: args.paper_timesteps if task == PAPER else args.timesteps for task in tasks}
+    own = {PAPER: args.paper_timesteps, TINY: args.tiny_timesteps}
+    timesteps = {task: own.get(task, args.timesteps) for task in tasks}
     return grid(
         tasks, variants, timesteps, args.seeds, args.ablation_timesteps, args.ablation_seeds
     )

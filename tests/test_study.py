@@ -42,18 +42,19 @@ def default_grid() -> list[Run]:
 
 
 def test_the_grid_is_what_the_study_needs() -> None:
-    """Both tasks with five seeds; every round; each rule left out; with imitation; no masks."""
+    """All tasks with five seeds; every round; each rule left out; with imitation; no masks."""
     runs = default_grid()
     names = [one.name for one in runs]
-    main = [f"{task}/main/{seed}" for task in ("GSM8K-v0", "Paper-v0") for seed in range(5)]
-    assert names[:10] == main  # in the order of their worth
+    tasks = ("GSM8K-v0", "Paper-v0", "Tiny-v0")
+    main = [f"{task}/main/{seed}" for task in tasks for seed in range(5)]
+    assert names[:15] == main  # in the order of their worth
     rules = load_task("GSM8K-v0").process.rules
     variants = {"short", "imitation", "every-round", "ppo-unmasked"}
     variants |= {f"without-{rule}" for rule in rules}
-    assert set(names[10:]) == {f"GSM8K-v0/{variant}/0" for variant in variants}
-    assert [one.timesteps for one in runs[3:7]] == [12_000_000] * 2 + [4_000_000] * 2
-    assert {one.timesteps for one in runs[10:]} == {4_000_000}
-    assert [one.policy for one in (runs[1], runs[10])] == ["ppo-1", "short-0"]
+    assert set(names[15:]) == {f"GSM8K-v0/{variant}/0" for variant in variants}
+    assert [one.timesteps for one in runs[4:12:5]] == [8_000_000, 3_000_000]
+    assert {one.timesteps for one in runs[15:]} == {2_000_000}
+    assert [one.policy for one in (runs[1], runs[15])] == ["ppo-1", "short-0"]
 
 
 def test_ablations_are_of_one_task_only() -> None:
