@@ -35,6 +35,7 @@ from servegym.agents.record import identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.agents.training import make_model, train
 from servegym.envs import ServegymError, ServingEnv
+from servegym.envs.config import with_overrides
 from servegym.envs.metrics import METRICS
 from servegym.envs.tasks import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
@@ -628,3 +629,10 @@ def test_killed_training_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
 def _steps(folder: Path) -> int:
     found = checkpoints(folder / "checkpoints")
     return int(found[-1].stem) if found else -1
+
+
+def test_references_admit_by_rules_that_the_agent_lacks() -> None:
+    task = with_overrides(TASKS["servegym/Tiny-v0"], {"process": {"rules": ["fcfs"]}})
+    names = list(script.references(task, [900_000]))
+    assert names[0] == "hybrid"
+    assert names[1].startswith("threshold-")
