@@ -9,14 +9,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from servegym.envs.cases import load_case
+from servegym.envs.cases import load_case, make_task_state
 from servegym.envs.config import TaskConfig
 from servegym.envs.decision_process import begin_row, make_rows, step_rows
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import make_case
 from servegym.envs.metrics import Records, episode_metrics, records
 from servegym.envs.serving_env import make_settings
-from servegym.envs.simulator.state import make_state
 
 Predict = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.int64]]
 """Observations (cases, OBSERVATION_SIZE) and masks (cases, actions) to legal actions (cases,)."""
@@ -58,7 +57,7 @@ class Validation:
         self._costs = task.cost.tables(task.cluster.clients)
         self._settings = make_settings(task)
         requests = max(len(case.requests) for case in self._cases)
-        self._state = make_state(len(seeds), requests, task.cluster.clients)
+        self._state = make_task_state(task, len(seeds), requests)
         self._rows = make_rows(len(seeds), 1 + len(task.process.rules))
 
     def play(self, predict: Predict) -> ValidationResult:

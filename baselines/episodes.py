@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.triggers import fires
-from servegym.envs.cases import Case, load_case
+from servegym.envs.cases import Case, load_case, make_task_state
 from servegym.envs.config import TaskConfig
 from servegym.envs.cost_models import CostTables
 from servegym.envs.evaluation import brief
@@ -12,7 +12,7 @@ from servegym.envs.metrics import episode_metrics
 from servegym.envs.simulator.admission import ADMISSION_RULES, admits
 from servegym.envs.simulator.jit import kernel
 from servegym.envs.simulator.loop import advance, decode, prefill
-from servegym.envs.simulator.state import State, make_state
+from servegym.envs.simulator.state import State
 from servegym.envs.simulator.view import view
 
 
@@ -46,7 +46,7 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
     ``policy.every_round``, the task's ``process.decisions = "rounds"`` asks at every round.
     """
     clients = task.cluster.clients
-    state = make_state(1, len(case.requests), clients)
+    state = make_task_state(task, 1, len(case.requests))
     load_case(state, 0, case, policy.prepare(brief(task, case, seed=0)))
     play_loaded(state, task.cost.tables(clients), task, policy)
     return episode_metrics(state, 0)

@@ -23,6 +23,7 @@ from servegym.envs.cost_models import (
 )
 from servegym.envs.cost_presets import cost_preset
 from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.predictors import PREDICTOR_NAMES
 from servegym.envs.reward import REWARDS
 from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.workloads import check_source
@@ -113,11 +114,23 @@ class WorkloadConfig:
 class InformationConfig:
     """``[information]``: what the scheduler knows."""
 
-    output_lengths: Literal["known"] = "known"
-    """Output lengths are known in advance, as in the paper; the only value so far."""
+    output_lengths: Literal["known", "predicted", "unknown"] = "known"
+    """``known`` in advance, as in the paper; ``predicted``: each request's mean and spread; or
+    ``unknown``: only the workload's. The lower bound is always that of true lengths."""
+    predictor: str = "calibrated"
+    """Who predicts: ``calibrated``, a preset of ``PREDICTORS``, or ``column``, the workload file's
+    own ``predicted_output_tokens``. Without meaning unless lengths are ``predicted``."""
+    kendall_tau: float = 0.55
+    """Rank correlation of the ``calibrated`` predictor with the truth, 0 … 1."""
 
     def __post_init__(self) -> None:
         _check_types("information", self)
+        if self.predictor not in PREDICTOR_NAMES:
+            raise unknown("predictor", self.predictor, PREDICTOR_NAMES)
+        if not 0 <= self.kendall_tau <= 1:
+            raise ServegymError(
+                f"information.kendall_tau must lie in 0 … 1, got {self.kendall_tau}"
+            )
 
 
 @dataclass(frozen=True)

@@ -94,11 +94,13 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
 
 
 def brief(task: TaskConfig, case: Case, seed: int) -> Briefing:
-    """Return what a policy is told before it plays a case."""
-    present = int(np.searchsorted(case.requests.arrival_s, 0.0, side="right"))
+    """Return what a policy is told before it plays a case: expected, never true, output lengths."""
+    known = task.information.output_lengths == "known"
+    requests = case.requests if known else case.requests.as_predicted()
+    present = int(np.searchsorted(requests.arrival_s, 0.0, side="right"))
     # Apart from the workload's stream, so that a policy's luck and the instance are independent.
     rng = np.random.default_rng([seed, 1])
-    return Briefing(task, case.requests.first(present), rng)
+    return Briefing(task, requests.first(present), rng)
 
 
 def evaluate(

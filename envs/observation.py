@@ -126,7 +126,7 @@ def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
 def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> None:
     clients = state.clients.shape[2]
     active = state.replicas[e, r].active
-    finishes = state.finishes[e, r]
+    finishes = state.expected[e, r]
     now = state.replicas[e, r].rounds
     first = 17
     for k in range(FINISH_SHARES.size):
@@ -145,12 +145,12 @@ def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> 
 
 @kernel
 def _due_from(state: State, e: int, r: int, due: int) -> int:
-    """Return how many running requests finish at round ``due`` of the decode clock or later.
+    """Return how many running requests should finish at round ``due`` of the decode clock or later.
 
     A binary search whose number of steps depends on the active clients only and that chooses without
     branching: a processor runs the searches of all buckets side by side.
     """
-    finishes = state.finishes[e, r]
+    finishes = state.expected[e, r]
     first = 0
     size = state.replicas[e, r].active
     while size > 0:
@@ -169,7 +169,7 @@ def _observe_patience(
     ``stage_rounds``: client-rounds that the fixed cost of one stage is worth.
     """
     clients = state.clients.shape[2]
-    finishes = state.finishes[e, r]
+    finishes = state.expected[e, r]
     place = state.replicas[e, r].active - 1
     idle = clients - 1 - place
     passed = 0  # rounds from now

@@ -22,7 +22,7 @@ class Briefing:
     """What a policy is told before an episode: the task, and the requests as a scheduler knows them.
 
     ``requests`` holds those present at t = 0, with ids as in the episode (they come first); None if
-    there are none.
+    there are none. Where output lengths are not known, their ``output_tokens`` are the predicted ones.
     """
 
     task: TaskConfig

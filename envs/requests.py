@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,25 +19,34 @@ MAX_TOKENS: Final = 10_000_000
 MAX_ARRIVAL_S: Final = 1e9
 """Latest arrival accepted, in seconds."""
 
+MAX_SPREAD: Final = 5.0
+"""Largest standard deviation of a log length accepted; a factor of 150 either way."""
+
 _REQUIRED: Final = ("prompt_tokens", "output_tokens")
-_OPTIONAL: Final = ("arrival_s", "predicted_output_tokens")
+_OPTIONAL: Final = ("arrival_s", "predicted_output_tokens", "predicted_spread")
 
 
 @dataclass(frozen=True, eq=False)
 class Requests:
     """The requests of one episode, in arrival order: a request's id is its row.
 
+    A prediction is a lognormal distribution of the output length: its mean and the standard
+    deviation of the length's logarithm, 0 where the predictor is certain. Without a spread nobody has
+    predicted, and the predictions are only the true lengths over again.
+
     Raises
     ------
     ServegymError
-        If the arrays differ in length, are empty, hold a token count outside 1 … ``MAX_TOKENS`` or
-        an arrival that is negative, not finite or earlier than the one before it.
+        If the arrays differ in length, are empty, hold a token count outside 1 … ``MAX_TOKENS``, a
+        spread outside 0 … ``MAX_SPREAD`` or an arrival that is negative, not finite or earlier than
+        the one before it.
     """
 
     arrival_s: NDArray[np.float64]  # (requests,) seconds, nondecreasing
     prompt_tokens: NDArray[np.int64]  # (requests,) ≥ 1
     output_tokens: NDArray[np.int64]  # (requests,) ≥ 1, the prefill stage emits the first
-    predicted_output_tokens: NDArray[np.int64]  # (requests,) ≥ 1, what a predictor says of them
+    predicted_output_tokens: NDArray[np.int64]  # (requests,) ≥ 1, mean that a predictor expects
+    predicted_spread: NDArray[np.float64] | None = None  # (requests,) or None: not predicted
 
     def __post_init__(self) -> None:
         if len(self.arrival_s) == 0:
@@ -50,6 +59,15 @@ class Requests:
                 )
             if values.min() < 1 or values.max() > MAX_TOKENS:
                 raise ServegymError(f"{name} must lie in 1 … {MAX_TOKENS}")
+        spread = self.predicted_spread
+        if spread is not None:
+            if len(spread) != len(self.arrival_s):
+                raise ServegymError(
+                    f"predicted_spread has {len(spread)} entries, arrival_s has "
+                    f"{len(self.arrival_s)}"
+                )
+            if not np.all((spread >= 0) & (spread <= MAX_SPREAD)):
+                raise ServegymError(f"predicted_spread must lie in 0 … {MAX_SPREAD:g}")
         if not np.all(np.isfinite(self.arrival_s)) or self.arrival_s[0] < 0:
             raise ServegymError("arrival_s must be finite and ≥ 0")
         if np.any(np.diff(self.arrival_s) < 0):
@@ -62,12 +80,34 @@ class Requests:
         """Return the ``count`` earliest requests, None if that is nobody."""
         if count == 0:
             return None
-        return Requests(*(getattr(self, item.name)[:count] for item in fields(self)))
+        spread = self.predicted_spread
+        return Requests(
+            self.arrival_s[:count],
+            self.prompt_tokens[:count],
+            self.output_tokens[:count],
+            self.predicted_output_tokens[:count],
+            None if spread is None else spread[:count],
+        )
 
     @property
     def decode_rounds(self) -> NDArray[np.int64]:
         """Decode rounds each request needs after its prefill: output tokens − 1, shape (requests,)."""
         return self.output_tokens - 1
+
+    def as_predicted(self) -> Requests:
+        """Return the requests with their predictions in the place of the true lengths.
+
+        Raises
+        ------
+        ServegymError
+            If nobody has predicted them.
+        """
+        if self.predicted_spread is None:
+            raise ServegymError(
+                "these requests have no predicted output lengths; sample_requests and inform "
+                "predict them as the task says"
+            )
+        return replace(self, output_tokens=self.predicted_output_tokens)
 
 
 def make_requests(
@@ -75,10 +115,13 @@ def make_requests(
     output_tokens: ArrayLike,
     arrival_s: ArrayLike | None = None,
     predicted_output_tokens: ArrayLike | None = None,
+    predicted_spread: ArrayLike | None = None,
 ) -> Requests:
     """Sort by arrival (ties keep their order) and fill the optional columns.
 
-    Missing arrivals are 0; missing predictions are the true output lengths.
+    Missing arrivals are 0; missing predictions are the true output lengths. Predictions without a
+    spread get one and the same: the root mean square of log(true / predicted), what a predictor's
+    user knows of its errors in general.
     """
     prompts = _whole("prompt_tokens", prompt_tokens)
     outputs = _whole("output_tokens", output_tokens)
@@ -86,15 +129,38 @@ def make_requests(
     predictions = outputs
     if predicted_output_tokens is not None:
         predictions = _whole("predicted_output_tokens", predicted_output_tokens)
-    if not len(prompts) == len(outputs) == len(arrivals) == len(predictions):
+    spread = None
+    if predicted_spread is not None:
+        if predicted_output_tokens is None:
+            raise ServegymError("predicted_spread needs predicted_output_tokens beside it")
+        spread = np.asarray(predicted_spread, dtype=float)
+    lengths = [len(prompts), len(outputs), len(arrivals), len(predictions)]
+    if len({*lengths, lengths[0] if spread is None else len(spread)}) > 1:
         raise ServegymError(
             f"a workload's columns must be equally long, got {len(prompts)} prompt_tokens, "
             f"{len(outputs)} output_tokens, {len(arrivals)} arrival_s, {len(predictions)} predictions"
+            + ("" if spread is None else f", {len(spread)} spreads")
         )
+    if predicted_output_tokens is not None and spread is None:
+        spread = np.full(len(outputs), _usual_error(outputs, predictions))
     if arrival_s is None:
-        return Requests(arrivals, prompts, outputs, predictions)
+        return Requests(arrivals, prompts, outputs, predictions, spread)
     order = np.argsort(arrivals, kind="stable")
-    return Requests(arrivals[order], prompts[order], outputs[order], predictions[order])
+    return Requests(
+        arrivals[order],
+        prompts[order],
+        outputs[order],
+        predictions[order],
+        None if spread is None else spread[order],
+    )
+
+
+def _usual_error(outputs: NDArray[np.int64], predictions: NDArray[np.int64]) -> float:
+    """Return the root mean square of log(true / predicted), at most ``MAX_SPREAD``."""
+    if len(outputs) == 0 or min(outputs.min(), predictions.min()) < 1:
+        return 0.0  # ``Requests`` says what is wrong
+    errors = np.log(outputs / predictions)
+    return min(float(np.sqrt(np.mean(errors**2))), MAX_SPREAD)
 
 
 def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
@@ -105,14 +171,17 @@ def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
 
 
 def read_requests(path: str | Path) -> Requests:
-    """Read a workload CSV: ``prompt_tokens, output_tokens[, arrival_s, predicted_output_tokens]``.
+    """Read a workload CSV of ``prompt_tokens`` and ``output_tokens``.
+
+    Optional columns: ``arrival_s``, ``predicted_output_tokens`` and, beside it, ``predicted_spread``,
+    the standard deviation of log(true / predicted); see ``make_requests`` for what is missing.
 
     Raises
     ------
     ServegymError
         One line naming the file, the line and the column: missing file, no rows, unknown or missing
         columns, a value that is not a whole number in 1 … 10 million (not a finite time ≥ 0 for
-        ``arrival_s``).
+        ``arrival_s``, not a number in 0 … 5 for ``predicted_spread``).
     """
     path = Path(path)
     table = _read_table(path)
@@ -126,6 +195,10 @@ def read_requests(path: str | Path) -> Requests:
         if name not in _REQUIRED + _OPTIONAL:
             error = unknown("column", name, _REQUIRED + _OPTIONAL)
             raise ServegymError(f"{path}: line 1: {error}")
+    if "predicted_spread" in table.columns and "predicted_output_tokens" not in table.columns:
+        raise ServegymError(
+            f"{path}: line 1: column 'predicted_spread' needs 'predicted_output_tokens' beside it"
+        )
     if len(table) == 0:
         raise ServegymError(f"{path}: the file has a header but no request; add at least one row")
     columns = {name: _column(path, table[name]) for name in table.columns}
@@ -134,6 +207,7 @@ def read_requests(path: str | Path) -> Requests:
         columns["output_tokens"],
         columns.get("arrival_s"),
         columns.get("predicted_output_tokens"),
+        columns.get("predicted_spread"),
     )
 
 
@@ -168,6 +242,9 @@ def _column(path: Path, texts: pd.Series[str]) -> NDArray[np.float64]:
     if texts.name == "arrival_s":
         rule = f"a time in seconds, 0 … {MAX_ARRIVAL_S:g}"
         good = np.isfinite(values) & (values >= 0) & (values <= MAX_ARRIVAL_S)
+    elif texts.name == "predicted_spread":
+        rule = f"a number in 0 … {MAX_SPREAD:g}"
+        good = (values >= 0) & (values <= MAX_SPREAD)
     else:
         rule = f"a whole number in 1 … {MAX_TOKENS}"
         good = (values >= 1) & (values <= MAX_TOKENS) & (np.floor(values) == values)

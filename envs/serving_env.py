@@ -12,7 +12,14 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from servegym.envs.bounds import LowerBound
-from servegym.envs.cases import Case, bound_case, load_case, sample_requests
+from servegym.envs.cases import (
+    Case,
+    bound_case,
+    inform,
+    load_case,
+    make_task_state,
+    sample_requests,
+)
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.decision_process import Settings, begin_row, make_rows, step_row
 from servegym.envs.errors import ServegymError, unknown
@@ -103,6 +110,10 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     The histograms' buckets begin at 0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048 rounds.
     ``servegym.envs.observation.FEATURES`` names every entry.
 
+    Rounds to a finish are expected ones: true where ``information.output_lengths`` is "known", else
+    by the prediction, revised when a request outlives it. No entry depends on a true length before a
+    finish reveals it. Rewards, ``info`` and ``records()`` do: they are not for schedulers to read.
+
     ## Reward
     ``gap`` (default): the return of an episode is exactly −100 · (makespan / lower bound − 1); each
     step's reward is what it lost, in percent of the bound. ``latency``: the return is minus the mean
@@ -162,6 +173,8 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         requests = options.get("requests")
         if requests is None:
             requests = sample_requests(self.task, self.np_random)
+        else:
+            requests = inform(self.task, requests, self.np_random)
         self._load(requests, options.get("plan"), options.get("bound"))
         begin_row(self._state, self.costs, self.settings, self.rows, 0)
         self._over = False
@@ -240,7 +253,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         clients = self.task.cluster.clients
         check_plan(plan, requests, clients)
         if self.state is None or self.state.requests.shape[1] != len(requests):
-            self.state = make_state(1, len(requests), clients)
+            self.state = make_task_state(self.task, 1, len(requests))
         case = Case(requests, bound) if bound else bound_case(self.task, self.costs, requests)
         load_case(self.state, 0, case, plan)
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from servegym.envs.config import (
     ClusterConfig,
+    InformationConfig,
     TaskConfig,
     WorkloadConfig,
     read_task,
@@ -32,6 +33,10 @@ TASKS: Final[dict[str, TaskConfig]] = {
         workload=WorkloadConfig(source="gsm8k-cap512"),
     ),
     "servegym/GSM8K-v0": TaskConfig(name="servegym/GSM8K-v0"),
+    "servegym/GSM8KPredicted-v0": TaskConfig(
+        name="servegym/GSM8KPredicted-v0",
+        information=InformationConfig(output_lengths="predicted", kendall_tau=0.55),
+    ),
 }
 """Task configurations by id; ``gymnasium.make`` takes the same ids."""
 

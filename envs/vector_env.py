@@ -13,13 +13,12 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from servegym.envs.cases import bound_case, load_case, sample_requests
+from servegym.envs.cases import bound_case, load_case, make_task_state, sample_requests
 from servegym.envs.config import TaskConfig
 from servegym.envs.decision_process import begin_row, make_rows, step_rows, step_rows_in_parallel
 from servegym.envs.errors import ServegymError
 from servegym.envs.metrics import episode_metrics
 from servegym.envs.serving_env import ServingEnv
-from servegym.envs.simulator.state import make_state
 
 MAX_ENVIRONMENTS = 1_000_000
 
@@ -68,7 +67,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self._copy = copy
         self._rngs = [seeding.np_random(None)[0] for _ in range(num_envs)]
         requests = len(sample_requests(self.task, np.random.default_rng(0)))
-        self.state = make_state(num_envs, requests, self.task.cluster.clients)
+        self.state = make_task_state(self.task, num_envs, requests)
         self._started = False
 
     def reset(

@@ -122,6 +122,32 @@ def check_source(source: str) -> None:
         )
 
 
+_LENGTHS_SAMPLED: Final = 100_000
+
+
+def output_lengths(source: str) -> Tokens:
+    """Return output lengths that stand for a workload's distribution, in no order that tells more.
+
+    All that is known of a length before anything is predicted: a large sample of a preset, always the
+    same; of a CSV file its column.
+    """
+    check_source(source)
+    if source not in WORKLOAD_PRESETS:
+        return _read_file(source).output_tokens
+    return _sampled_lengths(source)
+
+
+@cache
+def _sampled_lengths(preset: str) -> Tokens:
+    rng = np.random.default_rng(0)
+    return WORKLOAD_PRESETS[preset].sample(_LENGTHS_SAMPLED, rng)[1]
+
+
+def _read_file(source: str) -> Requests:
+    path = Path(source)
+    return _read_once(path, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
 @lru_cache(maxsize=8)
 def _read_once(path: Path, modified_ns: int) -> Requests:
     """Read a file that every episode asks for; ``modified_ns`` tells that it has changed."""
@@ -139,8 +165,7 @@ def make_workload(
     """
     check_source(source)
     if source not in WORKLOAD_PRESETS:
-        path = Path(source)
-        return _read_once(path, path.stat().st_mtime_ns if path.is_file() else 0)
+        return _read_file(source)
     prompts, outputs = WORKLOAD_PRESETS[source].sample(requests, rng)
     if arrival_rate_per_s == 0:
         return make_requests(prompts, outputs)

@@ -27,13 +27,13 @@ from servegym.baselines.episodes import play_loaded
 from servegym.baselines.planner import plan_offline
 from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.registry import make_policy, make_trigger_policy
-from servegym.envs.cases import Case, load_case
+from servegym.envs.cases import Case, load_case, make_task_state
 from servegym.envs.config import ClusterConfig, TaskConfig, WorkloadConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import make_case, play
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.serving_env import ServingEnv
-from servegym.envs.simulator.state import State, make_state
+from servegym.envs.simulator.state import State
 from servegym.envs.summary import to_markdown
 from servegym.envs.tasks import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
@@ -116,7 +116,7 @@ def compiled_episode(task: TaskConfig, name: str) -> CompiledEpisode:
     """Set up the first training case of a task under a trigger policy."""
     policy = make_trigger_policy(name)
     case = make_case(task, 0)
-    state = make_state(1, len(case.requests), task.cluster.clients)
+    state = make_task_state(task, 1, len(case.requests))
     return CompiledEpisode(task, policy, case, state)
 
 

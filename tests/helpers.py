@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from servegym.envs import Requests, ServingEnv, make_requests
-from servegym.envs.config import ClusterConfig, ProcessConfig, TaskConfig
+from servegym.envs.config import ClusterConfig, InformationConfig, ProcessConfig, TaskConfig
 from servegym.envs.cost_models import (
     AffineDecode,
     AffinePrefill,
@@ -42,11 +42,18 @@ def make_env(
     clients: int,
     costs: StageCosts = UNIT_COSTS,
     max_prefill_tokens: int = 0,
+    lengths: Literal["known", "predicted", "unknown"] = "known",
     **process: Any,
 ) -> ServingEnv:
     """An environment whose instances are given to `reset(options=…)`."""
     cluster = ClusterConfig(clients=clients, max_prefill_tokens=max_prefill_tokens)
-    task = TaskConfig("test", cluster=cluster, cost=costs, process=ProcessConfig(**process))
+    task = TaskConfig(
+        "test",
+        cluster=cluster,
+        cost=costs,
+        information=InformationConfig(output_lengths=lengths),
+        process=ProcessConfig(**process),
+    )
     return ServingEnv(task)
 
 

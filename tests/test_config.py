@@ -74,6 +74,13 @@ BAD_VALUES = [
     # one of a few
     ("information", "output_lengths", '"knwon"', "did you mean 'known'?", '"known"'),
     ("information", "output_lengths", "1", "choose from known", '"known"'),
+    ("information", "output_lengths", '"predictd"', "did you mean 'predicted'?", '"predicted"'),
+    ("information", "predictor", '"bert-5clas"', "did you mean 'bert-5class'?", '"bert-5class"'),
+    ("information", "predictor", "5", "a text, got 5", '"column"'),
+    ("information", "kendall_tau", "-0.01", "0 … 1, got -0.01", "0"),
+    ("information", "kendall_tau", "1.01", "0 … 1, got 1.01", "1"),
+    ("information", "kendall_tau", "nan", "0 … 1, got nan", "0.5"),
+    ("information", "kendall_tau", '"high"', "a number, got 'high'", "0.69"),
     ("process", "decisions", '"round"', "did you mean 'rounds'?", '"rounds"'),
     ("process", "decisions", "true", "choose from events, rounds", '"events"'),
     # lists

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -30,13 +30,17 @@ SMALL = with_overrides(
 )
 ROUNDS = {"process": {"decisions": "rounds"}}
 
-MANY = instance(*((5, 2 + 3 * k % 11) for k in range(12)))
+ROWS = [(5, 2 + 3 * k % 11) for k in range(12)]
+MANY = instance(*ROWS)
 """Twelve requests of 1 to 11 tokens after the first, all present."""
 
+PREDICTED = instance(*ROWS, predicted=[3 + k % 4 for k in range(12)])
+"""The same; some of those that run have outlived their prediction when the first finishes."""
 
-def middle(requests: Requests) -> ServingEnv:
+
+def middle(requests: Requests, lengths: Literal["known", "predicted"] = "known") -> ServingEnv:
     """An environment at its second decision point: of three clients one has finished."""
-    env = make_env(3)
+    env = make_env(3, lengths=lengths)
     start(env, requests)
     env.step(1 + env.task.process.rules.index("fcfs"))
     assert env.view().active == 2
@@ -50,6 +54,7 @@ def content(state: State) -> dict[str, Any]:
     clients = state.clients.shape[2]
     arrays = state._asdict() | {
         "finishes": state.finishes[0, 0, :active],
+        "expected": state.expected[0, 0, :active],
         "idle": state.idle[0, 0, : clients - active],
     }
     named: dict[str, Any] = {}
@@ -82,12 +87,13 @@ def test_with_known_lengths_the_imagined_episode_is_the_real_one() -> None:
 
 
 def test_the_imagined_episode_holds_no_true_length() -> None:
-    env = middle(MANY)
+    env = middle(PREDICTED, "predicted")
     before = deepcopy(content(env.imagine()))
     state = state_of(env)
     rows = state.requests[0]
     waiting = np.flatnonzero(rows["phase"] == WAITING)
     running = np.flatnonzero(rows["phase"] == RUNNING)
+    assert len(running) > 1
     # Another truth behind the same expectations: waiting lengths in another order, running ones
     # longer, by different amounts, so that they finish in another order, too.
     rows["decode_rounds"][waiting] = rows["decode_rounds"][waiting][::-1]
@@ -97,21 +103,32 @@ def test_the_imagined_episode_holds_no_true_length() -> None:
     rows["decode_rounds"][finishes["request"]] += later
     finishes["due"] += later
     finishes[:] = finishes[::-1].copy()
-    replica["due_sum"] += later.sum()
     state.episodes[0]["bound_s"] *= 2
     assert_same(before, content(env.imagine()))
 
 
-def test_a_request_that_outlives_its_expectation_is_believed_to_end_next_round() -> None:
-    env = middle(MANY)
-    state = state_of(env)
-    running = np.flatnonzero(state.requests[0]["phase"] == RUNNING)
-    state.requests[0]["expected_rounds"][running] = 0
-    state.clients[0, 0]["expected_end"] = 0
-    imagined = env.imagine()
-    now = imagined.replicas[0, 0]["rounds"]
-    assert imagined.finishes[0, 0, : len(running)]["due"].tolist() == [now + 1] * len(running)
-    assert imagined.finishes[0, 0, : len(running)]["request"].tolist() == sorted(running)[::-1]
+def test_in_imagination_requests_finish_when_they_should() -> None:
+    env = middle(PREDICTED, "predicted")
+    state, imagined = state_of(env), env.imagine()
+    active = env.view().active
+    expected = state.expected[0, 0, :active]
+    assert expected.tolist() == imagined.finishes[0, 0, :active].tolist()
+    assert expected.tolist() != state.finishes[0, 0, :active].tolist()
+    order = expected["request"]
+    admitted = state.finishes[0, 0, :active]["due"].copy()  # decode clock of each one's stage
+    truth = state.finishes[0, 0, :active]["request"]
+    admitted -= state.requests[0]["decode_rounds"][truth]
+    stage = dict(zip(truth.tolist(), admitted.tolist(), strict=True))
+    lengths = imagined.requests[0]["decode_rounds"]
+    assert [stage[i] + lengths[i] for i in order.tolist()] == expected["due"].tolist()
+
+
+@pytest.mark.parametrize("lengths", ["predicted", "unknown"])
+def test_an_imagined_episode_plays_to_its_end(lengths: str) -> None:
+    """Under every rule's stages: nothing of the truth is left that could stall or end it early."""
+    task = with_overrides(SMALL, {"information": {"output_lengths": lengths}})
+    episode = play(task, "rollout", make_policy("rollout-2"), make_case(task, 3), 3)
+    assert np.isfinite(episode.records.finished_s).all()
 
 
 def test_what_has_not_arrived_is_not_imagined() -> None:

@@ -145,12 +145,12 @@ def _aligned(state: State, e: int, r: int) -> int:
     """Return the waiting request with the best score L − α · pad.
 
     L is its expected rounds, pad the rounds from its finish to the next target at or after it; a
-    target is when several running requests finish together. Candidates are the longer half of those
+    target is when several running requests should finish together. Candidates are the longer half of those
     waiting that finish by the last target; without any, and for the last two requests per client, the
     longest goes first. Between two targets the score grows with L, so only the longest request that
     finishes by each target can win: one search a target.
     """
-    replica, finishes = state.replicas[e, r], state.finishes[e, r]
+    replica, finishes = state.replicas[e, r], state.expected[e, r]
     waiting = state.episodes[e].waiting
     best = _waiting_at(state, e, waiting - 1)
     if waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:

@@ -6,7 +6,6 @@ import numpy as np
 
 from servegym.envs.simulator.jit import kernel
 from servegym.envs.simulator.order import add
-from servegym.envs.simulator.physics import sort_keys
 from servegym.envs.simulator.state import WAITING, Records, State
 
 
@@ -14,7 +13,8 @@ from servegym.envs.simulator.state import WAITING, Records, State
 def copy_row(source: State, e: int, target: State, f: int) -> None:
     """Copy the episode in row ``e`` of ``source`` into row ``f`` of ``target``, made for as many.
 
-    Only what an episode is made of: scratch arrays and what lies behind its requests stay.
+    Only what an episode is made of: scratch arrays and what lies behind its requests stay. Both
+    states are made for known lengths; what is believed beside the truth is not copied.
     """
     n = source.episodes[e].requests
     target.episodes[f] = source.episodes[e]
@@ -43,10 +43,9 @@ def _copy(source: Records, target: Records, count: int) -> None:
 def imagine_row(source: State, e: int, target: State, f: int) -> None:
     """Copy row ``e`` of ``source`` as its scheduler believes it to be into row ``f`` of ``target``.
 
-    Lengths that are still open are the expected ones; a running request that has outlived its
-    expectation is believed to finish in the next round. Requests that have not arrived are left
-    out: the imagined episode ends with those present. Its lower bound, credits and reported loss
-    are 0, as the true ones depend on true lengths.
+    ``target`` is made for known lengths: in imagination the expected ones are the truth. Requests
+    that have not arrived are left out: the imagined episode ends with those present. Its lower bound,
+    credits and reported loss are 0, as the true ones depend on true lengths.
     """
     copy_row(source, e, target, f)
     episode = target.episodes[f]
@@ -54,14 +53,14 @@ def imagine_row(source: State, e: int, target: State, f: int) -> None:
     episode.round_credit_s = 0.0
     episode.prompt_credit_s = 0.0
     episode.reported_loss = 0.0
+    episode.lengths_known = 1
     if episode.arrived < episode.requests:
         _forget_future(target, f)
     for i in range(episode.arrived):
         request = target.requests[f, i]
-        if request.phase == WAITING:
-            request.decode_rounds = request.expected_rounds
+        request.decode_rounds = request.expected_rounds
     for r in range(target.replicas.shape[1]):
-        _expect_finishes(target, f, r)
+        _copy(source.expected[e, r], target.finishes[f, r], target.replicas[f, r].active)
 
 
 @kernel
@@ -91,26 +90,3 @@ def _forget_future(state: State, e: int) -> None:
         request.rank = 0
         request.bucket = 0
     episode.requests = episode.arrived
-
-
-@kernel
-def _expect_finishes(state: State, e: int, r: int) -> None:
-    """Put the running requests' expected finishes in the place of the true ones."""
-    replica, finishes = state.replicas[e, r], state.finishes[e, r]
-    active = replica.active
-    span = state.requests.shape[1]
-    keys = state.keys[e, :active]  # rounds left and id of each in one sortable number
-    for k in range(active):
-        i = finishes[k].request
-        request = state.requests[e, i]
-        expected_end = state.clients[e, r, request.client].expected_end
-        left = max(expected_end - replica.rounds, 1)
-        request.decode_rounds = request.expected_rounds + replica.rounds + left - expected_end
-        keys[k] = left * span + i
-    sort_keys(keys)
-    replica.due_sum = 0
-    for k in range(active):
-        key = keys[active - 1 - k]
-        finishes[k].due = replica.rounds + key // span
-        finishes[k].request = key % span
-        replica.due_sum += finishes[k].due

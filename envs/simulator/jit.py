@@ -35,6 +35,11 @@ def kernel(function: Function) -> Function:
     return _cached(function, _nrt=False, forceinline=True)
 
 
+def rare_kernel(function: Function) -> Function:
+    """Do as ``kernel`` for what only some tasks run; called as usual, so that callers stay small."""
+    return _cached(function, _nrt=False)
+
+
 def allocating_kernel(function: Function) -> Function:
     """Do as ``kernel`` for a function that makes arrays or draws random numbers; called as usual."""
     return _cached(function, _nrt=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.cost_models import CostTables
+from servegym.envs.simulator.beliefs import expect_admitted, reveal, revise
 from servegym.envs.simulator.jit import allocating_kernel, kernel
 from servegym.envs.simulator.order import add
 from servegym.envs.simulator.state import (
@@ -116,10 +117,12 @@ def _count_waiting(state: State, e: int, i: int, sign: int) -> None:
 @kernel
 def pick(state: State, e: int, r: int, client: int, i: int) -> None:
     """Take waiting request ``i`` out of the queues and give it to a client."""
-    request = state.requests[e, i]
+    request, replica = state.requests[e, i], state.replicas[e, r]
     _count_waiting(state, e, i, -1)
     state.clients[e, r, request.plan_client].queue_rounds -= request.expected_rounds
-    state.clients[e, r, client].expected_end = state.replicas[e, r].rounds + request.expected_rounds
+    expected_end = replica.rounds + request.expected_rounds
+    state.clients[e, r, client].expected_end = expected_end
+    replica.due_sum += expected_end
     request.phase = RUNNING
     request.client = client
 
@@ -147,6 +150,8 @@ def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) 
         state.requests[e, i].admitted_s = start_s
         state.requests[e, i].first_token_s = replica.clock_s
     _schedule_finishes(state, e, r, admitted)
+    if not episode.lengths_known:
+        expect_admitted(state, e, r, admitted)
     _finish_due(state, e, r)
     receive_arrivals(state, e, r)
 
@@ -176,7 +181,6 @@ def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
             running -= 1
         finishes[place].due = due
         finishes[place].request = i
-        replica.due_sum += due
         place -= 1
         merged += 1
 
@@ -209,8 +213,12 @@ def _later(finish: Records, due: int, i: int) -> bool:
 
 @kernel
 def _finish_due(state: State, e: int, r: int) -> None:
-    """Finish every running request whose last token the stage that just ended has emitted."""
+    """Finish every running request whose last token the stage that just ended has emitted.
+
+    Whoever has not finished by now although it should have gets a new expected finish.
+    """
     replica = state.replicas[e, r]
+    known = state.episodes[e].lengths_known
     while replica.active > 0:
         finish = state.finishes[e, r, replica.active - 1]
         if finish.due > replica.rounds:
@@ -219,15 +227,19 @@ def _finish_due(state: State, e: int, r: int) -> None:
         request.phase = FINISHED
         request.finished_s = replica.clock_s
         replica.cached_tokens -= request.prompt_tokens + request.decode_rounds + 1
-        replica.due_sum -= finish.due
+        if not known:
+            reveal(state, e, r, finish.request)
         _leave_idle(state, e, r, request.client)
         state.episodes[e].finished += 1
+    if not known:
+        revise(state, e, r)
 
 
 @kernel
 def _leave_idle(state: State, e: int, r: int, client: int) -> None:
     """Put a client whose request has finished among the idle ones."""
     replica, idle = state.replicas[e, r], state.idle[e, r]
+    replica.due_sum -= state.clients[e, r, client].expected_end
     state.clients[e, r, client].expected_end = 0
     place = state.clients.shape[2] - replica.active
     while place > 0 and idle[place - 1] > client:
@@ -239,7 +251,7 @@ def _leave_idle(state: State, e: int, r: int, client: int) -> None:
 
 @kernel
 def rounds_to_next_finish(state: State, e: int, r: int) -> int:
-    """Return the decode rounds until the next request finishes; a client must be active."""
+    """Return the true decode rounds to the next finish; a client must be active. Physics only."""
     replica = state.replicas[e, r]
     return state.finishes[e, r, replica.active - 1].due - replica.rounds
 

@@ -3,6 +3,9 @@
 E environments × R replicas × J clients × I requests (the most any environment holds). Everything a
 kernel reads or writes during an episode is here; nothing is allocated while it runs, but for small
 scratch. About 72 bytes per request.
+
+What the scheduler believes stands beside the truth: ``expected_rounds`` beside ``decode_rounds``,
+``expected`` beside ``finishes``. Where output lengths are known, the last two are one array.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ EPISODE: Final = np.dtype(
     [
         # The instance, written by ``load`` and ``write_credits``.
         ("requests", np.int64),  # how many requests the episode has
+        ("lengths_known", np.int64),  # 1: expected lengths are the true ones; else 0
         ("bound_s", np.float64),  # lower bound of the makespan
         ("round_credit_s", np.float64),  # share of the bound that one request-round earns
         ("prompt_credit_s", np.float64),  # share of the bound that one prompt token earns
@@ -66,7 +70,7 @@ REQUEST: Final = np.dtype(
         ("arrival_s", np.float64),
         ("prompt_tokens", np.int32),
         ("decode_rounds", np.int32),  # true output tokens − 1: physics only
-        ("expected_rounds", np.int32),  # what the scheduler believes: rules only
+        ("expected_rounds", np.int32),  # what the scheduler believes by now: rules only
         ("rank", np.int32),  # place in ``by_length``
         ("plan_client", np.int32),  # or NOBODY
         ("plan_next", np.int32),  # the next in the same queue, or NOBODY
@@ -87,7 +91,7 @@ REPLICA: Final = np.dtype(
         ("rounds", np.int64),  # decode rounds run so far: the decode clock
         ("active", np.int64),  # clients that hold a request
         ("cached_tokens", np.int64),
-        ("due_sum", np.int64),  # Σ over running of the decode clock at which each finishes
+        ("due_sum", np.int64),  # Σ expected_end over the running
         ("idle_wait_s", np.float64),  # idle client-seconds since the last prefill, work waiting
         ("prefill_stages", np.int64),
         ("prefill_s", np.float64),
@@ -108,6 +112,9 @@ CLIENT: Final = np.dtype(
 )
 
 FINISH: Final = np.dtype([("due", np.int64), ("request", np.int64)])
+
+BELIEF: Final = np.dtype([("log_median", np.float64), ("spread", np.float64)])
+"""A lognormal distribution of output tokens: log of its median, standard deviation of the log."""
 
 
 Records = Any
@@ -130,14 +137,27 @@ class State(NamedTuple):
     replicas: Records  # (E, R) REPLICA
     clients: Records  # (E, R, J) CLIENT
     idle: NDArray[np.int32]  # (E, R, J) the idle clients, ascending; [: J − active]
-    finishes: Records  # (E, R, J) FINISH of the running, latest first; [:active]
+    finishes: Records  # (E, R, J) FINISH of the running, latest first; [:active]; physics only
+    expected: Records  # (E, R, J) the same as the scheduler believes; ``finishes`` if known
+    beliefs: Records  # (E, I) BELIEF at first, by id; (E, 0) if known
     picked: NDArray[np.int32]  # (E, J) scratch: the requests one prefill stage admits
     keys: NDArray[np.int64]  # (E, J) scratch: what the admitted are sorted by
 
 
-def make_state(environments: int, requests: int, clients: int, replicas: int = 1) -> State:
-    """Allocate the state of ``environments`` episodes of up to ``requests`` requests each."""
+def make_state(
+    environments: int,
+    requests: int,
+    clients: int,
+    replicas: int = 1,
+    *,
+    lengths_known: bool = True,
+) -> State:
+    """Allocate the state of ``environments`` episodes of up to ``requests`` requests each.
+
+    With ``lengths_known`` schedulers see true output lengths, else those that the requests predict.
+    """
     e, i, j, r = environments, requests, clients, replicas
+    finishes = _records(e, r, j, dtype=FINISH)
     return State(
         episodes=_records(e, dtype=EPISODE),
         requests=_records(e, i, dtype=REQUEST),
@@ -148,7 +168,9 @@ def make_state(environments: int, requests: int, clients: int, replicas: int = 1
         replicas=_records(e, r, dtype=REPLICA),
         clients=_records(e, r, j, dtype=CLIENT),
         idle=np.zeros((e, r, j), np.int32),
-        finishes=_records(e, r, j, dtype=FINISH),
+        finishes=finishes,
+        expected=finishes if lengths_known else _records(e, r, j, dtype=FINISH),
+        beliefs=_records(e, 0 if lengths_known else i, dtype=BELIEF),
         picked=np.zeros((e, j), np.int32),
         keys=np.zeros((e, j), np.int64),
     )
@@ -170,16 +192,28 @@ def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
 
     Without a plan the requests present at t = 0 go longest first to the least loaded client. The
     bound and the reward's credits are the caller's to write.
+
+    Raises
+    ------
+    ServegymError
+        If the state is for unknown lengths and nobody has predicted those of the requests.
     """
+    known = state.expected is state.finishes
+    n, rounds = len(requests), requests.decode_rounds
+    expected = rounds if known else requests.as_predicted().decode_rounds
+    spread = requests.predicted_spread
     state.episodes[e] = np.zeros((), EPISODE)
     state.replicas[e] = np.zeros((), REPLICA)
     state.waiting_lengths[e] = 0
     state.waiting_tree[e] = 0
+    state.episodes[e].lengths_known = known
+    if not known and spread is not None:
+        state.beliefs[e, :n].spread = spread
+        state.beliefs[e, :n].log_median = np.log(requests.predicted_output_tokens) - spread**2 / 2
     # Among equal lengths the later request is "shorter", so that longest-first serves in order.
-    n, rounds = len(requests), requests.decode_rounds
-    order = n - 1 - np.sort(rounds * n + np.arange(n)[::-1]) % n  # faster than argsort
+    order = n - 1 - np.sort(expected * n + np.arange(n)[::-1]) % n  # faster than argsort
     _free_clients(state, e)
-    _write_requests(state, e, requests.arrival_s, requests.prompt_tokens, rounds, order)
+    _write_requests(state, e, requests.arrival_s, requests.prompt_tokens, rounds, expected, order)
     if plan is None:
         plan_greedily(state, e, 0)
     else:
@@ -206,14 +240,15 @@ def _write_requests(
     arrival_s: NDArray[np.float64],
     prompt_tokens: NDArray[np.int64],
     decode_rounds: NDArray[np.int64],
+    expected_rounds: NDArray[np.int64],
     order: NDArray[np.int64],
 ) -> None:
-    """Write the requests, none of them arrived; ``order`` is by length, shortest first."""
+    """Write the requests, none of them arrived; ``order``: shortest expected length first."""
     state.episodes[e].requests = order.size
     bucket = 0
     for rank in range(order.size):
         i = order[rank]
-        rounds = decode_rounds[i]
+        rounds = expected_rounds[i]
         while bucket + 1 < LENGTH_BUCKETS.size and LENGTH_BUCKETS[bucket + 1] <= rounds:
             bucket += 1
         state.by_length[e, rank] = i
@@ -221,7 +256,7 @@ def _write_requests(
         request = state.requests[e, i]
         request.arrival_s = arrival_s[i]
         request.prompt_tokens = prompt_tokens[i]
-        request.decode_rounds = rounds
+        request.decode_rounds = decode_rounds[i]
         request.expected_rounds = rounds
         request.rank = rank
         request.bucket = bucket

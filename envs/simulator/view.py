@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from servegym.envs.cost_models import CostTables
 from servegym.envs.simulator.jit import kernel
-from servegym.envs.simulator.physics import decode_seconds, prefill_seconds, rounds_to_next_finish
+from servegym.envs.simulator.physics import decode_seconds, prefill_seconds
 from servegym.envs.simulator.state import State
 
 
@@ -22,7 +22,7 @@ class DecisionView(NamedTuple):
     clock_s: float
     idle_wait_s: float  # idle client-seconds since the last prefill stage, while requests waited
     round_s: float  # the next decode round
-    rounds_to_finish: int  # until the next running request finishes (0: none runs)
+    rounds_to_finish: int  # until the next running request should finish (0: none runs)
     seconds_to_finish: float
     prefill_s: float  # a stage that fills the idle clients with waiting prompts of mean length
     prefill_fixed_s: float  # the part of it that its tokens do not explain
@@ -36,7 +36,7 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
     active = replica.active
     idle = clients - active
     waiting = episode.waiting
-    rounds = rounds_to_next_finish(state, e, r) if active > 0 else 0
+    rounds = state.expected[e, r, active - 1].due - replica.rounds if active > 0 else 0
     prefill_s = 0.0
     fixed_s = 0.0
     if waiting > 0:
