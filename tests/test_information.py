@@ -451,6 +451,23 @@ def test_nothing_leaks_under_any_actions(
             break
 
 
+def test_aligned_aims_at_expected_finishes() -> None:
+    """Two that run truly finish together, or not; the rule picks the same request."""
+    predicted = [3, 20, 20, *range(4, 9), *range(4, 9), 12, 13]
+    envs = []
+    for together in (9, 12):
+        outputs = [2, 9, together, *predicted[3:]]
+        rows = [(5, output) for output in outputs]
+        env = make_env(3, lengths="predicted", decisions="rounds")
+        start(env, instance(*rows, predicted=predicted))
+        env.step(1 + env.task.process.rules.index("fcfs"))
+        assert env.view().idle == 1
+        env.step(1 + env.task.process.rules.index("aligned"))
+        envs.append(env)
+    admitted = [np.flatnonzero(np.isfinite(env.records().admitted_s)).tolist() for env in envs]
+    assert admitted[0] == admitted[1] == [0, 1, 2, len(predicted) - 1]
+
+
 def test_a_briefing_holds_predictions_only() -> None:
     case = make_case(SMALL, 0)
     told = brief(SMALL, case, 0).requests
