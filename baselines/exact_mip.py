@@ -1,48 +1,42 @@
 """The joint problem of small cases as a time-indexed mixed-integer program, solved by HiGHS.
 
-With t = 0 … H a decode clock, k = 0 … K − 1 the stages at one clock, q a kind of requests:
+With t = 0 … H a decode clock, b a batch (a number of requests of each kind) and J clients:
 
-* x[q, t, k] requests of kind q start at clock t in stage k (whole, at most their number);
-* o[t, k] = 1 where that stage is run; it costs the overhead and an affine prefill's base;
+* z[t, b]: stages at clock t that admit batch b, at its seconds. Requests of a kind that start at t, the
+  x[i, t] of the usual program, are sums of these; a batch in place of a token level makes the program
+  exact for every cost model and token budget.
 * y[t, n] = 1 where round t has n active clients, at b(n) seconds; where rounds count alone
-  (``JointProblem.counts_rounds``) only n = J, at b₀ seconds, and "at most" in place of "exactly";
-* levelled prefill: z[t, k, l] = 1 for the level, u[t, k] whole top levels before it; affine prefill with
-  a floor: f[t, k] ≥ 0 seconds that the floor adds.
+  (``JointProblem.counts_rounds``) only n = J, at b₀ seconds, with "at most" in place of "exactly".
+* w[t, m] = 1 where a stage at clock t admits m requests without rounds. These leave at once, so that
+  several stages at a clock may hold more than J requests; most such requests first is the order that
+  fits if any does, and each stage must then find its places.
 
-Every request starts once; those running into clock t and those admitted up to stage k fit on J clients
-(requests of no rounds leave at once); a stage that is not run admits nobody. Cuts: no round without one
-before it, Σ o ≥ ⌈I/J⌉, Σ y ≥ the bound on rounds, y[t] ≥ the share of a kind that runs at t.
-
-H comes from a known schedule: more rounds cost more than it. K = 1 + the number of requests without
-rounds where two stages cost no less than one of both (they can be merged where both fit at once, and
-they do if all their members run on); else every request at a clock may have a stage of its own.
-The program is exact for every cost model of ``CostTables``.
+Every request starts once; n requests whose rounds include round t are active in it. Cuts: no round
+without one before it; stages and rounds at least those of ``servegym.envs.bounds`` (⌈I/J⌉; area,
+longest, pigeonhole). H comes from a known schedule: more rounds would cost more than it does.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 from typing import Final
 
 import highspy
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csc_array
 
-from servegym.baselines.exact_problem import JointProblem, Schedule, replay
+from servegym.baselines.exact_problem import JointProblem, Schedule, count_batches, replay
 from servegym.baselines.highs import silent_highs, solve_interruptibly
+from servegym.envs.bounds import lower_bound
 from servegym.envs.errors import ServegymError
-from servegym.envs.makespan_bound import rounds_lower_bound
 
-MAX_STARTS: Final = 20_000
-"""Most variables x; a program of this size takes seconds to build and, most often, hours to solve."""
-
-_MOST_TOKENS: Final = 20_000  # tokens of a stage up to which levels are compared in pairs
+MAX_STAGES: Final = 200_000
+"""Most variables z; larger programs take longer to build than small cases take to solve."""
 
 _TOLERANCE: Final = 1e-6  # relative; what the solver's bound may be too high by
-
-Term = tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -56,42 +50,45 @@ class MipOptimum:
 
 @dataclass
 class _Program:
-    """Columns and rows as they are added; all columns begin at 0."""
+    """Columns, all of whole numbers ≥ 0, and rows as they are added."""
 
-    cost: list[float] = field(default_factory=list)
+    costs: list[NDArray[np.float64]] = field(default_factory=list)
+    uppers: list[NDArray[np.float64]] = field(default_factory=list)
+    lower: list[float] = field(default_factory=list)
     upper: list[float] = field(default_factory=list)
-    whole: list[bool] = field(default_factory=list)
-    bounds: list[tuple[float, float]] = field(default_factory=list)
-    entries: list[tuple[int, int, float]] = field(default_factory=list)
+    entries: list[NDArray[np.float64]] = field(default_factory=list)
+    columns: int = 0
 
-    def column(self, cost: float, upper: float, *, whole: bool = True) -> int:
-        self.cost.append(cost)
+    def add_columns(self, costs: ArrayLike, upper: ArrayLike) -> NDArray[np.int64]:
+        """Add columns and return their places."""
+        cost = np.asarray(costs, dtype=float)
+        self.costs.append(cost)
+        self.uppers.append(np.broadcast_to(np.asarray(upper, dtype=float), cost.shape))
+        self.columns += len(cost)
+        return np.arange(self.columns - len(cost), self.columns)
+
+    def add_row(self, lower: float, upper: float, *terms: tuple[ArrayLike, ArrayLike]) -> None:
+        """Add lower ≤ Σ values · columns ≤ upper; each term is columns and their values."""
+        for columns, values in terms:
+            places = np.atleast_1d(np.asarray(columns))
+            entry = np.stack(np.broadcast_arrays(len(self.lower), places, values), axis=1)
+            self.entries.append(entry[entry[:, 2] != 0].astype(float))
+        self.lower.append(lower)
         self.upper.append(upper)
-        self.whole.append(whole)
-        return len(self.cost) - 1
 
-    def row(self, lower: float, upper: float, terms: list[Term]) -> None:
-        self.entries += [(len(self.bounds), column, value) for column, value in terms]
-        self.bounds.append((lower, upper))
-
-    def at_most(self, upper: float, terms: list[Term]) -> None:
-        self.row(-math.inf, upper, terms)
-
-    def at_least(self, lower: float, terms: list[Term]) -> None:
-        self.row(lower, math.inf, terms)
-
-    def lowered(self) -> highspy.HighsLp:
-        rows, columns, values = (np.array(part) for part in zip(*self.entries, strict=True))
-        shape = (len(self.bounds), len(self.cost))
-        matrix = csc_array((values, (rows.astype(int), columns.astype(int))), shape=shape)
-        kinds = highspy.HighsVarType
+    def lowered(self, scale: float) -> highspy.HighsLp:
+        """Return the program with all costs times ``scale``."""
+        row, column, value = np.concatenate(self.entries).T
+        shape = (len(self.lower), self.columns)
+        matrix = csc_array((value, (row.astype(int), column.astype(int))), shape=shape)
         program = highspy.HighsLp()
         program.num_row_, program.num_col_ = shape
-        program.col_cost_ = np.array(self.cost)
-        program.col_lower_ = np.zeros(len(self.cost))
-        program.col_upper_ = np.array(self.upper)
-        program.row_lower_, program.row_upper_ = np.array(self.bounds).T
-        program.integrality_ = [kinds.kInteger if w else kinds.kContinuous for w in self.whole]
+        program.col_cost_ = np.concatenate(self.costs) * scale
+        program.col_lower_ = np.zeros(self.columns)
+        program.col_upper_ = np.concatenate(self.uppers)
+        program.row_lower_ = np.array(self.lower)
+        program.row_upper_ = np.array(self.upper)
+        program.integrality_ = [highspy.HighsVarType.kInteger] * self.columns
         program.a_matrix_.format_ = highspy.MatrixFormat.kColwise
         program.a_matrix_.start_ = matrix.indptr
         program.a_matrix_.index_ = matrix.indices
@@ -99,8 +96,19 @@ class _Program:
         return program
 
 
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """All stages; K kinds, longest request of D rounds."""
+
+    taken: NDArray[np.int64]  # (B, K) requests of each kind
+    seconds: NDArray[np.float64]  # (B,)
+    running: NDArray[np.int64]  # (B, D + 1) members that run in the n-th round after the stage
+    brief: NDArray[np.int64]  # (B,) members without rounds
+    copies: NDArray[np.int64]  # (B,) how often there are requests for it
+
+
 def solve_joint_mip(problem: JointProblem, known: Schedule, time_limit_s: float) -> MipOptimum:
-    """Look for the cheapest schedule; ``known`` is any one, its cost limits the rounds.
+    """Look for the cheapest schedule; the cost of ``known``, any one, limits the rounds.
 
     Raises
     ------
@@ -109,38 +117,35 @@ def solve_joint_mip(problem: JointProblem, known: Schedule, time_limit_s: float)
     """
     known_s = replay(problem, known) - problem.constant_s
     horizon = _horizon(problem, known_s)
-    stages = _stages_at_a_clock(problem)
-    starts = len(problem.kinds.count) * (horizon + 1) * stages
-    if starts > MAX_STARTS:
+    stages = count_batches(problem.kinds.count.tolist(), problem.clients) * (horizon + 1)
+    if stages > MAX_STAGES:
         raise ServegymError(
-            f"{len(problem.requests)} requests of these lengths on {problem.clients} clients are too "
-            f"many for the exact program: {starts} variables for starts, it can do {MAX_STARTS}"
+            f"{len(problem.requests)} requests on {problem.clients} clients are too many for the "
+            f"exact program: up to {stages} different stages in {horizon} rounds, it can do "
+            f"{MAX_STAGES}"
         )
-    program, start = _build(problem, horizon, stages)
+    batches = _batches(problem)
     model = silent_highs()
     model.setOptionValue("time_limit", float(time_limit_s))
     model.setOptionValue("mip_rel_gap", 0.0)
     model.setOptionValue("mip_abs_gap", 1e-9)
-    # Seconds of kernels are milliseconds: scaled so that tolerances are relative to the whole.
-    scale = 1.0 / known_s
-    lowered = program.lowered()
-    lowered.col_cost_ = np.array(program.cost) * scale
-    model.passModel(lowered)
+    # The solver's tolerances are absolute: scaled so that the known schedule costs 1.
+    model.passModel(_build(problem, batches, horizon).lowered(1.0 / known_s))
     solve_interruptibly(model)
     info = model.getInfo()
     finished = model.getModelStatus() == highspy.HighsModelStatus.kOptimal
     bound = info.mip_dual_bound if math.isfinite(info.mip_dual_bound) else 0.0
     schedule = None
     if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
-        values = np.rint(np.array(model.getSolution().col_value)[start]).astype(np.int64)
-        schedule = _schedule(problem, values)
+        values = np.rint(model.getSolution().col_value).astype(np.int64)
+        stage = values[: len(batches.taken) * (horizon + 1)]
+        schedule = _schedule(problem, batches, stage.reshape(horizon + 1, -1))
     return MipOptimum(schedule, max(0.0, bound - _TOLERANCE) * known_s, finished)
 
 
 def _horizon(problem: JointProblem, known_s: float) -> int:
     """Return the most decode rounds that a schedule as cheap as the known one can have."""
-    rounds = problem.requests.decode_rounds
-    work = int(rounds.sum())
+    work = int(problem.requests.decode_rounds.sum())
     if problem.counts_rounds:
         base_s, slope_s = problem.decode_line
         known_s -= slope_s * work
@@ -151,182 +156,116 @@ def _horizon(problem: JointProblem, known_s: float) -> int:
     return math.floor(known_s / base_s * (1 + 1e-9))
 
 
-def _stages_at_a_clock(problem: JointProblem) -> int:
-    idle = int((problem.requests.decode_rounds == 0).sum())
-    if problem.max_prefill_tokens == 0 and _merging_pays(problem):
-        return 1 + idle
-    return min(len(problem.requests), problem.clients + idle)
-
-
-def _merging_pays(problem: JointProblem) -> bool:
-    """Return whether one stage never costs more than two with the same members."""
-    if not problem.is_levelled:
-        return True
-    most = _most_tokens(problem)
-    if most > _MOST_TOKENS:
-        return False
-    tokens = np.arange(most + 1)
-    cost_s = np.array([problem.batch_s(np.array([n])) for n in tokens])
-    cost_s[0] = 0.0
-    return all(
-        bool(np.all(cost_s[n : most + 1] <= cost_s[n] + cost_s[: most + 1 - n] + 1e-12))
-        for n in range(1, most // 2 + 1)
+def _batches(problem: JointProblem) -> _Batches:
+    kinds = problem.kinds
+    places = range(len(kinds.count))
+    rows = [
+        np.bincount(batch, minlength=len(places))
+        for size in range(1, min(problem.clients, len(problem.requests)) + 1)
+        for batch in combinations_with_replacement(places, size)
+    ]
+    taken = np.array(rows, dtype=np.int64)
+    budget = problem.max_prefill_tokens
+    allowed = (taken <= kinds.count).all(axis=1)
+    if budget > 0:
+        allowed &= (taken @ kinds.prompt <= budget) | (taken.sum(axis=1) == 1)
+    taken = taken[allowed]
+    elapsed = np.arange(kinds.rounds.max() + 1)
+    with np.errstate(divide="ignore"):
+        copies = np.where(taken > 0, kinds.count // np.maximum(taken, 1), len(problem.requests))
+    return _Batches(
+        taken,
+        np.array([problem.batch_s(np.repeat(kinds.prompt, row)) for row in taken]),
+        taken @ (kinds.rounds[:, None] > elapsed),
+        taken @ (kinds.rounds == 0),
+        copies.min(axis=1),
     )
 
 
-def _most_tokens(problem: JointProblem) -> int:
-    return int(np.sort(problem.requests.prompt_tokens)[-problem.clients :].sum())
-
-
-def _build(
-    problem: JointProblem, horizon: int, stages: int
-) -> tuple[_Program, NDArray[np.int64]]:
-    """Return the program and the columns of x, shape (kinds, horizon + 1, stages)."""
+def _build(problem: JointProblem, batches: _Batches, horizon: int) -> _Program:
+    """Return the program; its first columns are z, clock by clock."""
     kinds, clients = problem.kinds, problem.clients
     program = _Program()
-    member_s = _member_seconds(problem)
     slope_s = problem.decode_line[1] if problem.counts_rounds else 0.0
-    start = np.zeros((len(kinds.count), horizon + 1, stages), dtype=np.int64)
-    for q, (count, rounds) in enumerate(zip(kinds.count, kinds.rounds, strict=True)):
-        for t in range(horizon + 1):
-            for k in range(stages):
-                upper = float(count) if t + rounds <= horizon else 0.0
-                start[q, t, k] = program.column(member_s[q] + slope_s * float(rounds), upper)
-        program.row(count, count, [(int(x), 1.0) for x in start[q].ravel()])
-    run = _add_rounds(program, problem, start)
-    opened: list[Term] = []
+    seconds = batches.seconds + slope_s * (batches.taken @ kinds.rounds)
+    longest = (batches.running > 0).sum(axis=1)
+    stage = np.stack(
+        [
+            program.add_columns(seconds, np.where(t + longest <= horizon, batches.copies, 0))
+            for t in range(horizon + 1)
+        ]
+    )  # (H + 1, B)
+    for kind, count in enumerate(kinds.count):
+        taken = np.broadcast_to(batches.taken[:, kind], stage.shape)
+        program.add_row(count, count, (stage.ravel(), taken.ravel()))
+    bound = lower_bound(problem.requests, clients, problem.costs, problem.max_prefill_tokens)
+    program.add_row(bound.prefill_stages, math.inf, (stage.ravel(), 1.0))
+    run = [_add_round(program, problem, _active(batches, stage, t)) for t in range(horizon)]
+    if run:
+        program.add_row(bound.decode_rounds, math.inf, (np.concatenate(run), 1.0))
+    for before, after in zip(run, run[1:], strict=False):
+        program.add_row(0.0, math.inf, (before, 1.0), (after, -1.0))
     for t in range(horizon + 1):
-        previous: int | None = None
-        for k in range(stages):
-            stage = _add_stage(program, problem, start[:, t, k])
-            opened.append((stage, 1.0))
-            if previous is not None:
-                program.at_least(0.0, [(previous, 1.0), (stage, -1.0)])
-            previous = stage
-            admitted = [(int(x), 1.0) for x in start[:, t, k]]
-            earlier = [
-                (int(x), 1.0) for x in start[kinds.rounds > 0, t, :k].ravel()
-            ]
-            program.at_most(clients, [*_running(problem, start, t), *earlier, *admitted])
-    program.at_least(math.ceil(len(problem.requests) / clients), opened)
-    least = rounds_lower_bound(problem.requests.decode_rounds, clients)
-    if least > 0:
-        program.at_least(least, [term for terms in run for term in terms])
-    return program, start
+        _add_brief(program, problem, batches, stage, t)
+    return program
 
 
-def _member_seconds(problem: JointProblem) -> NDArray[np.float64]:
-    """Return what a request adds to its stage whatever its company, by kind."""
-    rates, prompts = problem.costs.rates[0], problem.kinds.prompt.astype(float)
-    member_s = np.full(len(prompts), float(rates.overhead_per_client_s))
-    if not problem.is_levelled:
-        member_s += rates.prefill_per_token_s * prompts
-        member_s += rates.prefill_per_token_squared_s * prompts**2
-    return member_s
+def _active(
+    batches: _Batches, stage: NDArray[np.int64], t: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the term that counts the clients active in round t."""
+    first = max(0, t - batches.running.shape[1] + 1)
+    elapsed = t - np.arange(first, t + 1)
+    return stage[first : t + 1].ravel(), batches.running[:, elapsed].T.ravel()
 
 
-def _running(problem: JointProblem, start: NDArray[np.int64], t: int) -> list[Term]:
-    """Return the requests that started before clock t and run on past it."""
-    terms: list[Term] = []
-    for q, rounds in enumerate(problem.kinds.rounds):
-        terms += [(int(x), 1.0) for x in start[q, max(0, t - int(rounds) + 1) : t].ravel()]
-    return terms
-
-
-def _add_rounds(
-    program: _Program, problem: JointProblem, start: NDArray[np.int64]
-) -> list[list[Term]]:
-    """Add y and what makes it; return for each round the columns that say whether it is run."""
-    kinds, clients = problem.kinds, problem.clients
-    sizes, costs = list(range(1, clients + 1)), problem.decode_s[1:].tolist()
+def _add_round(
+    program: _Program, problem: JointProblem, active: tuple[ArrayLike, ArrayLike]
+) -> NDArray[np.int64]:
+    """Add y of one round and return its columns."""
+    clients = problem.clients
     if problem.counts_rounds:
-        sizes, costs = [clients], [problem.decode_line[0]]
-    run: list[list[Term]] = []
-    for t in range(start.shape[1] - 1):
-        columns = [program.column(cost, 1.0) for cost in costs]
-        run.append([(column, 1.0) for column in columns])
-        program.at_most(1.0, run[t])
-        active = _running(problem, start, t)
-        now = start[kinds.rounds > 0, t, :].ravel()
-        active += [(int(x), 1.0) for x in now]
-        held = [(column, -float(size)) for column, size in zip(columns, sizes, strict=True)]
-        program.row(-math.inf if problem.counts_rounds else 0.0, 0.0, [*active, *held])
-        if t > 0:
-            program.at_least(0.0, [*run[t - 1], *((column, -1.0) for column in columns)])
-        for q, rounds in enumerate(kinds.rounds):
-            own = start[q, max(0, t - int(rounds) + 1) : t + 1].ravel() if rounds > 0 else []
-            share = float(min(int(kinds.count[q]), clients))
-            program.at_most(
-                0.0, [*((int(x), 1.0) for x in own), *((column, -share) for column in columns)]
-            )
+        run = program.add_columns([problem.decode_line[0]], 1.0)
+        program.add_row(-math.inf, 0.0, active, (run, -float(clients)))
+        return run
+    run = program.add_columns(problem.decode_s[1:], 1.0)
+    program.add_row(0.0, 0.0, active, (run, -np.arange(1.0, clients + 1.0)))
+    program.add_row(-math.inf, 1.0, (run, 1.0))
     return run
 
 
-def _add_stage(program: _Program, problem: JointProblem, admitted: NDArray[np.int64]) -> int:
-    """Add a stage that may admit these columns of x; return the column that says it is run."""
-    rates, kinds = problem.costs.rates[0], problem.kinds
-    budget = problem.max_prefill_tokens
-    base_s = float(rates.overhead_base_s)
-    if not problem.is_levelled:
-        base_s += float(rates.prefill_base_s)
-    stage = program.column(base_s, 1.0)
-    program.at_most(0.0, [*((int(x), 1.0) for x in admitted), (stage, -float(problem.clients))])
-    tokens = [(int(x), float(p)) for x, p in zip(admitted, kinds.prompt, strict=True)]
-    if budget > 0:  # a prompt above the budget fills it, so it is alone
-        filled = [(x, min(p, float(budget))) for x, p in tokens]
-        program.at_most(0.0, [*filled, (stage, -float(budget))])
-    if problem.is_levelled:
-        _add_levels(program, problem, tokens, stage)
-    elif rates.prefill_floor_s > rates.prefill_base_s:
-        short_s = float(rates.prefill_floor_s - rates.prefill_base_s)
-        added = program.column(1.0, math.inf, whole=False)
-        squared_s = float(rates.prefill_per_token_squared_s)
-        line = [
-            (x, float(rates.prefill_per_token_s) * p + squared_s * p * p) for x, p in tokens
-        ]
-        program.at_least(0.0, [(added, 1.0), *line, (stage, -short_s)])
-    return stage
-
-
-def _add_levels(
-    program: _Program, problem: JointProblem, tokens: list[Term], stage: int
+def _add_brief(
+    program: _Program, problem: JointProblem, batches: _Batches, stage: NDArray[np.int64], t: int
 ) -> None:
-    most = _most_tokens(problem)
-    capacity, seconds = problem.costs.prefill_level_tokens[0], problem.costs.prefill_level_s[0]
-    needed = min(int(np.searchsorted(capacity, most)) + 1, len(capacity))
-    levels = [program.column(float(seconds[level]), 1.0) for level in range(needed)]
-    holds = [
-        (column, -float(size)) for column, size in zip(levels, capacity[:needed], strict=True)
-    ]
-    whole = most // int(capacity[-1])
-    if whole > 0:
-        tops = program.column(float(seconds[-1]), float(whole))
-        holds.append((tops, -float(capacity[-1])))
-        program.at_most(0.0, [(tops, 1.0), (stage, -float(whole))])
-        program.at_most(0.0, [*((column, 1.0) for column in levels), (stage, -1.0)])
-    else:
-        program.row(0.0, 0.0, [*((column, 1.0) for column in levels), (stage, -1.0)])
-    program.at_most(0.0, [*tokens, *holds])
+    """Give requests without rounds a place for the time of their stage."""
+    active = _active(batches, stage, t)
+    for brief in np.unique(batches.brief[batches.brief > 0]):
+        alike = np.flatnonzero(batches.brief == brief)
+        later = np.flatnonzero(batches.brief < brief)
+        held = program.add_columns([0.0], 1.0)
+        most = float((problem.requests.decode_rounds == 0).sum() // brief)
+        program.add_row(-math.inf, 0.0, (stage[t, alike], 1.0), (held, -most))
+        program.add_row(
+            -math.inf,
+            problem.clients,
+            active,
+            (stage[t, later], -batches.running[later, 0]),
+            (held, float(brief)),
+        )
 
 
-def _schedule(problem: JointProblem, values: NDArray[np.int64]) -> Schedule:
-    """Read the stages off x; a clock at which nobody is active does not count."""
-    kinds = problem.kinds
-    busy = np.zeros(values.shape[1], dtype=np.int64)
-    for q, t, _ in np.argwhere(values > 0):
-        busy[t : t + kinds.rounds[q]] = 1
-    clock = np.concatenate(([0], np.cumsum(busy)))
-    waiting = [list(ids) for ids in kinds.members]
+def _schedule(
+    problem: JointProblem, batches: _Batches, values: NDArray[np.int64]
+) -> Schedule:
+    """Read the stages off z; a clock at which nobody is active does not count."""
+    busy = np.zeros(len(values) + 1, dtype=np.int64)
+    chosen = [(t, b) for t, b in np.argwhere(values > 0) for _ in range(values[t, b])]
+    for t, b in chosen:
+        busy[t + 1 : t + 1 + np.count_nonzero(batches.running[b])] = 1
+    clock = np.cumsum(busy)
+    waiting = [list(ids) for ids in problem.kinds.members]
     schedule: Schedule = []
-    for t in range(values.shape[1]):
-        for k in range(values.shape[2]):
-            ids = [i for q in range(len(waiting)) for i in _take(waiting[q], int(values[q, t, k]))]
-            if ids:
-                schedule.append((int(clock[t]), tuple(sorted(ids))))
+    for t, b in sorted(chosen, key=lambda stage: (stage[0], -batches.brief[stage[1]])):
+        ids = [waiting[k].pop(0) for k, n in enumerate(batches.taken[b]) for _ in range(n)]
+        schedule.append((int(clock[t]), tuple(sorted(ids))))
     return schedule
-
-
-def _take(ids: list[int], count: int) -> list[int]:
-    taken = ids[:count]
-    del ids[:count]
-    return taken

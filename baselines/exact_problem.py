@@ -129,6 +129,15 @@ class JointProblem:
         return len(ids) <= 1 or budget == 0 or tokens <= budget
 
 
+def count_batches(counts: Sequence[int], clients: int) -> int:
+    """Return the number of different stages of 1 … clients requests, of so many of each kind."""
+    ways = np.zeros(clients + 1)
+    ways[0] = 1.0
+    for count in counts:
+        ways = np.convolve(ways, np.ones(count + 1))[: clients + 1]
+    return int(min(ways[1:].sum(), 2.0**62))
+
+
 def replay(problem: JointProblem, schedule: Schedule) -> float:
     """Return the makespan of a schedule in seconds, added up stage by stage as the simulator does.
 

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.baselines.exact_problem import JointProblem, Schedule
+from servegym.baselines.exact_problem import JointProblem, Schedule, count_batches
 from servegym.envs.bounds import lower_hull
 from servegym.envs.errors import ServegymError
 from servegym.envs.simulator.jit import allocating_kernel, kernel
@@ -141,11 +141,11 @@ def refuse_size(problem: JointProblem) -> None:
     """Raise ``ServegymError`` for a case that the tables would not hold; says what they would."""
     kinds, clients = problem.kinds, problem.clients
     sets = math.prod(int(count) + 1 for count in kinds.count)
-    batches = _count_batches(kinds.count.tolist(), clients)
+    batches = count_batches(kinds.count.tolist(), clients)
     bits = sum(int(n).bit_length() + 1 for n in kinds.count) + clients * _width(problem)
     if sets > MAX_WAITING_SETS or batches > MAX_BATCHES or bits > _KEY_BITS:
         most = MAX_WAITING_SETS.bit_length() - 1
-        while _count_batches([1] * most, clients) > MAX_BATCHES or (
+        while count_batches([1] * most, clients) > MAX_BATCHES or (
             2 * most + clients * _width(problem) > _KEY_BITS
         ):
             most -= 1
@@ -160,15 +160,6 @@ def refuse_size(problem: JointProblem) -> None:
 
 def _width(problem: JointProblem) -> int:
     return int(problem.kinds.rounds.max()).bit_length()
-
-
-def _count_batches(counts: list[int], clients: int) -> int:
-    """Count the multisets of 1 … clients requests."""
-    ways = np.zeros(clients + 1)
-    ways[0] = 1
-    for count in counts:
-        ways = np.convolve(ways, np.ones(count + 1))[: clients + 1]
-    return int(ways[1:].sum())
 
 
 def _make_tables(problem: JointProblem) -> Tables:
