@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from typing import Final
 
 import highspy
@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csc_array
 
-from servegym.baselines.exact_problem import JointProblem, Schedule, count_batches, replay
+from servegym.baselines.exact_problem import JointProblem, Outcome, Schedule, count_batches, replay
 from servegym.baselines.highs import silent_highs, solve_interruptibly
 from servegym.envs.bounds import lower_bound
 from servegym.envs.errors import ServegymError
@@ -37,15 +37,6 @@ MAX_STAGES: Final = 200_000
 """Most variables z; larger programs take longer to build than small cases take to solve."""
 
 _TOLERANCE: Final = 1e-6  # relative; what the solver's bound may be too high by
-
-
-@dataclass(frozen=True)
-class MipOptimum:
-    """What HiGHS found; seconds without ``JointProblem.constant_s``."""
-
-    schedule: Schedule | None
-    bound_s: float
-    finished: bool
 
 
 @dataclass
@@ -107,7 +98,7 @@ class _Batches:
     copies: NDArray[np.int64]  # (B,) how often there are requests for it
 
 
-def solve_joint_mip(problem: JointProblem, known: Schedule, time_limit_s: float) -> MipOptimum:
+def solve_joint_mip(problem: JointProblem, known: Schedule, time_limit_s: float) -> Outcome:
     """Look for the cheapest schedule; the cost of ``known``, any one, limits the rounds.
 
     Raises
@@ -129,18 +120,20 @@ def solve_joint_mip(problem: JointProblem, known: Schedule, time_limit_s: float)
     model.setOptionValue("time_limit", float(time_limit_s))
     model.setOptionValue("mip_rel_gap", 0.0)
     model.setOptionValue("mip_abs_gap", 1e-9)
-    # The solver's tolerances are absolute: scaled so that the known schedule costs 1.
-    model.passModel(_build(problem, batches, horizon).lowered(1.0 / known_s))
+    # The solver's tolerances are absolute: the known schedule is scaled to a cost of 16 … 32, by a
+    # power of two, so that whole seconds stay numbers that the solver sees to have a common divisor.
+    scale = 2.0 ** (5 - math.ceil(math.log2(known_s))) if known_s > 0 else 1.0
+    model.passModel(_build(problem, batches, horizon).lowered(scale))
     solve_interruptibly(model)
     info = model.getInfo()
     finished = model.getModelStatus() == highspy.HighsModelStatus.kOptimal
-    bound = info.mip_dual_bound if math.isfinite(info.mip_dual_bound) else 0.0
+    bound_s = info.mip_dual_bound / scale if math.isfinite(info.mip_dual_bound) else 0.0
     schedule = None
     if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
         values = np.rint(model.getSolution().col_value).astype(np.int64)
         stage = values[: len(batches.taken) * (horizon + 1)]
         schedule = _schedule(problem, batches, stage.reshape(horizon + 1, -1))
-    return MipOptimum(schedule, max(0.0, bound - _TOLERANCE) * known_s, finished)
+    return Outcome(schedule, max(0.0, bound_s - _TOLERANCE * known_s), finished)
 
 
 def _horizon(problem: JointProblem, known_s: float) -> int:
@@ -203,7 +196,7 @@ def _build(problem: JointProblem, batches: _Batches, horizon: int) -> _Program:
     run = [_add_round(program, problem, _active(batches, stage, t)) for t in range(horizon)]
     if run:
         program.add_row(bound.decode_rounds, math.inf, (np.concatenate(run), 1.0))
-    for before, after in zip(run, run[1:], strict=False):
+    for before, after in pairwise(run):
         program.add_row(0.0, math.inf, (before, 1.0), (after, -1.0))
     for t in range(horizon + 1):
         _add_brief(program, problem, batches, stage, t)
@@ -254,9 +247,7 @@ def _add_brief(
         )
 
 
-def _schedule(
-    problem: JointProblem, batches: _Batches, values: NDArray[np.int64]
-) -> Schedule:
+def _schedule(problem: JointProblem, batches: _Batches, values: NDArray[np.int64]) -> Schedule:
     """Read the stages off z; a clock at which nobody is active does not count."""
     busy = np.zeros(len(values) + 1, dtype=np.int64)
     chosen = [(t, b) for t, b in np.argwhere(values > 0) for _ in range(values[t, b])]

@@ -36,6 +36,17 @@ Schedule = list[tuple[int, tuple[int, ...]]]
 """Prefill stages in order: the decode rounds run before each, and the ids it admits."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a method found. Seconds without ``JointProblem.constant_s``."""
+
+    schedule: Schedule | None
+    bound_s: float
+    """No schedule takes less (for the search: or the cutoff, if none takes less than that)."""
+    finished: bool
+    """Nothing is better than the schedule or, without one, than what was known before."""
+
+
 @dataclass(frozen=True, eq=False)
 class Kinds:
     """Requests that are alike, most decode rounds first."""
@@ -118,8 +129,10 @@ class JointProblem:
             return self.cache_s
         rates, prompts = self.costs.rates[0], self.requests.prompt_tokens.astype(float)
         per_token_s = float(rates.prefill_per_token_s * prompts.sum())
-        return self.cache_s + per_token_s + float(
-            rates.prefill_per_token_squared_s * (prompts**2).sum()
+        return (
+            self.cache_s
+            + per_token_s
+            + float(rates.prefill_per_token_squared_s * (prompts**2).sum())
         )
 
     def fits(self, ids: Sequence[int]) -> bool:

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.baselines.exact_problem import JointProblem, Schedule, count_batches
+from servegym.baselines.exact_problem import JointProblem, Outcome, Schedule, count_batches
 from servegym.envs.bounds import lower_hull
 from servegym.envs.errors import ServegymError
 from servegym.envs.simulator.jit import allocating_kernel, kernel
@@ -97,17 +97,7 @@ class Frontier(NamedTuple):
     used: Whole  # (2,) nodes, entries of the heap
 
 
-class SearchResult(NamedTuple):
-    """What the search found; seconds without ``JointProblem.constant_s``."""
-
-    schedule: Schedule | None
-    """None: nothing better than the cutoff was found."""
-    bound_s: float
-    """No schedule takes less, or the cutoff if none takes less than that."""
-    finished: bool
-
-
-def search(problem: JointProblem, cutoff_s: float, time_limit_s: float) -> SearchResult:
+def search(problem: JointProblem, cutoff_s: float, time_limit_s: float) -> Outcome:
     """Look for the cheapest schedule below ``cutoff_s``.
 
     Raises
@@ -128,10 +118,10 @@ def search(problem: JointProblem, cutoff_s: float, time_limit_s: float) -> Searc
             break
         status, goal, seconds = _expand(tables, frontier, cutoff_s, 2000)
     if status == FOUND:
-        return SearchResult(_schedule_to(problem, tables, frontier, goal), seconds, True)
+        return Outcome(_schedule_to(problem, tables, frontier, goal), seconds, True)
     if status == EMPTY:
-        return SearchResult(None, cutoff_s, True)
-    return SearchResult(None, min(cutoff_s, float(frontier.heap[0].bound_s)), False)
+        return Outcome(None, cutoff_s, True)
+    return Outcome(None, min(cutoff_s, float(frontier.heap[0].bound_s)), False)
 
 
 # ---- tables ---------------------------------------------------------------------------------
@@ -247,7 +237,10 @@ def _partition(tables: Tables, packed: Whole) -> None:
         for b in range(tables.batch_s.size):
             batch = tables.batch_packed[b]
             holds = (batch >> tables.field[kind]) & tables.mask[kind] > 0
-            if holds and ((packed[number] | tables.guards) - batch) & tables.guards == tables.guards:
+            if (
+                holds
+                and ((packed[number] | tables.guards) - batch) & tables.guards == tables.guards
+            ):
                 rest = number - tables.batch_number[b]
                 for stages in range(1, tables.count[number] + 1):
                     seconds = prefill_s[rest, stages - 1] + tables.batch_s[b]
@@ -373,8 +366,18 @@ def _expand(
                 busy += after[j] > 0
             seconds = cost_s + run * tables.decode_s[active]
             _reach(
-                tables, frontier, packed, number, after, busy, seconds, node, -1, clock + run,
-                cutoff_s, scratch,
+                tables,
+                frontier,
+                packed,
+                number,
+                after,
+                busy,
+                seconds,
+                node,
+                -1,
+                clock + run,
+                cutoff_s,
+                scratch,
             )
     return RUNNING, -1, 0.0
 
@@ -552,9 +555,7 @@ def _copy(heap: Any, source: int, target: int) -> None:
 # ---- the answer -----------------------------------------------------------------------------
 
 
-def _schedule_to(
-    problem: JointProblem, tables: Tables, frontier: Frontier, goal: int
-) -> Schedule:
+def _schedule_to(problem: JointProblem, tables: Tables, frontier: Frontier, goal: int) -> Schedule:
     """Read the stages off the way to a state; of equal requests the first ids go first."""
     stages: list[tuple[int, int]] = []
     node = goal

@@ -1,0 +1,221 @@
+"""The exact optimum: three ways agree, schedules are valid, no policy is faster, limits are honest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from servegym.baselines.exact import METHODS, ExactOptimum, exact_optimum
+from servegym.baselines.exact_problem import JointProblem, Schedule, replay
+from servegym.baselines.exact_search import search
+from servegym.baselines.registry import REGISTRY, make_policy
+from servegym.envs import Requests, make_requests
+from servegym.envs.bounds import lower_bound
+from servegym.envs.config import with_overrides
+from servegym.envs.cost_models import (
+    AffineDecode,
+    AffinePrefill,
+    LevelledPrefill,
+    StageCosts,
+    TableDecode,
+)
+from servegym.envs.cost_presets import cost_preset
+from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import make_case, play
+from servegym.envs.tasks import TASKS
+from tests.helpers import UNIT_COSTS, instance, random_costs
+from tests.reference_simulator import optimal_makespan
+
+TINY = TASKS["servegym/Tiny-v0"]
+# A full batch takes more than two halves, and a round of three less than one of two.
+ODD_DECODE = TableDecode((1, 2, 3), (1.0, 2.5, 2.2), 0.01)
+STEEP_LEVELS = LevelledPrefill((8, 16, 40), (1.0, 5.0, 6.0))
+COSTS = (
+    None,  # random_costs
+    None,
+    cost_preset("tiny").costs,
+    StageCosts(AffineDecode(1.0), AffinePrefill(0.0, 0.1)),  # stages cost nothing by themselves
+    StageCosts(AffineDecode(1.0, 0.1, 0.001), AffinePrefill(0.1, 0.05, 0.0, 1.5)),  # a floor
+    StageCosts(AffineDecode(0.5), STEEP_LEVELS),
+    StageCosts(ODD_DECODE, AffinePrefill(1.0, 0.01)),
+    StageCosts(ODD_DECODE, STEEP_LEVELS),
+)
+
+
+def solve(
+    requests: Requests, clients: int, costs: StageCosts, budget: int = 0, **how: Any
+) -> ExactOptimum:
+    return exact_optimum(requests, clients, costs.tables(clients), budget, **how)
+
+
+def tiny_requests(n: int, longest: int, seed: int) -> Requests:
+    rng = np.random.default_rng(seed)
+    return make_requests(rng.integers(4, 13, n), 1 + rng.integers(0, longest, n))
+
+
+def random_case(seed: int) -> tuple[Requests, int, StageCosts, int]:
+    """Up to 5 requests on 1 … 3 clients; many are alike, many need no round, some budgets bind."""
+    rng = np.random.default_rng(seed)
+    clients, n = int(rng.choice([1, 2, 2, 3, 3])), int(rng.integers(1, 6))
+    costs = COSTS[seed % len(COSTS)] or random_costs(rng, clients, dyadic=False)
+    prompts = rng.integers(1, int(rng.choice([4, 41])), n)
+    requests = make_requests(prompts, 1 + rng.integers(0, int(rng.choice([2, 4, 6])), n))
+    return requests, clients, costs, int(rng.choice([0, 0, 0, 1, 20, 60]))
+
+
+@pytest.mark.filterwarnings("ignore:decode table ends")
+@pytest.mark.parametrize("block", range(10))
+def test_three_ways_agree(block: int) -> None:
+    """Search, program and the reference's exhaustive search, on 240 cases.
+
+    The search also without the known schedule that cuts it off, which often is optimal itself.
+    """
+    for seed in range(24 * block, 24 * block + 24):
+        requests, clients, costs, budget = random_case(seed)
+        expected = pytest.approx(optimal_makespan(requests, clients, costs, budget), rel=1e-9)
+        problem = JointProblem(requests, clients, costs.tables(clients), budget)
+        alone = search(problem, np.inf, 60)
+        assert alone.schedule is not None
+        assert replay(problem, alone.schedule) == expected, seed
+        assert alone.bound_s + problem.constant_s == expected, seed
+        for method in METHODS:
+            found = solve(requests, clients, costs, budget, method=method)
+            assert found.proven, (seed, method)
+            assert found.lower_bound_s == found.makespan_s == expected, (seed, method)
+            assert replay(problem, found.schedule) == found.makespan_s
+
+
+def test_the_cases_are_varied() -> None:
+    """Every shortcut is taken and not taken."""
+    problems = []
+    with pytest.warns(UserWarning, match="decode table ends"):
+        for seed in range(240):
+            requests, clients, costs, budget = random_case(seed)
+            problems.append(JointProblem(requests, clients, costs.tables(clients), budget))
+    assert sum(not problem.counts_rounds for problem in problems) > 30
+    assert sum(problem.counts_stages for problem in problems) > 30
+    assert sum(problem.counts_rounds and not problem.counts_stages for problem in problems) > 60
+    assert sum(min(problem.requests.decode_rounds) == 0 for problem in problems) > 60
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_by_hand(method: str) -> None:
+    """Rounds 3, 3, 1 and 1 on two clients, a stage 2 s: pairs of a length, 2 + 3 + 2 + 1 s."""
+    found = solve(instance((5, 4), (5, 2), (5, 4), (5, 2)), 2, UNIT_COSTS, method=method)
+    assert found.makespan_s == 8.0
+    assert {frozenset(ids) for _, ids in found.schedule} == {frozenset({0, 2}), frozenset({1, 3})}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_requests_without_rounds(method: str) -> None:
+    """Each stage holds two at most, nothing is decoded."""
+    found = solve(instance(*[(5, 1)] * 5), 2, UNIT_COSTS, method=method)
+    assert found.makespan_s == 6.0
+    assert all(clock == 0 for clock, _ in found.schedule)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_waiting_can_pay(method: str) -> None:
+    """Two clients together are slower than one after the other: a client stays idle on purpose."""
+    costs = StageCosts(TableDecode((1, 2), (1.0, 5.0)), AffinePrefill(0.5, 0.0))
+    found = solve(instance((5, 3), (5, 3)), 2, costs, method=method)
+    assert found.makespan_s == 0.5 + 2.0 + 0.5 + 2.0
+
+
+@pytest.mark.parametrize(("clients", "longest"), [(3, 9), (3, 30), (4, 9)])
+def test_larger_cases_are_proven(clients: int, longest: int) -> None:
+    """The bound of ``servegym.envs.bounds`` is below, and the search closes what it leaves open."""
+    for seed in range(3):
+        requests = tiny_requests(10, longest, seed)
+        found = solve(requests, clients, TINY.cost)
+        bound = lower_bound(requests, clients, TINY.cost.tables(clients))
+        assert found.proven
+        assert bound.seconds <= found.makespan_s
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([f"{n}-2" if entry.number == "K" else n for n, entry in REGISTRY.items()]),
+    st.sampled_from(["tiny", "llama2-70b-a100x4", "paper"]),
+    st.integers(1, 9),
+    st.integers(1, 4),
+)
+def test_no_policy_is_faster(
+    seed: int, policy: str, preset: str, requests: int, clients: int
+) -> None:
+    overrides = {"cost": {"preset": preset}, "cluster": {"clients": clients}}
+    task = with_overrides(TINY, overrides | {"workload": {"requests": requests}})
+    case = make_case(task, seed)
+    played = play(task, policy, make_policy(policy), case, seed).row["makespan_s"]
+    optimum = solve(case.requests, clients, task.cost)
+    assert optimum.proven
+    assert case.bound.seconds * (1 - 1e-9) <= optimum.makespan_s <= played * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_out_of_time(method: str) -> None:
+    """What is known by then, and a gap that holds."""
+    requests = tiny_requests(12, 30, 0)
+    optimum = solve(requests, 4, TINY.cost)
+    assert optimum.proven
+    found = solve(requests, 4, TINY.cost, method=method, time_limit_s=0.001)
+    assert not found.proven
+    assert found.lower_bound_s <= optimum.makespan_s < found.makespan_s
+    assert found.gap == found.makespan_s / found.lower_bound_s - 1 > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ([(0, (0, 1))], "every request once"),
+        ([(0, (0, 1)), (1, (1, 2))], "every request once"),
+        ([(0, (0, 1, 2))], "cannot admit"),
+        ([(0, (0, 1)), (0, (2,))], "cannot admit"),
+        ([(0, (1,)), (1, (0,)), (0, (2,))], "cannot admit"),
+        ([(1, (0, 1)), (1, (2,))], "nobody is active"),
+        ([(0, (0, 1)), (4, (2,))], "nobody is active"),
+    ],
+)
+def test_replay_refuses(three_on_two: Requests, schedule: Schedule, message: str) -> None:
+    problem = JointProblem(three_on_two, 2, UNIT_COSTS.tables(2))
+    assert replay(problem, [(0, (0, 1)), (1, (2,))]) == 2 + 1 + 2 + 2
+    with pytest.raises(ValueError, match=message):
+        replay(problem, schedule)
+
+
+def test_replay_refuses_a_stage_over_the_budget(three_on_two: Requests) -> None:
+    problem = JointProblem(three_on_two, 2, UNIT_COSTS.tables(2), 9)
+    with pytest.raises(ValueError, match="over the token budget"):
+        replay(problem, [(0, (0, 1)), (1, (2,))])
+
+
+FEW = instance((5, 2), (5, 4))
+
+
+@pytest.mark.parametrize(
+    ("requests", "clients", "how", "message"),
+    [
+        (FEW, 2, {"method": "serach"}, "did you mean 'search'"),
+        (FEW, 2, {"time_limit_s": 0.0}, "time_limit_s must be finite and > 0"),
+        (FEW, 2, {"time_limit_s": np.nan}, "time_limit_s must be finite and > 0"),
+        (FEW, 3, {}, "the cost tables are for 2 clients, not 3"),
+        (FEW, 0, {}, "clients must be ≥ 1"),
+        (instance((5, 2), (5, 4, 1.5)), 2, {}, r"all requests at t = 0, the last arrives at 1.5 s"),
+        # The search tells differing requests apart by one bit each; 16 are the most it can do.
+        (tiny_requests(60, 500, 0), 2, {}, r"it can do 16 different .* a lower bound is \d+"),
+        (
+            tiny_requests(60, 500, 0),
+            2,
+            {"method": "mip"},
+            r"it can do 200000; a lower bound is \d+",
+        ),
+    ],
+)
+def test_refuses(requests: Requests, clients: int, how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ServegymError, match=message):
+        exact_optimum(requests, clients, TINY.cost.tables(2), **how)
