@@ -1,0 +1,363 @@
+"""A clairvoyant planner of the joint schedule: when prefill stages happen and whom each admits.
+
+It sees all lengths, which no policy does in practice, and takes minutes; its schedules say how much
+of a policy's gap to the lower bound could be won. All requests are present at t = 0.
+
+The search begins with the best of some rules. Annealing (``calendar_search``) then looks for a
+calendar of a given number of stages and a given end that holds every request; an end that proves too
+early is put off a little at a time. Short trials choose the number of stages and the end, long ones
+follow. What is compared is always the true makespan, replayed by the simulator's kernels.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.baselines.calendar_search import Calendar, Whole, anneal, make_calendar
+from servegym.baselines.triggers import LOOKAHEAD, fires
+from servegym.envs.bounds import lower_bound
+from servegym.envs.cost_models import CostTables
+from servegym.envs.errors import ServegymError
+from servegym.envs.makespan_bound import rounds_lower_bound
+from servegym.envs.requests import Requests
+from servegym.envs.simulator.admission import ADMISSION_RULES, admit
+from servegym.envs.simulator.jit import kernel
+from servegym.envs.simulator.loop import advance, decode
+from servegym.envs.simulator.physics import (
+    pick,
+    receive_arrivals,
+    rounds_to_next_finish,
+    run_decode,
+    run_prefill,
+)
+from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.simulator.view import view
+
+MOVES_PER_REQUEST: Final = 2_000_000
+"""Moves of a search without a time limit: about five minutes on one core for GSM8K-v0."""
+
+_RULES: Final = ("aligned", "longest")
+_PARAMETERS: Final = (0.05, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0)  # λ of the rules tried first
+
+# From training seeds 0 and 1 of GSM8K-v0; results depend on the moves far more.
+_STAGE_SHARES: Final = (0.6, 0.75, 0.9)  # of the best rule's stages, a short search each
+_TRIAL_SHARE: Final = 0.08  # of the budget, for each of them
+_FIRST_END: Final = 0.25  # the first end lies so far between the lower bound and the rule's end
+_LATER_END: Final = 0.75  # the long search's lies so far between the bound and the best so far
+_HOT: Final = 1.0  # temperatures, in mean rounds between stages
+_WARM: Final = 0.2
+_COLD: Final = 0.005
+_STEPS: Final = 10  # times that the end is put off, with half of a search's moves
+_FARTHEST_STEP: Final = 20  # a step is what is left over, shared by so many times the clients
+_PIECE: Final = 1_000_000  # moves between two looks at the clock
+_NOWHERE: Final = -1  # the decode clock of a request without a place
+
+
+class Stage(NamedTuple):
+    """A prefill stage: the decode clock at which it runs and the requests that it admits."""
+
+    clock: int  # decode rounds run before it
+    requests: NDArray[np.int64]  # ids
+
+
+@dataclass(frozen=True, eq=False)
+class JointPlan:
+    """A whole schedule, carried out by ``replay``."""
+
+    stages: tuple[Stage, ...]
+    makespan_s: float
+    lower_bound_s: float
+
+    @property
+    def gap(self) -> float:
+        """Makespan / lower bound − 1."""
+        return self.makespan_s / self.lower_bound_s - 1
+
+
+def plan_jointly(
+    requests: Requests,
+    clients: int,
+    costs: CostTables,
+    time_limit_s: float = math.inf,
+    seed: int = 0,
+    moves: int | None = None,
+) -> JointPlan:
+    """Search for the joint schedule of least makespan.
+
+    Parameters
+    ----------
+    requests
+        All present at t = 0; their true lengths are used.
+    clients
+        Concurrency slots of the one replica, ≥ 1.
+    costs
+        Tables of the cost model for as many clients.
+    time_limit_s
+        Seconds after which the best schedule so far is returned; at least some rules are played.
+        Where the limit is not reached, equal arguments give equal plans.
+    seed
+        Of the search's random numbers.
+    moves
+        Budget of the search; None: ``MOVES_PER_REQUEST`` for each request, 0: the rules alone.
+
+    Raises
+    ------
+    ServegymError
+        If a request arrives later than t = 0 or an argument is out of range.
+    """
+    if moves is None:
+        moves = MOVES_PER_REQUEST * len(requests)
+    _check(requests, clients, time_limit_s, moves)
+    bound_s = lower_bound(requests, clients, costs).seconds
+    search = _Search(requests, clients, costs, time_limit_s, np.random.default_rng(seed))
+    search.try_rules()
+    search.run(moves)
+    return JointPlan(tuple(search.best), search.best_s, bound_s)
+
+
+def _check(requests: Requests, clients: int, time_limit_s: float, moves: int) -> None:
+    if clients < 1:
+        raise ServegymError(f"clients must be ≥ 1, got {clients}")
+    if not time_limit_s >= 0:
+        raise ServegymError(f"the time limit must be ≥ 0 seconds, got {time_limit_s}")
+    if moves < 0:
+        raise ServegymError(f"moves must be ≥ 0, got {moves}")
+    if len(requests) == 0:
+        raise ServegymError("a joint plan needs at least one request")
+    late = int(np.count_nonzero(requests.arrival_s))
+    if late:
+        raise ServegymError(f"a joint plan needs all requests at t = 0; {late} arrive later")
+
+
+# ---- carrying out a schedule ----------------------------------------------------------------
+
+
+def replay(requests: Requests, clients: int, costs: CostTables, stages: Sequence[Stage]) -> float:
+    """Return the makespan of a schedule, carried out by the simulator's kernels.
+
+    Raises
+    ------
+    ServegymError
+        If a stage cannot happen when it should (its clock is past, or nobody is left to decode until
+        then), admits nobody, more than are idle or a request a second time, or a request is left out.
+    """
+    state = make_state(1, len(requests), clients)
+    load(state, 0, requests, None)
+    receive_arrivals(state, 0, 0)
+    replica = state.replicas[0, 0]
+    waiting = np.ones(len(requests), np.bool_)
+    for place, stage in enumerate(stages):
+        ids = np.asarray(stage.requests, np.int64)
+        where = f"stage {place} at decode clock {stage.clock}"
+        known = np.unique(ids[(ids >= 0) & (ids < len(requests))])
+        if len(ids) == 0 or len(known) < len(ids) or not waiting[known].all():
+            raise ServegymError(
+                f"{where} must admit requests that wait, each once, and at least one"
+            )
+        waiting[known] = False
+        if not _decode_until(state, costs, stage.clock):
+            raise ServegymError(
+                f"{where} cannot happen: decoding stands at {int(replica.rounds)} with "
+                f"{int(replica.active)} active clients"
+            )
+        idle = clients - int(replica.active)
+        if len(ids) > idle:
+            raise ServegymError(f"{where} admits {len(ids)} requests, but {idle} clients are idle")
+        _admit_these(state, costs, ids)
+    if waiting.any():
+        first = int(np.argmax(waiting))
+        raise ServegymError(f"no stage admits request {first}, and {waiting.sum() - 1} others")
+    _decode_until(state, costs, np.iinfo(np.int64).max)
+    return float(replica.clock_s)
+
+
+@kernel
+def _decode_until(state: State, costs: CostTables, clock: int) -> bool:
+    """Decode until the decode clock shows ``clock`` or nobody is active; return whether it does."""
+    replica = state.replicas[0, 0]
+    while replica.active > 0 and replica.rounds < clock:
+        rounds = min(rounds_to_next_finish(state, 0, 0), clock - replica.rounds)
+        run_decode(state, costs, 0, 0, rounds)
+    return replica.rounds == clock
+
+
+@kernel
+def _admit_these(state: State, costs: CostTables, ids: Whole) -> None:
+    """Run a stage that gives the first idle clients these waiting requests."""
+    idle = state.idle[0, 0]
+    for k in range(ids.size):
+        pick(state, 0, 0, idle[k], ids[k])
+        state.picked[0, k] = ids[k]
+    for k in range(ids.size, state.clients.shape[2] - state.replicas[0, 0].active):
+        idle[k - ids.size] = idle[k]
+    run_prefill(state, costs, 0, 0, ids.size)
+
+
+@kernel
+def _record_rule(
+    state: State, costs: CostTables, rule: int, parameter: float, clock_of: Whole
+) -> None:
+    """Run row 0 to its end under the lookahead trigger; write the decode clock of each admission."""
+    replica = state.replicas[0, 0]
+    while advance(state, costs, 0, 0):
+        if replica.active == 0 or fires(LOOKAHEAD, parameter, view(state, costs, 0, 0)):
+            admitted = admit(state, 0, 0, rule, 0)
+            for i in state.picked[0, :admitted]:
+                clock_of[i] = replica.rounds
+            run_prefill(state, costs, 0, 0, admitted)
+        else:
+            decode(state, costs, 0, 0, False)
+
+
+# ---- the search -----------------------------------------------------------------------------
+
+
+class _Search:
+    """One instance, the best schedule so far, and the budget."""
+
+    def __init__(
+        self,
+        requests: Requests,
+        clients: int,
+        costs: CostTables,
+        time_limit_s: float,
+        rng: np.random.Generator,
+    ) -> None:
+        self._requests, self._clients, self._costs = requests, clients, costs
+        self._time_limit_s, self._rng = time_limit_s, rng
+        self._deadline = perf_counter() + time_limit_s
+        self._by_length = np.argsort(requests.decode_rounds, kind="stable")
+        # A request without rounds needs an idle client, too: it is taken to hold one for a round.
+        self._lengths = np.maximum(requests.decode_rounds[self._by_length], 1)
+        self._least_end = max(rounds_lower_bound(requests.decode_rounds, clients), 1)
+        self.best: list[Stage] = []
+        self.best_s = math.inf
+
+    def try_rules(self) -> None:
+        """Play some rules and keep the best schedule."""
+        state = make_state(1, len(self._requests), self._clients)
+        for rule in _RULES:
+            for parameter in _PARAMETERS:
+                load(state, 0, self._requests, None)
+                clock_of = np.zeros(len(self._requests), np.int64)
+                _record_rule(state, self._costs, ADMISSION_RULES.index(rule), parameter, clock_of)
+                self._offer([np.flatnonzero(clock_of == clock) for clock in np.unique(clock_of)])
+
+    def run(self, moves: int) -> None:
+        """Spend the budget: a short search for each of some numbers of stages, then a long one."""
+        if moves == 0 or len(self._requests) == 1:
+            return
+        rule_stages = len(self.best)
+        rule_end = max(stage.clock + int(self._rounds(stage.requests).max()) for stage in self.best)
+        least = -(-len(self._requests) // self._clients)
+        end = self._end_at(_FIRST_END * (rule_end - self._least_end))
+        counts = sorted({max(least, round(share * rule_stages)) for share in _STAGE_SHARES})
+        results = [self._search(stages, end, moves, _TRIAL_SHARE) for stages in counts]
+        _, stages, end = min(results)
+        end = self._end_at(_LATER_END * (end - self._least_end))
+        self._search(stages, end, moves, 1 - len(counts) * _TRIAL_SHARE)
+
+    def _end_at(self, spare: float) -> int:
+        return self._least_end + max(1, round(spare))
+
+    def _rounds(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._requests.decode_rounds[ids]
+
+    def _search(self, stages: int, end: int, moves: int, share: float) -> tuple[float, int, int]:
+        """Anneal, then put the end off step by step until all fits.
+
+        Spends a share of the whole budget. Returns the least makespan of a step, the number of stages
+        and the end at that step.
+        """
+        moves = max(1, round(share * moves / 2))
+        time_s = share * self._time_limit_s / 2
+        times = np.unique(np.rint(np.linspace(0, end, stages + 1)).astype(np.int64))
+        start = self._rng.integers(0, len(times) - 1, len(self._lengths))
+        calendar = make_calendar(self._lengths, start, times)
+        spacing = end / stages
+        left = self._anneal(calendar, _HOT * spacing, _COLD * spacing, moves, time_s)
+        found = (self._carry_out(calendar), stages, end)
+        for _ in range(_STEPS):
+            if left == 0 or perf_counter() >= self._deadline:
+                break
+            times = calendar.times.copy()
+            times[-1] += max(1, left // (_FARTHEST_STEP * self._clients))
+            calendar = make_calendar(self._lengths, calendar.start, times)
+            step_moves, step_s = -(-moves // _STEPS), time_s / _STEPS
+            left = self._anneal(calendar, _WARM * spacing, _COLD * spacing, step_moves, step_s)
+            found = min(found, (self._carry_out(calendar), stages, int(times[-1])))
+        return found
+
+    def _anneal(
+        self, calendar: Calendar, hot: float, cold: float, moves: int, time_s: float
+    ) -> int:
+        """Anneal in pieces; where time is short, the temperature falls faster. Return what is left."""
+        started = perf_counter()
+        time_s = min(time_s, self._deadline - started)
+        done, left = 0.0, 1
+        while done < 1.0 and left > 0:
+            until = min(1.0, done + _PIECE / moves)
+            warm, cool = (hot * (cold / hot) ** share for share in (done, until))
+            count = math.ceil(moves * (until - done))
+            left = anneal(calendar, self._clients, warm, cool, count, self._rng)
+            done = until
+            if perf_counter() - started > done * time_s:
+                done = (perf_counter() - started) / time_s if time_s > 0 else 1.0
+        return left
+
+    def _carry_out(self, calendar: Calendar) -> float:
+        """Offer the schedule, with whom finds no client moved to where one is free long enough.
+
+        Where too many clients are held the shortest requests give way. Each then goes to where it
+        makes the end no later if it can; a stage of its own costs it little.
+        """
+        clients, lengths = self._clients, self._lengths
+        end = int((calendar.times[calendar.start] + lengths).max())
+        held, clock_of = calendar.held.copy(), calendar.times[calendar.start]
+        for stage in np.flatnonzero(held[:-1] > clients):
+            during = (calendar.start <= stage) & (calendar.stop > stage) & (clock_of >= 0)
+            for i in np.flatnonzero(during)[: max(held[stage] - clients, 0)]:
+                held[calendar.start[i] : calendar.stop[i]] -= 1
+                clock_of[i] = _NOWHERE
+        homeless = np.flatnonzero(clock_of == _NOWHERE)
+        running = np.zeros(end + int(lengths[homeless].sum()) + 1, np.int64)
+        placed = clock_of != _NOWHERE
+        np.add.at(running, clock_of[placed], 1)
+        np.add.at(running, clock_of[placed] + lengths[placed], -1)
+        running = np.cumsum(running)
+        is_stage = np.isin(np.arange(len(running)), clock_of[placed])
+        for i in homeless[::-1]:
+            full = np.concatenate(([0], np.cumsum(running >= clients)))
+            clocks = np.flatnonzero(full[lengths[i] :] == full[: len(full) - lengths[i]])
+            late = np.maximum(clocks + lengths[i] - end, 0)
+            best = clocks[np.argmin(2 * late + ~is_stage[clocks])]
+            clock_of[i] = best
+            is_stage[best] = True
+            running[best : best + lengths[i]] += 1
+            end = max(end, int(best + lengths[i]))
+        return self._offer([self._by_length[clock_of == clock] for clock in np.unique(clock_of)])
+
+    def _offer(self, batches: list[NDArray[np.int64]]) -> float:
+        """Return the makespan of stages that happen as soon as their requests find idle clients."""
+        stages: list[Stage] = []
+        running: list[int] = []
+        clock = 0
+        for batch in batches:
+            while running and (len(running) + len(batch) > self._clients or running[0] <= clock):
+                clock = max(clock, heapq.heappop(running))
+            stages.append(Stage(clock, np.sort(batch)))
+            for rounds in self._rounds(batch):
+                if rounds > 0:
+                    heapq.heappush(running, clock + int(rounds))
+        seconds = replay(self._requests, self._clients, self._costs, stages)
+        if seconds < self.best_s:
+            self.best, self.best_s = stages, seconds
+        return seconds
