@@ -350,7 +350,13 @@ class _Search:
         stages: list[Stage] = []
         running: list[int] = []
         clock = 0
-        for batch in batches:
+        # Requests without rounds may let one stage follow another at once: more than J in a batch.
+        fitting = [
+            batch[np.argsort(self._rounds(batch), kind="stable")][first : first + self._clients]
+            for batch in batches
+            for first in range(0, len(batch), self._clients)
+        ]
+        for batch in fitting:
             while running and (len(running) + len(batch) > self._clients or running[0] <= clock):
                 clock = max(clock, heapq.heappop(running))
             stages.append(Stage(clock, np.sort(batch)))
