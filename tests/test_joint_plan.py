@@ -62,7 +62,7 @@ def small_case(seed: int, most: int, longest: int) -> tuple[Requests, int, Stage
     return requests, clients, random_costs(rng, clients, dyadic=False)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.integers(0, 10**6))
 def test_plans_are_schedules_and_the_second_opinion_agrees(seed: int) -> None:
     requests, clients, costs = small_case(seed, most=30, longest=25)
@@ -105,7 +105,7 @@ def test_a_plan_is_no_worse_than_rules_and_moves_improve_it() -> None:
     rules_alone = plan_jointly(case.requests, 20, tables, moves=0)
     rule = play_compiled(task, make_trigger_policy("aligned-lookahead-0.7"), case)
     assert rules_alone.makespan_s <= rule["makespan_s"] + 1e-9
-    searched = plan_jointly(case.requests, 20, tables, moves=3_000_000)
+    searched = plan_jointly(case.requests, 20, tables, moves=1_000_000)
     assert searched.gap < 0.9 * rules_alone.gap
 
 
