@@ -92,7 +92,8 @@ def report(rows: pd.DataFrame, command: str) -> str:
     )
     return (
         f"# Best-known schedules\n\n`{command}`\n\nMakespans; the search sees all lengths, as the "
-        f"policies do here.\n\n{to_markdown(cases)}\nMean gaps to the lower bound over "
+        'policies do here.\n"Best known" is what it found in its time; where a policy is faster, '
+        f"that was too short.\n\n{to_markdown(cases)}\nMean gaps to the lower bound over "
         f"{len(rows)} cases with 95 % Student-t intervals:\n\n{to_markdown(means)}"
     )
 
