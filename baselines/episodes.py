@@ -17,6 +17,28 @@ from servegym.envs.simulator.view import view
 
 
 @kernel
+def take_turn(
+    state: State,
+    costs: CostTables,
+    e: int,
+    rule: int,
+    trigger: int,
+    parameter: float,
+    every_round: bool,
+    max_prefill_tokens: int,
+) -> None:
+    """Do what a trigger and a rule say at the decision point of row ``e``: prefill or decode on."""
+    chosen = admits(state, e, 0, rule)
+    if chosen and state.replicas[e, 0].active > 0:
+        state.episodes[e].decisions += 1
+        chosen = fires(trigger, parameter, view(state, costs, e, 0))
+    if chosen:
+        prefill(state, costs, e, 0, rule, max_prefill_tokens)
+    else:
+        decode(state, costs, e, 0, every_round)
+
+
+@kernel
 def run_episode(
     state: State,
     costs: CostTables,
@@ -29,14 +51,7 @@ def run_episode(
 ) -> None:
     """Run the loaded episode of row ``e`` to its end: a trigger says when, a rule whom to admit."""
     while advance(state, costs, e, 0):
-        chosen = admits(state, e, 0, rule)
-        if chosen and state.replicas[e, 0].active > 0:
-            state.episodes[e].decisions += 1
-            chosen = fires(trigger, parameter, view(state, costs, e, 0))
-        if chosen:
-            prefill(state, costs, e, 0, rule, max_prefill_tokens)
-        else:
-            decode(state, costs, e, 0, every_round)
+        take_turn(state, costs, e, rule, trigger, parameter, every_round, max_prefill_tokens)
 
 
 def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:

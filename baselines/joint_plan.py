@@ -22,15 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.baselines.calendar_search import Calendar, Whole, anneal, make_calendar
-from servegym.baselines.triggers import LOOKAHEAD, fires
+from servegym.baselines.episodes import run_episode
+from servegym.baselines.triggers import LOOKAHEAD
 from servegym.envs.bounds import lower_bound
 from servegym.envs.cost_models import CostTables
 from servegym.envs.errors import ServegymError
 from servegym.envs.makespan_bound import rounds_lower_bound
+from servegym.envs.metrics import records
 from servegym.envs.requests import Requests
-from servegym.envs.simulator.admission import ADMISSION_RULES, admit
+from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.simulator.jit import kernel
-from servegym.envs.simulator.loop import advance, decode
 from servegym.envs.simulator.physics import (
     pick,
     receive_arrivals,
@@ -39,7 +40,6 @@ from servegym.envs.simulator.physics import (
     run_prefill,
 )
 from servegym.envs.simulator.state import State, load, make_state
-from servegym.envs.simulator.view import view
 
 MOVES_PER_REQUEST: Final = 2_000_000
 """Moves of a search without a time limit: about five minutes on one core for GSM8K-v0."""
@@ -201,22 +201,6 @@ def _admit_these(state: State, costs: CostTables, ids: Whole) -> None:
     run_prefill(state, costs, 0, 0, ids.size)
 
 
-@kernel
-def _record_rule(
-    state: State, costs: CostTables, rule: int, parameter: float, clock_of: Whole
-) -> None:
-    """Run row 0 to its end under the lookahead trigger; write the decode clock of each admission."""
-    replica = state.replicas[0, 0]
-    while advance(state, costs, 0, 0):
-        if replica.active == 0 or fires(LOOKAHEAD, parameter, view(state, costs, 0, 0)):
-            admitted = admit(state, 0, 0, rule, 0)
-            for i in state.picked[0, :admitted]:
-                clock_of[i] = replica.rounds
-            run_prefill(state, costs, 0, 0, admitted)
-        else:
-            decode(state, costs, 0, 0, False)
-
-
 # ---- the search -----------------------------------------------------------------------------
 
 
@@ -247,9 +231,10 @@ class _Search:
         for rule in _RULES:
             for parameter in _PARAMETERS:
                 load(state, 0, self._requests, None)
-                clock_of = np.zeros(len(self._requests), np.int64)
-                _record_rule(state, self._costs, ADMISSION_RULES.index(rule), parameter, clock_of)
-                self._offer([np.flatnonzero(clock_of == clock) for clock in np.unique(clock_of)])
+                rule_id = ADMISSION_RULES.index(rule)
+                run_episode(state, self._costs, 0, rule_id, LOOKAHEAD, parameter, False, 0)
+                stage_s = records(state, 0).admitted_s  # a stage's requests share its start
+                self._offer([np.flatnonzero(stage_s == start) for start in np.unique(stage_s)])
 
     def run(self, moves: int) -> None:
         """Spend the budget: a short search for each of some numbers of stages, then a long one."""

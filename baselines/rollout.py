@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.baselines.episodes import run_episode
+from servegym.baselines.episodes import run_episode, take_turn
 from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.triggers import fires
 from servegym.envs.cost_models import CostTables
@@ -28,12 +28,11 @@ from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.plan import Plan
 from servegym.envs.policy import Briefing, Situation
 from servegym.envs.serving_env import make_settings
-from servegym.envs.simulator.admission import ADMISSION_RULES, admits
+from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.simulator.imagination import copy_row, imagine_row
 from servegym.envs.simulator.jit import kernel
-from servegym.envs.simulator.loop import DECODE, advance, decode, prefill
+from servegym.envs.simulator.loop import DECODE, advance
 from servegym.envs.simulator.state import State, make_state
-from servegym.envs.simulator.view import view
 
 RULES: Final = ("aligned", "longest")
 """Rules tried by default besides the base's own: on GSM8K-v0 the others' stages hardly ever win."""
@@ -77,17 +76,18 @@ def run_schedule(
     state: State, costs: CostTables, e: int, base: Base, schedule: Schedule, max_prefill_tokens: int
 ) -> None:
     """Run row ``e`` to its end under the base trigger, as ``schedule`` says for each stage."""
-    replica = state.replicas[e, 0]
     while advance(state, costs, e, 0):
-        stage = replica.prefill_stages
-        rule = schedule.rules[stage]
-        chosen = admits(state, e, 0, rule)
-        if chosen and replica.active > 0:
-            chosen = fires(base.trigger, schedule.parameters[stage], view(state, costs, e, 0))
-        if chosen:
-            prefill(state, costs, e, 0, rule, max_prefill_tokens)
-        else:
-            decode(state, costs, e, 0, base.every_round)
+        stage = state.replicas[e, 0].prefill_stages
+        take_turn(
+            state,
+            costs,
+            e,
+            schedule.rules[stage],
+            base.trigger,
+            schedule.parameters[stage],
+            base.every_round,
+            max_prefill_tokens,
+        )
 
 
 @kernel
