@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.observation import FEATURES, OBSERVATION_VERSION
@@ -109,8 +110,13 @@ class LearnedPolicy:
     def __init__(self, network: Network, card: AgentCard) -> None:
         self.network = network
         self.card = card
-        self.every_round = card.decisions == "rounds"
         self._actions = np.arange(1 + len(card.rules))  # the task's number of each of our actions
+
+    def adapt(self, task: TaskConfig) -> TaskConfig:
+        """Return the task with decisions where the agent was trained to take them."""
+        if self.card.decisions == "rounds":
+            return with_overrides(task, {"process": {"decisions": "rounds"}})
+        return task
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the agent's rules in this task.

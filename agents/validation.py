@@ -64,7 +64,7 @@ class Validation:
         """Play every case once to its end."""
         state, rows = self._state, self._rows
         for e, case in enumerate(self._cases):
-            load_case(state, e, case)
+            load_case(self.task, state, e, case)
             begin_row(state, self._costs, self._settings, rows, e)
         metrics: list[dict[str, float]] = [{} for _ in self._cases]
         alive = np.ones(len(self._cases), np.bool_)

@@ -57,18 +57,21 @@ def run_episode(
 def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:
     """Return the metrics of one episode under a trigger policy, played in compiled code.
 
-    The same numbers as ``servegym.envs.evaluation.play``, without decision times. Like
-    ``policy.every_round``, the task's ``process.decisions = "rounds"`` asks at every round.
+    The same numbers as ``servegym.envs.evaluation.play``, without decision times.
     """
+    task = policy.adapt(task)
     clients = task.cluster.clients
     state = make_task_state(task, 1, len(case.requests))
-    load_case(state, 0, case, policy.prepare(brief(task, case, seed=0)))
+    load_case(task, state, 0, case, policy.prepare(brief(task, case, seed=0)))
     play_loaded(state, task.cost.tables(clients), task, policy)
     return episode_metrics(state, 0)
 
 
 def play_loaded(state: State, costs: CostTables, task: TaskConfig, policy: TriggerPolicy) -> None:
-    """Play the episode loaded into row 0 to its end; ``costs`` are the task's tables."""
+    """Play the episode loaded into row 0 to its end; ``costs`` are the task's tables.
+
+    ``task`` must be what ``policy.adapt`` has made of it.
+    """
     run_episode(
         state,
         costs,
@@ -76,6 +79,6 @@ def play_loaded(state: State, costs: CostTables, task: TaskConfig, policy: Trigg
         ADMISSION_RULES.index(policy.rule),
         policy.trigger,
         policy.parameter,
-        policy.every_round or task.process.decisions == "rounds",
+        task.process.decisions == "rounds",
         task.cluster.max_prefill_tokens,
     )

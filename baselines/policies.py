@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from servegym.baselines import triggers
-from servegym.baselines.planner import rebalanced_plan
+from servegym.baselines.plans import Planner
+from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError
 from servegym.envs.plan import Plan
 from servegym.envs.policy import Briefing, Situation
@@ -18,19 +21,38 @@ from servegym.envs.simulator.loop import DECODE
 class TriggerPolicy:
     """Prefill under one admission rule whenever a trigger fires.
 
-    ``planned``: solve the offline bin packing first and hand the plan to the environment.
+    Parameters
+    ----------
+    rule, trigger, parameter
+        Whom to admit, when, and the trigger's one number.
+    every_round
+        Ask at every decode round: the trigger may fire between finishes.
+    planner
+        Makes an offline plan, which is handed to the environment; None: no plan.
+    comparison
+        Keys of the task's ``[information]``: by what waiting requests are compared.
     """
 
     rule: str
     trigger: int
     parameter: float = 0.0
     every_round: bool = False
-    planned: bool = False
+    planner: Planner | None = None
+    comparison: Mapping[str, Any] = field(default_factory=dict)
     _action: int = field(default=DECODE, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.parameter) and self.parameter >= 0):
             raise ServegymError(f"a trigger's parameter must be ≥ 0, got {self.parameter}")
+
+    def adapt(self, task: TaskConfig) -> TaskConfig:
+        """Return the task with decisions at every round and the comparison, where they are wanted."""
+        sections: dict[str, Mapping[str, Any]] = {}
+        if self.every_round:
+            sections["process"] = {"decisions": "rounds"}
+        if self.comparison:
+            sections["information"] = self.comparison
+        return with_overrides(task, sections) if sections else task
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the rule's action in this task; plan if the policy does."""
@@ -41,11 +63,9 @@ class TriggerPolicy:
                 f"{briefing.task.name} leaves out; add it there"
             )
         self._action = 1 + rules.index(self.rule)
-        if not self.planned or briefing.requests is None:
+        if self.planner is None or briefing.requests is None:
             return None
-        clients = briefing.task.cluster.clients
-        # By moves, not by the clock: the same episode on every machine.
-        return rebalanced_plan(briefing.requests.decode_rounds, clients).plan
+        return self.planner(briefing.requests, briefing)
 
     def act(self, situation: Situation) -> int:
         """Return the rule's action where it is forced or the trigger fires, else decode."""
@@ -62,8 +82,11 @@ class TriggerPolicy:
 class RandomPolicy:
     """A legal action chosen uniformly, from the briefing's random generator."""
 
-    every_round: bool = False
     _rng: np.random.Generator | None = field(default=None, init=False, repr=False)
+
+    def adapt(self, task: TaskConfig) -> TaskConfig:
+        """Return the task as it is."""
+        return task
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Take the episode's random generator."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from servegym.baselines.episodes import run_episode, take_turn
 from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.triggers import fires
+from servegym.envs.config import TaskConfig
 from servegym.envs.cost_models import CostTables
 from servegym.envs.decision_process import Settings, apply
 from servegym.envs.errors import ServegymError, unknown
@@ -173,7 +174,6 @@ class RolloutPolicy:
     variations: int = 0
     rules: tuple[str, ...] = RULES
     budget_s: float | None = None
-    every_round: bool = field(init=False)
     _briefing: Briefing | None = field(default=None, init=False, repr=False)
     _search: _Search | None = field(default=None, init=False, repr=False)
 
@@ -185,7 +185,10 @@ class RolloutPolicy:
                 raise unknown("admission rule", rule, ADMISSION_RULES)
         if self.budget_s is not None and not self.budget_s >= 0:
             raise ServegymError(f"a rollout's budget must be ≥ 0 seconds, got {self.budget_s}")
-        self.every_round = self.base.every_round
+
+    def adapt(self, task: TaskConfig) -> TaskConfig:
+        """Return the task as the base wants to be asked."""
+        return self.base.adapt(task)
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode's schedule; plan if the base does."""

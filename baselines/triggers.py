@@ -18,6 +18,7 @@ LAGRANGIAN: Final = 3
 MYOPIC: Final = 4
 LOOKAHEAD: Final = 5
 WAITED: Final = 6
+FEEDBACK: Final = 7
 
 
 @kernel
@@ -35,6 +36,8 @@ def fires(trigger: int, parameter: float, view: DecisionView) -> bool:
         return myopic(parameter, view)
     if trigger == LOOKAHEAD:
         return lookahead(parameter, view)
+    if trigger == FEEDBACK:
+        return feedback(parameter, view)
     return waited(parameter, view)
 
 
@@ -86,3 +89,18 @@ def waited(multiplier: float, view: DecisionView) -> bool:
     It may fire between two finishes, so it is asked at every decode round.
     """
     return view.idle_wait_s >= multiplier * view.active * view.prefill_fixed_s
+
+
+@kernel
+def feedback(multiplier: float, view: DecisionView) -> bool:
+    """Look ahead without predictions: the next finish comes at the rate of those so far.
+
+    Served request-rounds per finished request are the mean time a client holds one, if finishing is
+    taken to be memoryless; n active clients then finish one every n-th of it. Before the first finish
+    nothing is known, and nothing is waited for.
+    """
+    if view.finished == 0:
+        return True
+    rounds = view.served_rounds / (view.finished * view.active)
+    saved = view.active * view.prefill_fixed_s
+    return view.idle * rounds * view.round_s >= multiplier * saved

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from servegym.envs.bounds import LowerBound, lower_bound
+from servegym.envs.comparison import compared_tokens
 from servegym.envs.config import TaskConfig
 from servegym.envs.cost_models import CostTables
 from servegym.envs.errors import ServegymError
@@ -84,7 +85,12 @@ def bound_case(task: TaskConfig, costs: CostTables, requests: Requests) -> Case:
     return Case(requests, lower_bound(requests, cluster.clients, costs, cluster.max_prefill_tokens))
 
 
-def load_case(state: State, e: int, case: Case, plan: Plan | None = None) -> None:
-    """Put a case into row ``e`` of the state, at its start."""
-    load(state, e, case.requests, plan)
+def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | None = None) -> None:
+    """Put a case of ``task`` into row ``e`` of the state, at its start."""
+    information = task.information
+    compared = None
+    if information.output_lengths != "known" and information.compare_by != "mean":
+        by, quantile = information.compare_by, information.quantile
+        compared = compared_tokens(case.requests, by, quantile, information.deviations) - 1
+    load(state, e, case.requests, plan, compared)
     write_credits(state, e, case.requests, case.bound)

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from servegym.envs.comparison import COMPARISONS
 from servegym.envs.cost_models import (
     AffineDecode,
     AffinePrefill,
@@ -122,6 +123,13 @@ class InformationConfig:
     own ``predicted_output_tokens``. Without meaning unless lengths are ``predicted``."""
     kendall_tau: float = 0.55
     """Rank correlation of the ``calibrated`` predictor with the truth, 0 … 1."""
+    compare_by: str = "mean"
+    """What makes one waiting request longer than another where lengths are uncertain: its ``mean``, a
+    ``quantile``, or ``mean-sd``, the mean plus some standard deviations."""
+    quantile: float = 0.99
+    """Of ``compare_by = "quantile"``, > 0 and < 1."""
+    deviations: float = 1.0
+    """Standard deviations of ``compare_by = "mean-sd"``, 0 … 100."""
 
     def __post_init__(self) -> None:
         _check_types("information", self)
@@ -130,6 +138,16 @@ class InformationConfig:
         if not 0 <= self.kendall_tau <= 1:
             raise ServegymError(
                 f"information.kendall_tau must lie in 0 … 1, got {self.kendall_tau}"
+            )
+        if self.compare_by not in COMPARISONS:
+            raise unknown("value of information.compare_by:", self.compare_by, COMPARISONS)
+        if not 0 < self.quantile < 1:
+            raise ServegymError(
+                f"information.quantile must lie between 0 and 1, got {self.quantile}"
+            )
+        if not 0 <= self.deviations <= 100:
+            raise ServegymError(
+                f"information.deviations must lie in 0 … 100, got {self.deviations}"
             )
 
 

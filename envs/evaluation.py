@@ -21,7 +21,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from servegym.envs.cases import Case, bound_case, sample_requests
-from servegym.envs.config import TaskConfig, with_overrides
+from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.metrics import METRICS, Records
@@ -63,11 +63,9 @@ def make_case(task: TaskConfig, seed: int) -> Case:
 def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> Episode:
     """Play one episode and time every decision.
 
-    A policy that must be asked at every round gets the task with ``decisions = "rounds"``; the
-    column ``decision_points`` says so.
+    The policy adapts the task to how it is to be asked; the column ``decision_points`` says so.
     """
-    if policy.every_round:
-        task = with_overrides(task, {"process": {"decisions": "rounds"}})
+    task = policy.adapt(task)
     env = ServingEnv(task)
     started = perf_counter_ns()
     plan = policy.prepare(brief(task, case, seed))

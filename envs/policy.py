@@ -48,8 +48,12 @@ class Situation:
 class Policy(Protocol):
     """Decides at every decision point; one object plays one episode after another."""
 
-    every_round: bool
-    """Whether it must be asked at every decode round, not only where the choice has changed."""
+    def adapt(self, task: TaskConfig) -> TaskConfig:
+        """Return the task as this policy wants to be asked: how often, and what is compared how.
+
+        It may not change what is served on what machine.
+        """
+        ...
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Get ready for an episode; return the offline plan that its rules follow, if any."""

@@ -255,7 +255,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         if self.state is None or self.state.requests.shape[1] != len(requests):
             self.state = make_task_state(self.task, 1, len(requests))
         case = Case(requests, bound) if bound else bound_case(self.task, self.costs, requests)
-        load_case(self.state, 0, case, plan)
+        load_case(self.task, self.state, 0, case, plan)
 
 
 def check_plan(plan: Plan | None, requests: Requests, clients: int) -> None:

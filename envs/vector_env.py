@@ -138,7 +138,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
 
     def _begin_episode(self, e: int) -> None:
         requests = sample_requests(self.task, self._rngs[e])
-        load_case(self.state, e, bound_case(self.task, self.costs, requests))
+        load_case(self.task, self.state, e, bound_case(self.task, self.costs, requests))
         begin_row(self.state, self.costs, self.settings, self.rows, e)
 
     def _begin_next(self, ended: NDArray[np.intp], infos: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from servegym.baselines.planner import plan_offline
 from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.envs.cases import Case, load_case, make_task_state
-from servegym.envs.config import ClusterConfig, TaskConfig, WorkloadConfig
+from servegym.envs.config import ClusterConfig, TaskConfig, WorkloadConfig, with_overrides
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import make_case, play
 from servegym.envs.files import make_folder, write_file
@@ -96,7 +96,7 @@ class CompiledEpisode:
 
     def prepare(self) -> None:
         """Put the instance into the state (not timed)."""
-        load_case(self.state, 0, self.case)
+        load_case(self.task, self.state, 0, self.case)
 
     def play(self) -> None:
         """Play it to its end."""
@@ -124,8 +124,8 @@ def simulator_figures(repeats: int) -> list[Figure]:
     """Episodes under compiled rules: event-driven, asked at every round, and large."""
     small = compiled_episode(TASKS["servegym/GSM8K-v0"], "threshold-12")
     events = small.median_seconds(20 * repeats)
-    every = compiled_episode(TASKS["servegym/GSM8K-v0"], "threshold-12")
-    every.policy = replace(every.policy, every_round=True)
+    asked = {"process": {"decisions": "rounds"}}
+    every = compiled_episode(with_overrides(TASKS["servegym/GSM8K-v0"], asked), "threshold-12")
     rounds = every.median_seconds(20 * repeats)
     large = compiled_episode(LARGE, "threshold-120")
     episode = large.median_seconds(repeats)

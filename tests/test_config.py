@@ -81,6 +81,13 @@ BAD_VALUES = [
     ("information", "kendall_tau", "1.01", "0 … 1, got 1.01", "1"),
     ("information", "kendall_tau", "nan", "0 … 1, got nan", "0.5"),
     ("information", "kendall_tau", '"high"', "a number, got 'high'", "0.69"),
+    ("information", "compare_by", '"mean_sd"', "did you mean 'mean-sd'?", '"mean-sd"'),
+    ("information", "compare_by", "true", "a text, got True", '"quantile"'),
+    ("information", "quantile", "0", "between 0 and 1, got 0.0", "1e-9"),
+    ("information", "quantile", "1", "between 0 and 1, got 1.0", "0.999999"),
+    ("information", "quantile", "nan", "between 0 and 1, got nan", "0.5"),
+    ("information", "deviations", "-0.1", "0 … 100, got -0.1", "0"),
+    ("information", "deviations", "101", "0 … 100, got 101.0", "100"),
     ("process", "decisions", '"round"', "did you mean 'rounds'?", '"rounds"'),
     ("process", "decisions", "true", "choose from events, rounds", '"events"'),
     # lists

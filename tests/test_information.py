@@ -389,8 +389,7 @@ def test_no_policy_sees_true_lengths(name: str, lengths: str) -> None:
     """Another truth behind the same predictions: the same actions until a completion tells."""
     policies = [make_policy(name), make_policy(name)]
     task = informed(SMALL, output_lengths=lengths)
-    if policies[0].every_round:
-        task = with_overrides(task, {"process": {"decisions": "rounds"}})
+    task = policies[0].adapt(task)
     compared = trials = 0
     for seed in range(TRIALS):
         rng = np.random.default_rng([seed, 9])

@@ -130,8 +130,8 @@ class State(NamedTuple):
 
     episodes: Records  # (E,) EPISODE
     requests: Records  # (E, I) REQUEST, by id
-    by_length: NDArray[np.int32]  # (E, I) request ids, shortest expected first
-    lengths: NDArray[np.int32]  # (E, I) their expected rounds, so ascending
+    by_length: NDArray[np.int32]  # (E, I) request ids, shortest first
+    lengths: NDArray[np.int32]  # (E, I) the rounds that they are compared by, so ascending
     waiting_lengths: NDArray[np.int32]  # (E, B) waiting requests in each of LENGTH_BUCKETS
     waiting_tree: Tree  # (E, tree_size(I)) which ranks wait
     replicas: Records  # (E, R) REPLICA
@@ -187,11 +187,18 @@ def _records(*shape: int, dtype: np.dtype[np.void]) -> Records:
     return memory[start : start + size].view(dtype).reshape(shape).view(np.recarray)
 
 
-def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
+def load(
+    state: State,
+    e: int,
+    requests: Requests,
+    plan: Plan | None,
+    compared_rounds: NDArray[np.int64] | None = None,
+) -> None:
     """Write an instance into row ``e`` and put its clock to 0.
 
     Without a plan the requests present at t = 0 go longest first to the least loaded client. The
-    bound and the reward's credits are the caller's to write.
+    bound and the reward's credits are the caller's to write. ``compared_rounds`` (requests,) say who
+    is longer than whom; None: the expected ones.
 
     Raises
     ------
@@ -210,10 +217,12 @@ def load(state: State, e: int, requests: Requests, plan: Plan | None) -> None:
     if not known and spread is not None:
         state.beliefs[e, :n].spread = spread
         state.beliefs[e, :n].log_median = np.log(requests.predicted_output_tokens) - spread**2 / 2
+    compared = expected if compared_rounds is None else compared_rounds
     # Among equal lengths the later request is "shorter", so that longest-first serves in order.
-    order = n - 1 - np.sort(expected * n + np.arange(n)[::-1]) % n  # faster than argsort
+    order = n - 1 - np.sort(compared * n + np.arange(n)[::-1]) % n  # faster than argsort
+    arrival_s, prompts = requests.arrival_s, requests.prompt_tokens
     _free_clients(state, e)
-    _write_requests(state, e, requests.arrival_s, requests.prompt_tokens, rounds, expected, order)
+    _write_requests(state, e, arrival_s, prompts, rounds, expected, compared, order)
     if plan is None:
         plan_greedily(state, e, 0)
     else:
@@ -241,18 +250,21 @@ def _write_requests(
     prompt_tokens: NDArray[np.int64],
     decode_rounds: NDArray[np.int64],
     expected_rounds: NDArray[np.int64],
+    compared_rounds: NDArray[np.int64],
     order: NDArray[np.int64],
 ) -> None:
-    """Write the requests, none of them arrived; ``order``: shortest expected length first."""
+    """Write the requests, none of them arrived; ``order``: the fewest compared rounds first."""
     state.episodes[e].requests = order.size
     bucket = 0
     for rank in range(order.size):
         i = order[rank]
         rounds = expected_rounds[i]
+        while LENGTH_BUCKETS[bucket] > rounds:  # only where they are compared by something else
+            bucket -= 1
         while bucket + 1 < LENGTH_BUCKETS.size and LENGTH_BUCKETS[bucket + 1] <= rounds:
             bucket += 1
         state.by_length[e, rank] = i
-        state.lengths[e, rank] = rounds
+        state.lengths[e, rank] = compared_rounds[i]
         request = state.requests[e, i]
         request.arrival_s = arrival_s[i]
         request.prompt_tokens = prompt_tokens[i]

@@ -18,6 +18,8 @@ class DecisionView(NamedTuple):
     idle: int
     waiting: int  # requests that have arrived and are not admitted
     arrived: int  # requests so far, finished ones included
+    finished: int
+    served_rounds: int  # Σ over the decode rounds so far of active clients
     round: int  # decode rounds run so far
     clock_s: float
     idle_wait_s: float  # idle client-seconds since the last prefill stage, while requests waited
@@ -57,6 +59,8 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
         idle,
         waiting,
         episode.arrived,
+        episode.finished,
+        episode.served_rounds,
         replica.rounds,
         replica.clock_s,
         replica.idle_wait_s,
