@@ -153,20 +153,21 @@ REGISTRY: Final[dict[str, Entry]] = {
         number="k",
     ),
     "offline-saa": Entry(
-        "offline plan of the least mean makespan over S sampled scenarios (32), prefill as soon as "
+        "offline plan of the least mean makespan over S sampled scenarios (256), prefill as soon as "
         "one is idle",
-        TriggerPolicy("plan", triggers.EAGER, planner=partial(plan_sampled, scenarios=32)),
+        TriggerPolicy("plan", triggers.EAGER, planner=partial(plan_sampled, scenarios=256)),
         number="S",
     ),
+    # λ from seeds 0 … 29 of GSM8KMixed-v0.
     "quantile": Entry(
-        "one queue, the longest by its q-quantile first (0.99), prefill when feedback does",
-        TriggerPolicy("longest", triggers.FEEDBACK, 1.0, comparison=by_quantile(0.99)),
+        "one queue, the longest by its q-quantile first (0.99), prefill when feedback-0.5 does",
+        TriggerPolicy("longest", triggers.FEEDBACK, 0.5, comparison=by_quantile(0.99)),
         number="q",
     ),
     "mean-sd": Entry(
         "one queue, the longest by its mean plus k standard deviations first (1), prefill when "
-        "feedback does",
-        TriggerPolicy("longest", triggers.FEEDBACK, 1.0, comparison=by_deviations(1.0)),
+        "feedback-0.5 does",
+        TriggerPolicy("longest", triggers.FEEDBACK, 0.5, comparison=by_deviations(1.0)),
         number="k",
     ),
     # λ from 30 cases of GSM8K-v0, N for 5 ms a decision there; both on training seeds.

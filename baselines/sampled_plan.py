@@ -7,7 +7,8 @@ Average Approximation Method for Stochastic Discrete Optimization"). The paper l
 that beats planning by expected lengths (its section VI).
 
 Solved by local search from the longest-first plan of the means: a request of a scenario's busiest client
-is swapped with one of another client, or moved to it, if the mean falls.
+is swapped with one of another client, or moved to it, if the mean falls. The largest of many loads is
+easily fitted to few scenarios: on GSM8K-v0's size 32 make worse plans than the means, hundreds are needed.
 """
 
 from __future__ import annotations

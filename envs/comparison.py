@@ -31,15 +31,22 @@ def compared_tokens(
     mean, spread = requests.predicted_output_tokens, requests.predicted_spread
     if spread is None or compare_by == "mean":
         return mean
-    tokens: NDArray[np.float64] = mean + deviations * standard_deviations(requests)
     if compare_by == "quantile":
-        tokens = mean * np.exp(spread * ndtri(quantile) - spread**2 / 2.0)
-    return np.clip(np.rint(tokens), 1, MAX_TOKENS).astype(np.int64)
+        factor = np.exp(spread * ndtri(quantile) - spread**2 / 2.0)
+    else:
+        factor = 1.0 + deviations * _relative_deviations(spread)
+    tokens = np.rint(mean * factor)
+    return np.clip(tokens, 1, MAX_TOKENS).astype(np.int64)
 
 
 def standard_deviations(requests: Requests) -> NDArray[np.float64]:
     """Return the standard deviation of each predicted length in tokens, shape (requests,)."""
     if requests.predicted_spread is None:
         return np.zeros(len(requests))
-    relative: NDArray[np.float64] = np.sqrt(np.expm1(requests.predicted_spread**2))
-    return relative * requests.predicted_output_tokens
+    return _relative_deviations(requests.predicted_spread) * requests.predicted_output_tokens
+
+
+def _relative_deviations(spread: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the standard deviation of lognormal lengths, divided by their mean."""
+    deviations: NDArray[np.float64] = np.sqrt(np.expm1(spread**2))
+    return deviations

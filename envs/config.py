@@ -119,8 +119,9 @@ class InformationConfig:
     """``known`` in advance, as in the paper; ``predicted``: each request's mean and spread; or
     ``unknown``: only the workload's. The lower bound is always that of true lengths."""
     predictor: str = "calibrated"
-    """Who predicts: ``calibrated``, a preset of ``PREDICTORS``, or ``column``, the workload file's
-    own ``predicted_output_tokens``. Without meaning unless lengths are ``predicted``."""
+    """Who predicts: ``calibrated``, a preset of ``PREDICTORS``, or ``column``, the workload's own
+    ``predicted_output_tokens``, of a file or of ``gsm8k-mixed``. Without meaning unless lengths are
+    ``predicted``."""
     kendall_tau: float = 0.55
     """Rank correlation of the ``calibrated`` predictor with the truth, 0 … 1."""
     compare_by: str = "mean"

@@ -37,6 +37,11 @@ TASKS: Final[dict[str, TaskConfig]] = {
         name="servegym/GSM8KPredicted-v0",
         information=InformationConfig(output_lengths="predicted", kendall_tau=0.55),
     ),
+    "servegym/GSM8KMixed-v0": TaskConfig(
+        name="servegym/GSM8KMixed-v0",
+        workload=WorkloadConfig(source="gsm8k-mixed"),
+        information=InformationConfig(output_lengths="predicted", predictor="column"),
+    ),
 }
 """Task configurations by id; ``gymnasium.make`` takes the same ids."""
 

@@ -5,7 +5,8 @@ of requests take whole copies and a random part of one. Output lengths of the pa
 public; two families made for its mean (344.83) and standard deviation (187.99) are shipped, joined to
 the prompts by a Gaussian copula with the measured rank correlation. The generation limit of
 ``gsm8k-lognormal`` lowers them to 342.9 and 179.1; ties at the cap lower the correlation of
-``gsm8k-cap512`` to 0.50.
+``gsm8k-cap512`` to 0.50. ``gsm8k-mixed`` brings predictions of its own, some of which are worth much more
+than others.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,18 +32,33 @@ Tokens = NDArray[np.int64]
 PROMPT_OUTPUT_RANK_CORRELATION: Final = 0.55
 """Spearman correlation of prompt and output lengths; 0.52 … 0.58 measured on GSM8K."""
 
+GSM8K_LOGNORMAL: Final = (5.71294, 0.51011)
+"""μ and σ of the log of ``gsm8k-lognormal``'s output tokens."""
+
+MIXED_SPREADS: Final = (0.1, 0.8)
+"""Standard deviations of log(true / predicted) in ``gsm8k-mixed``."""
+
 MAX_LOGNORMAL_TOKENS: Final = 1024
 """Generation limit of ``gsm8k-lognormal``; 0.8 % of the lengths reach it."""
 
 MAX_CAP512_TOKENS: Final = 512
 
 
+class Sample(NamedTuple):
+    """Sampled requests, and how their lengths are predicted where the preset says so itself."""
+
+    prompt_tokens: Tokens  # (n,)
+    output_tokens: Tokens  # (n,)
+    predicted_output_tokens: Tokens | None = None  # (n,) means
+    predicted_spread: NDArray[np.float64] | None = None  # (n,) of the log length
+
+
 @dataclass(frozen=True)
 class WorkloadPreset:
-    """A named sampler: ``sample(n, rng)`` returns prompt and output tokens, shape (n,) each."""
+    """A named sampler of n requests."""
 
     description: str
-    sample: Callable[[int, Generator], tuple[Tokens, Tokens]]
+    sample: Callable[[int, Generator], Sample]
 
 
 @cache
@@ -74,19 +90,40 @@ def _correlated_normals(prompts: Tokens, rng: Generator) -> NDArray[np.float64]:
     return normals
 
 
-def _lognormal(normals: NDArray[np.float64], mean: float, std: float, most: int) -> Tokens:
+def _lognormal(
+    normals: NDArray[np.float64],
+    mean: float | NDArray[np.float64],
+    std: float | NDArray[np.float64],
+    most: int,
+) -> Tokens:
     lengths = np.exp(mean + std * normals)
     return np.clip(np.rint(lengths), 1, most).astype(np.int64)
 
 
-def sample_gsm8k_lognormal(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
-    """GSM8K prompts with lognormal outputs (μ 5.71294, σ 0.51011), at most 1024 tokens."""
+def sample_gsm8k_lognormal(requests: int, rng: Generator) -> Sample:
+    """GSM8K prompts with lognormal outputs, at most 1024 tokens."""
     prompts = sample_gsm8k_prompts(requests, rng)
     normals = _correlated_normals(prompts, rng)
-    return prompts, _lognormal(normals, 5.71294, 0.51011, MAX_LOGNORMAL_TOKENS)
+    return Sample(prompts, _lognormal(normals, *GSM8K_LOGNORMAL, MAX_LOGNORMAL_TOKENS))
 
 
-def sample_gsm8k_cap512(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
+def sample_gsm8k_mixed(requests: int, rng: Generator) -> Sample:
+    """GSM8K prompts; *predicted* means as ``gsm8k-lognormal``'s outputs, every other one a guess.
+
+    The output is lognormal about its prediction with a spread of 0.1 or 0.8, by a fair coin, and the
+    spread is known; at most 1024 tokens are generated.
+    """
+    prompts = sample_gsm8k_prompts(requests, rng)
+    normals = _correlated_normals(prompts, rng)
+    predicted = _lognormal(normals, *GSM8K_LOGNORMAL, MAX_LOGNORMAL_TOKENS)
+    spread = rng.choice(MIXED_SPREADS, requests)
+    noise = rng.standard_normal(requests)
+    medians = np.log(predicted) - spread**2 / 2.0
+    outputs = _lognormal(noise, medians, spread, MAX_LOGNORMAL_TOKENS)
+    return Sample(prompts, outputs, predicted, spread)
+
+
+def sample_gsm8k_cap512(requests: int, rng: Generator) -> Sample:
     """GSM8K prompts; 54.72 % of outputs run to a cap of 512, the rest are lognormal.
 
     A hypothesis that reproduces the paper's mean and standard deviation from a 512 cap alone
@@ -97,17 +134,21 @@ def sample_gsm8k_cap512(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
     share_free = 1.0 - 0.5472
     inner = np.minimum(uniforms / share_free, 1.0 - 1e-12)
     free = _lognormal(ndtri(inner), 4.88307, 0.39596, MAX_CAP512_TOKENS)
-    return prompts, np.where(uniforms >= share_free, MAX_CAP512_TOKENS, free).astype(np.int64)
+    outputs = np.where(uniforms >= share_free, MAX_CAP512_TOKENS, free).astype(np.int64)
+    return Sample(prompts, outputs)
 
 
-def sample_tiny(requests: int, rng: Generator) -> tuple[Tokens, Tokens]:
+def sample_tiny(requests: int, rng: Generator) -> Sample:
     """Prompts of 4 … 12 and outputs of 1 … 9 tokens, uniform: small enough to solve exactly."""
-    return rng.integers(4, 13, requests), rng.integers(1, 10, requests)
+    return Sample(rng.integers(4, 13, requests), rng.integers(1, 10, requests))
 
 
 WORKLOAD_PRESETS: Final[dict[str, WorkloadPreset]] = {
     "gsm8k-lognormal": WorkloadPreset("GSM8K prompts, lognormal outputs", sample_gsm8k_lognormal),
     "gsm8k-cap512": WorkloadPreset("GSM8K prompts, outputs capped at 512", sample_gsm8k_cap512),
+    "gsm8k-mixed": WorkloadPreset(
+        "GSM8K prompts, outputs predicted with spreads of 0.1 and 0.8", sample_gsm8k_mixed
+    ),
     "tiny": WorkloadPreset("a handful of short requests", sample_tiny),
 }
 """Presets by name, as ``[workload] source = …`` takes them; any other source is a CSV file."""
@@ -140,7 +181,7 @@ def output_lengths(source: str) -> Tokens:
 @cache
 def _sampled_lengths(preset: str) -> Tokens:
     rng = np.random.default_rng(0)
-    return WORKLOAD_PRESETS[preset].sample(_LENGTHS_SAMPLED, rng)[1]
+    return WORKLOAD_PRESETS[preset].sample(_LENGTHS_SAMPLED, rng).output_tokens
 
 
 def _read_file(source: str) -> Requests:
@@ -166,8 +207,8 @@ def make_workload(
     check_source(source)
     if source not in WORKLOAD_PRESETS:
         return _read_file(source)
-    prompts, outputs = WORKLOAD_PRESETS[source].sample(requests, rng)
-    if arrival_rate_per_s == 0:
-        return make_requests(prompts, outputs)
-    arrivals = np.cumsum(rng.exponential(1.0 / arrival_rate_per_s, requests))
-    return make_requests(prompts, outputs, arrivals)
+    prompts, outputs, *predictions = WORKLOAD_PRESETS[source].sample(requests, rng)
+    arrivals = None
+    if arrival_rate_per_s > 0:
+        arrivals = np.cumsum(rng.exponential(1.0 / arrival_rate_per_s, requests))
+    return make_requests(prompts, outputs, arrivals, *predictions)

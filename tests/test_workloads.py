@@ -27,7 +27,7 @@ GSM8K_PRESETS = ["gsm8k-lognormal", "gsm8k-cap512"]
 def episodes(preset: str) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Prompts and outputs of many seeds."""
     sample = WORKLOAD_PRESETS[preset].sample
-    return [sample(GSM8K, np.random.default_rng(seed)) for seed in range(SEEDS)]
+    return [sample(GSM8K, np.random.default_rng(seed))[:2] for seed in range(SEEDS)]
 
 
 def histogram() -> dict[int, int]:
@@ -53,13 +53,13 @@ def test_1319_prompts_are_exactly_the_histogram(preset: str) -> None:
 
 
 def test_twice_as_many_prompts_are_two_copies(rng: np.random.Generator) -> None:
-    prompts, _ = WORKLOAD_PRESETS["gsm8k-lognormal"].sample(2 * GSM8K, rng)
+    prompts = WORKLOAD_PRESETS["gsm8k-lognormal"].sample(2 * GSM8K, rng).prompt_tokens
     assert Counter(prompts.tolist()) == {p: 2 * count for p, count in histogram().items()}
 
 
 @pytest.mark.parametrize("requests", [1, 2, 700, GSM8K - 1, GSM8K + 1])
 def test_other_numbers_draw_without_replacement(requests: int, rng: np.random.Generator) -> None:
-    prompts, outputs = WORKLOAD_PRESETS["gsm8k-cap512"].sample(requests, rng)
+    prompts, outputs, *_ = WORKLOAD_PRESETS["gsm8k-cap512"].sample(requests, rng)
     assert len(prompts) == len(outputs) == requests
     copies = -(-requests // GSM8K)
     counts = Counter(prompts.tolist())
@@ -130,7 +130,7 @@ def test_rank_correlation_of_prompts_and_outputs(preset: str, expected: float) -
 
 
 def test_tiny_is_small_enough_to_solve() -> None:
-    sampled = [WORKLOAD_PRESETS["tiny"].sample(8, np.random.default_rng(s)) for s in range(100)]
+    sampled = [WORKLOAD_PRESETS["tiny"].sample(8, np.random.default_rng(s))[:2] for s in range(100)]
     prompts = np.concatenate([p for p, _ in sampled])
     outputs = np.concatenate([o for _, o in sampled])
     assert set(prompts) == set(range(4, 13))
@@ -143,6 +143,7 @@ def test_tiny_is_small_enough_to_solve() -> None:
 FIRST_FIVE = [
     ("gsm8k-lognormal", [56, 37, 65, 105, 56], [262, 106, 304, 797, 407]),
     ("gsm8k-cap512", [56, 37, 65, 105, 56], [202, 67, 512, 512, 512]),
+    ("gsm8k-mixed", [56, 37, 65, 105, 56], [181, 52, 340, 442, 437]),
     ("tiny", [11, 9, 8, 6, 6], [4, 4, 9, 9, 1]),
 ]
 
