@@ -67,6 +67,17 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | N
     raise SystemExit(BAD_INPUT)
 
 
+def read_list(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Return the names of a comma-separated list, each once; refuse unknown ones."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ServegymError(f"{option} names nothing; choose from {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise unknown(f"name in {option}:", name, known)
+    return names
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's ``main`` and leave with its status.
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _cli import parse, run
+from _cli import parse, read_list, run
 from _study_play import evaluate_agents, play_transfer
 from _study_report import write_task, write_transfer
 from _study_runs import ABLATED, MAIN, Run, ablations, grid, train_all
 
 from servegym.agents.hyperparameters import MAX_SEED
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED
 from servegym.envs.tasks import NAMESPACE, TASKS
 
@@ -58,17 +58,6 @@ class Args:
     """Folder for agents, episodes, tables and pictures."""
     jobs: int = 2
     """Training runs, or worker processes, at a time."""
-
-
-def read_list(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """Return the names of a comma-separated list, each once; refuse unknown ones."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise ServegymError(f"{option} names nothing; choose from {', '.join(known)}")
-    for name in names:
-        if name not in known:
-            raise unknown(f"name in {option}:", name, known)
-    return names
 
 
 def read_tasks(text: str) -> list[str]:

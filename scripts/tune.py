@@ -23,7 +23,7 @@ from servegym.envs.tasks import load_task
 
 THRESHOLDS = (1, 2, 3, 4, 5, 7, 10, 12, 15, 18, 20, 25, 30, 40, 60, 100)
 MULTIPLIERS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
-MULTIPLIED = ("hybrid", "lpt", "lookahead", "aligned", "aligned-lookahead")
+MULTIPLIED = ("hybrid", "lpt", "lookahead", "aligned", "aligned-lookahead", "feedback")
 
 
 @dataclass(frozen=True)
