@@ -31,6 +31,10 @@ BASELINES: Final[dict[str, tuple[str, ...]]] = {
         *("fcfs", "random", "hybrid", "hybrid-0.01", "offline", "threshold-1", "lookahead"),
         *("aligned", "aligned-lookahead-0.01", "rollout"),
     ),
+    "GSM8KPredicted-v0": (
+        *("random", "fcfs", "feedback-0.3", "hybrid", "hybrid-0.3", "lpt-0.5", "threshold-12"),
+        *("lookahead", "aligned-1.5", "aligned-lookahead-1.5", "quantile", "rollout"),
+    ),
 }
 """Whom the agents are compared with; the tuned numbers are from results/tuning/."""
 

@@ -21,6 +21,7 @@ from servegym.envs.tasks import NAMESPACE, TASKS
 
 PAPER = "Paper-v0"
 TINY = "Tiny-v0"
+PREDICTED = "GSM8KPredicted-v0"
 PARTS = ("train", "evaluate", "transfer", "report")
 
 
@@ -31,7 +32,7 @@ class Args:
     parts: str = ",".join(PARTS)
     """Comma-separated: train (hours; into --runs), evaluate, transfer (both play agents; into
     --output), report (tables and pictures from what the two have left)."""
-    tasks: str = f"{ABLATED},{PAPER},{TINY}"
+    tasks: str = f"{ABLATED},{PAPER},{TINY},{PREDICTED}"
     """Comma-separated tasks."""
     variants: str = "all"
     """Comma-separated: main (the agent itself) and ablations, which are of GSM8K-v0 only: short,
@@ -39,11 +40,13 @@ class Args:
     seeds: int = 5
     """Main runs of each task, agent seeds 0 …."""
     timesteps: int = 8_000_000
-    """Timesteps of a main run, but for the two tasks below."""
+    """Timesteps of a main run, but for the three tasks below."""
     paper_timesteps: int = 3_000_000
     """Timesteps of a main run on Paper-v0."""
     tiny_timesteps: int = 300_000
     """Timesteps of a main run on Tiny-v0."""
+    predicted_timesteps: int = 4_000_000
+    """Timesteps of a main run on GSM8KPredicted-v0."""
     ablation_seeds: int = 1
     """Runs of each ablation, agent seeds 0 …."""
     ablation_timesteps: int = 2_000_000
@@ -70,7 +73,11 @@ def make_grid(args: Args, tasks: Sequence[str]) -> list[Run]:
     """Return the training runs that the options ask for."""
     every = [MAIN, *ablations()]
     variants = every if args.variants == "all" else read_list("--variants", args.variants, every)
-    own = {PAPER: args.paper_timesteps, TINY: args.tiny_timesteps}
+    own = {
+        PAPER: args.paper_timesteps,
+        TINY: args.tiny_timesteps,
+        PREDICTED: args.predicted_timesteps,
+    }
     timesteps = {task: own.get(task, args.timesteps) for task in tasks}
     return grid(
         tasks, variants, timesteps, args.seeds, args.ablation_timesteps, args.ablation_seeds

@@ -135,7 +135,10 @@ def judge_plans(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
     requests, rng = briefing.requests, briefing.rng
     assert requests is not None
     fresh = sample_rounds(requests, FRESH, np.random.default_rng([seed, 2]))
-    row: dict[str, Any] = {"seed": seed, "means": mean_largest_load(plan_expected(requests, briefing), fresh)}
+    row: dict[str, Any] = {
+        "seed": seed,
+        "means": mean_largest_load(plan_expected(requests, briefing), fresh),
+    }
     for k in RISKS[1:]:
         row[f"risk-{k:g}"] = mean_largest_load(plan_at_risk(requests, briefing, k), fresh)
     for scenarios in SCENARIOS:
