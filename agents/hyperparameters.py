@@ -44,6 +44,9 @@ class Hyperparameters:
     gae_lambda: float = 0.998
     """Weight of later rewards in generalized advantage estimation. What a prefill costs shows only
     many decisions later: 0.95 learns far worse."""
+    final_gae_lambda: float = 1.0
+    """Share of gae_lambda that a linear decay over the timesteps ends at. Where luck decides much of a
+    return, a short horizon is less noisy once long waits have been learned."""
     clip_range: float = 0.2
     """PPO's clip range of the probability ratio."""
     entropy: float = 0.003
@@ -147,6 +150,7 @@ _BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "final_learning_rate": (0, 1),
     "gamma": (0, 1),
     "gae_lambda": (0, 1),
+    "final_gae_lambda": (0, 1),
     "clip_range": (1e-6, 1),
     "entropy": (0, 100),
     "final_entropy": (0, 1),

@@ -169,6 +169,8 @@ class _Run:
         model, h = self.model, self.hyperparameters
         environments = model.get_env()
         assert environments is not None
+        left = 1.0 - model.num_timesteps / total
+        model.rollout_buffer.gae_lambda = _decay(h.gae_lambda, h.final_gae_lambda)(left)
         model.collect_rollouts(environments, callback, model.rollout_buffer, h.steps)
         model._update_current_progress_remaining(model.num_timesteps, total)
         remaining = model._current_progress_remaining
