@@ -118,4 +118,6 @@ class ServingSB3VecEnv(VecEnv):
     def _arrays(self) -> dict[str, NDArray[np.uint8]]:
         """Return every array of the rows as the bytes it consists of, not copied."""
         named = self.env.state._asdict() | self.env.rows._asdict()
+        if self.env.reference is not None:
+            named["reference_gaps"] = self.env.reference_gaps
         return {name: np.asarray(array).reshape(-1).view(np.uint8) for name, array in named.items()}

@@ -23,6 +23,7 @@ from servegym.agents.hyperparameters import Hyperparameters, Options
 from servegym.agents.imitation import Expert, imitate
 from servegym.agents.record import begin_run, identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
+from servegym.envs.cases import Case
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.vector_env import ServingVectorEnv
@@ -33,10 +34,22 @@ _CLASSES: Final[dict[str, Callable[..., OnPolicyAlgorithm]]] = {
 }
 
 
-def make_model(task: TaskConfig, hyperparameters: Hyperparameters) -> OnPolicyAlgorithm:
+Reference = Callable[[Case], float]
+"""Returns the gap in percent of the policy that returns are measured from."""
+
+
+def make_model(
+    task: TaskConfig, hyperparameters: Hyperparameters, reference: Reference | None = None
+) -> OnPolicyAlgorithm:
     """Build an untrained agent with its environments."""
     h = hyperparameters
-    environment = ServingSB3VecEnv(ServingVectorEnv(h.environments, task, copy=False))
+    if bool(h.reference) != (reference is not None):
+        raise ServegymError(
+            f"reference {h.reference!r} needs the function that plays it, or neither"
+        )
+    environment = ServingSB3VecEnv(
+        ServingVectorEnv(h.environments, task, copy=False, reference=reference)
+    )
     # Checking every distribution that is built costs a tenth of the time.
     torch.distributions.Distribution.set_default_validate_args(False)
     layers = [h.width] * h.depth
@@ -73,6 +86,7 @@ def train(
     *,
     callbacks: Sequence[BaseCallback] = (),
     expert: Expert | None = None,
+    reference: Reference | None = None,
     resume: bool = False,
     command: str = "",
     options: Options | None = None,
@@ -87,6 +101,8 @@ def train(
         Called as by ``model.learn``; they must not draw from the global generators.
     expert
         Whom to imitate first, where ``imitation_rounds`` is not 0.
+    reference
+        Plays ``hyperparameters.reference``, where that is not empty.
     resume
         Go on from the last checkpoint in ``folder``: the weights in the end are those of the run
         that was never stopped, bit for bit. A run that was stopped before its first checkpoint
@@ -102,7 +118,7 @@ def train(
     options = options or Options()
     begin_run(task, hyperparameters, folder, command, resume)
     torch.set_num_threads(options.threads)
-    model = make_model(task, hyperparameters)
+    model = make_model(task, hyperparameters, reference)
     run = _Run(model, hyperparameters, identity(task, hyperparameters), folder, options)
     saved = checkpoints(run.checkpoint_folder)
     earlier_s = 0.0

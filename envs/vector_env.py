@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from servegym.envs.cases import bound_case, load_case, make_task_state, sample_requests
+from servegym.envs.cases import Case, bound_case, load_case, make_task_state, sample_requests
 from servegym.envs.config import TaskConfig
 from servegym.envs.decision_process import begin_row, make_rows, step_rows, step_rows_in_parallel
 from servegym.envs.errors import ServegymError
@@ -34,7 +34,9 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     ## Arguments
     ``num_envs``; ``task`` and ``overrides`` as for :class:`ServingEnv`; ``threads``: numba threads
     that step rows side by side, 1 by default; ``copy``: False returns the same arrays at every step,
-    overwritten by the next.
+    overwritten by the next; ``reference``: returns some policy's gap in percent on a case. It is added to
+    an episode's last reward, so that the return is what was gained on that policy. Which policy is best
+    does not change, but the luck of a case, which both have, leaves the return.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -46,6 +48,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         overrides: Mapping[str, Any] | None = None,
         threads: int = 1,
         copy: bool = True,
+        reference: Callable[[Case], float] | None = None,
     ) -> None:
         if not 1 <= num_envs <= MAX_ENVIRONMENTS:
             raise ServegymError(f"num_envs must lie in 1 … {MAX_ENVIRONMENTS}, got {num_envs}")
@@ -54,6 +57,10 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
                 f"threads must lie in 1 … {numba.config.NUMBA_NUM_THREADS}, got {threads}"
             )
         single = ServingEnv(task, overrides)
+        if reference is not None and single.task.process.reward != "gap":
+            raise ServegymError(
+                f"a reference needs process.reward 'gap', got {single.task.process.reward!r}"
+            )
         self.num_envs = num_envs
         self.task = single.task
         self.costs = single.costs
@@ -63,6 +70,8 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.observation_space = batch_space(single.observation_space, num_envs)
         self.action_space = batch_space(single.action_space, num_envs)
         self.rows = make_rows(num_envs, 1 + len(self.task.process.rules))
+        self.reference = reference
+        self.reference_gaps = np.zeros(num_envs)  # percent, of the cases that are being played
         self._threads = threads
         self._copy = copy
         self._rngs = [seeding.np_random(None)[0] for _ in range(num_envs)]
@@ -104,6 +113,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self._advance(self._checked(actions))
         rows = self.rows
         ended = np.flatnonzero(rows.terminated | rows.truncated)
+        rows.rewards[ended] += self.reference_gaps[ended]
         infos: dict[str, Any] = {"illegal_action": rows.illegal.copy()}
         if len(ended):
             infos = self._begin_next(ended, infos)
@@ -138,7 +148,10 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
 
     def _begin_episode(self, e: int) -> None:
         requests = sample_requests(self.task, self._rngs[e])
-        load_case(self.task, self.state, e, bound_case(self.task, self.costs, requests))
+        case = bound_case(self.task, self.costs, requests)
+        load_case(self.task, self.state, e, case)
+        if self.reference is not None:
+            self.reference_gaps[e] = self.reference(case)
         begin_row(self.state, self.costs, self.settings, self.rows, e)
 
     def _begin_next(self, ended: NDArray[np.intp], infos: dict[str, Any]) -> dict[str, Any]:

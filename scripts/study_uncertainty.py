@@ -304,6 +304,14 @@ def draw_quality(rows: pd.DataFrame) -> bytes:
     return picture({"GSM8K-v0's requests, lengths predicted": lines}, "Kendall's τ of predictions")
 
 
+def command_of(args: Args) -> str:
+    """Return the command that does what ``args`` say."""
+    return (
+        f"python scripts/study_uncertainty.py --parts {args.parts} --cases {args.cases} "
+        f"--slow-cases {args.slow_cases} --output {args.output}"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Play what is missing, tabulate and draw."""
     args = parse(Args, argv)
@@ -313,8 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_any_policy(SHIPPED, PREDICTED)  # refuse before hours of play
     texts = [
         "# Uncertain output lengths\n",
-        f"`python scripts/study_uncertainty.py --parts {args.parts} --cases {args.cases} "
-        f"--slow-cases {args.slow_cases} --output {args.output}`\n",
+        f"`{command_of(args)}`\n",
     ]
     if "quality" in parts:
         text, rows = study_quality(args, seeds, slow)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,6 +16,7 @@ from servegym.agents.hyperparameters import Hyperparameters, Options, default_hy
 from servegym.agents.record import check_run, read_run
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
+from servegym.envs.cases import Case
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import make_case
@@ -115,6 +116,14 @@ def make_expert(args: Args, task: TaskConfig) -> Expert | None:
     return make_rollout_expert(args.expert, task, args.threads)
 
 
+def make_reference(args: Args, task: TaskConfig) -> Callable[[Case], float] | None:
+    """Return what returns are measured from, if anything."""
+    if not args.reference:
+        return None
+    policy = make_trigger_policy(args.reference)
+    return lambda case: 100.0 * play_compiled(task, policy, case)["gap"]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train."""
     args = read_args(argv)
@@ -130,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = Options(args.checkpoint_every, args.max_minutes, args.threads)
     make_trigger_policy(args.expert)  # refuse a mistyped one even where nobody is imitated
+    reference = make_reference(args, task)
     check_run(task, hyperparameters, args.output, args.resume)
     words = ["python", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]
     command = shlex.join(words)
@@ -143,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.output,
             callbacks=make_callbacks(args, task, hyperparameters, command),
             expert=make_expert(args, task),
+            reference=reference,
             resume=args.resume,
             command=command,
             options=options,

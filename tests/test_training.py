@@ -35,6 +35,7 @@ from servegym.agents.record import identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.agents.training import make_model, train
 from servegym.envs import ServegymError, ServingEnv
+from servegym.envs.cases import Case
 from servegym.envs.config import with_overrides
 from servegym.envs.metrics import METRICS
 from servegym.envs.tasks import TASKS
@@ -53,6 +54,19 @@ def prefer_prefill(env: ServingVectorEnv) -> NDArray[np.float64]:
     """An expert that likes the last legal action best; what it says costs nothing to compute."""
     masks = env.action_masks()
     return np.where(masks, np.arange(masks.shape[1]) - 10.0, -np.inf)
+
+
+def some_reference(case: Case) -> float:
+    """A reference that is another for each case."""
+    return float(case.requests.output_tokens.sum() % 17)
+
+
+def test_a_reference_is_named_and_given_or_neither() -> None:
+    with pytest.raises(ServegymError, match="or neither"):
+        make_model(TINY, replace(SMALL, reference="fcfs"))
+    with pytest.raises(ServegymError, match="or neither"):
+        make_model(TINY, SMALL, some_reference)
+    make_model(TINY, replace(SMALL, reference="fcfs"), some_reference)
 
 
 def weights(model: OnPolicyAlgorithm) -> dict[str, bytes]:
@@ -181,8 +195,14 @@ def test_resumed_training_ends_in_the_same_weights(algorithm: str, tmp_path: Pat
         imitation_batch_size=16,
         imitation_epochs=2,
     )
+    h = replace(h, reference="made up", final_gae_lambda=0.5)
     task = changed(TINY, process={"max_decisions": 4})  # truncation bootstraps from the critic
-    whole = train(task, h, tmp_path / "whole", expert=prefer_prefill, options=QUIET)
+    whole = train(
+        *(task, h, tmp_path / "whole"),
+        expert=prefer_prefill,
+        reference=some_reference,
+        options=QUIET,
+    )
     folder = tmp_path / "stopped"
     for stop in (2 * 64 + 20, 5 * 64 + 60):
         with pytest.raises(KeyboardInterrupt):
@@ -192,6 +212,7 @@ def test_resumed_training_ends_in_the_same_weights(algorithm: str, tmp_path: Pat
                 folder,
                 callbacks=[StopAt(stop)],
                 expert=prefer_prefill,
+                reference=some_reference,
                 resume=folder.exists(),
                 options=QUIET,
             )
@@ -199,7 +220,7 @@ def test_resumed_training_ends_in_the_same_weights(algorithm: str, tmp_path: Pat
         np.random.rand(3)  # noqa: NPY002 (whatever else draws from the global generators)
     assert len(checkpoints(folder / "checkpoints")) == 2
     # No expert: a finished imitation stands in the checkpoint.
-    resumed = train(task, h, folder, resume=True, options=QUIET)
+    resumed = train(task, h, folder, reference=some_reference, resume=True, options=QUIET)
     assert resumed.num_timesteps == whole.num_timesteps == 6 * 64
     assert weights(resumed) == weights(whole)
     ends = [load_file(checkpoints(f / "checkpoints")[-1]) for f in (tmp_path / "whole", folder)]

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from servegym.envs import ServegymError, ServingEnv
+from servegym.baselines.episodes import play_compiled
+from servegym.baselines.registry import make_trigger_policy
+from servegym.envs import ServegymError, ServingEnv, load_task
 from servegym.envs.metrics import METRICS
 from servegym.envs.vector_env import ServingVectorEnv
 
@@ -91,6 +93,10 @@ def test_seeds_one_by_one() -> None:
         ({"threads": 0}, {"threads": 1}),
         ({"threads": numba.config.NUMBA_NUM_THREADS + 1}, {"threads": 1}),  # more than there are
         ({"task": "Tyni-v0"}, {"task": "Tiny-v0"}),
+        (
+            {"reference": lambda _: 0.0, "overrides": {"process": {"reward": "latency"}}},
+            {"reference": lambda _: 0.0},
+        ),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], good: dict[str, Any]) -> None:
@@ -108,6 +114,30 @@ def test_bad_actions(actions: Any) -> None:
     with pytest.raises(ServegymError, match="actions must"):
         env.step(actions)
     env.step([0, 6])
+
+
+def test_with_a_reference_the_return_is_what_was_gained_on_it() -> None:
+    """Every return is the reference's gap less the own; all but the last reward stay as they are."""
+    policy, task = make_trigger_policy("fcfs"), load_task("Tiny-v0")
+    env = ServingVectorEnv(
+        3, task, reference=lambda case: 100 * play_compiled(task, policy, case)["gap"]
+    )
+    plain = ServingVectorEnv(3, task)
+    env.reset(seed=5)
+    plain.reset(seed=5)
+    rng, returns, ended = np.random.default_rng(0), np.zeros(3), 0
+    while ended < 12:
+        reference = env.reference_gaps.copy()  # of the cases that are being played
+        actions = [int(rng.choice(np.flatnonzero(mask))) for mask in env.action_masks()]
+        rewards, terminated, _, info = env.step(actions)[1:]
+        assert np.array_equal(
+            rewards - plain.step(actions)[1], np.where(terminated, reference, 0.0)
+        )
+        returns += rewards
+        for e in np.flatnonzero(terminated):
+            gap = info["final_info"]["gap"][e]
+            assert returns[e] == pytest.approx(reference[e] - 100 * gap, abs=1e-9)
+            returns[e], ended = 0.0, ended + 1
 
 
 def test_bad_resets() -> None:
