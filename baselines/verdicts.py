@@ -229,10 +229,11 @@ def tally(verdicts: Sequence[Verdict], judges: Sequence[int]) -> dict[str, float
     -------
     dict
         Counts ``ties``, ``prefill_better``, ``early`` (the rule prefilled, decoding on was better) and
-        ``late`` (the other way round); sums of seconds ``regret_s`` (lost by the rule's action against
-        the better one) and ``stake_s`` (lost by the worse action); and ``auc``, the chance that
-        C_d / C_p is larger at a decision where prefilling is better than at one where it is not
-        (½: it tells nothing; NaN unless both occur).
+        ``late`` (the other way round). Sums of seconds: ``stake_s``, lost by the worse action against
+        the better one; ``regret_s``, by the rule's action; ``early_s``, by the early ones among them;
+        ``decode_regret_s``, had it always decoded on. And ``auc``, the chance that C_d / C_p is larger
+        at a decision where prefilling is better than at one where it is not (½: it tells nothing; NaN
+        unless both occur).
     """
     lost = np.array([verdict.lost_s(judges) for verdict in verdicts])
     prefills = np.array([verdict.prefills for verdict in verdicts], dtype=bool)
@@ -242,8 +243,10 @@ def tally(verdicts: Sequence[Verdict], judges: Sequence[int]) -> dict[str, float
         "prefill_better": int((lost > 0).sum()),
         "early": int(early.sum()),
         "late": int(late.sum()),
-        "regret_s": float(np.abs(lost[early | late]).sum()),
         "stake_s": float(np.abs(lost).sum()),
+        "regret_s": float(np.abs(lost[early | late]).sum()),
+        "early_s": float(-lost[early].sum()),
+        "decode_regret_s": float(lost[lost > 0].sum()),
         "auc": _auc(np.array([verdict.balance for verdict in verdicts]), lost),
     }
 

@@ -19,6 +19,7 @@ from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED
 from servegym.envs.files import make_folder, write_file
+from servegym.envs.rendering import to_png
 from servegym.envs.summary import mean_interval
 from servegym.envs.tasks import NAMESPACE, load_task
 
@@ -160,12 +161,10 @@ def line(
     return Line(label, np.asarray(x, dtype=float), means, halves, colour, style)
 
 
-def draw_panels(
-    panels: Mapping[str, Sequence[Line]], x_label: str, y_label: str, columns: int = 3
-) -> Figure:
-    """Return panels beside each other by title; a band is a 95 % interval.
+def picture(panels: Mapping[str, Sequence[Line]], x_label: str) -> bytes:
+    """Return a PNG of gaps over something, panels beside each other by title; bands are 95 % intervals.
 
-    One legend in ``columns`` serves all, so the panels' lines go by the same labels.
+    One legend serves all, so the panels' lines go by the same labels.
     """
     figure = Figure(figsize=(1.2 + 4.6 * max(len(panels), 2), 4.8), dpi=110, layout="constrained")
     for axes, (title, lines) in zip(
@@ -182,10 +181,10 @@ def draw_panels(
         axes.set_xlabel(x_label)
         axes.set_ylim(bottom=0.0)
         axes.grid(alpha=0.25)
-    figure.axes[0].set_ylabel(y_label)
+    figure.axes[0].set_ylabel("gap to the lower bound (%)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(
-        *(handles, labels), loc="outside lower center", ncols=columns, fontsize=8, frameon=False,
+        *(handles, labels), loc="outside lower center", ncols=3, fontsize=8, frameon=False,
         handlelength=4,
     )  # fmt: skip
-    return figure
+    return to_png(figure)

@@ -122,7 +122,7 @@ def gap_table(rows: Rows, names: Sequence[str]) -> pd.DataFrame:
             {
                 "estimate": estimate,
                 "τ-b": f"{cells(rows, estimate, 'kendall_tau').mean():.2f}",
-                "bias (%)": f"{100 * cells(rows, estimate, 'bias').mean():+.0f}",
+                "bias (%)": f"{round(100 * cells(rows, estimate, 'bias').mean()):+d}",
                 "mean error (%)": f"{100 * cells(rows, estimate, 'error').mean():.0f}",
             }
             | {f"`{name}`": with_interval(cells(rows, estimate, name), 100) for name in names}

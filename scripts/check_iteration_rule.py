@@ -13,11 +13,11 @@ from _checks import (
     TUNED,
     Collection,
     Line,
-    draw_panels,
     held_out,
     line,
     load_tasks,
     numbered,
+    picture,
     short_name,
     tuned_multiplier,
 )
@@ -37,7 +37,6 @@ from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import play
 from servegym.envs.files import write_file
-from servegym.envs.rendering import to_png
 from servegym.envs.summary import to_markdown, with_interval
 
 ERRORS: Final = (-0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
@@ -57,10 +56,11 @@ JUDGES: Final[dict[str, tuple[int, ...]]] = {
 of several counts."""
 
 SAID: Final = {
+    "panel": "the panel finishes",
     "same": "the rule itself finishes",
     "fixed": f"`{FIXED_JUDGE}` finishes",
-    "panel": "the panel finishes",
 }
+"""The judges in the order of the report."""
 
 
 class Variant(NamedTuple):
@@ -85,9 +85,9 @@ class Args:
     """Comma-separated tasks or task TOMLs: clients, number of requests and cost model."""
     outputs: str = "constant,uniform,narrow,wide,bimodal,gsm8k-lognormal"
     """Comma-separated distributions of output lengths, constructed ones or workload presets."""
-    cases: int = 20
+    cases: int = 16
     """Held-out cases of each task and distribution, seeds 1000000 and up."""
-    samples: int = 40
+    samples: int = 30
     """Decisions of an episode that are judged, at most."""
     output: Path = Path("results/checks/iteration_rule")
     """Folder for a CSV file a task, iteration_rule.md and iteration_rule.png."""
@@ -185,12 +185,18 @@ def _mean(values: NDArray[np.float64], digits: int = 1) -> str:
     return f"{known.mean():.{digits}f}" if len(known) else "–"
 
 
+def _share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> str:
+    return f"{100 * part.sum() / whole.sum():.0f}" if whole.sum() > 0 else "–"
+
+
 def verdict_row(episodes: pd.DataFrame, judge: str) -> dict[str, str]:
     """Return what one judge says of episodes: means over them with intervals."""
     share = shares(episodes, judge)
     judged, bound_s = episodes["judged"].to_numpy(float), episodes["bound_s"].to_numpy(float)
-    regret_s = episodes[f"{judge}_regret_s"].to_numpy(float) / judged
-    stake_s = episodes[f"{judge}_stake_s"].to_numpy(float) / judged
+    stake_s, regret_s, decode_regret_s = (
+        episodes[f"{judge}_{name}"].to_numpy(float) / judged
+        for name in ("stake_s", "regret_s", "decode_regret_s")
+    )
     return {
         "better action (%)": _cell(share["right"]),
         "always prefill / always decode (%)": (
@@ -200,27 +206,32 @@ def verdict_row(episodes: pd.DataFrame, judge: str) -> dict[str, str]:
         "ties (% of all)": f"{100 * (episodes[f'{judge}_ties'] / judged).mean():.1f}",
         "regret (ms)": _cell(1e3 * regret_s),
         "(% of bound)": f"{100 * (regret_s / bound_s).mean():.4f}",
-        "of what was at stake (%)": (
-            f"{100 * regret_s.sum() / stake_s.sum():.0f}" if stake_s.sum() > 0 else "–"
+        "of what was at stake: rule / always prefill / always decode (%)": " / ".join(
+            _share(lost_s, stake_s)
+            for lost_s in (regret_s, stake_s - decode_regret_s, decode_regret_s)
         ),
         "AUC of C_d / C_p": _cell(episodes[f"{judge}_auc"].to_numpy(float), 2),
     }
 
 
 def rule_table(rows: pd.DataFrame, task: TaskConfig, judge: str, all_outputs: Sequence[str]) -> str:
-    """Return the rules without errors: a row a distribution and rule."""
+    """Return the rules without errors: a row a distribution and rule, first all together."""
     table = []
-    for outputs in all_outputs:
+    for outputs in (None, *all_outputs):
         for variant in variants(task):
             if variant.factor != 1 or variant.noise > 0:
                 continue
             episodes = select(rows, variant, outputs)
             if len(episodes) == 0:
                 continue
-            row = {"outputs": outputs, "rule": f"`{variant.policy}`", "n": str(len(episodes))}
+            row = {
+                "outputs": outputs or "**all**",
+                "rule": f"`{variant.policy}`",
+                "n": str(len(episodes)),
+            }
             row["decisions"] = f"{episodes['decisions'].mean():.0f}"
             table.append(row | verdict_row(episodes, judge))
-            if judge == "same":
+            if judge == next(iter(SAID)):
                 better = (episodes["gap"] - episodes["gap_if_better"]).to_numpy(float)
                 table[-1]["gap (%)"] = with_interval(episodes["gap"].to_numpy(float), 100)
                 table[-1]["better action each time gains (points)"] = with_interval(better, 100)
@@ -295,7 +306,7 @@ decision (lognormal factors of mean 1 on C_p) are no λ and are played as such.
   of the same decisions.
 - *Regret*: how much later the episode ends by the rule's action than by the better one, mean over all
   judged decisions. *Of what was at stake*: regret over the mean difference between the two actions; a
-  coin's is 50 %.
+  coin's is 50 %. Beside it what prefilling always and decoding always would lose at the same decisions.
 - *AUC*: chance that C_d / C_p is larger at a decision where prefilling is better than at one where it is
   not; 0.5 tells nothing. It depends on the states that the rule meets, not on λ itself.
 - *Better action each time*: the same rule, but at every decision the action that ends earlier when the
@@ -391,9 +402,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = report(tables, args)
     write_file(args.output / "iteration_rule.md", text)
     panels = {name: lines(task, rows, outputs) for name, (task, rows) in tables.items()}
-    x_label = "error of all estimates of C_p (%)"
-    figure = draw_panels(panels, x_label, "gap to the lower bound (%)")
-    write_file(args.output / "iteration_rule.png", to_png(figure))
+    png = picture(panels, "error of all estimates of C_p (%)")
+    write_file(args.output / "iteration_rule.png", png)
     print(text)
     return 0
 

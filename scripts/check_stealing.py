@@ -13,11 +13,11 @@ from _checks import (
     TUNED,
     Collection,
     Line,
-    draw_panels,
     held_out,
     line,
     load_tasks,
     numbered,
+    picture,
     short_name,
     tuned_multiplier,
 )
@@ -31,7 +31,6 @@ from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.evaluation import brief, make_case
 from servegym.envs.files import write_file
 from servegym.envs.metrics import episode_metrics
-from servegym.envs.rendering import to_png
 from servegym.envs.summary import mean_interval, to_markdown, with_interval
 
 TAUS: Final = (0.0, 0.2, 0.4, 0.55, 0.69, 0.9, 1.0)
@@ -220,12 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = report(tables, command_of(args))
     write_file(args.output / "stealing.md", text)
     panels = {name: lines(task, rows) for name, (task, rows) in tables.items()}
-    figure = draw_panels(
-        panels,
-        "Kendall's τ of predicted with true output lengths",
-        "gap to the lower bound (%)",
-    )
-    write_file(args.output / "stealing.png", to_png(figure))
+    png = picture(panels, "Kendall's τ of predicted with true output lengths")
+    write_file(args.output / "stealing.png", png)
     print(text)
     return 0
 

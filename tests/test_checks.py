@@ -90,7 +90,8 @@ def test_decoding_on_is_better_where_one_stage_then_serves_two() -> None:
         Verdict(1, True, 5.5, (17.0, 17.0), (14.0, 14.0)),
     ]
     expected = {"ties": 0, "prefill_better": 1, "early": 0, "late": 0}
-    assert tally(verdicts, [0]) == expected | {"regret_s": 0, "stake_s": 5, "auc": 1}
+    seconds = {"stake_s": 5, "regret_s": 0, "early_s": 0, "decode_regret_s": 3}
+    assert tally(verdicts, [0]) == expected | seconds | {"auc": 1}
 
 
 def test_too_early_and_a_tie() -> None:
@@ -101,7 +102,8 @@ def test_too_early_and_a_tie() -> None:
     assert [verdict.prefills for verdict in verdicts] == [True, True]
     assert [verdict.lost_s([0]) for verdict in verdicts] == [-2, 0]
     said = tally(verdicts, [0])
-    assert (said["ties"], said["early"], said["regret_s"]) == (1, 1, 2)
+    assert (said["ties"], said["early"]) == (1, 1)
+    assert (said["regret_s"], said["early_s"], said["decode_regret_s"]) == (2, 2, 0)
     assert np.isnan(said["auc"])  # prefilling was never better
 
 
