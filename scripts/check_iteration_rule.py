@@ -100,12 +100,24 @@ def multiplier_of(x: float, estimate: str) -> float:
     return 1 + x if estimate == "C_p" else 1 / (1 + x)
 
 
+def _error_labels() -> dict[float, str]:
+    labels: dict[float, list[str]] = {}
+    for estimate in ("C_p", "C_d"):
+        for x in ERRORS:
+            label = f"{estimate} {100 * x:+.0f} %" if x else "none"
+            labels.setdefault(round(multiplier_of(x, estimate), 9), []).append(label)
+    return {factor: ", ".join(dict.fromkeys(labels[factor])) for factor in sorted(labels)}
+
+
+ERROR_LABELS: Final = _error_labels()
+"""Errors by the factor of λ that they amount to, ascending."""
+
+
 def variants(task: TaskConfig) -> list[Variant]:
     """Return what is played: the hybrid with λ = 1 and tuned under all errors, and two others."""
-    factors = {multiplier_of(x, estimate) for x in ERRORS for estimate in ("C_p", "C_d")}
     found = []
     for base in dict.fromkeys((1.0, tuned_multiplier(task, "hybrid"))):
-        found += [Variant("hybrid", base, factor, 0.0) for factor in sorted(factors)]
+        found += [Variant("hybrid", base, factor, 0.0) for factor in ERROR_LABELS]
         found += [Variant("hybrid", base, 1.0, noise) for noise in NOISES]
     for family in ("lookahead", "aligned-lookahead"):
         found.append(Variant(family, tuned_multiplier(task, family), 1.0, 0.0))
@@ -241,11 +253,10 @@ def rule_table(rows: pd.DataFrame, task: TaskConfig, judge: str, all_outputs: Se
 def error_table(rows: pd.DataFrame, base: float, judge: str) -> str:
     """Return the hybrid under errors, over all distributions: a row an error and its λ."""
     right = Variant("hybrid", base, 1.0, 0.0)
-    cases = [(f"C_p {100 * x:+.0f} %", multiplier_of(x, "C_p"), 0.0) for x in ERRORS if x]
-    cases += [(f"C_d {100 * x:+.0f} %", multiplier_of(x, "C_d"), 0.0) for x in ERRORS if x]
+    cases = [(label, factor, 0.0) for factor, label in ERROR_LABELS.items()]
     cases += [(f"C_p ±{100 * noise:.0f} % at random", 1.0, noise) for noise in NOISES]
     table = []
-    for label, factor, noise in [("none", 1.0, 0.0), *cases]:
+    for label, factor, noise in cases:
         episodes = select(rows, Variant("hybrid", base, factor, noise))
         plain = select(rows, right).set_index(["outputs", "seed"])["gap"]
         change = episodes.set_index(["outputs", "seed"])["gap"] - plain
@@ -265,11 +276,10 @@ def matrix(
     digits: int,
 ) -> str:
     """Return ``value`` of the hybrid's episodes by distribution and by the λ that it acts by."""
-    factors = sorted({multiplier_of(x, which) for x in ERRORS for which in ("C_p", "C_d")})
     table = []
     for outputs in all_outputs:
         row = {"outputs": outputs}
-        for factor in factors:
+        for factor in ERROR_LABELS:
             episodes = select(rows, Variant("hybrid", base, factor, 0.0), outputs)
             row[f"λ × {factor:.3g}"] = _cell(value(episodes), digits)
         if any(cell != "–" for cell in list(row.values())[1:]):
@@ -334,10 +344,10 @@ def report(tables: Mapping[str, tuple[TaskConfig, pd.DataFrame]], args: Args) ->
             parts.append(f"### No errors; {words}\n\n{table}")
         for base in dict.fromkeys((1.0, tuned_multiplier(task, "hybrid"))):
             rule = f"`{numbered('hybrid', base)}`"
-            parts.append(f"### {rule} with wrong cost estimates, all distributions together\n")
-            for judge, words in SAID.items():
-                parts.append(f"Where {words}:\n\n{error_table(rows, base, judge)}")
             parts += [
+                f"### {rule} with wrong cost estimates, all distributions together\n",
+                f"Where {SAID['panel']}:\n\n{error_table(rows, base, 'panel')}",
+                f"Where {SAID['same']}:\n\n{error_table(rows, base, 'same')}",
                 f"Gap (%) by distribution:\n\n{matrix(rows, base, all_outputs, _gap, 2)}",
                 f"Better action (%) by distribution, where {SAID['panel']}:\n",
                 matrix(rows, base, all_outputs, _right, 0),
