@@ -245,7 +245,7 @@ def tally(verdicts: Sequence[Verdict], judges: Sequence[int]) -> dict[str, float
         "late": int(late.sum()),
         "stake_s": float(np.abs(lost).sum()),
         "regret_s": float(np.abs(lost[early | late]).sum()),
-        "early_s": float(-lost[early].sum()),
+        "early_s": float(np.abs(lost[early]).sum()),
         "decode_regret_s": float(lost[lost > 0].sum()),
         "auc": _auc(np.array([verdict.balance for verdict in verdicts]), lost),
     }
