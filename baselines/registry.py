@@ -105,6 +105,11 @@ REGISTRY: Final[dict[str, Entry]] = {
         TriggerPolicy("steal", triggers.LAGRANGIAN, 1.0, planner=plan_expected),
         number="λ",
     ),
+    "hybrid-plan": Entry(
+        "the hybrid without stealing: each client its own queue",
+        TriggerPolicy("plan", triggers.LAGRANGIAN, 1.0, planned=True),
+        number="λ",
+    ),
     "hybrid-myopic": Entry(
         "the hybrid with a rule that looks at one decode round only",
         TriggerPolicy("steal", triggers.MYOPIC, 1.0, planner=plan_expected),
