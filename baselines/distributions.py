@@ -65,7 +65,7 @@ def make_constructed_case(task: TaskConfig, outputs: str, seed: int) -> Case:
         raise ServegymError(f"the seed must be ≥ 0, got {seed}")
     rng, n = seeding.np_random(seed)[0], task.workload.requests
     if outputs in WORKLOAD_PRESETS:
-        prompts, lengths = WORKLOAD_PRESETS[outputs].sample(n, rng)
+        prompts, lengths, *_ = WORKLOAD_PRESETS[outputs].sample(n, rng)
     else:
         prompts, lengths = sample_gsm8k_prompts(n, rng), OUTPUTS[outputs](n, rng)
     costs = task.cost.tables(task.cluster.clients)

@@ -107,7 +107,7 @@ REGISTRY: Final[dict[str, Entry]] = {
     ),
     "hybrid-plan": Entry(
         "the hybrid without stealing: each client its own queue",
-        TriggerPolicy("plan", triggers.LAGRANGIAN, 1.0, planned=True),
+        TriggerPolicy("plan", triggers.LAGRANGIAN, 1.0, planner=plan_expected),
         number="λ",
     ),
     "hybrid-myopic": Entry(

@@ -108,7 +108,6 @@ class JudgedPolicy:
     judges: Sequence[TriggerPolicy]
     asked: Container[int]
     noise: float = 0.0
-    every_round: bool = field(default=False, init=False)
     verdicts: list[Verdict] = field(default_factory=list, init=False)
     decisions: int = field(default=0, init=False)
 
@@ -117,6 +116,10 @@ class JudgedPolicy:
             raise ServegymError("only the Lagrangian and the lookahead rule can be judged")
         if not (np.isfinite(self.noise) and self.noise >= 0):
             raise ServegymError(f"noise must be ≥ 0, got {self.noise}")
+
+    def adapt(self, task: TaskConfig) -> TaskConfig:
+        """Return the task as the rule wants to be asked."""
+        return self.policy.adapt(task)
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode; plan if the rule does."""

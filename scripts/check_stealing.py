@@ -76,7 +76,7 @@ def play_stealing(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
     """Return the metrics of one episode and ``stolen``, the share of requests not served as planned."""
     clients = task.cluster.clients
     state = make_task_state(task, 1, len(case.requests))
-    load_case(state, 0, case, policy.prepare(brief(task, case, seed=0)))
+    load_case(task, state, 0, case, policy.prepare(brief(task, case, seed=0)))
     play_loaded(state, task.cost.tables(clients), task, policy)
     requests = state.requests[0]
     stolen = float(np.mean(requests["client"] != requests["plan_client"]))

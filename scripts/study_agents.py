@@ -45,7 +45,7 @@ class Args:
     """Timesteps of a main run on Paper-v0."""
     tiny_timesteps: int = 300_000
     """Timesteps of a main run on Tiny-v0."""
-    predicted_timesteps: int = 4_000_000
+    predicted_timesteps: int = 3_000_000
     """Timesteps of a main run on GSM8KPredicted-v0."""
     ablation_seeds: int = 1
     """Runs of each ablation, agent seeds 0 …."""

@@ -25,6 +25,7 @@ from servegym.baselines.estimates import (
     scaled,
     taken_as_exact,
 )
+from servegym.baselines.plans import plan_expected
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.verdicts import JudgedPolicy, Verdict, balance, judge_episode, tally
 from servegym.envs import Requests, ServegymError, TaskConfig, load_task
@@ -347,7 +348,7 @@ def test_what_stealing_saves_by_hand() -> None:
 
 def test_hybrid_without_stealing_serves_own_queues_only() -> None:
     policy = make_trigger_policy("hybrid-plan-0.2")
-    assert (policy.rule, policy.planned, policy.parameter) == ("plan", True, 0.2)
+    assert (policy.rule, policy.planner, policy.parameter) == ("plan", plan_expected, 0.2)
     assert check_stealing.play_stealing(SMALL, policy, make_case(SMALL, 3))["stolen"] == 0
 
 
