@@ -15,9 +15,11 @@ from servegym.envs.config import TaskConfig
 from servegym.envs.cost_models import CostTables
 from servegym.envs.decision_process import Settings
 from servegym.envs.errors import ServegymError
+from servegym.envs.policy import Briefing, Situation
 from servegym.envs.serving_env import make_settings
 from servegym.envs.simulator.jit import kernel, parallel_kernel
 from servegym.envs.simulator.state import State, make_state
+from servegym.envs.simulator.view import view
 from servegym.envs.vector_env import ServingVectorEnv
 
 Expert = Callable[[ServingVectorEnv], NDArray[np.float64]]
@@ -75,6 +77,40 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
         else:
             numba.set_num_threads(threads)
             _value_in_parallel(*arguments, threads)
+        return values
+
+    return value_actions
+
+
+def make_rule_expert(name: str, task: TaskConfig) -> Expert:
+    """Return a function that values a rule's own action at 0 and every other one at −1.
+
+    To begin training as the rule: where imagination is blind to what decides an episode, the luck of
+    unknown lengths, a rollout of a good rule is worse than the rule. 0 is what the rule gains on itself,
+    so the values fit a training with the rule as its reference.
+
+    Raises
+    ------
+    ServegymError
+        If there is no such policy, its rule is not among the task's, it follows a plan or wants to be
+        asked otherwise than the task asks.
+    """
+    policy = make_trigger_policy(name)
+    if policy.planner is not None or policy.adapt(task) != task:
+        raise ServegymError(
+            f"{name} cannot be imitated in {task.name}: it follows a plan or wants another task"
+        )
+    policy.prepare(Briefing(task, None, np.random.default_rng(0)))
+
+    def value_actions(env: ServingVectorEnv) -> NDArray[np.float64]:
+        if env.task != task:
+            raise ServegymError(f"the expert is for {task.name}, the environment for another task")
+        values = np.where(env.rows.masks, -1.0, -np.inf)
+        for e in range(env.num_envs):
+            seen = view(env.state, env.costs, e, 0)
+            values[e, policy.act(Situation(seen, env.rows.observations[e], env.rows.masks[e]))] = (
+                0.0
+            )
         return values
 
     return value_actions

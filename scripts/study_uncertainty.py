@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from _policies import AGENTS, SHIPPED
 from _policies import make_policy as make_any_policy
 from tune import THRESHOLDS
 
-from servegym.agents.policy import load_agent
+from servegym.agents.policy import CARD_FILE, load_agent
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.plans import plan_at_risk, plan_expected
 from servegym.baselines.policies import TriggerPolicy
@@ -77,7 +77,7 @@ class Args:
     slow_cases: int = 20
     """Held-out cases of the policies that take a second an episode, and of the plans."""
     output: Path = Path("results/uncertainty")
-    """Folder for CSV files, uncertainty.md and quality.png."""
+    """Folder for CSV files, a table a part and quality.png."""
     jobs: int = 2
     """Worker processes."""
 
@@ -246,51 +246,65 @@ MIXED_NOTES: Final = f"""\
 clairvoyant bound; differences paired by case.
 """
 PLANS_NOTES: Final = f"""\
-Mean over scenarios of the largest client load, for plans of {{name}}: by the means, by the means plus
-k standard deviations (`risk-k`), and by sample-average approximation over S scenarios (`saa-S`). Judged by
-{FRESH} scenarios that no plan has seen; what a plan promises on its own is beside it.
+Mean over scenarios of the largest client load, for plans by the means, by the means plus k standard
+deviations (`risk-k`), and by sample-average approximation over S scenarios (`saa-S`). Judged by {FRESH}
+scenarios that no plan has seen; what a plan promises on its own is beside it.
 """
 
 
-def study_quality(args: Args, seeds: range, slow: range) -> tuple[str, pd.DataFrame]:
-    """Play every policy at every τ; return the text and the rows of the fast ones."""
+def study_quality(args: Args, seeds: range, slow: range) -> str:
+    """Play every policy at every τ and draw the picture; return the report."""
     task = load_task(PREDICTED)
     thresholds = {tau: tuned_threshold(with_tau(task, tau)) for tau in TAUS}
-    weights = (AGENTS / PREDICTED / "agent.json").read_text(encoding="utf-8")
-    collection = Collection(args.output, {"taus": TAUS, "thresholds": thresholds, "agent": weights})
+    weights = (AGENTS / PREDICTED / CARD_FILE).read_text(encoding="utf-8")
+    collection = Collection(args.output, {"thresholds": thresholds, "agent": weights})
     collection.open([task])
     fast_play = partial(play_quality, names=QUALITY, thresholds=thresholds)
     slow_play = partial(play_quality, names=SLOW, thresholds=thresholds)
     rows = collection.rows(task, seeds, fast_play, args.jobs, "quality")
     slow_rows = collection.rows(task, slow, slow_play, args.jobs, "slow")
+    write_file(args.output / "quality.png", draw_quality(rows))
+    return report_quality(rows, slow_rows)
+
+
+def report_quality(rows: pd.DataFrame, slow_rows: pd.DataFrame) -> str:
+    """Return the tables by prediction quality."""
     table = pd.concat([quality_table(rows, QUALITY), quality_table(slow_rows, SLOW)])
-    text = (
-        f"## By the quality of predictions\n\n{QUALITY_NOTES}\n{to_markdown(table)}\n"
-        f"The agent against the best of the other policies of {len(seeds)} cases, at each τ:\n\n"
+    return (
+        f"{QUALITY_NOTES}\n{to_markdown(table)}\n"
+        f"The agent against the best of the other policies that were played on as many cases:\n\n"
         f"{to_markdown(learned_against_rules(rows))}"
     )
-    return text, rows
 
 
 def study_mixed(args: Args, seeds: range) -> str:
-    """Play the pulls where some predictions are guesses."""
+    """Play the pulls where some predictions are guesses; return the report."""
     task = load_task(MIXED)
     collection = Collection(args.output, {"policies": PULLS})
     collection.open([task])
-    rows = collection.rows(task, seeds, play_mixed, args.jobs)
-    return f"## Some predictions are guesses\n\n{MIXED_NOTES}\n{to_markdown(mixed_table(rows))}"
+    return report_mixed(collection.rows(task, seeds, play_mixed, args.jobs))
+
+
+def report_mixed(rows: pd.DataFrame) -> str:
+    """Return the table of pulls."""
+    return f"{MIXED_NOTES}\n{to_markdown(mixed_table(rows))}"
 
 
 def study_plans(args: Args, seeds: range) -> str:
-    """Judge plans by scenarios they have not seen."""
-    parts = ["## Plans by samples\n"]
+    """Judge plans by scenarios they have not seen; return the report."""
+    tables = {}
     for name in (PREDICTED, MIXED):
         task = load_task(name)
         collection = Collection(args.output / "plans", {"scenarios": SCENARIOS, "risks": RISKS})
         collection.open([task])
-        rows = collection.rows(task, seeds, judge_plans, args.jobs)
-        parts.append(f"{PLANS_NOTES.format(name=name)}\n{to_markdown(plans_table(rows))}")
-    return "\n".join(parts)
+        tables[name] = collection.rows(task, seeds, judge_plans, args.jobs)
+    return report_plans(tables)
+
+
+def report_plans(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Return a table of plans for each task."""
+    parts = [f"## {name}\n\n{to_markdown(plans_table(rows))}" for name, rows in tables.items()]
+    return "\n".join([PLANS_NOTES, *parts])
 
 
 def draw_quality(rows: pd.DataFrame) -> bytes:
@@ -304,12 +318,19 @@ def draw_quality(rows: pd.DataFrame) -> bytes:
     return picture({"GSM8K-v0's requests, lengths predicted": lines}, "Kendall's τ of predictions")
 
 
-def command_of(args: Args) -> str:
-    """Return the command that does what ``args`` say."""
-    return (
-        f"python scripts/study_uncertainty.py --parts {args.parts} --cases {args.cases} "
-        f"--slow-cases {args.slow_cases} --output {args.output}"
-    )
+TITLES: Final = {
+    "quality": "Policies by the quality of predictions",
+    "mixed": "Pulls where some predictions are guesses",
+    "plans": "Plans by samples",
+}
+
+
+def command_of(args: Args, part: str) -> str:
+    """Return the command that does what ``args`` say of a part."""
+    cases = f"--slow-cases {args.slow_cases}"
+    if part != "plans":
+        cases = f"--cases {args.cases}" + (f" {cases}" if part == "quality" else "")
+    return f"python scripts/study_uncertainty.py --parts {part} {cases} --output {args.output}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,21 +340,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds, slow = held_out(args.cases, args.jobs), held_out(args.slow_cases, args.jobs)
     if "quality" in parts:
         make_any_policy(SHIPPED, PREDICTED)  # refuse before hours of play
-    texts = [
-        "# Uncertain output lengths\n",
-        f"`{command_of(args)}`\n",
-    ]
-    if "quality" in parts:
-        text, rows = study_quality(args, seeds, slow)
-        texts.append(text)
-        write_file(args.output / "quality.png", draw_quality(rows))
-    if "mixed" in parts:
-        texts.append(study_mixed(args, seeds))
-    if "plans" in parts:
-        texts.append(study_plans(args, slow))
-    text = "\n".join(texts)
-    write_file(args.output / "uncertainty.md", text)
-    print(text)
+    for part in parts:
+        if part == "quality":
+            body = study_quality(args, seeds, slow)
+        else:
+            body = study_mixed(args, seeds) if part == "mixed" else study_plans(args, slow)
+        text = f"# {TITLES[part]}\n\n`{command_of(args, part)}`\n\n{body}"
+        write_file(args.output / f"{part}.md", text)
+        print(text)
     return 0
 
 

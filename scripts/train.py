@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from _cli import parse, run
@@ -47,7 +47,9 @@ class Args(Hyperparameters):
     """Stop once training has taken so long, without evaluations and imitation, since this start or
     resume; 0: never. The learning rate still decays over the timesteps."""
     expert: str = "aligned"
-    """Rule that the imitated rollout expert finishes episodes with."""
+    """Rule that is imitated, or that the imitated rollout finishes episodes with."""
+    imitate: Literal["rollout", "rule"] = "rollout"
+    """Imitate what finishing episodes with the expert says of each action, or the rule itself."""
     validation_cases: int = 20
     """Validation cases, seeds 900000 …; 0: no evaluations."""
     evaluate_every: int = 250_000
@@ -111,8 +113,10 @@ def make_expert(args: Args, task: TaskConfig) -> Expert | None:
     """Return whom to imitate, if anybody."""
     if args.imitation_rounds == 0:
         return None
-    from servegym.baselines.expert import make_rollout_expert
+    from servegym.baselines.expert import make_rollout_expert, make_rule_expert
 
+    if args.imitate == "rule":
+        return make_rule_expert(args.expert, task)
     return make_rollout_expert(args.expert, task, args.threads)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from servegym.baselines.episodes import play_compiled
-from servegym.baselines.expert import make_rollout_expert
+from servegym.baselines.expert import make_rollout_expert, make_rule_expert
 from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.baselines.rollout import RolloutPolicy
 from servegym.envs import Requests, ServingEnv
@@ -348,3 +348,29 @@ def test_a_rollout_needs_its_briefing_and_a_model() -> None:
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ServegymError, match=message):
         RolloutPolicy(make_trigger_policy("fcfs"), **settings)
+
+
+def test_the_rule_as_an_expert_likes_what_the_rule_does() -> None:
+    """Played by its values every row ends as under the rule, to the last bit."""
+    env = ServingVectorEnv(3, TINY)
+    env.reset(seed=0)
+    expert = make_rule_expert("threshold-2", TINY)
+    gaps: dict[int, float] = {}
+    while len(gaps) < 3:
+        values = expert(env)
+        assert np.array_equal(np.isfinite(values), env.action_masks())
+        assert set(values[np.isfinite(values)].tolist()) <= {0.0, -1.0}
+        assert ((values == 0).sum(axis=1) == 1).all()
+        _, _, terminated, _, info = env.step(values.argmax(axis=1))
+        for e in np.flatnonzero(terminated).tolist():
+            gaps.setdefault(e, float(info["final_info"]["gap"][e]))
+    policy = make_trigger_policy("threshold-2")
+    for seed, gap in gaps.items():
+        assert gap == play_compiled(TINY, policy, make_case(TINY, seed))["gap"]
+
+
+@pytest.mark.parametrize("name", ["hybrid", "aligned", "quantile"])
+def test_rules_that_want_more_than_the_task_are_no_experts(name: str) -> None:
+    with pytest.raises(ServegymError, match="cannot be imitated"):
+        make_rule_expert(name, TINY)
+    make_rule_expert("aligned-lookahead", TINY)
