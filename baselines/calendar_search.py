@@ -33,7 +33,7 @@ DRAWS: Final = (
 )
 SHIFT_EVERY: Final = 150  # moves; a shift looks at every request
 FARTHEST_SHIFT: Final = 12  # rounds
-OVERFULL: Final = 4
+OVERFULL: Final = 3
 
 
 class Calendar(NamedTuple):

@@ -83,14 +83,15 @@ def _bound_from(
     rounds = requests.decode_rounds[counted]
     alone = bool(counted.all())
     least_rounds = rounds_lower_bound(rounds, clients)
-    stages = _least_stages(prompts, clients, max_prefill_tokens)
-    decode_s = _decode_bound(prompts, rounds, least_rounds, costs, alone)
-    prefill_s = _prefill_bound(prompts, stages, costs)
+    stages = least_stages(prompts, clients, max_prefill_tokens)
+    decode_s = decode_bound(prompts, rounds, least_rounds, costs, alone)
+    prefill_s = prefill_bound(prompts, stages, costs)
     total = release_s + decode_s + prefill_s
     return LowerBound(total, release_s, decode_s, prefill_s, least_rounds, stages)
 
 
-def _least_stages(prompts: NDArray[np.int64], clients: int, max_prefill_tokens: int) -> int:
+def least_stages(prompts: NDArray[np.int64], clients: int, max_prefill_tokens: int) -> int:
+    """Return the fewest prefill stages that can admit these prompts (token budget 0: none)."""
     by_clients = -(-len(prompts) // clients)
     if max_prefill_tokens == 0:
         return by_clients
@@ -98,13 +99,17 @@ def _least_stages(prompts: NDArray[np.int64], clients: int, max_prefill_tokens: 
     return max(by_clients, -(-counted // max_prefill_tokens))
 
 
-def _decode_bound(
+def decode_bound(
     prompts: NDArray[np.int64],
     rounds: NDArray[np.int64],
     least_rounds: int,
     costs: CostTables,
     alone: bool,
 ) -> float:
+    """Return the least seconds of decoding in at least so many rounds.
+
+    ``alone``: no other requests share these rounds. See the module docstring for the proof.
+    """
     d = rounds.astype(float)  # the sum may be beyond 64 bits
     cached = float((d * prompts + d * (d + 1.0) / 2.0).sum())
     base_s = costs.decode_base_s[0, 1:]
@@ -113,7 +118,8 @@ def _decode_bound(
     return run_s + float(costs.rates[0].decode_per_kv_token_s) * cached
 
 
-def _prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) -> float:
+def prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) -> float:
+    """Return the least seconds that prefilling these prompts in at least so many stages takes."""
     rates = costs.rates[0]
     tokens = float(prompts.sum())
     if costs.prefill_level_tokens.shape[1] > 0:

@@ -204,6 +204,47 @@ def _open_table(task: TaskConfig, output: Path) -> pd.DataFrame:
     return table
 
 
+def read_best_known(path: Path, task_name: str, episodes: pd.DataFrame) -> pd.DataFrame | None:
+    """Return a ``best_known.csv`` for :func:`servegym.envs.summary.summarise`; None without the file.
+
+    Parameters
+    ----------
+    path
+        As ``scripts/best_known.py`` writes it; the columns ``task``, ``seed`` and ``best_known_s`` are
+        enough. ``lower_bound_s`` is compared with the episodes', if it is there.
+    task_name, episodes
+        What it must be of.
+
+    Raises
+    ------
+    ServegymError
+        If the file is no such table, or of another task or version.
+    """
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
+        table = pd.DataFrame()
+    missing = [name for name in ("task", "seed", "best_known_s") if name not in table.columns]
+    if missing:
+        raise ServegymError(
+            f"{path}: not a table of best-known schedules, no column {missing[0]!r}"
+        )
+    if not (table["task"] == task_name).all() or not table["seed"].is_unique:
+        raise ServegymError(f"{path}: must hold every case of {task_name} once and no other task")
+    ours = episodes.groupby("seed")["lower_bound_s"].first()
+    both = table[table["seed"].isin(ours.index)]
+    bounds_s = ours.loc[both["seed"]].to_numpy()
+    theirs_s = both["lower_bound_s"] if "lower_bound_s" in table.columns else bounds_s
+    if (
+        not np.allclose(theirs_s, bounds_s, rtol=1e-9)
+        or (both["best_known_s"] < (1 - 1e-9) * bounds_s).any()
+    ):
+        raise ServegymError(f"{path}: best-known schedules of another task or version")
+    return table
+
+
 def _as_table(rows: list[dict[str, Any]], names: Sequence[str]) -> pd.DataFrame:
     """Return the rows in the order of ``names``, then by seed; other policies come last."""
     place = {name: k for k, name in enumerate(names)}

@@ -76,7 +76,17 @@ def with_interval(values: NDArray[np.float64], scale: float = 1.0, digits: int =
     return text if np.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
-def summarise(episodes: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
+OPTIMUM = "optimum"
+BEST_KNOWN = "best known"
+"""Labels of the rows that are no policies'."""
+
+
+def summarise(
+    episodes: pd.DataFrame,
+    reference: str | None = None,
+    optima: pd.DataFrame | None = None,
+    best_known: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """Return one row a policy: n, means with 95 % intervals, and paired differences.
 
     Parameters
@@ -86,13 +96,73 @@ def summarise(episodes: pd.DataFrame, reference: str | None = None) -> pd.DataFr
     reference
         The policy that the last column's paired differences of the gap are taken from; None or a
         policy that is not in the table: no such column.
+    optima
+        Rows with the columns ``seed``, ``bound_s`` and ``proven`` of some of the cases: makes the
+        first row, and a column of gaps to it. Where an optimum is not proven its proven bound stands
+        in for it, so that a gap to it is never understated, and the row's label says so.
+    best_known
+        Rows with the columns ``seed`` and ``best_known_s`` of some of the cases: makes a row; see
+        :func:`best_known_by_case`. Rows of policies stay what they are.
     """
     policies = list(dict.fromkeys(episodes["policy"]))
-    rows = [_summary_row(episodes[episodes["policy"] == policy]) for policy in policies]
-    table = pd.DataFrame(rows)
+    groups = {policy: episodes[episodes["policy"] == policy] for policy in policies}
+    rows = [_summary_row(group) for group in groups.values()]
+    makespans = [group.set_index("seed")["makespan_s"] for group in groups.values()]
+    if best_known is not None and len(known_s := best_known_by_case(episodes, best_known)):
+        rows.insert(0, _floor_row(BEST_KNOWN, episodes, known_s))
+        makespans.insert(0, known_s)
+    if optima is not None and len(floor := _played(episodes, optima)):
+        floor_s = floor["bound_s"]
+        for row, makespan_s in zip(rows, makespans, strict=True):
+            row[f"gap to {OPTIMUM} (%)"] = _gap_to(makespan_s, floor_s)
+        rows.insert(0, _floor_row(_label(floor), episodes, floor_s))
+    # Missing cells: a column that only some rows have, such as the gap to the optimum.
+    table = pd.DataFrame(rows).fillna("")
     if reference in policies and len(policies) > 1:
-        table[f"gap − {reference} (points)"] = _paired(episodes, policies, str(reference))
+        differences = _paired(episodes, policies, str(reference))
+        others = [""] * (len(table) - len(policies))
+        table[f"gap − {reference} (points)"] = others + differences
     return table
+
+
+def best_known_by_case(episodes: pd.DataFrame, best_known: pd.DataFrame) -> pd.Series:
+    """Return the least makespan known of each case in both tables, seconds by seed.
+
+    It is the least of ``best_known_s`` and of every policy's makespan, so no policy is below it.
+    """
+    known = _played(episodes, best_known)["best_known_s"]
+    fastest = episodes.groupby("seed")["makespan_s"].min()
+    return known.where(known <= fastest.loc[known.index], fastest.loc[known.index])
+
+
+def _played(episodes: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
+    """Return the cases that some policy has played, by seed."""
+    return cases[cases["seed"].isin(episodes["seed"])].set_index("seed").sort_index()
+
+
+def _label(optima: pd.DataFrame) -> str:
+    proven = int(optima["proven"].sum())
+    if proven == len(optima):
+        return OPTIMUM
+    return f"{OPTIMUM} ({proven} of {len(optima)} proven, else its bound)"
+
+
+def _floor_row(label: str, episodes: pd.DataFrame, seconds: pd.Series) -> dict[str, str | int]:
+    """Return the row of makespans that no policy made; ``seconds`` by seed."""
+    bounds_s = episodes.groupby("seed")["lower_bound_s"].first().loc[seconds.index]
+    return {
+        "policy": label,
+        "n": len(seconds),
+        "gap (%)": _gap_to(seconds, bounds_s),
+        "makespan (s)": with_interval(seconds.to_numpy(float)),
+        "lower bound (s)": with_interval(bounds_s.to_numpy(float)),
+    }
+
+
+def _gap_to(seconds: pd.Series, floor_s: pd.Series) -> str:
+    """Format the gap over the cases in both, in percent; nothing where there is none."""
+    gaps = (seconds / floor_s - 1).dropna()
+    return with_interval(gaps.to_numpy(float), 100) if len(gaps) else ""
 
 
 def _summary_row(group: pd.DataFrame) -> dict[str, str | int]:

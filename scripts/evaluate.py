@@ -12,11 +12,12 @@ import pandas as pd
 from _cli import parse, run
 from _policies import DESCRIPTIONS, make_policy, note_agents
 
+from servegym.baselines.optima import find_optima
 from servegym.baselines.registry import policy_descriptions
 from servegym.envs.config import TaskConfig, WorkloadConfig
 from servegym.envs.cost_presets import COST_PRESETS
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import evaluate
+from servegym.envs.evaluation import evaluate, read_best_known
 from servegym.envs.files import write_file
 from servegym.envs.summary import summarise, to_markdown
 from servegym.envs.tasks import TASKS, load_task
@@ -42,6 +43,8 @@ class Args:
     """A workload CSV to play in place of the task's own."""
     reference: str = "hybrid"
     """Policy that the summary's paired differences are taken from."""
+    optimum_limit: float = 10.0
+    """Seconds to look for the exact optimum of a case, where a task is small; 0: not at all."""
     jobs: int = 2
     """Worker processes."""
     list_policies: bool = False
@@ -142,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not 1 <= args.jobs <= MAX_JOBS:
         raise ServegymError(f"--jobs must lie in 1 … {MAX_JOBS}, got {args.jobs}")
+    if not 0 <= args.optimum_limit < float("inf"):
+        raise ServegymError(f"--optimum-limit must be ≥ 0 seconds, got {args.optimum_limit}")
     task, seeds = resolve_task(args), parse_seeds(args.seeds)
     names = parse_policies(args.policies, task.name)
     if args.reference not in names:
@@ -149,11 +154,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     note_agents(names, task.name, args.output)
     policy_of = partial(make_policy, task_name=task.name)
     episodes = evaluate(task, policy_of, names, seeds, args.output, jobs=args.jobs)
-    table = to_markdown(summarise(episodes, args.reference))
-    write_file(args.output / "summary.md", summary_text(task.name, args, table))
-    print(table)
+    optima, note = look_for_optima(task, seeds, args)
+    best_known = read_best_known(args.output / "best_known.csv", task.name, episodes)
+    table = to_markdown(summarise(episodes, args.reference, optima, best_known))
+    write_file(args.output / "summary.md", summary_text(task.name, args, table + note))
+    print(table + note)
     print(f"wrote {args.output / 'episodes.csv'} and {args.output / 'summary.md'}")
     return 0
+
+
+def look_for_optima(task: TaskConfig, seeds: range, args: Args) -> tuple[pd.DataFrame | None, str]:
+    """Return the optima of a small task's cases, and what must be said of them."""
+    if args.optimum_limit == 0:
+        return None, ""
+    try:
+        optima = find_optima(task, seeds, args.output, args.optimum_limit)
+    except ServegymError as error:
+        return None, f"\nNo optimum: {error}.\n"
+    open_cases = len(optima) - int(optima["proven"].sum())
+    if open_cases == 0:
+        return optima, ""
+    return optima, (
+        f"\n{open_cases} of {len(optima)} optima are not proven within {args.optimum_limit:g} s; "
+        "there the search's proven bound\nstands in, and the gap to it is no smaller than that to the "
+        "optimum.\n"
+    )
 
 
 def summary_text(task: str, args: Args, table: str) -> str:

@@ -1,0 +1,114 @@
+"""The exact optima of a small task's cases, kept in a file beside the episodes they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from servegym.baselines.exact import exact_optimum
+from servegym.envs.config import TaskConfig
+from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import make_case
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.requests import Requests
+
+COLUMNS: Final = ("seed", "optimum_s", "bound_s", "proven", "time_limit_s", "search_s")
+"""Columns of ``optima.csv``: of each case the best schedule's makespan, which is the optimum where
+``proven``; what no schedule is below (the same where proven); the limit, and the seconds it took."""
+
+FILE: Final = "optima.csv"
+
+MAX_REQUESTS: Final = 12
+"""Larger cases are not tried: they may take minutes, and most are more than the search can hold."""
+
+
+def is_small(requests: Requests) -> bool:
+    """Whether a case's optimum is looked for: few requests, all present at t = 0."""
+    return len(requests) <= MAX_REQUESTS and not np.any(requests.arrival_s > 0)
+
+
+def find_optima(
+    task: TaskConfig,
+    seeds: Iterable[int],
+    output: Path,
+    time_limit_s: float,
+    *,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Return the optima of those cases that are small, a row of ``COLUMNS`` each, by seed.
+
+    The optimum is of the true lengths, whatever the task's scheduler knows of them.
+
+    Parameters
+    ----------
+    task, seeds
+        The cases.
+    output
+        Folder for ``optima.csv``; what stands there is not searched again, unless it is not proven
+        and the limit has been raised. It must hold this task's results alone, which
+        ``servegym.envs.evaluation.evaluate`` sees to.
+    time_limit_s
+        Seconds of search for a case, > 0.
+
+    Raises
+    ------
+    ServegymError
+        If the file is damaged, or a case has few requests and still is more than the search can hold;
+        the message says what it can, and a lower bound.
+    """
+    path = output / FILE
+    rows = {int(row["seed"]): row for row in _read(path)}
+    wanted = sorted(set(seeds))
+    missing = [seed for seed in wanted if seed not in rows or _try_again(rows[seed], time_limit_s)]
+    if not missing or not is_small(make_case(task, missing[0]).requests):
+        return _table([rows[seed] for seed in wanted if seed in rows])
+    make_folder(output)
+    for seed in tqdm(missing, desc="optima", disable=not progress):
+        row = _search(task, seed, time_limit_s)
+        if row is not None:
+            rows[seed] = row
+            write_file(path, _table([rows[seed] for seed in sorted(rows)]).to_csv(index=False))
+    return _table([rows[seed] for seed in wanted if seed in rows])
+
+
+def _try_again(row: dict[str, Any], time_limit_s: float) -> bool:
+    return not row["proven"] and time_limit_s > row["time_limit_s"]
+
+
+def _search(task: TaskConfig, seed: int, time_limit_s: float) -> dict[str, Any] | None:
+    """Return the row of a case; None where it is not small."""
+    requests, cluster = make_case(task, seed).requests, task.cluster
+    if not is_small(requests):
+        return None
+    started = perf_counter()
+    found = exact_optimum(
+        requests,
+        cluster.clients,
+        task.cost.tables(cluster.clients),
+        cluster.max_prefill_tokens,
+        time_limit_s=time_limit_s,
+    )
+    values = (seed, found.makespan_s, found.lower_bound_s, found.proven, time_limit_s)
+    return dict(zip(COLUMNS, (*values, perf_counter() - started), strict=True))
+
+
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
+        table = pd.DataFrame()
+    if tuple(table.columns) != COLUMNS:
+        raise ServegymError(f"{path}: not a table of this version; remove it")
+    return [dict(zip(COLUMNS, row, strict=True)) for row in table.itertuples(index=False)]

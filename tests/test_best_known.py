@@ -1,0 +1,85 @@
+"""Best-known tables: bounds, best known and policies in order, and schedules that can be carried out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scripts import best_known
+from scripts.best_known import COLUMNS, report
+from servegym.baselines.joint_plan import Stage, replay
+from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.joint_bound import joint_bound
+from servegym.envs.tasks import TASKS
+
+COMMITTED = Path(__file__).parents[1] / "results" / "best_known"
+OPTIONS = ["--task", "Tiny-v0", "--policies", "random,rollout", "--seeds", "0:4"]
+
+
+def policies_of(table: pd.DataFrame) -> pd.DataFrame:
+    return table[[name for name in table.columns if name not in COLUMNS]]
+
+
+def in_order(table: pd.DataFrame) -> bool:
+    """Whether lower bound ≤ joint bound ≤ best known ≤ search and policies, case by case."""
+    steps = table[["lower_bound_s", "joint_bound_s", "best_known_s"]].to_numpy()
+    fastest = np.minimum(table["searched_s"], policies_of(table).min(axis=1))
+    rounding = 1e-12 * table["lower_bound_s"].to_numpy()[:, None]  # of a schedule at its bound
+    return bool((np.diff(steps, axis=1) >= -rounding).all() and (steps[:, 2] == fastest).all())
+
+
+@pytest.mark.parametrize("limit", ["0.000001", "0.2"])
+def test_a_table_is_in_order_however_short_the_search(tmp_path: Path, limit: str) -> None:
+    assert best_known.main([*OPTIONS, "--time-limit", limit, "--output", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "best_known.csv")
+    assert tuple(table.columns) == (*COLUMNS, "random", "rollout")
+    assert in_order(table)
+
+
+def test_a_policy_that_is_faster_than_the_search_is_the_best_known() -> None:
+    row = {"task": "t", "seed": 0, "lower_bound_s": 8.0, "joint_bound_s": 10.0}
+    row |= {"best_known_s": 11.0, "found_by": "b", "searched_s": 12.0, "stages": 3, "search_s": 1.0}
+    table = pd.DataFrame([row | {"a": 13.0, "b": 11.0}])
+    assert in_order(table)
+    text = report(table, "command")
+    assert "| 0      | 8.00" in text
+    assert "37.50" in text  # 11 / 8
+    assert "| best known  | 37.50                    | 10.00" in text
+    assert "| joint bound | 25.00" in text
+
+
+def test_finished_cases_are_kept(tmp_path: Path) -> None:
+    options = [*OPTIONS, "--time-limit", "0.1", "--output", str(tmp_path)]
+    best_known.main(options)
+    before = (tmp_path / "best_known.csv").read_text()
+    best_known.main(options)
+    assert (tmp_path / "best_known.csv").read_text() == before
+    with pytest.raises(ServegymError, match="another task, limit or version"):
+        best_known.main([*OPTIONS, "--time-limit", "0.2", "--output", str(tmp_path)])
+
+
+# ---- what is committed -----------------------------------------------------------------------
+
+
+def test_the_committed_table_is_in_order_and_follows_from_its_rows() -> None:
+    table = pd.read_csv(COMMITTED / "best_known.csv")
+    assert in_order(table)
+    assert table["seed"].min() >= HELD_OUT_SEED
+    text = (COMMITTED / "best_known.md").read_text()
+    assert text == report(table, text.split("`")[1])
+
+
+def test_a_committed_schedule_is_what_the_table_says() -> None:
+    row = pd.read_csv(COMMITTED / "best_known.csv").iloc[0]
+    task = TASKS[row["task"]]
+    clients, costs = task.cluster.clients, task.cost.tables(task.cluster.clients)
+    requests = make_case(task, int(row["seed"])).requests
+    assert joint_bound(requests, clients, costs).seconds == pytest.approx(row["joint_bound_s"])
+    stages = json.loads((COMMITTED / f"{row['seed']}.json").read_text())["stages"]
+    schedule = [Stage(stage["clock"], np.array(stage["requests"])) for stage in stages]
+    assert replay(requests, clients, costs, schedule) == pytest.approx(row["searched_s"])
