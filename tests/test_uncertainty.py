@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from scripts import study_uncertainty as study
 from servegym.baselines import triggers
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
@@ -317,3 +320,55 @@ def test_feedback_does_not_look_at_predictions() -> None:
         play_compiled(MIXED, policy, replace(case, requests=told)) for told in (requests, others)
     )
     assert one == other
+
+
+# ---- the study -------------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).parents[1] / "results" / "uncertainty"
+CASES = ["--cases", "2", "--slow-cases", "2", "--jobs", "1"]
+
+
+def test_the_reports_follow_from_their_rows() -> None:
+    def rows(name: str) -> pd.DataFrame:
+        return pd.read_csv(RESULTS / f"{name}.csv")
+
+    quality = rows("GSM8KPredicted-v0-quality"), rows("GSM8KPredicted-v0-slow")
+    plans = {name: rows(f"plans/{name}") for name in (study.PREDICTED, study.MIXED)}
+    bodies = {
+        "quality": study.report_quality(*quality),
+        "mixed": study.report_mixed(rows(study.MIXED)),
+        "plans": study.report_plans(plans),
+    }
+    for part, body in bodies.items():
+        assert (RESULTS / f"{part}.md").read_text().endswith(body)
+    for table in (*quality, rows(study.MIXED), *plans.values()):
+        assert table["seed"].min() == 1_000_000
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A second run, of more cases, keeps the first one's rows; the tables are those of one run."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    more = ["--cases", "3", "--slow-cases", "3", "--jobs", "1"]
+    assert study.main(["--parts", "mixed", "--output", str(whole), *more]) == 0
+    for cases in (CASES, more):
+        assert study.main(["--parts", "mixed", "--output", str(pieces), *cases]) == 0
+    written = [(folder / "GSM8KMixed-v0.csv").read_bytes() for folder in (whole, pieces)]
+    assert written[0] == written[1]
+    assert "quantile-0.999" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (["--parts", "mixd"], "did you mean 'mixed'"),
+        (["--parts", ""], "names nothing"),
+        (["--cases", "1"], "must lie in 2"),
+        (["--slow-cases", "0"], "must lie in 2"),
+        (["--jobs", "0"], "--jobs must be ≥ 1"),
+    ],
+)
+def test_bad_options_write_nothing(bad: list[str], words: str, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    with pytest.raises(ServegymError, match=words):
+        study.main(["--parts", "mixed", "--output", str(folder), *CASES, *bad])
+    assert not folder.exists()
