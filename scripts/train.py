@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from _cli import parse, run
@@ -46,10 +46,6 @@ class Args(Hyperparameters):
     max_minutes: float = 0.0
     """Stop once training has taken so long, without evaluations and imitation, since this start or
     resume; 0: never. The learning rate still decays over the timesteps."""
-    expert: str = "aligned"
-    """Rule that is imitated, or that the imitated rollout finishes episodes with."""
-    imitate: Literal["rollout", "rule"] = "rollout"
-    """Imitate what finishing episodes with the expert says of each action, or the rule itself."""
     validation_cases: int = 20
     """Validation cases, seeds 900000 …; 0: no evaluations."""
     evaluate_every: int = 250_000
