@@ -67,6 +67,9 @@ def search(problem: JointProblem, cutoff_s: float, time_limit_s: float) -> Outco
     deadline = time.perf_counter() + time_limit_s
     tables = make_tables(problem)
     frontier = _start(problem, tables)
+    started = time.perf_counter()
+    _expand(tables, frontier, cutoff_s, 0)
+    deadline += time.perf_counter() - started  # of compiling it, the first time
     status, goal, seconds = RUNNING, -1, 0.0
     while status in (RUNNING, FULL):
         if status == FULL:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numba
 
 from servegym.baselines.episodes import play_compiled
+from servegym.baselines.exact import exact_optimum
 from servegym.baselines.expert import make_rollout_expert
+from servegym.baselines.joint_plan import plan_jointly
 from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.registry import REGISTRY, make_policy
 from servegym.envs.evaluation import make_case, play
@@ -14,7 +16,7 @@ from servegym.envs.vector_env import ServingVectorEnv
 
 
 def warm_up() -> None:
-    """Play one tiny episode under each policy, in Python and in compiled code; ask the expert."""
+    """Play a tiny episode under each policy, in Python and in compiled code; solve it; ask the expert."""
     task = TASKS["servegym/Tiny-v0"]
     case = make_case(task, seed=0)
     for family, entry in REGISTRY.items():
@@ -23,6 +25,9 @@ def warm_up() -> None:
         play(task, name, policy, case, seed=0)
         if isinstance(policy, TriggerPolicy):
             play_compiled(task, policy, case)
+    clients = task.cluster.clients
+    exact_optimum(case.requests, clients, task.cost.tables(clients))
+    plan_jointly(case.requests, clients, task.cost.tables(clients), moves=1000)
     env = ServingVectorEnv(2, task)
     env.reset(seed=0)
     for threads in range(1, min(2, numba.config.NUMBA_NUM_THREADS) + 1):
