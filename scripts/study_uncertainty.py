@@ -74,7 +74,7 @@ class Args:
     predictions are guesses), plans (what a plan by samples is worth on others)."""
     cases: int = 100
     """Held-out cases, seeds 1000000 and up."""
-    slow_cases: int = 20
+    slow_cases: int = 10
     """Held-out cases of the policies that take a second an episode, and of the plans."""
     output: Path = Path("results/uncertainty")
     """Folder for CSV files, a table a part and quality.png."""
