@@ -45,16 +45,16 @@ def test_the_grid_is_what_the_study_needs() -> None:
     """All tasks with five seeds; every round; each rule left out; with imitation; no masks."""
     runs = default_grid()
     names = [one.name for one in runs]
-    tasks = ("GSM8K-v0", "Paper-v0", "Tiny-v0")
+    tasks = ("GSM8K-v0", "Paper-v0", "Tiny-v0", "GSM8KPredicted-v0")
     main = [f"{task}/main/{seed}" for task in tasks for seed in range(5)]
-    assert names[:15] == main  # in the order of their worth
+    assert names[:20] == main  # in the order of their worth
     rules = load_task("GSM8K-v0").process.rules
     variants = {"short", "imitation", "every-round", "ppo-unmasked"}
     variants |= {f"without-{rule}" for rule in rules}
-    assert set(names[15:]) == {f"GSM8K-v0/{variant}/0" for variant in variants}
-    assert [one.timesteps for one in runs[4:12:5]] == [8_000_000, 3_000_000]
-    assert {one.timesteps for one in runs[15:]} == {2_000_000}
-    assert [one.policy for one in (runs[1], runs[15])] == ["ppo-1", "short-0"]
+    assert set(names[20:]) == {f"GSM8K-v0/{variant}/0" for variant in variants}
+    assert [one.timesteps for one in runs[4:20:5]] == [8_000_000, 3_000_000, 300_000, 3_000_000]
+    assert {one.timesteps for one in runs[20:]} == {2_000_000}
+    assert [one.policy for one in (runs[1], runs[20])] == ["ppo-1", "short-0"]
 
 
 def test_ablations_are_of_one_task_only() -> None:
