@@ -22,7 +22,7 @@ from servegym.agents.export import export_agent, policy_network
 from servegym.agents.validation import Trace, Validation, ValidationResult
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError, unknown
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import make_folder, read_table, write_file
 from servegym.envs.metrics import METRICS
 from servegym.envs.rendering import draw_gantt, draw_values, to_image
 
@@ -325,12 +325,5 @@ def _latency_ms(best: Any, trace: Trace) -> tuple[float, float]:
 
 def _read_evaluations(path: Path, timesteps: int) -> pd.DataFrame:
     """Return the evaluations up to a step."""
-    if not path.is_file():
-        return pd.DataFrame(columns=list(EVALUATION_COLUMNS))
-    try:
-        table = pd.read_csv(path)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
-        table = pd.DataFrame()
-    if tuple(table.columns) != EVALUATION_COLUMNS:
-        raise ServegymError(f"{path}: not a table of this version; begin a new run")
+    table = read_table(path, EVALUATION_COLUMNS, "begin a new run")
     return table[table["timesteps"] <= timesteps].reset_index(drop=True)

@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from servegym.baselines.exact import exact_optimum
 from servegym.envs.config import TaskConfig
-from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import make_case
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import make_folder, read_table, write_file
 from servegym.envs.requests import Requests
 
 COLUMNS: Final = ("seed", "optimum_s", "bound_s", "proven", "time_limit_s", "search_s")
@@ -103,12 +102,5 @@ def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    try:
-        table = pd.read_csv(path)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
-        table = pd.DataFrame()
-    if tuple(table.columns) != COLUMNS:
-        raise ServegymError(f"{path}: not a table of this version; remove it")
+    table = read_table(path, COLUMNS, "remove it")
     return [dict(zip(COLUMNS, row, strict=True)) for row in table.itertuples(index=False)]

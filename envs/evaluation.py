@@ -23,7 +23,7 @@ from tqdm import tqdm
 from servegym.envs.cases import Case, bound_case, sample_requests
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import make_folder, read_table, write_file
 from servegym.envs.metrics import METRICS, Records
 from servegym.envs.policy import Briefing, Policy, Situation
 from servegym.envs.serving_env import ServingEnv
@@ -190,18 +190,7 @@ def _open_table(task: TaskConfig, output: Path) -> pd.DataFrame:
             f"{output} holds episodes of another task or version; choose a new --output folder"
         )
     write_file(note, config)
-    path = output / "episodes.csv"
-    if not path.is_file():
-        return pd.DataFrame({name: [] for name in COLUMNS})
-    try:
-        table = pd.read_csv(path)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
-        table = pd.DataFrame()
-    if tuple(table.columns) != COLUMNS:
-        raise ServegymError(
-            f"{path}: not a table of this version; remove it or choose a new folder"
-        )
-    return table
+    return read_table(output / "episodes.csv", COLUMNS, "remove it or choose a new folder")
 
 
 def read_best_known(path: Path, task_name: str, episodes: pd.DataFrame) -> pd.DataFrame | None:
