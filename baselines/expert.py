@@ -65,8 +65,7 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
 
     def value_actions(env: ServingVectorEnv) -> NDArray[np.float64]:
         nonlocal scratch
-        if env.task != task:
-            raise ServegymError(f"the expert is for {task.name}, the environment for another task")
+        _check_task(env, task)
         _, requests = env.state.requests.shape
         if scratch is None or scratch.requests.shape[1] != requests:
             scratch = make_state(2 * threads, requests, task.cluster.clients)
@@ -80,6 +79,11 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
         return values
 
     return value_actions
+
+
+def _check_task(env: ServingVectorEnv, task: TaskConfig) -> None:
+    if env.task != task:
+        raise ServegymError(f"the expert is for {task.name}, the environment for another task")
 
 
 def make_rule_expert(name: str, task: TaskConfig) -> Expert:
@@ -103,8 +107,7 @@ def make_rule_expert(name: str, task: TaskConfig) -> Expert:
     policy.prepare(Briefing(task, None, np.random.default_rng(0)))
 
     def value_actions(env: ServingVectorEnv) -> NDArray[np.float64]:
-        if env.task != task:
-            raise ServegymError(f"the expert is for {task.name}, the environment for another task")
+        _check_task(env, task)
         values = np.where(env.rows.masks, -1.0, -np.inf)
         for e in range(env.num_envs):
             seen = view(env.state, env.costs, e, 0)

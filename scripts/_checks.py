@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
+from _cli import split_names
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -28,6 +29,9 @@ TUNED: Final[dict[str, dict[str, float]]] = {
     "Paper-v0": {"hybrid": 0.01, "lookahead": 0.01, "aligned-lookahead": 0.01},
 }
 """λ of rules by task, from results/tuning/; of any other task λ is 1."""
+
+TAUS: Final = (0.0, 0.2, 0.4, 0.55, 0.69, 0.9, 1.0)
+"""Kendall's τ of predictions with the true lengths, where a study goes through qualities."""
 
 PlayCase = Callable[[TaskConfig, int], list[dict[str, Any]]]
 """Plays all of a check on one case; picklable. Its rows hold the case's ``seed``."""
@@ -51,7 +55,7 @@ def numbered(family: str, multiplier: float) -> str:
 
 def load_tasks(text: str) -> list[TaskConfig]:
     """Return the tasks of a comma-separated list, each once; all requests present at t = 0."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = split_names(text)
     if not names:
         raise ServegymError("--tasks names no task; give one, such as GSM8K-v0")
     tasks = [load_task(name) for name in names]

@@ -67,9 +67,14 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | N
     raise SystemExit(BAD_INPUT)
 
 
+def split_names(text: str) -> list[str]:
+    """Return the names of a comma-separated list, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def read_list(option: str, text: str, known: Sequence[str]) -> list[str]:
     """Return the names of a comma-separated list, each once; refuse unknown ones."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = split_names(text)
     if not names:
         raise ServegymError(f"{option} names nothing; choose from {', '.join(known)}")
     for name in names:

@@ -21,7 +21,7 @@ from _checks import (
     short_name,
     tuned_multiplier,
 )
-from _cli import parse, run
+from _cli import parse, run, split_names
 from numpy.typing import NDArray
 
 from servegym.baselines.distributions import (
@@ -373,7 +373,7 @@ def lines(task: TaskConfig, rows: pd.DataFrame, all_outputs: Sequence[str]) -> l
 
 def parse_outputs(text: str) -> tuple[str, ...]:
     """Return the distributions of a comma-separated list, each once; refuse an unknown one."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = tuple(split_names(text))
     if not names:
         raise ServegymError("--outputs names no distribution; give one, such as uniform")
     for name in names:

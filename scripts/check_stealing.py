@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pandas as pd
 from _checks import (
+    TAUS,
     TUNED,
     Collection,
     Line,
@@ -32,9 +33,6 @@ from servegym.envs.evaluation import brief, make_case
 from servegym.envs.files import write_file
 from servegym.envs.metrics import episode_metrics
 from servegym.envs.summary import mean_interval, to_markdown, with_interval
-
-TAUS: Final = (0.0, 0.2, 0.4, 0.55, 0.69, 0.9, 1.0)
-"""Kendall's τ of the predictions with the true lengths."""
 
 KNOWN: Final = "known"
 """Stands for τ where lengths are known, which must equal τ = 1."""

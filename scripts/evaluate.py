@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from _cli import parse, run
+from _cli import parse, run, split_names
 from _policies import DESCRIPTIONS, make_policy, note_agents
 
 from servegym.baselines.optima import find_optima
@@ -73,12 +73,12 @@ def parse_seeds(text: str) -> range:
 
 def parse_policies(text: str, task_name: str) -> list[str]:
     """Return the names of a comma-separated list, each once; refuse what is no policy of the task."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = split_names(text)
     if not names:
         raise ServegymError("--policies names no policy; see --list-policies")
     for name in names:
         make_policy(name, task_name)
-    return list(dict.fromkeys(names))
+    return names
 
 
 def resolve_task(args: Args) -> TaskConfig:

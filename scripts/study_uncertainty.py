@@ -10,29 +10,26 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from _checks import Collection, held_out, line, picture
+from _checks import TAUS, Collection, held_out, line, picture
 from _cli import parse, read_list, run
 from _policies import AGENTS, SHIPPED
 from _policies import make_policy as make_any_policy
-from tune import THRESHOLDS
+from _study_play import TUNING_CASES, tuned_threshold
+from _study_report import verdict
 
-from servegym.agents.policy import CARD_FILE, load_agent
+from servegym.agents.policy import CARD_FILE, load_agent, read_card
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.plans import plan_at_risk, plan_expected
 from servegym.baselines.policies import TriggerPolicy
-from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.sampled_plan import mean_largest_load, plan_by_samples, sample_rounds
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.evaluation import brief, make_case, play
 from servegym.envs.files import write_file
 from servegym.envs.policy import Policy
-from servegym.envs.summary import mean_interval, to_markdown, with_interval
+from servegym.envs.summary import to_markdown, with_interval
 from servegym.envs.tasks import load_task
 
 PARTS: Final = ("quality", "mixed", "plans")
-TAUS: Final = (0.0, 0.2, 0.4, 0.55, 0.69, 0.9, 1.0)
-"""Kendall's τ of the predictions with the true lengths."""
-
 PREDICTED: Final = "GSM8KPredicted-v0"
 MIXED: Final = "GSM8KMixed-v0"
 CLAIRVOYANT: Final = "ppo-known"
@@ -62,8 +59,6 @@ RISKS: Final = (0.0, 1.0, 3.0)
 FRESH: Final = 1000
 """Scenarios that plans are judged by and that none of them was made with."""
 
-TUNING_CASES: Final = 20
-
 
 @dataclass(frozen=True)
 class Args:
@@ -87,17 +82,6 @@ def with_tau(task: TaskConfig, tau: float) -> TaskConfig:
     return with_overrides(task, {"information": {"kendall_tau": tau}})
 
 
-def tuned_threshold(task: TaskConfig) -> str:
-    """Return the ``threshold-K`` of least mean gap on training cases."""
-    cases = [make_case(task, seed) for seed in range(TUNING_CASES)]
-
-    def mean_gap(name: str) -> float:
-        policy = make_trigger_policy(name)
-        return float(np.mean([play_compiled(task, policy, case)["gap"] for case in cases]))
-
-    return min((f"threshold-{k}" for k in THRESHOLDS), key=mean_gap)
-
-
 def policy_of(name: str, best_threshold: str = "") -> Policy:
     """Return a policy of the tables."""
     if name == CLAIRVOYANT:
@@ -105,12 +89,18 @@ def policy_of(name: str, best_threshold: str = "") -> Policy:
     return make_any_policy(best_threshold if name == TUNED_THRESHOLD else name, PREDICTED)
 
 
-def gap_of(task: TaskConfig, name: str, seed: int, best_threshold: str = "") -> float:
-    """Return a policy's gap on one case."""
-    case, policy = make_case(task, seed), policy_of(name, best_threshold)
-    if isinstance(policy, TriggerPolicy):
-        return play_compiled(task, policy, case)["gap"]
-    return float(play(task, name, policy, case, seed).row["gap"])
+def gaps_of(
+    task: TaskConfig, seed: int, names: Sequence[str], best_threshold: str = ""
+) -> dict[str, float]:
+    """Return each policy's gap on one case."""
+    case, found = make_case(task, seed), {}
+    for name in names:
+        policy = policy_of(name, best_threshold)
+        if isinstance(policy, TriggerPolicy):
+            found[name] = play_compiled(task, policy, case)["gap"]
+        else:
+            found[name] = float(play(task, name, policy, case, seed).row["gap"])
+    return found
 
 
 def play_quality(
@@ -118,15 +108,14 @@ def play_quality(
 ) -> list[dict[str, Any]]:
     """Return one row a τ: each policy's gap on the same requests."""
     return [
-        {"seed": seed, "tau": tau}
-        | {name: gap_of(with_tau(task, tau), name, seed, thresholds[tau]) for name in names}
+        {"seed": seed, "tau": tau} | gaps_of(with_tau(task, tau), seed, names, thresholds[tau])
         for tau in TAUS
     ]
 
 
 def play_mixed(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
     """Return each policy's gap."""
-    return [{"seed": seed} | {name: gap_of(task, name, seed) for name in PULLS}]
+    return [{"seed": seed} | gaps_of(task, seed, PULLS)]
 
 
 def judge_plans(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
@@ -180,14 +169,12 @@ def learned_against_rules(rows: pd.DataFrame) -> pd.DataFrame:
     for place, tau in enumerate(TAUS):
         gaps = {name: by_tau(rows, name)[place] for name in (*rules, SHIPPED)}
         best = min(rules, key=lambda name: float(gaps[name].mean()))
-        mean, half = mean_interval(gaps[SHIPPED] - gaps[best])
-        verdict = "not clear" if abs(mean) <= half else "better" if mean < 0 else "worse"
         table.append(
             {
                 "τ": f"{tau:g}",
                 "best rule": best,
                 "its gap (%)": with_interval(gaps[best]),
-                f"`{SHIPPED}` − it (points)": f"{mean:.2f} ± {half:.2f} {verdict}",
+                f"`{SHIPPED}` − it (points)": verdict(gaps[SHIPPED] - gaps[best]),
             }
         )
     return pd.DataFrame(table)
@@ -255,8 +242,10 @@ scenarios that no plan has seen; what a plan promises on its own is beside it.
 def study_quality(args: Args, seeds: range, slow: range) -> str:
     """Play every policy at every τ and draw the picture; return the report."""
     task = load_task(PREDICTED)
-    thresholds = {tau: tuned_threshold(with_tau(task, tau)) for tau in TAUS}
-    weights = (AGENTS / PREDICTED / CARD_FILE).read_text(encoding="utf-8")
+    thresholds = {
+        tau: tuned_threshold(with_tau(task, tau), TUNING_CASES, args.jobs) for tau in TAUS
+    }
+    weights = read_card(AGENTS / PREDICTED / CARD_FILE).weights_sha256
     collection = Collection(args.output, {"thresholds": thresholds, "agent": weights})
     collection.open([task])
     fast_play = partial(play_quality, names=QUALITY, thresholds=thresholds)
