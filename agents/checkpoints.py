@@ -11,7 +11,7 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -34,17 +34,29 @@ _FORMAT: Final = "servegym checkpoint 1"
 Arrays = dict[str, NDArray[Any]]
 
 
+class Progress(NamedTuple):
+    """How far training has come, beside what the model says."""
+
+    training_s: float = 0.0
+    """Seconds it has taken so far."""
+    evolved: int = 0
+    """Updates of the evolution strategy that are done."""
+
+
 def save_checkpoint(
-    model: OnPolicyAlgorithm, identity: Mapping[str, Any], folder: Path, training_s: float = 0.0
+    model: OnPolicyAlgorithm,
+    identity: Mapping[str, Any],
+    folder: Path,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint whole or not at all; forget all but the last two.
 
     ``identity`` is JSON that :func:`load_checkpoint` compares: a checkpoint of another run is not
-    gone on from. ``training_s`` is how long training has taken so far.
+    gone on from.
     """
     make_folder(folder)
     arrays, values = _collect(model)
-    values["training_s"] = training_s
+    values |= (progress or Progress())._asdict()
     header = {"format": _FORMAT, "identity": json.dumps(identity), "values": json.dumps(values)}
     path = folder / f"{model.num_timesteps:012d}.safetensors"
     write_file(path, save(arrays, header))
@@ -58,8 +70,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"))
 
 
-def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path: Path) -> float:
-    """Put ``model`` and its environments where they stood; return the seconds training had taken.
+def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path: Path) -> Progress:
+    """Put ``model`` and its environments where they stood; return how far training had come.
 
     Raises
     ------
@@ -79,7 +91,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
         found, values = (json.loads(header[part]) for part in ("identity", "values"))
         check_identity(str(path), found, identity)
         _restore(model, arrays, values)
-        return float(values["training_s"])
+        return Progress(float(values["training_s"]), int(values["evolved"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, ServegymError):
             raise

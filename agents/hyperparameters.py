@@ -47,9 +47,6 @@ class Hyperparameters:
     gae_lambda: float = 0.998
     """Weight of later rewards in generalized advantage estimation. What a prefill costs shows only
     many decisions later: 0.95 learns far worse."""
-    final_gae_lambda: float = 1.0
-    """Share of gae_lambda that a linear decay over the timesteps ends at. Where luck decides much of a
-    return, a short horizon is less noisy once long waits have been learned."""
     reference: str = ""
     """A rule that plays each training episode, too; the return is then what was gained on it. That takes
     the luck of unknown lengths out of the returns. Empty: none."""
@@ -95,6 +92,16 @@ class Hyperparameters:
     value_warmup: int = 4
     """First updates after imitation, which train the value network only: PPO must not spoil what was
     imitated because the values are still poor."""
+    evolution_updates: int = 0
+    """Updates of the actor's output layer by an evolution strategy, after PPO; 0: none."""
+    evolution_pairs: int = 1000
+    """Pairs of episodes in one update, each of two opposite perturbations on the same case."""
+    evolution_directions: int = 6
+    """Directions that are perturbed: those along which the policy changes most."""
+    evolution_spread: float = 1.0
+    """Standard deviation of a perturbation along each, in logits at undecided states."""
+    evolution_learning_rate: float = 100.0
+    """Logits per percentage point of the gap's slope; decays as the learning rate does."""
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -119,6 +126,11 @@ class Hyperparameters:
     def warm(self) -> bool:
         """Whether PPO goes on from an imitated expert."""
         return self.imitation_rounds > 0
+
+    @property
+    def evolves(self) -> bool:
+        """Whether an evolution strategy follows PPO."""
+        return self.evolution_updates > 0
 
     @property
     def first_environment_seed(self) -> int:
@@ -163,7 +175,6 @@ _BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "final_learning_rate": (0, 1),
     "gamma": (0, 1),
     "gae_lambda": (0, 1),
-    "final_gae_lambda": (0, 1),
     "clip_range": (1e-6, 1),
     "entropy": (0, 100),
     "final_entropy": (0, 1),
@@ -174,6 +185,11 @@ _BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "warm_learning_rate": (0, 1),
     "warm_clip_range": (1e-6, 1),
     "value_warmup": (0, _WHOLE),
+    "evolution_updates": (0, 10**6),
+    "evolution_pairs": (1, 10**6),
+    "evolution_directions": (1, 1000),
+    "evolution_spread": (1e-6, 1e3),
+    "evolution_learning_rate": (0, 1e6),
     "imitation_rounds": (0, 1000),
     "imitation_states": (1, 10**8),
     "imitation_environments": (1, SEEDS_PER_AGENT),
@@ -198,7 +214,8 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     # Eight requests on three clients: an episode is a handful of decisions.
     "servegym/Tiny-v0": {"timesteps": 100_000, "width": 64, "environments": 16, "batch_size": 1024},
     # The luck of a case spreads its gap ten times as far as what timing can gain: returns are measured
-    # from the best rule, training begins as that rule, and steps are few and of many decisions.
+    # from the best rule, training begins as that rule, steps are few and of many decisions, and what PPO
+    # cannot tell from luck is left to an evolution strategy.
     "servegym/GSM8KPredicted-v0": {
         "timesteps": 3_000_000,
         "reference": "threshold-12",
@@ -209,6 +226,7 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
         "steps": 1024,
         "batch_size": 16_384,
         "gae_lambda": 0.95,
+        "evolution_updates": 40,
     },
 }
 """What a task wants otherwise than the class says, by task id."""

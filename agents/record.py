@@ -38,12 +38,16 @@ def check_run(
     ------
     ServegymError
         If the folder holds a run and ``resume`` is not given, holds another run, or holds none, or if
-        the run is to imitate for another reward than ``gap``, in which experts value actions.
+        the run is to imitate or to evolve for another reward than ``gap``.
     """
-    if hyperparameters.warm and task.process.reward != "gap":
-        raise ServegymError(
-            f"imitation needs process.reward = 'gap', the task has {task.process.reward!r}"
-        )
+    for needs, what in (
+        (hyperparameters.warm, "imitation"),
+        (hyperparameters.evolves, "evolution"),
+    ):
+        if needs and task.process.reward != "gap":
+            raise ServegymError(
+                f"{what} needs process.reward = 'gap', the task has {task.process.reward!r}"
+            )
     record = folder / _RECORD
     if resume:
         found, wanted = read_run(folder), identity(task, hyperparameters)

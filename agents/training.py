@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
@@ -18,7 +18,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
 from tqdm import tqdm
 
-from servegym.agents.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from servegym.agents.checkpoints import Progress, checkpoints, load_checkpoint, save_checkpoint
+from servegym.agents.evolution import Evolution
 from servegym.agents.hyperparameters import Hyperparameters, Options
 from servegym.agents.imitation import Expert, imitate
 from servegym.agents.record import begin_run, identity
@@ -119,20 +120,20 @@ def train(
     begin_run(task, hyperparameters, folder, command, resume)
     torch.set_num_threads(options.threads)
     model = make_model(task, hyperparameters, reference)
-    run = _Run(model, hyperparameters, identity(task, hyperparameters), folder, options)
+    run = _Run(model, hyperparameters, identity(task, hyperparameters), task, folder, options)
     saved = checkpoints(run.checkpoint_folder)
-    earlier_s = 0.0
+    earlier = Progress()
     if saved:
-        earlier_s = load_checkpoint(model, run.identity, saved[-1])
+        earlier = load_checkpoint(model, run.identity, saved[-1])
     elif hyperparameters.warm:
         if expert is None:
             raise ServegymError("imitation_rounds is not 0, but there is no expert to imitate")
         started = perf_counter()
         imitate(model, task, expert, hyperparameters, progress=options.progress)
-        earlier_s = perf_counter() - started
+        earlier = Progress(training_s=perf_counter() - started)
     if options.tensorboard:
         model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
-    run.learn(CallbackList(list(callbacks)), anew=not saved, earlier_s=earlier_s)
+    run.learn(CallbackList(list(callbacks)), anew=not saved, earlier=earlier)
     return model
 
 
@@ -141,6 +142,7 @@ class _Run:
     model: OnPolicyAlgorithm
     hyperparameters: Hyperparameters
     identity: dict[str, Any]
+    task: TaskConfig
     folder: Path
     options: Options
 
@@ -148,45 +150,79 @@ class _Run:
     def checkpoint_folder(self) -> Path:
         return self.folder / "checkpoints"
 
-    def learn(self, callbacks: CallbackList, *, anew: bool, earlier_s: float) -> None:
-        """Alternate rollouts and updates, as ``model.learn`` does, with checkpoints in between."""
+    def learn(self, callbacks: CallbackList, *, anew: bool, earlier: Progress) -> None:
+        """Do PPO, as ``model.learn`` does, with checkpoints in between; then let the actor evolve."""
         model, h = self.model, self.hyperparameters
         timed = _TimedCallbacks(callbacks)
         left = h.timesteps if anew else h.timesteps - model.num_timesteps
         total, callback = model._setup_learn(left, timed, anew, h.algorithm, False)
         if anew:
-            self._save(earlier_s)
+            self._save(earlier)
         callback.on_training_start(
-            {"self": model, "total_timesteps": total, "training_s": earlier_s}, {}
+            {"self": model, "total_timesteps": total, "training_s": earlier.training_s}, {}
         )
-        started = perf_counter()
+        clock = _Clock(timed, earlier.training_s, 60 * self.options.max_minutes)
+        self._learn_by_ppo(callback, total, clock)
+        if not clock.late:
+            self._evolve(callback, earlier.evolved, clock)
+        callback.on_training_end()
+
+    def _learn_by_ppo(self, callback: BaseCallback, total: int, clock: _Clock) -> None:
+        """Alternate rollouts and updates."""
+        model, h = self.model, self.hyperparameters
         with tqdm(
             total=-(-total // h.rollout) * h.rollout,
             initial=model.num_timesteps,
             unit="step",
             unit_scale=True,
-            disable=not self.options.progress,
+            disable=not self.options.progress or model.num_timesteps >= total,
         ) as bar:
             while model.num_timesteps < total:
                 self._learn_from_one_rollout(callback, total)
                 bar.set_postfix_str(_recent_return(model), refresh=False)
                 bar.update(h.rollout)
-                trained_s = perf_counter() - started - timed.seconds
-                late = 0 < 60 * self.options.max_minutes <= trained_s
                 rollouts = model.num_timesteps // h.rollout
+                late = clock.late
                 done = late or model.num_timesteps >= total
                 if done or rollouts % self.options.checkpoint_every == 0:
-                    self._save(earlier_s + trained_s)
+                    self._save(Progress(clock.training_s))
                 if late:
                     break
-        callback.on_training_end()
+
+    def _evolve(self, callback: BaseCallback, evolved: int, clock: _Clock) -> None:
+        """Do the updates of the evolution strategy that are left, each with a checkpoint."""
+        model, h = self.model, self.hyperparameters
+        if evolved == h.evolution_updates:
+            return
+        evolution = Evolution(model, self.task, h)
+        with tqdm(
+            total=h.evolution_updates,
+            initial=evolved,
+            desc="evolution",
+            unit="update",
+            disable=not self.options.progress,
+        ) as bar:
+            for number in range(evolved, h.evolution_updates):
+                callback.on_rollout_start()
+                update = evolution.update(number)
+                model.num_timesteps += update.decisions
+                model.logger.record("evolution/gap", update.gap_percent)
+                model.logger.record("evolution/step", update.step)
+                model.logger.dump(model.num_timesteps)
+                # No environment was stepped, but callbacks learn the time by it.
+                callback.update_locals({"dones": np.zeros(0, np.bool_), "infos": []})
+                callback.on_step()
+                bar.set_postfix_str(f"gap {update.gap_percent:.3f} %", refresh=False)
+                bar.update()
+                late = clock.late
+                self._save(Progress(clock.training_s, number + 1))
+                if late:
+                    break
 
     def _learn_from_one_rollout(self, callback: BaseCallback, total: int) -> None:
         model, h = self.model, self.hyperparameters
         environments = model.get_env()
         assert environments is not None
-        left = 1.0 - model.num_timesteps / total
-        model.rollout_buffer.gae_lambda = _decay(h.gae_lambda, h.final_gae_lambda)(left)
         model.collect_rollouts(environments, callback, model.rollout_buffer, h.steps)
         model._update_current_progress_remaining(model.num_timesteps, total)
         remaining = model._current_progress_remaining
@@ -196,8 +232,32 @@ class _Run:
         model.dump_logs(rollouts)
         model.train()
 
-    def _save(self, training_s: float) -> None:
-        save_checkpoint(self.model, self.identity, self.checkpoint_folder, training_s)
+    def _save(self, progress: Progress) -> None:
+        save_checkpoint(self.model, self.identity, self.checkpoint_folder, progress)
+
+
+@dataclass
+class _Clock:
+    """Seconds of training since it was made, without those of callbacks."""
+
+    callbacks: _TimedCallbacks
+    earlier_s: float
+    limit_s: float
+    started: float = field(default_factory=perf_counter)
+
+    @property
+    def since_start_s(self) -> float:
+        return perf_counter() - self.started - self.callbacks.seconds
+
+    @property
+    def training_s(self) -> float:
+        """Seconds so far, those before this start included."""
+        return self.earlier_s + self.since_start_s
+
+    @property
+    def late(self) -> bool:
+        """Whether this start has used up its time, if that is limited."""
+        return 0 < self.limit_s <= self.since_start_s
 
 
 class _TimedCallbacks(CallbackList):

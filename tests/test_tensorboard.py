@@ -297,7 +297,7 @@ def test_seconds_of_imitation_count(tmp_path: Path) -> None:
     # Killed after the checkpoint and before the evaluation: what the rollout took is not forgotten.
     before[:1].to_csv(tmp_path / "evaluations.csv", index=False)
     saved = checkpoints(tmp_path / "checkpoints")[-1]
-    taken_s = load_checkpoint(training.make_model(TINY, h), identity(TINY, h), saved)
+    taken_s = load_checkpoint(training.make_model(TINY, h), identity(TINY, h), saved).training_s
     training.train(
         TINY, h, tmp_path, callbacks=[make_callback(tmp_path)], resume=True, options=options
     )

@@ -195,7 +195,7 @@ def test_resumed_training_ends_in_the_same_weights(algorithm: str, tmp_path: Pat
         imitation_batch_size=16,
         imitation_epochs=2,
     )
-    h = replace(h, reference="made up", final_gae_lambda=0.5)
+    h = replace(h, reference="made up")
     task = changed(TINY, process={"max_decisions": 4})  # truncation bootstraps from the critic
     whole = train(
         *(task, h, tmp_path / "whole"),
@@ -264,13 +264,9 @@ def test_callbacks_are_not_training_time(tmp_path: Path) -> None:
 
 def test_schedules_end_where_they_should(tmp_path: Path) -> None:
     h = replace(SMALL, learning_rate=0.01, final_learning_rate=0.2, entropy=0.1, final_entropy=0.5)
-    h = replace(h, gae_lambda=0.8, final_gae_lambda=0.5)
     model = train(TINY, h, tmp_path / "run", options=QUIET)
     assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.002)
     assert model.ent_coef == pytest.approx(0.05)
-    # The last rollout is weighed as the decay stands at its beginning.
-    begun = 1 - h.rollout / model.num_timesteps
-    assert model.rollout_buffer.gae_lambda == pytest.approx(0.8 * (1 - 0.5 * begun))
 
 
 def test_value_warmup_leaves_the_actor_alone(tmp_path: Path) -> None:

@@ -1,0 +1,218 @@
+"""Evolution strategies after PPO: play whole episodes with the actor's output layer perturbed.
+
+Where luck decides much of a return, PPO cannot see what timing gains: what it explores is drawn anew at
+every decision and averages out over an episode, the luck does not. A perturbation of the weights lasts
+for the whole episode, and two opposite ones on the same case share its luck (Salimans et al. 2017,
+arXiv 1703.03864).
+
+Along each of thousands of weights a pair of episodes says next to nothing. Perturbed are only the few
+directions along which the policy changes most, the leading eigenvectors of the output layer's Fisher
+information, each by as much as changes the policy equally: a natural evolution strategy (Wierstra et
+al. 2014, arXiv 1106.4487) in few dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, eigsh
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+from servegym.agents.hyperparameters import SEEDS_PER_AGENT, Hyperparameters
+from servegym.agents.side_by_side import SideBySide
+from servegym.envs.cases import Case
+from servegym.envs.config import TaskConfig
+from servegym.envs.evaluation import make_case
+from servegym.envs.metrics import episode_metrics
+
+_PAIRS_AT_ONCE: Final = 64
+_CASES_OF_STATES: Final = 64
+_STATES: Final = 8192
+_SHIFT: Final = (
+    3.0  # standard deviation, in logits, of each action's bonus while states are collected
+)
+_TEMPERATURE: Final = 3.0  # flattens the policy, so that states well off its boundaries count, too
+_LEAST_INFORMATION: Final = 1e-3  # share of the leading direction's, for a direction's scale
+_CLIP: Final = 2.0  # medians at which a pair's difference is clipped: some candidates never prefill
+_LONGEST_STEP: Final = 1.0  # in the unit of the perturbation, over all directions
+
+
+class Update(NamedTuple):
+    """What one update has done."""
+
+    gap_percent: float
+    """Median gap of the candidates: some of them are far off."""
+    step: float
+    """Length of the step, in root mean square logits at undecided states."""
+    decisions: int
+    """Played for it."""
+
+
+class Evolution:
+    """Improves the actor of a model in place; an update depends on its number and the weights only.
+
+    Parameters
+    ----------
+    model
+        PPO or MaskablePPO with an MLP actor.
+    task
+        Whose gap is to fall.
+    hyperparameters
+        Those that begin with ``evolution``, and ``final_learning_rate``. Cases are those of seeds
+        ``1000 · seed`` … ``1000 · seed + 999``.
+    """
+
+    def __init__(
+        self, model: OnPolicyAlgorithm, task: TaskConfig, hyperparameters: Hyperparameters
+    ) -> None:
+        self.policy: Any = model.policy
+        self.task = task
+        self.hyperparameters = hyperparameters
+        requests = len(self._case(0).requests)
+        self._rows = SideBySide(task, 2 * _PAIRS_AT_ONCE, requests)
+
+    @torch.no_grad()
+    def update(self, number: int) -> Update:
+        """Do the update of a number, from 0 on."""
+        h = self.hyperparameters
+        rng = np.random.default_rng([h.seed, number])
+        layer = self._layer()
+        directions, decisions = self._directions(layer, rng)
+        steps = rng.standard_normal((h.evolution_pairs, len(directions)))
+        gains, gaps = [], []
+        for first in range(0, h.evolution_pairs, _PAIRS_AT_ONCE):
+            chosen = steps[first : first + _PAIRS_AT_ONCE]
+            signed = h.evolution_spread * np.stack([chosen, -chosen], axis=1)
+            candidates = layer + np.tensordot(signed.reshape(-1, len(directions)), directions, 1)
+            found, played = self._play_pairs(candidates.astype(np.float32), rng)
+            gains.append(found[1::2] - found[::2])
+            gaps.append(found)
+            decisions += played
+        gain = _clipped(np.concatenate(gains))
+        share = 1.0 - number / h.evolution_updates
+        rate = h.evolution_learning_rate * (
+            h.final_learning_rate + (1 - h.final_learning_rate) * share
+        )
+        step = rate * (gain @ steps) / (2 * h.evolution_spread * h.evolution_pairs)
+        length = float(np.linalg.norm(step))
+        step *= min(1.0, _LONGEST_STEP / max(length, 1e-12))
+        self._set_layer(layer + np.tensordot(step, directions, 1))
+        return Update(float(np.median(np.concatenate(gaps))), min(length, _LONGEST_STEP), decisions)
+
+    def _directions(
+        self, layer: NDArray[np.float64], rng: np.random.Generator
+    ) -> tuple[NDArray[np.float64], int]:
+        """Return directions of the output layer, (directions, actions, features + 1), and decisions.
+
+        A step of 1 along one of them shifts logits by 1 (root mean square over states, weighted by how
+        undecided the flattened policy is).
+        """
+        features, masks, decisions = self._states(layer, rng)
+        logits = np.where(masks, features @ layer.T / _TEMPERATURE, -np.inf)
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        undecided = float((1.0 - np.square(shares).sum(axis=1)).sum())
+
+        def information(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+            # Fisher information of a softmax over linear scores: Σ (diag(p) − p·pᵀ) ⊗ f·fᵀ.
+            change = features @ vector.reshape(layer.shape).T
+            change = shares * (change - (shares * change).sum(axis=1, keepdims=True))
+            return (change.T @ features).ravel() / undecided
+
+        size = layer.size
+        count = min(self.hyperparameters.evolution_directions, size - 1)
+        operator = LinearOperator((size, size), matvec=information, dtype=np.float64)
+        values, vectors = eigsh(operator, k=count, v0=rng.standard_normal(size))
+        values = np.maximum(values, _LEAST_INFORMATION * values.max())
+        return (vectors / np.sqrt(values)).T.reshape(count, *layer.shape), decisions
+
+    def _states(
+        self, layer: NDArray[np.float64], rng: np.random.Generator
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], int]:
+        """Return features and masks of some states, and how many decisions were played for them.
+
+        In each row every action has a bonus of its own for the whole episode, so that states are met
+        on both sides of where the policy changes its mind.
+        """
+        bonus = torch.from_numpy(
+            rng.normal(0.0, _SHIFT, (_CASES_OF_STATES, len(layer))).astype(np.float32)
+        )
+        weights = torch.from_numpy(layer.astype(np.float32))
+        features: list[NDArray[np.float32]] = []
+        kept: list[NDArray[np.bool_]] = []
+
+        def predict(
+            observations: NDArray[np.float32], masks: NDArray[np.bool_]
+        ) -> NDArray[np.int64]:
+            seen = self._features(observations)
+            features.append(seen.numpy())
+            kept.append(masks.copy())
+            return _best(seen @ weights.T + bonus, masks)
+
+        alive = np.ones(_CASES_OF_STATES, np.bool_)
+        living = []
+        for ended, _ in self._rows.play(self._cases(_CASES_OF_STATES, rng), predict):
+            living.append(alive.copy())
+            alive &= ~ended
+        met = np.stack(living)
+        chosen = rng.permutation(np.flatnonzero(met))[:_STATES]
+        flat = np.concatenate(features)[chosen].astype(np.float64)
+        return flat, np.concatenate(kept)[chosen], int(met.sum())
+
+    def _play_pairs(
+        self, candidates: NDArray[np.float32], rng: np.random.Generator
+    ) -> tuple[NDArray[np.float64], int]:
+        """Return the gaps in percent of candidates, two on each case, and the decisions played."""
+        weights = torch.from_numpy(candidates)
+        cases = [case for case in self._cases(len(candidates) // 2, rng) for _ in range(2)]
+
+        def predict(
+            observations: NDArray[np.float32], masks: NDArray[np.bool_]
+        ) -> NDArray[np.int64]:
+            scores = torch.bmm(weights, self._features(observations).unsqueeze(2)).squeeze(2)
+            return _best(scores, masks)
+
+        gaps = np.zeros(len(candidates))
+        decisions, alive = 0, len(candidates)
+        for ended, _ in self._rows.play(cases, predict):
+            decisions += alive
+            for e in np.flatnonzero(ended).tolist():
+                gaps[e] = 100.0 * episode_metrics(self._rows.state, e)["gap"]
+                alive -= 1
+        return gaps, decisions
+
+    def _features(self, observations: NDArray[np.float32]) -> torch.Tensor:
+        """Return what the output layer sees and, for its biases, a 1: (cases, features + 1)."""
+        hidden = self.policy.mlp_extractor.forward_actor(torch.from_numpy(observations))
+        return torch.cat([hidden, torch.ones(len(hidden), 1)], dim=1)
+
+    def _layer(self) -> NDArray[np.float64]:
+        """Return the output layer's weights and biases, (actions, features + 1)."""
+        net = self.policy.action_net
+        return torch.cat([net.weight, net.bias.unsqueeze(1)], dim=1).numpy().astype(np.float64)
+
+    def _set_layer(self, layer: NDArray[np.float64]) -> None:
+        new = torch.from_numpy(layer.astype(np.float32))
+        self.policy.action_net.weight.copy_(new[:, :-1])
+        self.policy.action_net.bias.copy_(new[:, -1])
+
+    def _cases(self, count: int, rng: np.random.Generator) -> list[Case]:
+        return [self._case(int(k)) for k in rng.integers(SEEDS_PER_AGENT, size=count)]
+
+    def _case(self, number: int) -> Case:
+        return make_case(self.task, self.hyperparameters.first_environment_seed + number)
+
+
+def _best(scores: torch.Tensor, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the legal action with the highest score in each row, as the exported agent does."""
+    return np.where(masks, scores.numpy(), -np.inf).argmax(axis=1)
+
+
+def _clipped(gains: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return differences clipped at a few medians of those that are not 0."""
+    sizes = np.abs(gains[gains != 0])
+    limit = _CLIP * float(np.median(sizes)) if len(sizes) else 0.0
+    return np.clip(gains, -limit, limit)

@@ -1,0 +1,57 @@
+"""Given cases of a task, played side by side in compiled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.cases import Case, load_case, make_task_state
+from servegym.envs.config import TaskConfig
+from servegym.envs.decision_process import begin_row, make_rows, step_rows
+from servegym.envs.serving_env import make_settings
+
+Predict = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.int64]]
+"""Observations (cases, OBSERVATION_SIZE) and masks (cases, actions) to legal actions (cases,)."""
+
+
+class SideBySide:
+    """Rows of one task; row e plays the e-th of the cases that are given. Draws nothing at random.
+
+    Parameters
+    ----------
+    task
+        Of the cases.
+    cases
+        At most so many cases are played at once.
+    requests
+        Requests of the largest case.
+    """
+
+    def __init__(self, task: TaskConfig, cases: int, requests: int) -> None:
+        self.task = task
+        self.state = make_task_state(task, cases, requests)
+        self._costs = task.cost.tables(task.cluster.clients)
+        self._settings = make_settings(task)
+
+    def play(
+        self, cases: Sequence[Case], predict: Predict
+    ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
+        """Play every case once to its end; yield after each step which rows have ended by it, and rewards.
+
+        ``predict`` is asked for rows that have ended, too; what it says of them is not heeded. Those
+        that have terminated stand still, those that were truncated play on unheard.
+        """
+        state, n = self.state, len(cases)
+        rows = make_rows(n, 1 + len(self.task.process.rules))
+        for e, case in enumerate(cases):
+            load_case(self.task, state, e, case)
+            begin_row(state, self._costs, self._settings, rows, e)
+        alive = np.ones(n, np.bool_)
+        while alive.any():
+            actions = np.ascontiguousarray(predict(rows.observations, rows.masks), np.int64)
+            step_rows(state, self._costs, self._settings, rows, actions)
+            ended = alive & (rows.terminated | rows.truncated)
+            alive &= ~ended
+            yield ended, rows.rewards
