@@ -162,13 +162,12 @@ class _Run:
             {"self": model, "total_timesteps": total, "training_s": earlier.training_s}, {}
         )
         clock = _Clock(timed, earlier.training_s, 60 * self.options.max_minutes)
-        self._learn_by_ppo(callback, total, clock)
-        if not clock.late:
+        if self._learn_by_ppo(callback, total, clock):
             self._evolve(callback, earlier.evolved, clock)
         callback.on_training_end()
 
-    def _learn_by_ppo(self, callback: BaseCallback, total: int, clock: _Clock) -> None:
-        """Alternate rollouts and updates."""
+    def _learn_by_ppo(self, callback: BaseCallback, total: int, clock: _Clock) -> bool:
+        """Alternate rollouts and updates; return whether there was time for all."""
         model, h = self.model, self.hyperparameters
         with tqdm(
             total=-(-total // h.rollout) * h.rollout,
@@ -187,7 +186,8 @@ class _Run:
                 if done or rollouts % self.options.checkpoint_every == 0:
                     self._save(Progress(clock.training_s))
                 if late:
-                    break
+                    return False
+        return True
 
     def _evolve(self, callback: BaseCallback, evolved: int, clock: _Clock) -> None:
         """Do the updates of the evolution strategy that are left, each with a checkpoint."""

@@ -12,9 +12,10 @@ import pandas as pd
 from _policies import BEST, SHIPPED, make_listed_policy, note_weights
 from _study_runs import ABLATED, MAIN, Run, is_finished
 from joblib import Parallel, delayed
-from train import VALIDATION_SEED
+from train import VALIDATION_SEED, usual_validation_cases
 from tune import THRESHOLDS, best_of_families, gaps
 
+from servegym.agents.hyperparameters import default_hyperparameters
 from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError
@@ -44,7 +45,6 @@ OTHER_BASELINES: Final = ("random", "fcfs", "hybrid", "threshold-1", "lookahead"
 REFERENCES: Final = ("hybrid", "threshold", "aligned", "rollout")
 """Policies, or the families they belong to, that learning curves are drawn with."""
 
-VALIDATION_CASES: Final = 20
 TUNING_CASES: Final = 20
 LARGE_SETTING: Final = "clients-2000"
 """The setting that is played on a third of the cases."""
@@ -86,7 +86,8 @@ def evaluate_agents(
     config, policies = load_task(task), baselines(task)
     policy_of = partial(make_listed_policy, folders=folders)
     lines = [name for name in policies if name.split("-")[0] in REFERENCES]
-    seeds = range(VALIDATION_SEED, VALIDATION_SEED + VALIDATION_CASES)
+    count = usual_validation_cases(default_hyperparameters(config.name))
+    seeds = range(VALIDATION_SEED, VALIDATION_SEED + count)
     evaluate(config, policy_of, lines, seeds, folder / "validation", jobs=jobs)
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
     evaluate(config, policy_of, [*policies, *folders], seeds, folder, jobs=jobs)

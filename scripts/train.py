@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 VALIDATION_SEED: Final = 900_000
 MAX_VALIDATION_CASES: Final = 100_000  # held-out seeds begin there
-MANY_CASES: Final = 300  # what an evolution strategy gains is less than the luck of the usual 20
 THRESHOLDS: Final = (1, 2, 3, 5, 7, 10, 12, 15, 20, 25, 30, 40, 60)
 
 
@@ -57,12 +56,17 @@ class Args(Hyperparameters):
     """Threads of torch and of the imitated expert."""
 
 
+def usual_validation_cases(hyperparameters: Hyperparameters) -> int:
+    """Return how many there are unless told otherwise: what evolution gains is less than the luck of 20."""
+    return 300 if hyperparameters.evolves else 20
+
+
 def read_args(argv: Sequence[str] | None) -> Args:
     """Return the options; those not given are the task's defaults, or those of the run to resume."""
     args = parse(Args, argv)
     if not args.resume:
         defaults = default_hyperparameters(load_task(args.task).name)
-        usual = Args(validation_cases=MANY_CASES) if defaults.evolves else Args()
+        usual = Args(validation_cases=usual_validation_cases(defaults))
         return parse(Args, argv, replace(usual, **asdict(defaults)))
     record = read_run(args.output)
     first = parse(Args, shlex.split(record["command"])[2:])
