@@ -46,6 +46,9 @@ REFERENCES: Final = ("hybrid", "threshold", "aligned", "rollout")
 """Policies, or the families they belong to, that learning curves are drawn with."""
 
 TUNING_CASES: Final = 20
+FEW_CASES: Final = 100
+"""Of more cases of validation, learning curves are drawn without the rollout."""
+
 LARGE_SETTING: Final = "clients-2000"
 """The setting that is played on a third of the cases."""
 
@@ -85,8 +88,10 @@ def evaluate_agents(
     _ship([run for run in finished if run.variant == MAIN], runs, curves, folder)
     config, policies = load_task(task), baselines(task)
     policy_of = partial(make_listed_policy, folders=folders)
-    lines = [name for name in policies if name.split("-")[0] in REFERENCES]
     count = usual_validation_cases(default_hyperparameters(config.name))
+    lines = [name for name in policies if name.split("-")[0] in REFERENCES]
+    if count > FEW_CASES:  # a rollout takes seconds a case
+        lines = [name for name in lines if name != "rollout"]
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + count)
     evaluate(config, policy_of, lines, seeds, folder / "validation", jobs=jobs)
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
