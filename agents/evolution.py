@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from servegym.agents.hyperparameters import SEEDS_PER_AGENT, Hyperparameters
+from servegym.agents.hyperparameters import SEEDS_PER_AGENT, Hyperparameters, linear_decay
+from servegym.agents.imitation import soft_targets
+from servegym.agents.policy import best_legal
 from servegym.agents.side_by_side import SideBySide
 from servegym.envs.cases import Case
 from servegym.envs.config import TaskConfig
@@ -31,9 +33,7 @@ from servegym.envs.metrics import episode_metrics
 _PAIRS_AT_ONCE: Final = 64
 _CASES_OF_STATES: Final = 64
 _STATES: Final = 8192
-_SHIFT: Final = (
-    3.0  # standard deviation, in logits, of each action's bonus while states are collected
-)
+_SHIFT: Final = 3.0  # standard deviation of an action's bonus, in logits, while states are met
 _TEMPERATURE: Final = 3.0  # flattens the policy, so that states well off its boundaries count, too
 _LEAST_INFORMATION: Final = 1e-3  # share of the leading direction's, for a direction's scale
 _CLIP: Final = 2.0  # medians at which a pair's difference is clipped: some candidates never prefill
@@ -92,10 +92,8 @@ class Evolution:
             gaps.append(found)
             decisions += played
         gain = _clipped(np.concatenate(gains))
-        share = 1.0 - number / h.evolution_updates
-        rate = h.evolution_learning_rate * (
-            h.final_learning_rate + (1 - h.final_learning_rate) * share
-        )
+        decay = linear_decay(h.evolution_learning_rate, h.final_learning_rate)
+        rate = decay(1.0 - number / h.evolution_updates)
         step = rate * (gain @ steps) / (2 * h.evolution_spread * h.evolution_pairs)
         length = float(np.linalg.norm(step))
         step *= min(1.0, _LONGEST_STEP / max(length, 1e-12))
@@ -111,9 +109,7 @@ class Evolution:
         undecided the flattened policy is).
         """
         features, masks, decisions = self._states(layer, rng)
-        logits = np.where(masks, features @ layer.T / _TEMPERATURE, -np.inf)
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
+        shares = soft_targets(np.where(masks, features @ layer.T, -np.inf), _TEMPERATURE)
         undecided = float((1.0 - np.square(shares).sum(axis=1)).sum())
 
         def information(vector: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -150,14 +146,10 @@ class Evolution:
             seen = self._features(observations)
             features.append(seen.numpy())
             kept.append(masks.copy())
-            return _best(seen @ weights.T + bonus, masks)
+            return best_legal((seen @ weights.T + bonus).numpy(), masks)
 
-        alive = np.ones(_CASES_OF_STATES, np.bool_)
-        living = []
-        for ended, _ in self._rows.play(self._cases(_CASES_OF_STATES, rng), predict):
-            living.append(alive.copy())
-            alive &= ~ended
-        met = np.stack(living)
+        cases = self._cases(_CASES_OF_STATES, rng)
+        met = np.stack([step.played for step in self._rows.play(cases, predict)])
         chosen = rng.permutation(np.flatnonzero(met))[:_STATES]
         flat = np.concatenate(features)[chosen].astype(np.float64)
         return flat, np.concatenate(kept)[chosen], int(met.sum())
@@ -173,15 +165,14 @@ class Evolution:
             observations: NDArray[np.float32], masks: NDArray[np.bool_]
         ) -> NDArray[np.int64]:
             scores = torch.bmm(weights, self._features(observations).unsqueeze(2)).squeeze(2)
-            return _best(scores, masks)
+            return best_legal(scores.numpy(), masks)
 
         gaps = np.zeros(len(candidates))
-        decisions, alive = 0, len(candidates)
-        for ended, _ in self._rows.play(cases, predict):
-            decisions += alive
-            for e in np.flatnonzero(ended).tolist():
+        decisions = 0
+        for step in self._rows.play(cases, predict):
+            decisions += int(step.played.sum())
+            for e in np.flatnonzero(step.ended).tolist():
                 gaps[e] = 100.0 * episode_metrics(self._rows.state, e)["gap"]
-                alive -= 1
         return gaps, decisions
 
     def _features(self, observations: NDArray[np.float32]) -> torch.Tensor:
@@ -204,11 +195,6 @@ class Evolution:
 
     def _case(self, number: int) -> Case:
         return make_case(self.task, self.hyperparameters.first_environment_seed + number)
-
-
-def _best(scores: torch.Tensor, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the legal action with the highest score in each row, as the exported agent does."""
-    return np.where(masks, scores.numpy(), -np.inf).argmax(axis=1)
 
 
 def _clipped(gains: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
@@ -230,6 +231,11 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     },
 }
 """What a task wants otherwise than the class says, by task id."""
+
+
+def linear_decay(first: float, last_share: float) -> Callable[[float], float]:
+    """Return first · (share of training that remains, brought from 0 … 1 to last_share … 1)."""
+    return lambda remaining: first * (last_share + (1.0 - last_share) * max(remaining, 0.0))
 
 
 def default_hyperparameters(task: str) -> Hyperparameters:

@@ -68,7 +68,12 @@ class Network:
 
     def best(self, observations: NDArray[np.float32], masks: NDArray[np.bool_]) -> Any:
         """Return the legal action with the highest score, the first of equals, shape (…)."""
-        return np.where(masks, self.scores(observations), -np.inf).argmax(axis=-1)
+        return best_legal(self.scores(observations), masks)
+
+
+def best_legal(scores: NDArray[np.float32], masks: NDArray[np.bool_]) -> Any:
+    """Return the legal action with the highest score, the first of equals, shape (…)."""
+    return np.where(masks, scores, -np.inf).argmax(axis=-1)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,15 @@ from servegym.envs.serving_env import make_settings
 
 Predict = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.int64]]
 """Observations (cases, OBSERVATION_SIZE) and masks (cases, actions) to legal actions (cases,)."""
+
+
+class Step(NamedTuple):
+    """What one step of all rows has done."""
+
+    actions: NDArray[np.int64]  # (cases,)
+    played: NDArray[np.bool_]  # (cases,) the case was not over before it
+    ended: NDArray[np.bool_]  # (cases,) … and is now
+    rewards: NDArray[np.float64]  # (cases,)
 
 
 class SideBySide:
@@ -35,10 +45,8 @@ class SideBySide:
         self._costs = task.cost.tables(task.cluster.clients)
         self._settings = make_settings(task)
 
-    def play(
-        self, cases: Sequence[Case], predict: Predict
-    ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
-        """Play every case once to its end; yield after each step which rows have ended by it, and rewards.
+    def play(self, cases: Sequence[Case], predict: Predict) -> Iterator[Step]:
+        """Play every case once to its end; yield after each step.
 
         ``predict`` is asked for rows that have ended, too; what it says of them is not heeded. Those
         that have terminated stand still, those that were truncated play on unheard.
@@ -53,5 +61,5 @@ class SideBySide:
             actions = np.ascontiguousarray(predict(rows.observations, rows.masks), np.int64)
             step_rows(state, self._costs, self._settings, rows, actions)
             ended = alive & (rows.terminated | rows.truncated)
-            alive &= ~ended
-            yield ended, rows.rewards
+            yield Step(actions, alive, ended, rows.rewards)
+            alive = alive & ~ended  # a new array: the old one is the caller's

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from servegym.agents.checkpoints import Progress, checkpoints, load_checkpoint, save_checkpoint
 from servegym.agents.evolution import Evolution
-from servegym.agents.hyperparameters import Hyperparameters, Options
+from servegym.agents.hyperparameters import Hyperparameters, Options, linear_decay
 from servegym.agents.imitation import Expert, imitate
 from servegym.agents.record import begin_run, identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
@@ -57,7 +57,7 @@ def make_model(
     model = _CLASSES[h.algorithm](
         policy="MlpPolicy",
         env=VecMonitor(environment),
-        learning_rate=_decay(
+        learning_rate=linear_decay(
             h.warm_learning_rate if h.warm else h.learning_rate, h.final_learning_rate
         ),
         n_steps=h.steps,
@@ -226,7 +226,7 @@ class _Run:
         model.collect_rollouts(environments, callback, model.rollout_buffer, h.steps)
         model._update_current_progress_remaining(model.num_timesteps, total)
         remaining = model._current_progress_remaining
-        model.ent_coef = _decay(h.entropy, h.final_entropy)(remaining)
+        model.ent_coef = linear_decay(h.entropy, h.final_entropy)(remaining)
         rollouts = model.num_timesteps // h.rollout
         _freeze_actor(model, h.warm and rollouts <= h.value_warmup)
         model.dump_logs(rollouts)
@@ -281,11 +281,6 @@ class _TimedCallbacks(CallbackList):
         result = call()
         self.seconds += perf_counter() - started
         return result
-
-
-def _decay(first: float, last_share: float) -> Callable[[float], float]:
-    """Return first · (share of the timesteps that remains, brought from 0 … 1 to last_share … 1)."""
-    return lambda remaining: first * (last_share + (1.0 - last_share) * max(remaining, 0.0))
 
 
 def _freeze_actor(model: OnPolicyAlgorithm, frozen: bool) -> None:

@@ -56,7 +56,6 @@ class Validation:
         """Play every case once to its end."""
         state = self._rows.state
         metrics: list[dict[str, float]] = [{} for _ in self._cases]
-        alive = np.ones(len(self._cases), np.bool_)
         counts = np.zeros(1 + len(self.task.process.rules), np.int64)
         seen: list[tuple[NDArray[np.float32], NDArray[np.bool_], float]] = []
         rewards: list[float] = []
@@ -65,22 +64,19 @@ class Validation:
         def watched(
             observations: NDArray[np.float32], masks: NDArray[np.bool_]
         ) -> NDArray[np.int64]:
-            nonlocal counts
-            actions = predict(observations, masks)
-            counts += np.bincount(actions[alive], minlength=len(counts))
-            if alive[0]:
+            if first is None:
                 clock_s = float(state.replicas[0, 0]["clock_s"])
                 seen.append((observations[0].copy(), masks[0].copy(), clock_s))
-            return actions
+            return predict(observations, masks)
 
-        for ended, received in self._rows.play(self._cases, watched):
-            if alive[0]:
-                rewards.append(float(received[0]))
-            for e in np.flatnonzero(ended).tolist():
+        for step in self._rows.play(self._cases, watched):
+            counts += np.bincount(step.actions[step.played], minlength=len(counts))
+            if step.played[0]:
+                rewards.append(float(step.rewards[0]))
+            for e in np.flatnonzero(step.ended).tolist():
                 metrics[e] = {"seed": self.seeds[e]} | episode_metrics(state, e)
-            if ended[0]:
+            if step.ended[0]:
                 first = records(state, 0)
-            alive &= ~ended
         assert first is not None
         observations, masks, clocks_s = zip(*seen, strict=True)
         trace = Trace(

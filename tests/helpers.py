@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from servegym.envs.cost_models import (
 )
 from servegym.envs.metrics import Records
 from servegym.envs.plan import Plan, plan_from_queues
+
+if TYPE_CHECKING:  # the simulator's tests do without torch
+    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 UNIT_COSTS = StageCosts(AffineDecode(1.0), AffinePrefill(2.0, 0.0))
 """A round is 1 s, a prefill stage 2 s, whatever they hold: traces can be added up in the head."""
@@ -187,3 +190,8 @@ def random_queues(
 def changed(task: TaskConfig, **parts: Mapping[str, Any]) -> TaskConfig:
     """`task` with fields of its parts replaced: `changed(task, cluster={"clients": 2})`."""
     return replace(task, **{name: replace(getattr(task, name), **p) for name, p in parts.items()})
+
+
+def weights(model: OnPolicyAlgorithm) -> dict[str, bytes]:
+    """All weights of an agent, to the last bit."""
+    return {name: value.numpy().tobytes() for name, value in model.policy.state_dict().items()}

@@ -40,7 +40,7 @@ from servegym.envs.config import with_overrides
 from servegym.envs.metrics import METRICS
 from servegym.envs.tasks import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
-from tests.helpers import changed
+from tests.helpers import changed, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = TASKS["servegym/Tiny-v0"]
@@ -67,11 +67,6 @@ def test_a_reference_is_named_and_given_or_neither() -> None:
     with pytest.raises(ServegymError, match="or neither"):
         make_model(TINY, SMALL, some_reference)
     make_model(TINY, replace(SMALL, reference="fcfs"), some_reference)
-
-
-def weights(model: OnPolicyAlgorithm) -> dict[str, bytes]:
-    """All weights, to the last bit."""
-    return {name: value.numpy().tobytes() for name, value in model.policy.state_dict().items()}
 
 
 class StopAt(BaseCallback):
@@ -157,6 +152,11 @@ def test_sb3_contrib_finds_the_masks() -> None:
         ({"epochs": True}, {"epochs": 1}),
         ({"imitation_temperature": 0.0}, {"imitation_temperature": 1e-6}),
         ({"depth": -1}, {"depth": 0}),
+        ({"evolution_updates": -1}, {"evolution_updates": 0}),
+        ({"evolution_pairs": 0}, {"evolution_pairs": 1}),
+        ({"evolution_directions": 0}, {"evolution_directions": 1}),
+        ({"evolution_spread": 0.0}, {"evolution_spread": 1e-6}),
+        ({"evolution_learning_rate": -1.0}, {"evolution_learning_rate": 0.0}),
     ],
 )
 def test_hyperparameters_cannot_be_wrong(bad: dict[str, Any], good: dict[str, Any]) -> None:
