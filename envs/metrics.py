@@ -47,12 +47,17 @@ METRICS: Final = (
     "tpot_p50_s",
     "tpot_p99_s",
     "decisions",
+    "unfinished_requests",
 )
 """Names of the metrics of an episode, in the order of the result tables."""
 
 
 def episode_metrics(state: State, e: int) -> dict[str, float]:
     """Return the metrics of environment ``e``, also of an episode that was cut short.
+
+    ``unfinished_requests`` counts the requests that had not finished at the end. Where there are any,
+    ``makespan_s`` and ``gap`` are NaN: the episode was cut short before it had a makespan. Every
+    other metric is then of the part that was played.
 
     ``client_utilization`` is Σ_j (time client j holds a request) / (J · makespan) and
     ``decode_utilization`` Σ_rounds (n/J · round seconds) / makespan. Time to first token counts from
@@ -71,11 +76,13 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     ttft_p50_s, ttft_p99_s = _percentiles(ttft_s)
     tpot_p50_s, tpot_p99_s = _percentiles(tpot_s)
     bound_s = float(episode.bound_s)
+    unfinished = int(episode.requests - episode.finished)
+    makespan_s = float("nan") if unfinished else now_s
     return {
         "requests": int(episode.requests),
-        "makespan_s": now_s,
+        "makespan_s": makespan_s,
         "lower_bound_s": bound_s,
-        "gap": now_s / bound_s - 1.0,
+        "gap": makespan_s / bound_s - 1.0,
         "client_utilization": float(held_s[started].sum()) / (clients * now_s),
         "decode_utilization": float(replicas.busy_decode_s.sum()) / now_s,
         "decode_rounds": int(replicas.rounds.sum()),
@@ -87,6 +94,7 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "tpot_p50_s": tpot_p50_s,
         "tpot_p99_s": tpot_p99_s,
         "decisions": int(episode.decisions),
+        "unfinished_requests": unfinished,
     }
 
 
