@@ -1,25 +1,20 @@
-"""``@kernel``: numba's ``njit`` with a cache that notices every source change.
+"""``@kernel``: numba's ``njit`` with a cache of its own (``kernel_cache``).
 
-Numba keys its cache by the file a function is defined in, so a cached caller keeps an old callee
-that lives in another file. Here the cache folder carries a hash of all sources of the package
-folders that define kernels: change one and everything compiles anew. With ``NUMBA_DISABLE_JIT=1``
-kernels stay plain Python functions.
+With ``NUMBA_DISABLE_JIT=1`` kernels stay plain Python functions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import numba
 from numba.core import config
 
-_SIMULATOR = Path(__file__).resolve().parent
+from servegym.envs.errors import ServegymError
+from servegym.envs.simulator.kernel_cache import KernelCache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -46,34 +41,45 @@ def allocating_kernel(function: Function) -> Function:
 
 
 def parallel_kernel(function: Function) -> Function:
-    """Do as ``allocating_kernel``, and run ``prange`` loops on numba's threads."""
-    return _cached(function, _nrt=True, parallel=True)
+    """Do as ``allocating_kernel``, and run ``prange`` loops on numba's threads.
+
+    For calls from Python only. They raise ``ServegymError`` in a process that was forked after its
+    parent had started threads of GNU OpenMP: those are lost, and the library would end the process.
+    """
+    compiled = _cached(function, _nrt=True, parallel=True)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        if _lost_threads:
+            raise ServegymError(
+                "this process was forked after numba had started threads, which a fork does not "
+                "copy; start processes by 'spawn' or 'forkserver', or use one thread"
+            )
+        return compiled(*args)
+
+    return cast(Function, call)
 
 
 def _cached(function: Function, **options: bool) -> Function:
     if config.DISABLE_JIT:
         return function
     dispatcher: Any = numba.njit(function, **options)
-    folder = Path(function.__code__.co_filename).resolve().parent
-    previous = config.CACHE_DIR
-    config.CACHE_DIR = str(_cache_folder(folder))
-    try:
-        dispatcher.enable_caching()
-    finally:
-        config.CACHE_DIR = previous
+    dispatcher._cache = KernelCache(function)  # what enable_caching sets, with another class
     return cast(Function, dispatcher)
 
 
-@cache
-def _cache_folder(folder: Path) -> Path:
-    """Where machine code of kernels defined in ``folder`` is kept: beside the sources if possible."""
-    digest = hashlib.sha256()
-    for source in sorted({*folder.glob("*.py"), *_SIMULATOR.glob("*.py")}):
-        digest.update(source.read_bytes())
-    name = f"kernels-{digest.hexdigest()[:16]}"
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(os.environ["NUMBA_CACHE_DIR"]) / name
-    beside = folder / "__pycache__"
-    if os.access(beside if beside.exists() else folder, os.W_OK):
-        return beside / name
-    return Path(tempfile.gettempdir()) / f"servegym-{os.getuid()}" / name
+_lost_threads: list[str] = []
+"""The threading layer that this process was forked from, if its threads are lost."""
+
+
+def _note_lost_threads() -> None:
+    try:
+        layer = numba.threading_layer()
+    except ValueError:
+        return  # no threads had been started
+    if layer == "omp":
+        _lost_threads.append(layer)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_lost_threads)
