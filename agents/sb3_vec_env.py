@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -23,9 +24,19 @@ class ServingSB3VecEnv(VecEnv):
     episode ended also ``terminal_observation``, ``TimeLimit.truncated`` and ``serving``, the
     episode's metrics (``servegym.envs.metrics.METRICS``). sb3-contrib finds the legal actions by
     ``env_method("action_masks")``.
+
+    Raises
+    ------
+    ServegymError
+        If ``env`` does not begin the next episode in the step that ends one, as SB3 expects.
     """
 
     def __init__(self, env: ServingVectorEnv) -> None:
+        if env.autoreset_mode != AutoresetMode.SAME_STEP:
+            raise ServegymError(
+                "Stable-Baselines3 needs autoreset_mode 'SameStep', got "
+                f"{env.autoreset_mode.value!r}"
+            )
         self.env = env
         self._actions = np.zeros(env.num_envs, np.int64)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -120,4 +131,6 @@ class ServingSB3VecEnv(VecEnv):
         named = self.env.state._asdict() | self.env.rows._asdict()
         if self.env.reference is not None:
             named["reference_gaps"] = self.env.reference_gaps
+        if self.env.max_episode_steps:
+            named["steps"] = self.env.steps
         return {name: np.asarray(array).reshape(-1).view(np.uint8) for name, array in named.items()}

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from servegym.envs.arguments import plain, shown
 from servegym.envs.comparison import COMPARISONS
 from servegym.envs.cost_models import (
     AffineDecode,
@@ -35,15 +36,17 @@ MAX_REQUESTS: Final = 10_000_000
 
 def _check_whole(name: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
-        raise ServegymError(f"{name} must be a whole number in {least} … {most}, got {value}")
+        raise ServegymError(
+            f"{name} must be a whole number in {least} … {most}, got {shown(value)}"
+        )
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as the annotated type, or refuse it."""
-    origin = get_origin(hint)
+    """Return ``value`` as the annotated type, numpy's and paths as Python's own, or refuse it."""
+    origin, value = get_origin(hint), plain(value)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ServegymError(f"{name} must be a list, got {value!r}")
+            raise ServegymError(f"{name} must be a list, got {shown(value)}")
         return tuple(
             _checked(f"{name}[{k}]", item, get_args(hint)[0]) for k, item in enumerate(value)
         )
@@ -51,22 +54,21 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if value not in get_args(hint):
             raise unknown(f"value of {name}:", value, get_args(hint))
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise ServegymError(f"{name} is too large a number") from None
-    if not isinstance(value, hint) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int | float if hint is float else hint):
         words = {int: "a whole number", float: "a number", str: "a text"}
-        raise ServegymError(f"{name} must be {words[hint]}, got {value!r}")
-    return value
+        raise ServegymError(f"{name} must be {words[hint]}, got {shown(value)}")
+    try:
+        return hint(value)
+    except OverflowError:
+        raise ServegymError(f"{name} is too large a number") from None
 
 
 def _check_types(section: str, config: Any) -> None:
-    """Refuse fields that are not what their annotation says."""
+    """Refuse fields that are not what their annotation says; keep the others as plain Python types."""
     hints = get_type_hints(type(config))
     for item in fields(config):
-        _checked(f"{section}.{item.name}", getattr(config, item.name), hints[item.name])
+        value = _checked(f"{section}.{item.name}", getattr(config, item.name), hints[item.name])
+        object.__setattr__(config, item.name, value)  # the way into a frozen dataclass
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,16 @@ class TaskConfig:
     information: InformationConfig = InformationConfig()
     process: ProcessConfig = ProcessConfig()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", _checked("name", self.name, str))
+        hints = get_type_hints(type(self))
+        for section in sorted(_SECTIONS):
+            value = getattr(self, section)
+            if not isinstance(value, hints[section]):
+                raise ServegymError(
+                    f"{section} must be a {hints[section].__name__}, got {shown(value)}"
+                )
+
 
 _COST_MODELS: Final = {
     "affine": (AffineDecode, AffinePrefill),
@@ -204,13 +216,26 @@ _SECTIONS: Final = {"cluster", "cost", "workload", "information", "process"}
 
 
 def with_overrides(task: TaskConfig, sections: Mapping[str, Any]) -> TaskConfig:
-    """Return ``task`` with keys replaced, given as ``{"cluster": {"clients": 50}, …}``."""
+    """Return ``task`` with keys replaced, given as ``{"cluster": {"clients": 50}, …}``.
+
+    numpy's numbers, texts and arrays and paths are taken where Python's own are.
+
+    Raises
+    ------
+    ServegymError
+        If ``sections`` is not such a table, or a key or value is none that the task may have.
+    """
+    if not isinstance(sections, Mapping):
+        raise ServegymError(
+            f"overrides must be a table of sections, as {{'cluster': {{'clients': 50}}}}, "
+            f"got {shown(sections)}"
+        )
     changed: dict[str, Any] = {}
     for section, values in sections.items():
         if section not in _SECTIONS:
             raise unknown("section", section, sorted(_SECTIONS))
         if not isinstance(values, Mapping):
-            raise ServegymError(f"{section} must be a table of keys, got {values!r}")
+            raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
         if section == "cost":
             changed["cost"] = _cost_model(values, task.cost)
         else:
@@ -333,7 +358,7 @@ def _build(section: str, base: Any, values: Any) -> Any:
     """Make a dataclass from a table of keys; ``base`` is the class, or an instance to change."""
     cls = base if isinstance(base, type) else type(base)
     if not isinstance(values, Mapping):
-        raise ServegymError(f"{section} must be a table of keys, got {values!r}")
+        raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
     hints = get_type_hints(cls)
     names = [item.name for item in fields(cls)]
     checked: dict[str, Any] = {}

@@ -428,7 +428,9 @@ def test_truncation_by_decisions(most: int) -> None:
         assert (terminated, truncated) == (False, decision == most)
     assert tuple(info) == METRICS
     assert info["decisions"] == most
-    assert info["makespan_s"] == 6.0 * most
+    assert info["unfinished_requests"] == 10 - most
+    assert np.isnan(info["makespan_s"])
+    assert np.isnan(info["gap"])
     with pytest.raises(ServegymError, match="the episode is over"):
         env.step(np.int64(1))
 
@@ -504,7 +506,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     (options([[0], [1]]), "the plan is for 2 clients, the task has 3", options([[0], [1], []])),
     # a plan of requests that the instance does not have
     (options([[0], [1], [3]]), "requests outside 0 … 2", options([[0], [1], []])),
-    (options([[0], [1], [-1]]), "requests outside 0 … 2", options([[0], [1], []])),
     # a plan of a request that has not arrived
     (
         options([[0], [1], [2]]),
@@ -552,6 +553,8 @@ BAD_PLANS = [
     (([0, 1], [1, 2]), "must start at 0", ([0, 1], [0, 2])),
     (([0, 1], [0, 2, 1, 2]), "not decrease", ([0, 1], [0, 1, 1, 2])),
     (([], [0]), "must start at 0", ([], [0, 0])),
+    # a request that no instance has
+    (([0, -1], [0, 2]), r"plan order must lie in 0 … \d+, got -1", ([0, 1], [0, 2])),
 ]
 
 
