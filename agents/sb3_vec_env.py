@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from servegym.envs.errors import ServegymError
+from servegym.envs.metrics import METRICS
 from servegym.envs.vector_env import ServingVectorEnv
 
 Infos = list[dict[str, Any]]
@@ -66,10 +67,8 @@ class ServingSB3VecEnv(VecEnv):
         for e in np.flatnonzero(dones):
             infos[e]["terminal_observation"] = all_infos["final_obs"][e]
             infos[e]["TimeLimit.truncated"] = bool(truncated[e] and not terminated[e])
-            metrics = all_infos["final_info"].items()
-            infos[e]["serving"] = {
-                name: float(column[e]) for name, column in metrics if not name.startswith("_")
-            }
+            metrics = all_infos["final_info"]
+            infos[e]["serving"] = {name: float(metrics[name][e]) for name in METRICS}
         # Copies: SB3 adds to rewards, and keeps the observations while the rows are stepped.
         return observations.copy(), rewards.copy(), dones, infos
 

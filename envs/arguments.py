@@ -42,6 +42,14 @@ def plain(value: Any) -> Any:
     return value
 
 
+def as_array(values: ArrayLike) -> NDArray[Any]:
+    """Return ``values`` as an array; lists of different lengths become one that holds no numbers."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError):
+        return np.array(None)
+
+
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
     """Return ``value`` as an int; Python's and numpy's integers are taken, booleans are not.
 
@@ -76,8 +84,9 @@ def whole_numbers(name: str, values: ArrayLike, least: int, most: int) -> NDArra
     array = _row(name, values, "whole numbers")
     if array.dtype.kind == "f":
         _refuse_first(name, "be whole numbers", array, array != np.rint(array))
-    outside = (array < least) | (array > most)
-    _refuse_first(name, f"lie in {least} … {most}", array, outside)
+    if array.size and (array.min() < least or array.max() > most):
+        outside = (array < least) | (array > most)
+        _refuse_first(name, f"lie in {least} … {most}", array, outside)
     return array.astype(np.int64, copy=False)
 
 
@@ -89,18 +98,12 @@ def real_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     ServegymError
         If ``values`` has another number of dimensions or holds anything but numbers.
     """
-    with np.errstate(over="ignore"):  # a number beyond float64 becomes inf
-        return _row(name, values, "numbers").astype(np.float64, copy=False)
+    return _row(name, values, "numbers").astype(np.float64, copy=False)
 
 
 def _row(name: str, values: ArrayLike, what: str) -> NDArray[Any]:
-    """Return ``values`` as an array of integers or floats of one dimension."""
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError):
-        raise ServegymError(
-            f"{name} must be a list of {what}, got lists of different lengths: {shown(values)}"
-        ) from None
+    """Return ``values`` as an array of one dimension, of integers or of float64."""
+    array = as_array(values)
     if array.ndim != 1:
         got = f"an array of shape {array.shape}" if array.ndim else shown(values)
         raise ServegymError(f"{name} must be a list of {what}, got {got}")
@@ -112,6 +115,9 @@ def _row(name: str, values: ArrayLike, what: str) -> NDArray[Any]:
     if kind not in "iuf":
         got = _NO_NUMBERS.get(kind, str(array.dtype))
         raise ServegymError(f"{name} must be {what}, got {got}")
+    if kind == "f":
+        with np.errstate(over="ignore"):  # a number beyond float64 becomes inf
+            return array.astype(np.float64, copy=False)
     return array
 
 

@@ -69,7 +69,8 @@ def plan_from_queues(queues: Sequence[ArrayLike]) -> Plan:
     ServegymError
         If it is not a sequence of such sequences, or a request stands there twice.
     """
-    if not isinstance(queues, Sequence | np.ndarray) or isinstance(queues, str | bytes):
+    listed = isinstance(queues, Sequence) or (isinstance(queues, np.ndarray) and queues.ndim > 0)
+    if not listed or isinstance(queues, str | bytes):
         raise ServegymError(
             f"a plan is made from a list of request ids per client, got {shown(queues)}"
         )

@@ -150,7 +150,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         overrides: Mapping[str, Any] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        if render_mode not in (None, "rgb_array"):
+        if render_mode is not None and not (
+            isinstance(render_mode, str) and render_mode in self.metadata["render_modes"]
+        ):
             raise ServegymError(f"render_mode must be None or 'rgb_array', got {shown(render_mode)}")
         self.task = with_overrides(load_task(task), {} if overrides is None else overrides)
         check_readable(self.task.workload.source)

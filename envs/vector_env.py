@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from servegym.envs.arguments import shown, whole_number
+from servegym.envs.arguments import as_array, shown, whole_number
 from servegym.envs.cases import Case, bound_case, load_case, make_task_state, sample_requests
 from servegym.envs.config import TaskConfig
 from servegym.envs.decision_process import begin_row, make_rows, step_rows, step_rows_in_parallel
@@ -180,10 +180,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
                 f"the episodes of rows {rows} are over; call reset(options={{'reset_mask': …}}) "
                 "before step()"
             )
-        try:
-            chosen = np.asarray(actions)
-        except ValueError:  # lists of different lengths
-            chosen = np.array(None)
+        chosen = as_array(actions)
         if chosen.dtype.kind not in "iu":
             raise ServegymError(f"actions must be whole numbers, got {shown(actions)}")
         if chosen.shape != (self.num_envs,):
@@ -264,7 +261,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
             )
         if "reset_mask" not in options:
             return everyone
-        mask = np.asarray(options["reset_mask"])
+        mask = as_array(options["reset_mask"])
         if mask.dtype != np.bool_ or mask.shape != (self.num_envs,) or not mask.any():
             raise ServegymError(
                 f"reset_mask must hold {self.num_envs} booleans, at least one of them True, "
