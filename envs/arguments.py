@@ -123,7 +123,8 @@ def _row(name: str, values: ArrayLike, what: str) -> NDArray[Any]:
 
 def _number(name: str, what: str, entry: int, value: Any) -> float:
     """Return one of many Python objects as a float, inf where it is beyond all floats."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real:
         raise ServegymError(f"{name} must be {what}, got {shown(value)} (entry {entry})")
     try:
         return float(value)

@@ -61,7 +61,7 @@ class Plan:
         return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
 
 
-def plan_from_queues(queues: Sequence[ArrayLike]) -> Plan:
+def plan_from_queues(queues: Sequence[ArrayLike] | NDArray[np.integer]) -> Plan:
     """Build a plan from one sequence of request ids per client.
 
     Raises
@@ -69,11 +69,14 @@ def plan_from_queues(queues: Sequence[ArrayLike]) -> Plan:
     ServegymError
         If it is not a sequence of such sequences, or a request stands there twice.
     """
-    listed = isinstance(queues, Sequence) or (isinstance(queues, np.ndarray) and queues.ndim > 0)
-    if not listed or isinstance(queues, str | bytes):
+    given: object = queues
+    listed = isinstance(given, Sequence) or (isinstance(given, np.ndarray) and given.ndim > 0)
+    if not listed or isinstance(given, str | bytes):
         raise ServegymError(
             f"a plan is made from a list of request ids per client, got {shown(queues)}"
         )
-    held = [whole_numbers(f"queue of client {j}", queue, 0, _MOST) for j, queue in enumerate(queues)]
+    held = [
+        whole_numbers(f"queue of client {j}", queue, 0, _MOST) for j, queue in enumerate(queues)
+    ]
     order = np.concatenate([np.zeros(0, np.int64), *held])
     return Plan(order, np.cumsum([0, *(len(queue) for queue in held)]))

@@ -133,9 +133,7 @@ def make_requests(
     # Copies, so that the caller may go on writing into the arrays.
     prompts = _tokens("prompt_tokens", prompt_tokens).copy()
     outputs = _tokens("output_tokens", output_tokens).copy()
-    arrivals = (
-        np.zeros(len(prompts)) if arrival_s is None else real_numbers("arrival_s", arrival_s)
-    )
+    arrivals = np.zeros(len(prompts)) if arrival_s is None else real_numbers("arrival_s", arrival_s)
     predictions = outputs
     if predicted_output_tokens is not None:
         predictions = _tokens("predicted_output_tokens", predicted_output_tokens).copy()

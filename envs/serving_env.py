@@ -14,7 +14,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
-from servegym.envs.arguments import shown, whole_number
+from servegym.envs.arguments import plain, shown, whole_number
 from servegym.envs.bounds import LowerBound
 from servegym.envs.cases import (
     Case,
@@ -125,7 +125,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     latency in seconds. The natural discount is 1.
 
     ## Start and end
-    ``reset(seed=…)`` samples the task's workload (seeds are whole numbers ≥ 0); ``options`` may hold ``requests`` (a
+    ``reset(seed=…)`` samples the task's workload; ``options`` may hold ``requests`` (a
     :class:`Requests`), its ``bound`` where that is already known, and ``plan`` (a :class:`Plan` of
     the requests present at t = 0; without it the greedy longest-first plan is used). Terminated when
     all requests have finished; truncated at ``process.max_decisions`` or ``process.max_seconds``.
@@ -150,10 +150,10 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         overrides: Mapping[str, Any] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        if render_mode is not None and not (
-            isinstance(render_mode, str) and render_mode in self.metadata["render_modes"]
-        ):
-            raise ServegymError(f"render_mode must be None or 'rgb_array', got {shown(render_mode)}")
+        if not (render_mode is None or plain(render_mode) in self.metadata["render_modes"]):
+            raise ServegymError(
+                f"render_mode must be None or 'rgb_array', got {shown(render_mode)}"
+            )
         self.task = with_overrides(load_task(task), {} if overrides is None else overrides)
         check_readable(self.task.workload.source)
         self.render_mode = render_mode

@@ -34,13 +34,14 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
 
     | ``autoreset_mode`` | after a row's episode has ended |
     |---|---|
-    | ``SAME_STEP`` (default) | its next begins at once: the observation is the first of that one, ``infos["final_obs"]`` and ``infos["final_info"]`` hold the last one and the metrics |
-    | ``NEXT_STEP`` | the next step, whose action and reward do not count, begins it |
-    | ``DISABLED`` | :meth:`reset` with ``options={"reset_mask": …}`` begins it, a step before is refused |
+    | ``SAME_STEP`` (default) | its next begins at once |
+    | ``NEXT_STEP`` | the next step begins it; that step's action does not count, its reward is 0 |
+    | ``DISABLED`` | ``reset(options={"reset_mask": …})`` begins it; a step before is refused |
 
-    In the last two the metrics stand in ``infos`` itself. One thing is added to ``SyncVectorEnv``'s
-    infos: every step's hold ``illegal_action``, shape (num_envs,), also where no action was illegal
-    and for the rows that ended.
+    In same-step the observation is the first of the next episode; ``infos["final_obs"]`` and
+    ``infos["final_info"]`` hold the last one and the metrics. In the other modes the metrics stand in
+    ``infos`` itself. One thing is added to what ``SyncVectorEnv`` tells: every step's ``infos`` hold
+    ``illegal_action``, shape (num_envs,), also where no action was illegal and of the rows that ended.
 
     ## Arguments
     ``num_envs``; ``task``, ``overrides`` and ``render_mode`` as for :class:`ServingEnv`; ``threads``:
@@ -73,6 +74,8 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
         single = ServingEnv(task, overrides, render_mode)
+        if not (reference is None or callable(reference)):
+            raise ServegymError(f"reference must be a function of a case, got {shown(reference)}")
         if reference is not None and single.task.process.reward != "gap":
             raise ServegymError(
                 f"a reference needs process.reward 'gap', got {single.task.process.reward!r}"
@@ -88,7 +91,9 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.rows = make_rows(self.num_envs, 1 + len(self.task.process.rules))
         self.reference = reference
         self.reference_gaps = np.zeros(self.num_envs)  # percent, of the cases that are being played
-        self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes, as max_episode_steps counts
+        self.steps = np.zeros(
+            self.num_envs, np.int64
+        )  # of the episodes, as max_episode_steps counts
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
         self._copy = copy
         self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
@@ -107,10 +112,11 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         ``options={"reset_mask": …}``, booleans of shape (num_envs,), resets only the rows that it marks.
         """
         seeds, chosen = self._seeds(seed), self._reset_mask(options)
-        for e in np.flatnonzero(chosen):
-            if seeds[e] is not None:
-                self._rngs[e] = seeding.np_random(seeds[e])[0]
-            self._begin_episode(int(e))
+        for e, own in enumerate(seeds):
+            if chosen[e]:
+                if own is not None:
+                    self._rngs[e] = seeding.np_random(own)[0]
+                self._begin_episode(e)
         self._started = True
         return self._observations(), self._bounds(chosen)
 
@@ -249,12 +255,12 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         first = whole_number("seed", seed, 0)
         return range(first, first + self.num_envs)
 
-    def _reset_mask(self, options: Mapping[str, Any] | None) -> NDArray[np.bool_]:
+    def _reset_mask(self, options: Any) -> NDArray[np.bool_]:
         """Return which rows a reset is for."""
         everyone = np.ones(self.num_envs, np.bool_)
         if options is None:
             return everyone
-        if not isinstance(options, Mapping) or options.keys() - {"reset_mask"}:
+        if not (isinstance(options, Mapping) and options.keys() <= {"reset_mask"}):
             raise ServegymError(
                 "the vector environment takes no reset options but {'reset_mask': …}, "
                 f"got {shown(options)}"

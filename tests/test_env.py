@@ -14,12 +14,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
-from servegym.envs import TASKS, Plan, Requests, ServegymError, ServingEnv, make_requests
-from servegym.envs.bounds import lower_bound
+from servegym.envs import TASKS, Requests, ServegymError, ServingEnv
 from servegym.envs.metrics import METRICS
-from servegym.envs.plan import plan_from_queues
 from tests.helpers import (
     inside,
     instance,

@@ -22,6 +22,7 @@ from servegym.envs import TASKS, Requests, ServegymError, ServingEnv
 from servegym.envs.metrics import METRICS
 from tests.helpers import make_env, play_randomly, start
 
+
 @pytest.mark.parametrize("name", TASKS)
 def test_gymnasium_check_env(name: str) -> None:
     gymnasium_check_env(gym.make(name).unwrapped, skip_render_check=True)
@@ -123,7 +124,7 @@ def by_hand() -> gym.Env:
 
 
 def under_others() -> gym.Env:
-    return RecordEpisodeStatistics(TransformReward(made(), lambda reward: 2 * reward))
+    return RecordEpisodeStatistics(TransformReward(made(), lambda reward: 2 * float(reward)))
 
 
 def twice() -> gym.Env:
