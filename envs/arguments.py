@@ -5,12 +5,14 @@ from __future__ import annotations
 import numbers
 import operator
 import os
-from typing import Any, Final
+from dataclasses import fields
+from functools import cache
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, unknown
 
 _NO_NUMBERS: Final = {
     "b": "booleans",
@@ -40,6 +42,44 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value
+
+
+def field_types(cls: Any) -> dict[str, Any]:
+    """Return what type each field of a dataclass is annotated with; the class's own, not a copy."""
+    return _resolved(cls)
+
+
+_resolved = cache(get_type_hints)  # takes longer than all checks together
+
+
+def as_annotated(name: str, value: Any, hint: Any) -> Any:
+    """Return ``value`` as the annotated type, numpy's and paths as Python's own, or refuse it."""
+    origin, value = get_origin(hint), plain(value)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ServegymError(f"{name} must be a list, got {shown(value)}")
+        return tuple(
+            as_annotated(f"{name}[{k}]", item, get_args(hint)[0]) for k, item in enumerate(value)
+        )
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise unknown(f"value of {name}:", value, get_args(hint))
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float if hint is float else hint):
+        words = {int: "a whole number", float: "a number", str: "a text"}
+        raise ServegymError(f"{name} must be {words[hint]}, got {shown(value)}")
+    try:
+        return hint(value)
+    except OverflowError:
+        raise ServegymError(f"{name} is too large a number") from None
+
+
+def check_fields(section: str, config: Any) -> None:
+    """Refuse fields that are not what their annotation says; keep the others as plain Python types."""
+    hints = field_types(type(config))
+    for item in fields(config):
+        value = as_annotated(f"{section}.{item.name}", getattr(config, item.name), hints[item.name])
+        object.__setattr__(config, item.name, value)  # the way into a frozen dataclass
 
 
 def as_array(values: ArrayLike) -> NDArray[Any]:

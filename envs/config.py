@@ -10,15 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal
 
 import numpy as np
 
-from servegym.envs.arguments import plain, shown
+from servegym.envs.arguments import as_annotated, check_fields, field_types, shown
 from servegym.envs.comparison import COMPARISONS
 from servegym.envs.cost_models import (
     AffineDecode,
     AffinePrefill,
+    CostModel,
     LevelledPrefill,
     StageCosts,
     TableDecode,
@@ -41,36 +42,6 @@ def _check_whole(name: str, value: int, least: int, most: int) -> None:
         )
 
 
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as the annotated type, numpy's and paths as Python's own, or refuse it."""
-    origin, value = get_origin(hint), plain(value)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ServegymError(f"{name} must be a list, got {shown(value)}")
-        return tuple(
-            _checked(f"{name}[{k}]", item, get_args(hint)[0]) for k, item in enumerate(value)
-        )
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise unknown(f"value of {name}:", value, get_args(hint))
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float if hint is float else hint):
-        words = {int: "a whole number", float: "a number", str: "a text"}
-        raise ServegymError(f"{name} must be {words[hint]}, got {shown(value)}")
-    try:
-        return hint(value)
-    except OverflowError:
-        raise ServegymError(f"{name} is too large a number") from None
-
-
-def _check_types(section: str, config: Any) -> None:
-    """Refuse fields that are not what their annotation says; keep the others as plain Python types."""
-    hints = get_type_hints(type(config))
-    for item in fields(config):
-        value = _checked(f"{section}.{item.name}", getattr(config, item.name), hints[item.name])
-        object.__setattr__(config, item.name, value)  # the way into a frozen dataclass
-
-
 @dataclass(frozen=True)
 class ClusterConfig:
     """``[cluster]``: the machines."""
@@ -85,7 +56,7 @@ class ClusterConfig:
     """Token budget of one prefill stage; 0: none. A stage always admits at least one request."""
 
     def __post_init__(self) -> None:
-        _check_types("cluster", self)
+        check_fields("cluster", self)
         _check_whole("cluster.clients", self.clients, 1, MAX_CLIENTS)
         _check_whole("cluster.replicas", self.replicas, 1, 1)
         _check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 0)
@@ -104,7 +75,7 @@ class WorkloadConfig:
     """Poisson arrivals of a preset per second; 0: all requests are present at t = 0."""
 
     def __post_init__(self) -> None:
-        _check_types("workload", self)
+        check_fields("workload", self)
         check_source(self.source)
         _check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
         if not 0 <= self.arrival_rate_per_s <= 1e9:
@@ -135,7 +106,7 @@ class InformationConfig:
     """Standard deviations of ``compare_by = "mean-sd"``, 0 … 100."""
 
     def __post_init__(self) -> None:
-        _check_types("information", self)
+        check_fields("information", self)
         if self.predictor not in PREDICTOR_NAMES:
             raise unknown("predictor", self.predictor, PREDICTOR_NAMES)
         if not 0 <= self.kendall_tau <= 1:
@@ -170,7 +141,7 @@ class ProcessConfig:
     """Truncate when the simulated clock has passed this; 0: never."""
 
     def __post_init__(self) -> None:
-        _check_types("process", self)
+        check_fields("process", self)
         if not self.rules or len(set(self.rules)) != len(self.rules):
             raise ServegymError("process.rules must name at least one rule, each once")
         for rule in self.rules:
@@ -195,13 +166,12 @@ class TaskConfig:
     process: ProcessConfig = ProcessConfig()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", _checked("name", self.name, str))
-        hints = get_type_hints(type(self))
-        for section in sorted(_SECTIONS):
-            value = getattr(self, section)
-            if not isinstance(value, hints[section]):
+        object.__setattr__(self, "name", as_annotated("name", self.name, str))
+        for section, kind in field_types(TaskConfig).items():
+            kind = CostModel if section == "cost" else kind  # whatever has tables of costs
+            if not isinstance(getattr(self, section), kind):
                 raise ServegymError(
-                    f"{section} must be a {hints[section].__name__}, got {shown(value)}"
+                    f"{section} must be a {kind.__name__}, got {shown(getattr(self, section))}"
                 )
 
 
@@ -326,7 +296,7 @@ def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
     costs = base
     if "preset" in values:
         with _blaming("preset"):
-            costs = cost_preset(_checked("cost.preset", values["preset"], str)).costs
+            costs = cost_preset(as_annotated("cost.preset", values["preset"], str)).costs
     if "model" in values:
         with _blaming("model"):
             costs = _replace_parts(values, costs)
@@ -342,7 +312,7 @@ def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
 
 def _replace_parts(values: Mapping[str, Any], costs: StageCosts) -> StageCosts:
     """Replace ``decode`` and ``prefill`` by those of the model that ``values`` names."""
-    model = _checked("cost.model", values["model"], str)
+    model = as_annotated("cost.model", values["model"], str)
     if model not in _COST_MODELS:
         raise unknown("cost model", model, _COST_MODELS)
     for part, cls in zip(("decode", "prefill"), _COST_MODELS[model], strict=True):
@@ -359,13 +329,13 @@ def _build(section: str, base: Any, values: Any) -> Any:
     cls = base if isinstance(base, type) else type(base)
     if not isinstance(values, Mapping):
         raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
-    hints = get_type_hints(cls)
+    hints = field_types(cls)
     names = [item.name for item in fields(cls)]
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in names:
             raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in names])
-        checked[key] = _checked(f"{section}.{key}", value, hints[key])
+        checked[key] = as_annotated(f"{section}.{key}", value, hints[key])
     if not isinstance(base, type):
         return replace(base, **checked)
     try:

@@ -16,6 +16,14 @@ import pytest
 from servegym.envs import Plan, Requests, ServegymError, ServingEnv, TaskConfig, load_task
 from servegym.envs.arguments import shown
 from servegym.envs.config import ClusterConfig, ProcessConfig, with_overrides
+from servegym.envs.cost_models import (
+    AffineDecode,
+    AffinePrefill,
+    EngineOverhead,
+    LevelledPrefill,
+    StageCosts,
+    TableDecode,
+)
 from servegym.envs.plan import plan_from_queues
 from servegym.envs.requests import make_requests
 from servegym.envs.vector_env import ServingVectorEnv
@@ -151,7 +159,42 @@ def test_bad_overrides(bad: Any, words: str) -> None:
 def test_a_task_is_made_of_its_sections(section: str) -> None:
     table: Any = {section: {}}
     refused(lambda: TaskConfig("test", **table), f"{section} must be a ")
+    number: Any = 3
+    refused(lambda: TaskConfig(number), "name must be a text, got 3")
     TaskConfig("test", **{section: getattr(TINY, section)})
+
+
+BAD_COSTS: list[tuple[type, dict[str, Any], str]] = [
+    (AffineDecode, {"base": "1"}, "decode.base must be a number, got '1'"),
+    (AffineDecode, {"base": None}, "decode.base must be a number, got None"),
+    (AffineDecode, {"base": True}, "decode.base must be a number, got True"),
+    (AffineDecode, {"base": np.array([1.0, 2.0])}, "decode.base must be a number, got [1.0, 2.0]"),
+    (AffineDecode, {"base": 10**400}, "decode.base is too large a number"),
+    (TableDecode, {"batch": 1, "seconds": [1.0]}, "decode.batch must be a list, got 1"),
+    (TableDecode, {"batch": [1.5], "seconds": [1.0]}, "decode.batch[0] must be a whole number"),
+    (AffinePrefill, {"base": 1, "per_token": []}, "prefill.per_token must be a number, got []"),
+    (LevelledPrefill, {"level_tokens": "12", "level_seconds": [1]}, "level_tokens must be a list"),
+    (EngineOverhead, {"base": "0"}, "engine_overhead.base must be a number"),
+    (StageCosts, {"decode": 1, "prefill": AffinePrefill(1, 1)}, "be a AffineDecode or TableDecode"),
+    (StageCosts, {"decode": AffineDecode(1), "prefill": None}, "prefill must be a AffinePrefill"),
+]
+
+
+@pytest.mark.parametrize(("cls", "fields", "words"), BAD_COSTS)
+def test_costs_of_a_wrong_type(cls: type, fields: dict[str, Any], words: str) -> None:
+    refused(lambda: cls(**fields), words)
+
+
+def test_costs_built_directly_are_plain_too() -> None:
+    batch: Any = np.array([1, 2])
+    seconds: Any = np.array([1, 2])
+    half: Any = np.float32(0.5)
+    table = TableDecode(batch, seconds, half)
+    assert table == TableDecode((1, 2), (1.0, 2.0), 0.5)
+    assert hash(table) == hash(TableDecode((1, 2), (1.0, 2.0), 0.5))
+    assert (
+        json.dumps(asdict(table)) == '{"batch": [1, 2], "seconds": [1.0, 2.0], "per_kv_token": 0.5}'
+    )
 
 
 # ---- actions ---------------------------------------------------------------------------------
