@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from servegym.envs.errors import ServegymError
+from servegym.envs.metrics import METRICS
 from servegym.envs.vector_env import ServingVectorEnv
 
 Infos = list[dict[str, Any]]
@@ -23,9 +25,19 @@ class ServingSB3VecEnv(VecEnv):
     episode ended also ``terminal_observation``, ``TimeLimit.truncated`` and ``serving``, the
     episode's metrics (``servegym.envs.metrics.METRICS``). sb3-contrib finds the legal actions by
     ``env_method("action_masks")``.
+
+    Raises
+    ------
+    ServegymError
+        If ``env`` does not begin the next episode in the step that ends one, as SB3 expects.
     """
 
     def __init__(self, env: ServingVectorEnv) -> None:
+        if env.autoreset_mode != AutoresetMode.SAME_STEP:
+            raise ServegymError(
+                "Stable-Baselines3 needs autoreset_mode 'SameStep', got "
+                f"{env.autoreset_mode.value!r}"
+            )
         self.env = env
         self._actions = np.zeros(env.num_envs, np.int64)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -55,10 +67,8 @@ class ServingSB3VecEnv(VecEnv):
         for e in np.flatnonzero(dones):
             infos[e]["terminal_observation"] = all_infos["final_obs"][e]
             infos[e]["TimeLimit.truncated"] = bool(truncated[e] and not terminated[e])
-            metrics = all_infos["final_info"].items()
-            infos[e]["serving"] = {
-                name: float(column[e]) for name, column in metrics if not name.startswith("_")
-            }
+            metrics = all_infos["final_info"]
+            infos[e]["serving"] = {name: float(metrics[name][e]) for name in METRICS}
         # Copies: SB3 adds to rewards, and keeps the observations while the rows are stepped.
         return observations.copy(), rewards.copy(), dones, infos
 
@@ -120,4 +130,6 @@ class ServingSB3VecEnv(VecEnv):
         named = self.env.state._asdict() | self.env.rows._asdict()
         if self.env.reference is not None:
             named["reference_gaps"] = self.env.reference_gaps
+        if self.env.max_episode_steps:
+            named["steps"] = self.env.steps
         return {name: np.asarray(array).reshape(-1).view(np.uint8) for name, array in named.items()}

@@ -13,7 +13,7 @@ import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
 from tqdm import tqdm
@@ -76,6 +76,8 @@ def make_model(
         seed=h.seed,
         device="cpu",
     )
+    # Without a logger of its own, SB3 leaves an empty folder a run in the system's temporary folder.
+    model.set_logger(Logger(folder=None, output_formats=[]))
     environment.seed(h.first_environment_seed)
     return model
 

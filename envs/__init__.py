@@ -8,7 +8,7 @@ Importing this package registers the tasks with Gymnasium::
     env = gymnasium.make("servegym/Paper-v0")
 """
 
-from gymnasium.envs.registration import register
+from gymnasium.envs.registration import register, registry
 
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
@@ -30,9 +30,10 @@ __all__ = [
 ]
 
 for _id in TASKS:
-    register(
-        id=_id,
-        entry_point="servegym.envs.serving_env:ServingEnv",
-        vector_entry_point="servegym.envs.vector_env:ServingVectorEnv",
-        kwargs={"task": _id},
-    )
+    if _id not in registry:  # it is there when this module is loaded again
+        register(
+            id=_id,
+            entry_point="servegym.envs.serving_env:ServingEnv",
+            vector_entry_point="servegym.envs.vector_env:ServingVectorEnv",
+            kwargs={"task": _id},
+        )

@@ -10,14 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal
 
 import numpy as np
 
+from servegym.envs.arguments import as_annotated, check_fields, field_types, shown
 from servegym.envs.comparison import COMPARISONS
 from servegym.envs.cost_models import (
     AffineDecode,
     AffinePrefill,
+    CostModel,
     LevelledPrefill,
     StageCosts,
     TableDecode,
@@ -35,38 +37,9 @@ MAX_REQUESTS: Final = 10_000_000
 
 def _check_whole(name: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
-        raise ServegymError(f"{name} must be a whole number in {least} … {most}, got {value}")
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as the annotated type, or refuse it."""
-    origin = get_origin(hint)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ServegymError(f"{name} must be a list, got {value!r}")
-        return tuple(
-            _checked(f"{name}[{k}]", item, get_args(hint)[0]) for k, item in enumerate(value)
+        raise ServegymError(
+            f"{name} must be a whole number in {least} … {most}, got {shown(value)}"
         )
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise unknown(f"value of {name}:", value, get_args(hint))
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise ServegymError(f"{name} is too large a number") from None
-    if not isinstance(value, hint) or isinstance(value, bool):
-        words = {int: "a whole number", float: "a number", str: "a text"}
-        raise ServegymError(f"{name} must be {words[hint]}, got {value!r}")
-    return value
-
-
-def _check_types(section: str, config: Any) -> None:
-    """Refuse fields that are not what their annotation says."""
-    hints = get_type_hints(type(config))
-    for item in fields(config):
-        _checked(f"{section}.{item.name}", getattr(config, item.name), hints[item.name])
 
 
 @dataclass(frozen=True)
@@ -83,7 +56,7 @@ class ClusterConfig:
     """Token budget of one prefill stage; 0: none. A stage always admits at least one request."""
 
     def __post_init__(self) -> None:
-        _check_types("cluster", self)
+        check_fields("cluster", self)
         _check_whole("cluster.clients", self.clients, 1, MAX_CLIENTS)
         _check_whole("cluster.replicas", self.replicas, 1, 1)
         _check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 0)
@@ -102,7 +75,7 @@ class WorkloadConfig:
     """Poisson arrivals of a preset per second; 0: all requests are present at t = 0."""
 
     def __post_init__(self) -> None:
-        _check_types("workload", self)
+        check_fields("workload", self)
         check_source(self.source)
         _check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
         if not 0 <= self.arrival_rate_per_s <= 1e9:
@@ -133,7 +106,7 @@ class InformationConfig:
     """Standard deviations of ``compare_by = "mean-sd"``, 0 … 100."""
 
     def __post_init__(self) -> None:
-        _check_types("information", self)
+        check_fields("information", self)
         if self.predictor not in PREDICTOR_NAMES:
             raise unknown("predictor", self.predictor, PREDICTOR_NAMES)
         if not 0 <= self.kendall_tau <= 1:
@@ -168,7 +141,7 @@ class ProcessConfig:
     """Truncate when the simulated clock has passed this; 0: never."""
 
     def __post_init__(self) -> None:
-        _check_types("process", self)
+        check_fields("process", self)
         if not self.rules or len(set(self.rules)) != len(self.rules):
             raise ServegymError("process.rules must name at least one rule, each once")
         for rule in self.rules:
@@ -192,6 +165,15 @@ class TaskConfig:
     information: InformationConfig = InformationConfig()
     process: ProcessConfig = ProcessConfig()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", as_annotated("name", self.name, str))
+        for section, kind in field_types(TaskConfig).items():
+            kind = CostModel if section == "cost" else kind  # whatever has tables of costs
+            if not isinstance(getattr(self, section), kind):
+                raise ServegymError(
+                    f"{section} must be a {kind.__name__}, got {shown(getattr(self, section))}"
+                )
+
 
 _COST_MODELS: Final = {
     "affine": (AffineDecode, AffinePrefill),
@@ -204,13 +186,26 @@ _SECTIONS: Final = {"cluster", "cost", "workload", "information", "process"}
 
 
 def with_overrides(task: TaskConfig, sections: Mapping[str, Any]) -> TaskConfig:
-    """Return ``task`` with keys replaced, given as ``{"cluster": {"clients": 50}, …}``."""
+    """Return ``task`` with keys replaced, given as ``{"cluster": {"clients": 50}, …}``.
+
+    numpy's numbers, texts and arrays and paths are taken where Python's own are.
+
+    Raises
+    ------
+    ServegymError
+        If ``sections`` is not such a table, or a key or value is none that the task may have.
+    """
+    if not isinstance(sections, Mapping):
+        raise ServegymError(
+            f"overrides must be a table of sections, as {{'cluster': {{'clients': 50}}}}, "
+            f"got {shown(sections)}"
+        )
     changed: dict[str, Any] = {}
     for section, values in sections.items():
         if section not in _SECTIONS:
             raise unknown("section", section, sorted(_SECTIONS))
         if not isinstance(values, Mapping):
-            raise ServegymError(f"{section} must be a table of keys, got {values!r}")
+            raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
         if section == "cost":
             changed["cost"] = _cost_model(values, task.cost)
         else:
@@ -301,7 +296,7 @@ def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
     costs = base
     if "preset" in values:
         with _blaming("preset"):
-            costs = cost_preset(_checked("cost.preset", values["preset"], str)).costs
+            costs = cost_preset(as_annotated("cost.preset", values["preset"], str)).costs
     if "model" in values:
         with _blaming("model"):
             costs = _replace_parts(values, costs)
@@ -317,7 +312,7 @@ def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
 
 def _replace_parts(values: Mapping[str, Any], costs: StageCosts) -> StageCosts:
     """Replace ``decode`` and ``prefill`` by those of the model that ``values`` names."""
-    model = _checked("cost.model", values["model"], str)
+    model = as_annotated("cost.model", values["model"], str)
     if model not in _COST_MODELS:
         raise unknown("cost model", model, _COST_MODELS)
     for part, cls in zip(("decode", "prefill"), _COST_MODELS[model], strict=True):
@@ -333,14 +328,14 @@ def _build(section: str, base: Any, values: Any) -> Any:
     """Make a dataclass from a table of keys; ``base`` is the class, or an instance to change."""
     cls = base if isinstance(base, type) else type(base)
     if not isinstance(values, Mapping):
-        raise ServegymError(f"{section} must be a table of keys, got {values!r}")
-    hints = get_type_hints(cls)
+        raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
+    hints = field_types(cls)
     names = [item.name for item in fields(cls)]
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in names:
             raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in names])
-        checked[key] = _checked(f"{section}.{key}", value, hints[key])
+        checked[key] = as_annotated(f"{section}.{key}", value, hints[key])
     if not isinstance(base, type):
         return replace(base, **checked)
     try:

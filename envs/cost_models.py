@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.envs.arguments import check_fields, field_types, shown
 from servegym.envs.errors import ServegymError
 
 
@@ -59,6 +60,7 @@ class CostTables(NamedTuple):
     prefill_level_s: NDArray[np.float64]  # (R, L) cost of each level
 
 
+@runtime_checkable
 class CostModel(Protocol):
     """A cost model is anything that can be lowered to tables for a number of clients."""
 
@@ -78,6 +80,7 @@ class EngineOverhead:
     per_client: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields("engine_overhead", self)
         _refuse_negative("engine_overhead", base=self.base, per_client=self.per_client)
 
 
@@ -90,6 +93,7 @@ class AffineDecode:
     per_kv_token: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields("decode", self)
         _refuse_negative("decode", per_client=self.per_client, per_kv_token=self.per_kv_token)
         _refuse_nonpositive("decode", base=self.base)
 
@@ -110,6 +114,7 @@ class TableDecode:
     per_kv_token: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields("decode", self)
         if len(self.batch) != len(self.seconds) or not self.batch:
             raise ServegymError(
                 "decode.batch and decode.seconds must be equally long and not empty, got "
@@ -142,6 +147,7 @@ class AffinePrefill:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields("prefill", self)
         _refuse_negative(
             "prefill",
             base=self.base,
@@ -164,6 +170,7 @@ class LevelledPrefill:
     level_seconds: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        check_fields("prefill", self)
         if len(self.level_tokens) != len(self.level_seconds) or not self.level_tokens:
             raise ServegymError(
                 "prefill.level_tokens and prefill.level_seconds must be equally long and not "
@@ -194,6 +201,12 @@ class StageCosts:
     prefill: AffinePrefill | LevelledPrefill
     engine_overhead: EngineOverhead = EngineOverhead()
 
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            part = getattr(self, name)
+            if not isinstance(part, hint):
+                raise ServegymError(f"{name} must be a {_named(hint)}, got {shown(part)}", name)
+
     def tables(self, clients: int) -> CostTables:
         """Lower to the kernels' tables for one replica of ``clients`` clients."""
         overhead = self.engine_overhead
@@ -219,6 +232,10 @@ class StageCosts:
             prefill_level_tokens=np.array([levels.level_tokens[:level_count]], dtype=np.int64),
             prefill_level_s=np.array([levels.level_seconds[:level_count]], dtype=float),
         )
+
+
+def _named(hint: Any) -> str:
+    return " or ".join(cls.__name__ for cls in get_args(hint) or (hint,))
 
 
 def _proportional(levels: LevelledPrefill) -> AffinePrefill:

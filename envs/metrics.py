@@ -66,6 +66,7 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     log, episode, replicas = records(state, e), state.episodes[e], state.replicas[e]
     clients = state.clients.shape[2]
     now_s = float(replicas.clock_s.max())
+    elapsed_s = now_s or float("nan")  # at t = 0 there is no utilization yet
     done = np.isfinite(log.finished_s)
     started = np.isfinite(log.admitted_s)
     held_s = np.where(done, log.finished_s, now_s) - log.admitted_s
@@ -83,12 +84,12 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "makespan_s": makespan_s,
         "lower_bound_s": bound_s,
         "gap": makespan_s / bound_s - 1.0,
-        "client_utilization": float(held_s[started].sum()) / (clients * now_s),
-        "decode_utilization": float(replicas.busy_decode_s.sum()) / now_s,
+        "client_utilization": float(held_s[started].sum()) / (clients * elapsed_s),
+        "decode_utilization": float(replicas.busy_decode_s.sum()) / elapsed_s,
         "decode_rounds": int(replicas.rounds.sum()),
         "prefill_stages": int(replicas.prefill_stages.sum()),
         "prefill_s": float(replicas.prefill_s.sum()),
-        "output_tokens_per_s": tokens / now_s,
+        "output_tokens_per_s": tokens / elapsed_s,
         "ttft_p50_s": ttft_p50_s,
         "ttft_p99_s": ttft_p99_s,
         "tpot_p50_s": tpot_p50_s,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from servegym.envs.arguments import shown, whole_numbers
 from servegym.envs.errors import ServegymError
+
+_MOST: Final = np.iinfo(np.int32).max  # the kernels hold request ids in 32 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,12 +21,21 @@ class Plan:
 
     Client ``j`` serves ``order[offsets[j]:offsets[j + 1]]`` in that order. Every request stands in
     at most one queue; a request that stands in none joins the shortest queue when it arrives.
+
+    Raises
+    ------
+    ServegymError
+        If an array holds anything but whole numbers ≥ 0 in one dimension, a request stands there twice
+        or the offsets do not span the order.
     """
 
     order: NDArray[np.int64]  # (planned requests,) request ids
     offsets: NDArray[np.int64]  # (clients + 1,) where each client's queue begins
 
     def __post_init__(self) -> None:
+        for name in ("order", "offsets"):
+            checked = whole_numbers(f"plan {name}", getattr(self, name), 0, _MOST)
+            object.__setattr__(self, name, checked)
         steps = np.diff(self.offsets)
         if len(self.offsets) < 2 or self.offsets[0] != 0 or np.any(steps < 0):
             raise ServegymError("plan offsets must start at 0 and not decrease")
@@ -48,8 +61,22 @@ class Plan:
         return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
 
 
-def plan_from_queues(queues: Sequence[Sequence[int]]) -> Plan:
-    """Build a plan from one sequence of request ids per client."""
-    order = np.array([request for queue in queues for request in queue], dtype=np.int64)
-    offsets = np.concatenate(([0], np.cumsum([len(queue) for queue in queues]))).astype(np.int64)
-    return Plan(order, offsets)
+def plan_from_queues(queues: Sequence[ArrayLike] | NDArray[np.integer]) -> Plan:
+    """Build a plan from one sequence of request ids per client.
+
+    Raises
+    ------
+    ServegymError
+        If it is not a sequence of such sequences, or a request stands there twice.
+    """
+    given: object = queues
+    listed = isinstance(given, Sequence) or (isinstance(given, np.ndarray) and given.ndim > 0)
+    if not listed or isinstance(given, str | bytes):
+        raise ServegymError(
+            f"a plan is made from a list of request ids per client, got {shown(queues)}"
+        )
+    held = [
+        whole_numbers(f"queue of client {j}", queue, 0, _MOST) for j, queue in enumerate(queues)
+    ]
+    order = np.concatenate([np.zeros(0, np.int64), *held])
+    return Plan(order, np.cumsum([0, *(len(queue) for queue in held)]))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from servegym.envs.arguments import real_numbers, whole_numbers
 from servegym.envs.errors import ServegymError, unknown
 
 MAX_TOKENS: Final = 10_000_000
@@ -37,9 +38,9 @@ class Requests:
     Raises
     ------
     ServegymError
-        If the arrays differ in length, are empty, hold a token count outside 1 … ``MAX_TOKENS``, a
-        spread outside 0 … ``MAX_SPREAD`` or an arrival that is negative, not finite or earlier than
-        the one before it.
+        If the arrays hold anything but numbers in one dimension, differ in length, are empty, hold a
+        token count outside 1 … ``MAX_TOKENS``, a spread outside 0 … ``MAX_SPREAD`` or an arrival that
+        is negative, not finite or earlier than the one before it.
     """
 
     arrival_s: NDArray[np.float64]  # (requests,) seconds, nondecreasing
@@ -49,29 +50,29 @@ class Requests:
     predicted_spread: NDArray[np.float64] | None = None  # (requests,) or None: not predicted
 
     def __post_init__(self) -> None:
+        self._set("arrival_s", real_numbers("arrival_s", self.arrival_s))
         if len(self.arrival_s) == 0:
             raise ServegymError("a workload needs at least one request, got none")
         for name in ("prompt_tokens", "output_tokens", "predicted_output_tokens"):
-            values = getattr(self, name)
-            if len(values) != len(self.arrival_s):
-                raise ServegymError(
-                    f"{name} has {len(values)} entries, arrival_s has {len(self.arrival_s)}"
-                )
-            if values.min() < 1 or values.max() > MAX_TOKENS:
-                raise ServegymError(f"{name} must lie in 1 … {MAX_TOKENS}")
+            self._set(name, _tokens(name, getattr(self, name)))
         spread = self.predicted_spread
         if spread is not None:
-            if len(spread) != len(self.arrival_s):
-                raise ServegymError(
-                    f"predicted_spread has {len(spread)} entries, arrival_s has "
-                    f"{len(self.arrival_s)}"
-                )
+            spread = real_numbers("predicted_spread", spread)
+            self._set("predicted_spread", spread)
             if not np.all((spread >= 0) & (spread <= MAX_SPREAD)):
                 raise ServegymError(f"predicted_spread must lie in 0 … {MAX_SPREAD:g}")
         if not np.all(np.isfinite(self.arrival_s)) or self.arrival_s[0] < 0:
             raise ServegymError("arrival_s must be finite and ≥ 0")
         if np.any(np.diff(self.arrival_s) < 0):
             raise ServegymError("arrival_s must not decrease; sort the requests first")
+
+    def _set(self, name: str, values: NDArray[Any]) -> None:
+        """Put a checked column in the place of what was passed in."""
+        if name != "arrival_s" and len(values) != len(self.arrival_s):
+            raise ServegymError(
+                f"{name} has {len(values)} entries, arrival_s has {len(self.arrival_s)}"
+            )
+        object.__setattr__(self, name, values)  # the way into a frozen dataclass
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -122,18 +123,25 @@ def make_requests(
     Missing arrivals are 0; missing predictions are the true output lengths. Predictions without a
     spread get one and the same: the root mean square of log(true / predicted), what a predictor's
     user knows of its errors in general.
+
+    Raises
+    ------
+    ServegymError
+        If a column is not a list or an array of one dimension, holds no numbers or numbers out of the
+        range that :class:`Requests` names, or the columns differ in length.
     """
-    prompts = _whole("prompt_tokens", prompt_tokens)
-    outputs = _whole("output_tokens", output_tokens)
-    arrivals = np.zeros(len(prompts)) if arrival_s is None else np.asarray(arrival_s, dtype=float)
+    # Copies, so that the caller may go on writing into the arrays.
+    prompts = _tokens("prompt_tokens", prompt_tokens).copy()
+    outputs = _tokens("output_tokens", output_tokens).copy()
+    arrivals = np.zeros(len(prompts)) if arrival_s is None else real_numbers("arrival_s", arrival_s)
     predictions = outputs
     if predicted_output_tokens is not None:
-        predictions = _whole("predicted_output_tokens", predicted_output_tokens)
+        predictions = _tokens("predicted_output_tokens", predicted_output_tokens).copy()
     spread = None
     if predicted_spread is not None:
         if predicted_output_tokens is None:
             raise ServegymError("predicted_spread needs predicted_output_tokens beside it")
-        spread = np.asarray(predicted_spread, dtype=float)
+        spread = real_numbers("predicted_spread", predicted_spread).copy()
     lengths = [len(prompts), len(outputs), len(arrivals), len(predictions)]
     if len({*lengths, lengths[0] if spread is None else len(spread)}) > 1:
         raise ServegymError(
@@ -157,17 +165,14 @@ def make_requests(
 
 def _usual_error(outputs: NDArray[np.int64], predictions: NDArray[np.int64]) -> float:
     """Return the root mean square of log(true / predicted), at most ``MAX_SPREAD``."""
-    if len(outputs) == 0 or min(outputs.min(), predictions.min()) < 1:
+    if len(outputs) == 0:
         return 0.0  # ``Requests`` says what is wrong
     errors = np.log(outputs / predictions)
     return min(float(np.sqrt(np.mean(errors**2))), MAX_SPREAD)
 
 
-def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    array = np.asarray(values)
-    if not np.issubdtype(array.dtype, np.integer) and not np.array_equal(array, np.rint(array)):
-        raise ServegymError(f"{name} must be whole numbers")
-    return array.astype(np.int64)
+def _tokens(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    return whole_numbers(name, values, 1, MAX_TOKENS)
 
 
 def read_requests(path: str | Path) -> Requests:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import operator
+import os
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, Final, SupportsFloat, SupportsIndex
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
+from servegym.envs.arguments import plain, shown, whole_number
 from servegym.envs.bounds import LowerBound
 from servegym.envs.cases import (
     Case,
@@ -33,6 +37,7 @@ from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import DecisionView, view
 from servegym.envs.tasks import load_task
+from servegym.envs.workloads import check_readable
 
 _RESET_OPTIONS: Final = {"requests": Requests, "plan": Plan, "bound": LowerBound}
 
@@ -124,12 +129,14 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     :class:`Requests`), its ``bound`` where that is already known, and ``plan`` (a :class:`Plan` of
     the requests present at t = 0; without it the greedy longest-first plan is used). Terminated when
     all requests have finished; truncated at ``process.max_decisions`` or ``process.max_seconds``.
-    The last ``info`` holds every metric.
+    The last ``info`` holds every metric (``servegym.envs.metrics.METRICS``), also where
+    ``gymnasium.make(…, max_episode_steps=…)`` or a ``TimeLimit`` cuts the episode; :meth:`metrics`
+    returns them at any time.
 
     ## Arguments
     ``task``: a registered id, a TOML file or a :class:`TaskConfig`; ``overrides``: keys to replace,
     as ``{"cluster": {"clients": 50}}``; ``render_mode``: ``"rgb_array"`` draws the clients over time
-    (needs matplotlib).
+    (needs matplotlib). A workload file is read when the environment is made.
 
     ## Version history
     * v0: initial version.
@@ -139,14 +146,16 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     def __init__(
         self,
-        task: str | TaskConfig = "servegym/GSM8K-v0",
+        task: str | os.PathLike[str] | TaskConfig = "servegym/GSM8K-v0",
         overrides: Mapping[str, Any] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ServegymError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
-        config = load_task(task) if isinstance(task, str) else task
-        self.task = with_overrides(config, overrides or {})
+        if not (render_mode is None or plain(render_mode) in self.metadata["render_modes"]):
+            raise ServegymError(
+                f"render_mode must be None or 'rgb_array', got {shown(render_mode)}"
+            )
+        self.task = with_overrides(load_task(task), {} if overrides is None else overrides)
+        check_readable(self.task.workload.source)
         self.render_mode = render_mode
         self.costs = self.task.cost.tables(self.task.cluster.clients)
         self.settings = make_settings(self.task)
@@ -156,20 +165,14 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self._imagined: State | None = None
         self.rows = make_rows(1, 1 + len(self.task.process.rules))
         self._over = True
+        self._steps_left = float("inf")  # until a wrapper cuts the episode
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: SupportsIndex | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Load an instance and run to its first decision point."""
-        super().reset(seed=seed)
-        options = options or {}
-        for key, value in options.items():
-            if key not in _RESET_OPTIONS:
-                raise unknown("reset option", key, _RESET_OPTIONS)
-            if value is not None and not isinstance(value, _RESET_OPTIONS[key]):
-                raise ServegymError(
-                    f"reset option {key} must be a {_RESET_OPTIONS[key].__name__}, got {value!r}"
-                )
+        options = self._checked_options(options)
+        super().reset(seed=None if seed is None else whole_number("seed", seed, 0))
         requests = options.get("requests")
         if requests is None:
             requests = sample_requests(self.task, self.np_random)
@@ -178,6 +181,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self._load(requests, options.get("plan"), options.get("bound"))
         begin_row(self._state, self.costs, self.settings, self.rows, 0)
         self._over = False
+        self._steps_left = _steps_until_cut(self)
         return self.rows.observations[0].copy(), {
             "lower_bound_s": float(self._state.episodes[0].bound_s)
         }
@@ -188,18 +192,14 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         """Carry out an action and run to the next decision point."""
         if self._over:
             raise ServegymError("the episode is over; call reset() before step()")
-        try:
-            chosen = operator.index(action)
-        except TypeError:
-            raise ServegymError(f"action must be a whole number, got {action!r}") from None
         rows = self.rows
-        if not 0 <= chosen < rows.masks.shape[1]:
-            raise ServegymError(f"action must lie in 0 … {rows.masks.shape[1] - 1}, got {chosen}")
+        chosen = whole_number("action", action, 0, rows.masks.shape[1] - 1)
         step_row(self._state, self.costs, self.settings, rows, 0, chosen)
         info: dict[str, Any] = {"illegal_action": True} if rows.illegal[0] else {}
         terminated, truncated = bool(rows.terminated[0]), bool(rows.truncated[0])
-        if terminated or truncated:
-            self._over = True
+        self._over = terminated or truncated
+        self._steps_left -= 1
+        if self._over or self._steps_left <= 0:
             info.update(episode_metrics(self._state, 0))
         return rows.observations[0].copy(), float(rows.rewards[0]), terminated, truncated, info
 
@@ -234,6 +234,14 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         imagine_row(state, 0, self._imagined, 0)
         return self._imagined
 
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of the episode so far (``servegym.envs.metrics.METRICS``).
+
+        What the last ``info`` holds. As long as requests are unfinished, ``makespan_s`` and ``gap`` are
+        NaN.
+        """
+        return episode_metrics(self._state, 0)
+
     def records(self) -> Records:
         """Return a copy of the per-request records so far."""
         return records(self._state, 0)
@@ -249,6 +257,24 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
             raise ServegymError("call reset() first")
         return self.state
 
+    @staticmethod
+    def _checked_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        if options is None:
+            return {}
+        if not isinstance(options, Mapping):
+            raise ServegymError(
+                f"reset options must be a table, as {{'requests': …}}, got {shown(options)}"
+            )
+        for key, value in options.items():
+            if key not in _RESET_OPTIONS:
+                raise unknown("reset option", key, _RESET_OPTIONS)
+            if value is not None and not isinstance(value, _RESET_OPTIONS[key]):
+                raise ServegymError(
+                    f"reset option {key} must be a {_RESET_OPTIONS[key].__name__}, "
+                    f"got {shown(value)}"
+                )
+        return options
+
     def _load(self, requests: Requests, plan: Plan | None, bound: LowerBound | None) -> None:
         clients = self.task.cluster.clients
         check_plan(plan, requests, clients)
@@ -256,6 +282,24 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
             self.state = make_task_state(self.task, 1, len(requests))
         case = Case(requests, bound) if bound else bound_case(self.task, self.costs, requests)
         load_case(self.task, self.state, 0, case, plan)
+
+
+def _steps_until_cut(env: ServingEnv) -> float:
+    """Return after how many steps a ``TimeLimit`` around ``env`` ends the episode; inf without one.
+
+    Gymnasium tells an environment nothing of its wrappers, but the last info of an episode that one of
+    them cuts is to hold the metrics, too. While ``reset`` runs, the wrappers' own ``reset`` called it:
+    they are found on the stack, once an episode, so that no step pays for it.
+    """
+    steps = float("inf")
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is TimeLimit.reset.__code__:
+            limit: TimeLimit = frame.f_locals["self"]
+            if limit.unwrapped is env:
+                steps = min(steps, limit._max_episode_steps)
+        frame = frame.f_back
+    return steps
 
 
 def check_plan(plan: Plan | None, requests: Requests, clients: int) -> None:

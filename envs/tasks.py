@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
+from servegym.envs.arguments import plain, shown
 from servegym.envs.config import (
     ClusterConfig,
     InformationConfig,
@@ -46,8 +48,8 @@ TASKS: Final[dict[str, TaskConfig]] = {
 """Task configurations by id; ``gymnasium.make`` takes the same ids."""
 
 
-def load_task(name_or_path: str) -> TaskConfig:
-    """Return a task by id (with or without ``servegym/``) or from a TOML file.
+def load_task(task: str | os.PathLike[str] | TaskConfig) -> TaskConfig:
+    """Return a task by id (with or without ``servegym/``) or from a TOML file; a task as it is.
 
     A TOML file starts from ``servegym/GSM8K-v0``: the keys it leaves out keep that task's values.
 
@@ -56,11 +58,26 @@ def load_task(name_or_path: str) -> TaskConfig:
     ServegymError
         If there is no such task, with the nearest id.
     """
+    if isinstance(task, TaskConfig):
+        return task
+    name_or_path = plain(task)
+    if not isinstance(name_or_path, str):
+        raise ServegymError(
+            f"task must be an id, the path of a .toml file or a TaskConfig, got {shown(task)}"
+        )
     for name in (name_or_path, f"{NAMESPACE}/{name_or_path}"):
         if name in TASKS:
             return TASKS[name]
-    if name_or_path.endswith(".toml") or Path(name_or_path).is_file():
+    may_be_file = "\0" not in name_or_path
+    if may_be_file and (name_or_path.endswith(".toml") or _is_file(name_or_path)):
         return read_task(name_or_path, base=TASKS["servegym/GSM8K-v0"])
     short = [name.removeprefix(f"{NAMESPACE}/") for name in TASKS]
     error = unknown("task", name_or_path.removeprefix(f"{NAMESPACE}/"), short)
     raise ServegymError(f"{error} (a task file ends in .toml)")
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # longer than a file's name may be
+        return False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import gymnasium as gym
 import numba
@@ -13,11 +14,12 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from servegym.envs.arguments import as_array, shown, whole_number
 from servegym.envs.cases import Case, bound_case, load_case, make_task_state, sample_requests
 from servegym.envs.config import TaskConfig
 from servegym.envs.decision_process import begin_row, make_rows, step_rows, step_rows_in_parallel
-from servegym.envs.errors import ServegymError
-from servegym.envs.metrics import episode_metrics
+from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.metrics import episode_metrics, records
 from servegym.envs.serving_env import ServingEnv
 
 MAX_ENVIRONMENTS = 1_000_000
@@ -27,78 +29,96 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     """``num_envs`` copies of :class:`ServingEnv` that step together.
 
     Row ``e`` is, bit for bit, what a single environment gives that is reset with seed + e and then
-    reset without a seed whenever its episode ends. Autoreset is same-step: the observation of a row
-    that ends is the first of its next episode; ``info["final_obs"]`` and ``info["final_info"]``
-    hold the last one and the metrics.
+    reset without a seed whenever its episode ends. When that is, ``autoreset_mode`` says, as in
+    Gymnasium's ``SyncVectorEnv``, whose observations, rewards, flags and infos these are:
+
+    | ``autoreset_mode`` | after a row's episode has ended |
+    |---|---|
+    | ``SAME_STEP`` (default) | its next begins at once |
+    | ``NEXT_STEP`` | the next step begins it; that step's action does not count, its reward is 0 |
+    | ``DISABLED`` | ``reset(options={"reset_mask": …})`` begins it; a step before is refused |
+
+    In same-step the observation is the first of the next episode; ``infos["final_obs"]`` and
+    ``infos["final_info"]`` hold the last one and the metrics. In the other modes the metrics stand in
+    ``infos`` itself. One thing is added to what ``SyncVectorEnv`` tells: every step's ``infos`` hold
+    ``illegal_action``, shape (num_envs,), also where no action was illegal and of the rows that ended.
 
     ## Arguments
-    ``num_envs``; ``task`` and ``overrides`` as for :class:`ServingEnv`; ``threads``: numba threads
-    that step rows side by side, 1 by default; ``copy``: False returns the same arrays at every step,
-    overwritten by the next; ``reference``: returns some policy's gap in percent on a case. It is added to
-    an episode's last reward, so that the return is what was gained on that policy. Which policy is best
-    does not change, but the luck of a case, which both have, leaves the return.
+    ``num_envs``; ``task``, ``overrides`` and ``render_mode`` as for :class:`ServingEnv`; ``threads``:
+    numba threads that step rows side by side, 1 by default; ``copy``: False returns the same arrays at
+    every step, overwritten by the next; ``reference``: returns some policy's gap in percent on a case.
+    It is added to an episode's last reward, so that the return is what was gained on that policy. Which
+    policy is best does not change, but the luck of a case, which both have, leaves the return.
+    ``autoreset_mode``: an ``AutoresetMode`` of ``gymnasium.vector`` or its value, as ``"NextStep"``;
+    ``max_episode_steps``: truncates an episode after so many steps, as ``gymnasium.make`` does; None
+    or −1: never.
     """
 
-    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    metadata: dict[str, Any] = ServingEnv.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(
         self,
         num_envs: int = 1,
-        task: str | TaskConfig = "servegym/GSM8K-v0",
+        task: str | os.PathLike[str] | TaskConfig = "servegym/GSM8K-v0",
         overrides: Mapping[str, Any] | None = None,
         threads: int = 1,
         copy: bool = True,
         reference: Callable[[Case], float] | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
     ) -> None:
-        if not 1 <= num_envs <= MAX_ENVIRONMENTS:
-            raise ServegymError(f"num_envs must lie in 1 … {MAX_ENVIRONMENTS}, got {num_envs}")
-        if not 1 <= threads <= numba.config.NUMBA_NUM_THREADS:
-            raise ServegymError(
-                f"threads must lie in 1 … {numba.config.NUMBA_NUM_THREADS}, got {threads}"
-            )
-        single = ServingEnv(task, overrides)
+        self.num_envs = whole_number("num_envs", num_envs, 1, MAX_ENVIRONMENTS)
+        self._threads = whole_number("threads", threads, 1, numba.config.NUMBA_NUM_THREADS)
+        self.max_episode_steps = _step_limit(max_episode_steps)  # 0: no limit
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
+        single = ServingEnv(task, overrides, render_mode)
+        if not (reference is None or callable(reference)):
+            raise ServegymError(f"reference must be a function of a case, got {shown(reference)}")
         if reference is not None and single.task.process.reward != "gap":
             raise ServegymError(
                 f"a reference needs process.reward 'gap', got {single.task.process.reward!r}"
             )
-        self.num_envs = num_envs
         self.task = single.task
         self.costs = single.costs
         self.settings = single.settings
+        self.render_mode = render_mode
         self.single_observation_space = single.observation_space
         self.single_action_space = single.action_space
-        self.observation_space = batch_space(single.observation_space, num_envs)
-        self.action_space = batch_space(single.action_space, num_envs)
-        self.rows = make_rows(num_envs, 1 + len(self.task.process.rules))
+        self.observation_space = batch_space(single.observation_space, self.num_envs)
+        self.action_space = batch_space(single.action_space, self.num_envs)
+        self.rows = make_rows(self.num_envs, 1 + len(self.task.process.rules))
         self.reference = reference
-        self.reference_gaps = np.zeros(num_envs)  # percent, of the cases that are being played
-        self._threads = threads
+        self.reference_gaps = np.zeros(self.num_envs)  # percent, of the cases that are being played
+        self.steps = np.zeros(
+            self.num_envs, np.int64
+        )  # of the episodes, as max_episode_steps counts
+        self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
         self._copy = copy
-        self._rngs = [seeding.np_random(None)[0] for _ in range(num_envs)]
+        self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
         requests = len(sample_requests(self.task, np.random.default_rng(0)))
-        self.state = make_task_state(self.task, num_envs, requests)
+        self.state = make_task_state(self.task, self.num_envs, requests)
         self._started = False
 
     def reset(
         self,
         *,
-        seed: int | Sequence[int | None] | None = None,
-        options: dict[str, Any] | None = None,
+        seed: SupportsIndex | Sequence[SupportsIndex | None] | NDArray[np.integer] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start a new episode in every row; row e takes ``seed`` + e, or ``seed[e]``."""
-        if options:
-            raise ServegymError(f"the vector environment takes no reset options, got {options}")
-        seeds = seed if isinstance(seed, Sequence) else self._spread(seed)
-        if len(seeds) != self.num_envs:
-            raise ServegymError(
-                f"{self.num_envs} environments need as many seeds, got {len(seeds)}"
-            )
+        """Start a new episode in every row; row e takes ``seed`` + e, or ``seed[e]``.
+
+        ``options={"reset_mask": …}``, booleans of shape (num_envs,), resets only the rows that it marks.
+        """
+        seeds, chosen = self._seeds(seed), self._reset_mask(options)
         for e, own in enumerate(seeds):
-            if own is not None:
-                self._rngs[e] = seeding.np_random(own)[0]
-            self._begin_episode(e)
+            if chosen[e]:
+                if own is not None:
+                    self._rngs[e] = seeding.np_random(own)[0]
+                self._begin_episode(e)
         self._started = True
-        return self._observations(), {"lower_bound_s": self.state.episodes["bound_s"].copy()}
+        return self._observations(), self._bounds(chosen)
 
     def step(
         self, actions: ArrayLike
@@ -109,18 +129,41 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         NDArray[np.bool_],
         dict[str, Any],
     ]:
-        """Step every row; rows that end begin their next episode at once."""
+        """Step every row; what becomes of those that end is told by ``autoreset_mode``."""
         self._advance(self._checked(actions))
-        rows = self.rows
-        ended = np.flatnonzero(rows.terminated | rows.truncated)
+        rows, infos = self.rows, dict[str, Any]()
+        if self._over.any():  # they were stepped along, which nobody sees
+            infos = self._begin_instead_of_step(self._over.copy())
+        if self.max_episode_steps:
+            rows.truncated[self.steps >= self.max_episode_steps] = True
+        over = rows.terminated | rows.truncated
+        ended = np.flatnonzero(over)
         rows.rewards[ended] += self.reference_gaps[ended]
-        infos: dict[str, Any] = {"illegal_action": rows.illegal.copy()}
-        if len(ended):
-            infos = self._begin_next(ended, infos)
+        infos |= {"illegal_action": rows.illegal.copy(), "_illegal_action": rows.illegal.copy()}
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            if len(ended):
+                infos |= self._begin_next(over)
+        else:
+            self._over = over
+            for e in ended:
+                infos = self._add_info(infos, episode_metrics(self.state, int(e)), int(e))
         rewards, terminated, truncated = rows.rewards, rows.terminated, rows.truncated
         if self._copy:
             rewards, terminated, truncated = rewards.copy(), terminated.copy(), truncated.copy()
         return self._observations(), rewards, terminated, truncated, infos
+
+    def render(self) -> tuple[NDArray[np.uint8], ...] | None:
+        """Draw every row's clients over time so far as RGB images, each (height, width, 3)."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs render_mode='rgb_array'")
+            return None
+        if not self._started:
+            raise ServegymError("call reset() first")
+        from servegym.envs.rendering import draw_gantt, to_image
+
+        clients, name = self.task.cluster.clients, self.task.name
+        logs = [records(self.state, e) for e in range(self.num_envs)]
+        return tuple(to_image(draw_gantt(log, clients, name)) for log in logs)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return which actions are legal now, shape (num_envs, actions)."""
@@ -132,11 +175,20 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         else:
             numba.set_num_threads(self._threads)
             step_rows_in_parallel(self.state, self.costs, self.settings, self.rows, actions)
+        self.steps += 1
 
     def _checked(self, actions: ArrayLike) -> NDArray[np.int64]:
         if not self._started:
             raise ServegymError("call reset() before step()")
-        chosen = np.ascontiguousarray(actions, dtype=np.int64)
+        if self.autoreset_mode == AutoresetMode.DISABLED and self._over.any():
+            rows = ", ".join(map(str, np.flatnonzero(self._over)))
+            raise ServegymError(
+                f"the episodes of rows {rows} are over; call reset(options={{'reset_mask': …}}) "
+                "before step()"
+            )
+        chosen = as_array(actions)
+        if chosen.dtype.kind not in "iu":
+            raise ServegymError(f"actions must be whole numbers, got {shown(actions)}")
         if chosen.shape != (self.num_envs,):
             raise ServegymError(f"actions must have shape ({self.num_envs},), got {chosen.shape}")
         most = self.rows.masks.shape[1] - 1
@@ -144,7 +196,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
             raise ServegymError(
                 f"actions must lie in 0 … {most}, got {chosen.min()} … {chosen.max()}"
             )
-        return chosen
+        return np.ascontiguousarray(chosen, dtype=np.int64)
 
     def _begin_episode(self, e: int) -> None:
         requests = sample_requests(self.task, self._rngs[e])
@@ -153,27 +205,91 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         if self.reference is not None:
             self.reference_gaps[e] = self.reference(case)
         begin_row(self.state, self.costs, self.settings, self.rows, e)
+        self.steps[e], self._over[e] = 0, False
 
-    def _begin_next(self, ended: NDArray[np.intp], infos: dict[str, Any]) -> dict[str, Any]:
-        """Keep what the ended rows leave behind, in Gymnasium's form, and begin their next episode."""
+    def _begin_next(self, over: NDArray[np.bool_]) -> dict[str, Any]:
+        """Begin the next episodes of the ended rows; return what they leave, in Gymnasium's form."""
         last: dict[str, Any] = {}
-        for e in ended:
-            last = self._add_info(last, episode_metrics(self.state, int(e)), int(e))
         final = np.full(self.num_envs, None, dtype=object)
-        for e in ended:
+        for e in np.flatnonzero(over):
+            if self.rows.illegal[e]:
+                last = self._add_info(last, {"illegal_action": True}, int(e))
+            last = self._add_info(last, episode_metrics(self.state, int(e)), int(e))
             final[e] = self.rows.observations[e].copy()
             self._begin_episode(int(e))
-        marked = np.zeros(self.num_envs, np.bool_)
-        marked[ended] = True
-        return infos | {
+        return self._bounds(over) | {
             "final_obs": final,
-            "_final_obs": marked,
+            "_final_obs": over,
             "final_info": last,
-            "_final_info": marked.copy(),
+            "_final_info": over.copy(),
         }
+
+    def _begin_instead_of_step(self, waiting: NDArray[np.bool_]) -> dict[str, Any]:
+        """Begin the next episodes of rows that ended at the step before."""
+        rows = self.rows
+        for e in np.flatnonzero(waiting):
+            self._begin_episode(int(e))
+        rows.rewards[waiting] = 0.0
+        for flags in (rows.terminated, rows.truncated, rows.illegal):
+            flags[waiting] = False
+        return self._bounds(waiting)
+
+    def _bounds(self, begun: NDArray[np.bool_]) -> dict[str, Any]:
+        """Return what the infos of rows hold that have just begun an episode."""
+        bounds_s = np.where(begun, self.state.episodes["bound_s"], 0.0)
+        return {"lower_bound_s": bounds_s, "_lower_bound_s": begun.copy()}
 
     def _observations(self) -> NDArray[np.float32]:
         return self.rows.observations.copy() if self._copy else self.rows.observations
 
-    def _spread(self, seed: int | None) -> list[int | None]:
-        return [None if seed is None else seed + e for e in range(self.num_envs)]
+    def _seeds(self, seed: Any) -> Sequence[int | None]:
+        """Return each row's seed, None for a row that goes on with its own generator."""
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, list | tuple | range) or (isinstance(seed, np.ndarray) and seed.ndim):
+            if len(seed) != self.num_envs:
+                raise ServegymError(
+                    f"{self.num_envs} environments need as many seeds, got {len(seed)}"
+                )
+            return [None if own is None else whole_number("seed", own, 0) for own in seed]
+        first = whole_number("seed", seed, 0)
+        return range(first, first + self.num_envs)
+
+    def _reset_mask(self, options: Any) -> NDArray[np.bool_]:
+        """Return which rows a reset is for."""
+        everyone = np.ones(self.num_envs, np.bool_)
+        if options is None:
+            return everyone
+        if not (isinstance(options, Mapping) and options.keys() <= {"reset_mask"}):
+            raise ServegymError(
+                "the vector environment takes no reset options but {'reset_mask': …}, "
+                f"got {shown(options)}"
+            )
+        if "reset_mask" not in options:
+            return everyone
+        mask = as_array(options["reset_mask"])
+        if mask.dtype != np.bool_ or mask.shape != (self.num_envs,) or not mask.any():
+            raise ServegymError(
+                f"reset_mask must hold {self.num_envs} booleans, at least one of them True, "
+                f"got {shown(options['reset_mask'])}"
+            )
+        if not (self._started or mask.all()):
+            raise ServegymError("call reset() for all rows before you reset some")
+        return mask
+
+
+def _step_limit(max_episode_steps: int | None) -> int:
+    """Return after how many steps an episode is truncated, 0: never."""
+    if max_episode_steps is None:
+        return 0
+    limit = whole_number("max_episode_steps", max_episode_steps, -1)
+    if limit == 0:
+        raise ServegymError("max_episode_steps must be ≥ 1, or -1 for no limit, got 0")
+    return max(limit, 0)
+
+
+def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    try:
+        return AutoresetMode(mode)
+    except ValueError:
+        raise unknown("autoreset_mode", mode, [each.value for each in AutoresetMode]) from None

@@ -163,6 +163,12 @@ def check_source(source: str) -> None:
         )
 
 
+def check_readable(source: str) -> None:
+    """Refuse a workload file that is missing or holds no workload, before an episode asks for it."""
+    if source not in WORKLOAD_PRESETS:
+        _read_file(source)
+
+
 _LENGTHS_SAMPLED: Final = 100_000
 
 

@@ -85,35 +85,51 @@ def test_seeds_one_by_one() -> None:
     assert first[1].tobytes() == ServingEnv("Tiny-v0").reset(seed=9)[0].tobytes()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "good"),
-    [
-        ({"num_envs": 0}, {"num_envs": 1}),  # none
-        ({"num_envs": 1_000_001}, {"num_envs": 2}),  # absurd
-        ({"threads": 0}, {"threads": 1}),
-        ({"threads": numba.config.NUMBA_NUM_THREADS + 1}, {"threads": 1}),  # more than there are
-        ({"task": "Tyni-v0"}, {"task": "Tiny-v0"}),
-        (
-            {"reference": lambda _: 0.0, "overrides": {"process": {"reward": "latency"}}},
-            {"reference": lambda _: 0.0},
-        ),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, Any], good: dict[str, Any]) -> None:
-    with pytest.raises(ServegymError):
+NO_COUNTS: list[Any] = [2.0, np.float32(2), "2", None, True, [2], np.array([2])]
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"num_envs": 0}, "num_envs must lie in 1 … 1000000, got 0", {"num_envs": 1}),
+    ({"num_envs": 1_000_001}, "got 1000001", {"num_envs": np.uint8(2)}),
+    *(
+        ({"num_envs": bad}, "num_envs must be a whole number, got", {"num_envs": np.int64(2)})
+        for bad in NO_COUNTS
+    ),
+    ({"threads": 0}, "threads must lie in 1 …", {"threads": np.int64(1)}),
+    ({"threads": numba.config.NUMBA_NUM_THREADS + 1}, "threads must lie in", {"threads": 1}),
+    *(({"threads": bad}, "threads must be a whole", {"threads": 1}) for bad in NO_COUNTS),
+    ({"task": "Tyni-v0"}, "did you mean 'Tiny-v0'?", {"task": "Tiny-v0"}),
+    ({"overrides": 0}, "overrides must be a table", {"overrides": None}),
+    (
+        {"reference": lambda _: 0.0, "overrides": {"process": {"reward": "latency"}}},
+        "a reference needs process.reward 'gap'",
+        {"reference": lambda _: 0.0},
+    ),
+    ({"reference": 0.5}, "reference must be a function of a case, got 0.5", {"reference": None}),
+    *(
+        ({"max_episode_steps": bad}, "max_episode_steps must be", {"max_episode_steps": good})
+        for bad, good in [(0, 1), (-2, -1), (2.0, np.int64(2)), ("2", None), (True, 10**30)]
+    ),
+    *(
+        ({"autoreset_mode": bad}, "unknown autoreset_mode", {"autoreset_mode": good})
+        for bad, good in [
+            ("nextstep", "NextStep"),
+            (None, "Disabled"),
+            (["SameStep"], AutoresetMode.SAME_STEP),
+        ]
+    ),
+    *(
+        ({"render_mode": bad}, "render_mode must be None or 'rgb_array'", {"render_mode": good})
+        for bad, good in [("human", "rgb_array"), ("rgb_array_list", None), (True, None)]
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words", "good"), BAD_ARGUMENTS)
+def test_bad_arguments(arguments: dict[str, Any], words: str, good: dict[str, Any]) -> None:
+    with pytest.raises(ServegymError) as error:
         ServingVectorEnv(**{"task": "Tiny-v0", **arguments})
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
     ServingVectorEnv(**{"task": "Tiny-v0", **good})
-
-
-@pytest.mark.parametrize("actions", [[0], [0, 7], [-1, 0], [[0, 0]]])
-def test_bad_actions(actions: Any) -> None:
-    env = ServingVectorEnv(2, "Tiny-v0")
-    with pytest.raises(ServegymError, match="call reset"):
-        env.step([3, 3])
-    env.reset(seed=0)
-    with pytest.raises(ServegymError, match="actions must"):
-        env.step(actions)
-    env.step([0, 6])
 
 
 def test_with_a_reference_the_return_is_what_was_gained_on_it() -> None:
@@ -140,10 +156,8 @@ def test_with_a_reference_the_return_is_what_was_gained_on_it() -> None:
             returns[e], ended = 0.0, ended + 1
 
 
-def test_bad_resets() -> None:
+def test_the_requests_of_rows_are_not_given() -> None:
     env = ServingVectorEnv(2, "Tiny-v0")
-    with pytest.raises(ServegymError, match="as many seeds"):
-        env.reset(seed=[1])
-    with pytest.raises(ServegymError, match="no reset options"):
+    with pytest.raises(ServegymError, match=r"no reset options but \{'reset_mask'"):
         env.reset(options={"requests": None})
     env.reset(seed=[1, 2], options={})

@@ -1,0 +1,179 @@
+"""What Python callers pass in: numpy's values become Python's own, anything else is refused in one line."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import os
+from dataclasses import fields
+from functools import cache
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from servegym.envs.errors import ServegymError, unknown
+
+_NO_NUMBERS: Final = {
+    "b": "booleans",
+    "c": "complex numbers",
+    "M": "dates",
+    "m": "durations",
+    "S": "bytes",
+    "U": "texts",
+}
+"""What arrays of a kind hold that is no number."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Return what ``value`` looks like, on one line of at most ``most`` characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of more digits than Python writes out
+        return f"a value of type {type(value).__name__} that is too long to show"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def plain(value: Any) -> Any:
+    """Return numpy's numbers, texts and arrays as Python's own, a path as a text; the rest as it is."""
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufU":
+        wide = value.astype(float) if value.dtype.kind == "f" else value
+        return wide.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
+
+
+def field_types(cls: Any) -> dict[str, Any]:
+    """Return what type each field of a dataclass is annotated with; the class's own, not a copy."""
+    return _resolved(cls)
+
+
+_resolved = cache(get_type_hints)  # takes longer than all checks together
+
+
+def as_annotated(name: str, value: Any, hint: Any) -> Any:
+    """Return ``value`` as the annotated type, numpy's and paths as Python's own, or refuse it."""
+    origin, value = get_origin(hint), plain(value)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ServegymError(f"{name} must be a list, got {shown(value)}")
+        return tuple(
+            as_annotated(f"{name}[{k}]", item, get_args(hint)[0]) for k, item in enumerate(value)
+        )
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise unknown(f"value of {name}:", value, get_args(hint))
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float if hint is float else hint):
+        words = {int: "a whole number", float: "a number", str: "a text"}
+        raise ServegymError(f"{name} must be {words[hint]}, got {shown(value)}")
+    try:
+        return hint(value)
+    except OverflowError:
+        raise ServegymError(f"{name} is too large a number") from None
+
+
+def check_fields(section: str, config: Any) -> None:
+    """Refuse fields that are not what their annotation says; keep the others as plain Python types."""
+    hints = field_types(type(config))
+    for item in fields(config):
+        value = as_annotated(f"{section}.{item.name}", getattr(config, item.name), hints[item.name])
+        object.__setattr__(config, item.name, value)  # the way into a frozen dataclass
+
+
+def as_array(values: ArrayLike) -> NDArray[Any]:
+    """Return ``values`` as an array; lists of different lengths become one that holds no numbers."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError):
+        return np.array(None)
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return ``value`` as an int; Python's and numpy's integers are taken, booleans are not.
+
+    Raises
+    ------
+    ServegymError
+        If it is not a whole number in ``least`` … ``most``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ServegymError(f"{name} must be a whole number, got {shown(value)}")
+    if number < least or (most is not None and number > most):
+        within = f"be ≥ {least}" if most is None else f"lie in {least} … {most}"
+        raise ServegymError(f"{name} must {within}, got {shown(number)}")
+    return number
+
+
+def whole_numbers(name: str, values: ArrayLike, least: int, most: int) -> NDArray[np.int64]:
+    """Return a list or an array of whole numbers, shape (entries,); it may be ``values`` itself.
+
+    Floats are taken where they are whole.
+
+    Raises
+    ------
+    ServegymError
+        If ``values`` has another number of dimensions, or an entry is not a whole number in
+        ``least`` … ``most``; the first such entry is named.
+    """
+    array = _row(name, values, "whole numbers")
+    if array.dtype.kind == "f":
+        _refuse_first(name, "be whole numbers", array, array != np.rint(array))
+    if array.size and (array.min() < least or array.max() > most):
+        outside = (array < least) | (array > most)
+        _refuse_first(name, f"lie in {least} … {most}", array, outside)
+    return array.astype(np.int64, copy=False)
+
+
+def real_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """Return a list or an array of numbers, shape (entries,); it may be ``values`` itself.
+
+    Raises
+    ------
+    ServegymError
+        If ``values`` has another number of dimensions or holds anything but numbers.
+    """
+    return _row(name, values, "numbers").astype(np.float64, copy=False)
+
+
+def _row(name: str, values: ArrayLike, what: str) -> NDArray[Any]:
+    """Return ``values`` as an array of one dimension, of integers or of float64."""
+    array = as_array(values)
+    if array.ndim != 1:
+        got = f"an array of shape {array.shape}" if array.ndim else shown(values)
+        raise ServegymError(f"{name} must be a list of {what}, got {got}")
+    if np.ma.is_masked(values):
+        raise ServegymError(f"{name} must be {what}, got masked entries; fill or drop them first")
+    kind = array.dtype.kind
+    if kind == "O":
+        return np.array([_number(name, what, k, value) for k, value in enumerate(array.tolist())])
+    if kind not in "iuf":
+        got = _NO_NUMBERS.get(kind, str(array.dtype))
+        raise ServegymError(f"{name} must be {what}, got {got}")
+    if kind == "f":
+        with np.errstate(over="ignore"):  # a number beyond float64 becomes inf
+            return array.astype(np.float64, copy=False)
+    return array
+
+
+def _number(name: str, what: str, entry: int, value: Any) -> float:
+    """Return one of many Python objects as a float, inf where it is beyond all floats."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real:
+        raise ServegymError(f"{name} must be {what}, got {shown(value)} (entry {entry})")
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+
+
+def _refuse_first(name: str, rule: str, array: NDArray[Any], bad: NDArray[np.bool_]) -> None:
+    """Refuse an array of which any entry is bad, naming the first."""
+    if bad.any():
+        entry = int(np.argmax(bad))
+        raise ServegymError(f"{name} must {rule}, got {array[entry]} (entry {entry})")

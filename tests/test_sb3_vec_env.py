@@ -1,0 +1,75 @@
+"""The vector environment as Stable-Baselines3 sees it, and what training leaves behind."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from servegym.agents.hyperparameters import Hyperparameters, Options
+from servegym.agents.sb3_vec_env import ServingSB3VecEnv
+from servegym.agents.training import make_model, train
+from servegym.envs import ServegymError, load_task
+from servegym.envs.metrics import METRICS
+from servegym.envs.vector_env import ServingVectorEnv
+
+TINY = load_task("Tiny-v0")
+SMALL = Hyperparameters(timesteps=64, environments=2, steps=16, batch_size=16, epochs=1, width=4)
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+def test_rows_begin_anew_in_the_same_step(mode: str) -> None:
+    with pytest.raises(ServegymError, match=f"needs autoreset_mode 'SameStep', got '{mode}'"):
+        ServingSB3VecEnv(ServingVectorEnv(2, TINY, autoreset_mode=mode))
+    ServingSB3VecEnv(ServingVectorEnv(2, TINY, autoreset_mode="SameStep"))
+
+
+def test_metrics_are_metrics_also_where_the_last_action_was_illegal() -> None:
+    env = ServingSB3VecEnv(ServingVectorEnv(2, TINY, max_episode_steps=1))
+    env.reset()
+    *_, dones, infos = env.step(np.array([0, 3]))
+    assert dones.tolist() == [True, True]
+    assert ["illegal_action" in info for info in infos] == [True, False]
+    for info in infos:
+        assert tuple(info["serving"]) == METRICS
+        assert info["TimeLimit.truncated"]
+
+
+def test_a_saved_state_holds_the_steps_that_are_left() -> None:
+    env, twin = (ServingSB3VecEnv(ServingVectorEnv(2, TINY, max_episode_steps=3)) for _ in "ab")
+    env.seed(0)
+    env.reset()
+    twin.reset()
+    env.step(np.array([3, 3]))
+    twin.set_state(*env.get_state())
+    for _ in range(4):
+        actions = np.array([3, 3])
+        assert np.array_equal(env.step(actions)[2], twin.step(actions)[2])
+    unlimited = ServingSB3VecEnv(ServingVectorEnv(2, TINY))
+    with pytest.raises(ServegymError, match="other environments"):
+        unlimited.set_state(*env.get_state())
+
+
+@pytest.mark.parametrize("bad", [np.array([1.0, 2.0]), ["1", "2"], None])
+def test_bad_actions(bad: np.ndarray) -> None:
+    env = ServingSB3VecEnv(ServingVectorEnv(2, TINY))
+    env.reset()
+    with pytest.raises(ServegymError, match="actions must be whole numbers"):
+        env.step(bad)
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_training_leaves_nothing_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensorboard: bool
+) -> None:
+    """SB3's own logger would make a folder there at the start of every run."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    train(TINY, SMALL, tmp_path / "run", options=Options(tensorboard=tensorboard, progress=False))
+    make_model(TINY, SMALL).learn(64)
+    left = {path.name for path in temporary.iterdir()}
+    # torch keeps one empty cache folder a user, made with the process's first optimizer.
+    assert {name for name in left if not name.startswith("torchinductor_")} == set()
