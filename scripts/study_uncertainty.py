@@ -25,6 +25,8 @@ from servegym.baselines.sampled_plan import mean_largest_load, plan_by_samples, 
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.evaluation import brief, make_case, play
 from servegym.envs.files import write_file
+from servegym.envs.locks import locked
+from servegym.envs.parallel import USUAL_JOBS
 from servegym.envs.policy import Policy
 from servegym.envs.summary import to_markdown, with_interval
 from servegym.envs.tasks import load_task
@@ -73,7 +75,7 @@ class Args:
     """Held-out cases of the policies that take a second an episode, and of the plans."""
     output: Path = Path("results/uncertainty")
     """Folder for CSV files, a table a part and quality.png."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Worker processes."""
 
 
@@ -330,12 +332,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "quality" in parts:
         make_any_policy(SHIPPED, PREDICTED)  # refuse before hours of play
     for part in parts:
-        if part == "quality":
-            body = study_quality(args, seeds, slow)
-        else:
-            body = study_mixed(args, seeds) if part == "mixed" else study_plans(args, slow)
-        text = f"# {TITLES[part]}\n\n`{command_of(args, part)}`\n\n{body}"
-        write_file(args.output / f"{part}.md", text)
+        with locked(args.output):
+            if part == "quality":
+                body = study_quality(args, seeds, slow)
+            else:
+                body = study_mixed(args, seeds) if part == "mixed" else study_plans(args, slow)
+            text = f"# {TITLES[part]}\n\n`{command_of(args, part)}`\n\n{body}"
+            write_file(args.output / f"{part}.md", text)
         print(text)
     return 0
 
