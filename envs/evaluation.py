@@ -159,6 +159,7 @@ def evaluate(
     for name in names:
         make_policy(name)
     sample_requests(task, np.random.default_rng(0))
+    names, seeds = list(dict.fromkeys(names)), list(dict.fromkeys(seeds))
     with locked(output):
         return _evaluate(
             claim_task(task, output), make_policy, names, seeds, output, jobs, progress
@@ -169,7 +170,7 @@ def _evaluate(
     task: TaskConfig,
     make_policy: Callable[[str], Policy],
     names: Sequence[str],
-    seeds: Iterable[int],
+    seeds: Sequence[int],
     output: Path,
     jobs: int,
     progress: bool,

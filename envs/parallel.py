@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from typing import Any, Final, TypeVar
 
@@ -23,7 +24,7 @@ PARENT: Final = "SERVEGYM_PARENT"
 """Environment variable: the id of the process without which a script is to end; see
 :func:`end_with_parent`."""
 
-_LOOK_EVERY_S: Final = 0.5
+_LOOK_EVERY_S: Final = 0.25
 
 Result = TypeVar("Result")
 
@@ -57,8 +58,13 @@ def run_parallel(
 ) -> Generator[Result]:
     """Call a picklable function once for each of ``arguments``; yield the results as they come.
 
-    In this process if one job is all that is of use. The workers end with the generator, or when this
-    process does, however it ends: close the generator where an exception may leave it half-way.
+    In this process if one job is all that is of use. The workers end when this process does, however it
+    ends. Close the generator where an exception may leave it half-way: that stops them.
+
+    Raises
+    ------
+    ServegymError
+        If ``jobs`` is out of range, or a worker was killed.
     """
     jobs = useful_jobs(jobs, len(arguments))
     if jobs == 1:
@@ -72,8 +78,14 @@ def run_parallel(
         initializer=_begin_worker,
         initargs=(os.getpid(),),
     )
-    with pool as parallel:
-        yield from parallel(delayed(function)(*some) for some in arguments)
+    try:
+        with pool as parallel:
+            yield from parallel(delayed(function)(*some) for some in arguments)
+    except BrokenProcessPool:
+        raise ServegymError(
+            "a worker process was ended from outside, as by a system out of memory; what is finished is "
+            "kept: start again, with fewer --jobs if need be"
+        ) from None
 
 
 def _begin_worker(parent: int) -> None:

@@ -9,6 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from servegym.envs.errors import ServegymError
+
 CONFIDENCE = 0.95
 
 
@@ -92,10 +94,17 @@ def by_case(episodes: pd.DataFrame, policies: Sequence[str]) -> NDArray[np.float
 
     Only cases that all of them have played to the end, in order of their seeds.
     """
-    table = episodes[episodes["policy"].isin(policies)].pivot(
-        index="policy", columns="seed", values="gap"
-    )
-    return 100.0 * table.loc[list(policies)].dropna(axis=1).to_numpy(float)
+    table = _gaps(episodes[episodes["policy"].isin(policies)])
+    return 100.0 * table[list(policies)].dropna().to_numpy(float).T
+
+
+def _gaps(episodes: pd.DataFrame) -> pd.DataFrame:
+    """Return the gaps, a row a seed, a column a policy; NaN where it was cut short or not played."""
+    doubled = episodes[episodes.duplicated(["policy", "seed"])]
+    if len(doubled):
+        policy, seed = doubled.iloc[0][["policy", "seed"]]
+        raise ServegymError(f"two episodes of policy {policy!r}, seed {seed}; give each once")
+    return episodes.pivot(index="seed", columns="policy", values="gap")
 
 
 def with_interval(values: NDArray[np.float64], scale: float = 1.0, digits: int = 2) -> str:
@@ -231,7 +240,7 @@ def _summary_row(group: pd.DataFrame, cut_short: bool) -> dict[str, str | int]:
 
 
 def _paired(episodes: pd.DataFrame, policies: Sequence[str], reference: str) -> list[str]:
-    gaps = episodes.pivot(index="seed", columns="policy", values="gap")
+    gaps = _gaps(episodes)
     differences = [(gaps[policy] - gaps[reference]).dropna().to_numpy() for policy in policies]
     return [
         "" if policy == reference or len(difference) == 0 else with_interval(difference, 100)

@@ -159,18 +159,24 @@ def _mean_gap(rows: pd.DataFrame, column: str, bound: str) -> str:
     return "" if column == bound else with_interval(_gaps(rows, column, bound).to_numpy())
 
 
-def open_rows(args: Args, task: TaskConfig, weights: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the finished cases that stand in the folder; refuse those of another search."""
+def open_rows(
+    args: Args, task: TaskConfig, weights: Mapping[str, str]
+) -> tuple[TaskConfig, list[dict[str, Any]]]:
+    """Return the task as it is named in the folder, and the finished cases there.
+
+    Refuses a folder of another search.
+    """
     asked = {"task": asdict(task), "policies": args.policies, "time_limit": args.time_limit}
     asked |= hash_of(task)
     if weights:
         asked["weights"] = dict(weights)
-    claim(args.output / "search.json", asked, "cases")
+    notes = claim(args.output / "search.json", asked, "cases")
     path = args.output / FILE
     policies = parse_policies(args.policies, task.name)
     schema = replace(BEST_KNOWN, columns=[*COLUMNS, *policies], others=False, optional=policies)
     table = read_rows(path, schema, "choose a new --output folder")
-    return [dict(row) for row in table.to_dict("records")]  # type: ignore[arg-type]
+    rows = [{str(name): cell for name, cell in row.items()} for row in table.to_dict("records")]
+    return replace(task, name=notes["task"]["name"]), rows
 
 
 def check(args: Args, task: TaskConfig) -> None:
@@ -199,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def search(task: TaskConfig, seeds: Sequence[int], args: Args) -> str:
     """Search what is missing; write and return the report."""
     weights = weights_of(parse_policies(args.policies, task.name), task.name)
-    rows = open_rows(args, task, weights)
+    task, rows = open_rows(args, task, weights)
     known, done = hash_of(task), {row["seed"] for row in rows}
     for seed in tqdm([seed for seed in seeds if seed not in done], desc=task.name):
         rows.append(search_case(task, seed, args, weights, known))

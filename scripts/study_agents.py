@@ -128,7 +128,8 @@ def play_and_report(
     if "evaluate" in parts:
         for task in tasks:
             print(f"{task}: {args.cases} held-out cases")
-            evaluate_agents(task, runs, args.runs, args.output, args.cases, args.jobs)
+            with locked(args.output / task):
+                evaluate_agents(task, runs, args.runs, args.output, args.cases, args.jobs)
     if "transfer" in parts:
         play_transfer(args.output, args.transfer_cases, args.jobs)
     if "report" in parts:

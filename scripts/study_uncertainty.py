@@ -34,6 +34,7 @@ from servegym.envs.tasks import load_task
 PARTS: Final = ("quality", "mixed", "plans")
 PREDICTED: Final = "GSM8KPredicted-v0"
 MIXED: Final = "GSM8KMixed-v0"
+CLAIRVOYANT_OF: Final = "GSM8K-v0"
 CLAIRVOYANT: Final = "ppo-known"
 """The agent of GSM8K-v0, trained with lengths known."""
 
@@ -87,7 +88,7 @@ def with_tau(task: TaskConfig, tau: float) -> TaskConfig:
 def policy_of(name: str, best_threshold: str = "") -> Policy:
     """Return a policy of the tables."""
     if name == CLAIRVOYANT:
-        return load_agent(AGENTS / "GSM8K-v0")
+        return load_agent(AGENTS / CLAIRVOYANT_OF)
     return make_any_policy(best_threshold if name == TUNED_THRESHOLD else name, PREDICTED)
 
 
@@ -247,8 +248,10 @@ def study_quality(args: Args, seeds: range, slow: range) -> str:
     thresholds = {
         tau: tuned_threshold(with_tau(task, tau), TUNING_CASES, args.jobs) for tau in TAUS
     }
-    weights = read_card(AGENTS / PREDICTED / CARD_FILE).weights_sha256
-    collection = Collection(args.output, {"thresholds": thresholds, "agent": weights})
+    asked: dict[str, Any] = {"thresholds": thresholds}
+    for key, agent in {"agent": PREDICTED, "known_agent": CLAIRVOYANT_OF}.items():
+        asked[key] = read_card(AGENTS / agent / CARD_FILE).weights_sha256
+    collection = Collection(args.output, asked)
     collection.open([task])
     fast_play = partial(play_quality, names=QUALITY, thresholds=thresholds)
     slow_play = partial(play_quality, names=SLOW, thresholds=thresholds)
