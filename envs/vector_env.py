@@ -91,9 +91,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.rows = make_rows(self.num_envs, 1 + len(self.task.process.rules))
         self.reference = reference
         self.reference_gaps = np.zeros(self.num_envs)  # percent, of the cases that are being played
-        self.steps = np.zeros(
-            self.num_envs, np.int64
-        )  # of the episodes, as max_episode_steps counts
+        self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
         self._copy = copy
         self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
@@ -246,7 +244,8 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         """Return each row's seed, None for a row that goes on with its own generator."""
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, list | tuple | range) or (isinstance(seed, np.ndarray) and seed.ndim):
+        listed = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
+        if listed or (isinstance(seed, np.ndarray) and seed.ndim):
             if len(seed) != self.num_envs:
                 raise ServegymError(
                     f"{self.num_envs} environments need as many seeds, got {len(seed)}"
