@@ -49,11 +49,17 @@ def field_types(cls: Any) -> dict[str, Any]:
     return _resolved(cls)
 
 
-_resolved = cache(get_type_hints)  # takes longer than all checks together
+_resolved = cache(get_type_hints)  # which takes longer than all checks of a dataclass
 
 
 def as_annotated(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as the annotated type, numpy's and paths as Python's own, or refuse it."""
+    """Return ``value`` as the annotated type, numpy's and paths as Python's own.
+
+    Raises
+    ------
+    ServegymError
+        If it is not of that type; ``name`` says which value it was.
+    """
     origin, value = get_origin(hint), plain(value)
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -61,15 +67,16 @@ def as_annotated(name: str, value: Any, hint: Any) -> Any:
         return tuple(
             as_annotated(f"{name}[{k}]", item, get_args(hint)[0]) for k, item in enumerate(value)
         )
-    if origin is Literal:
-        if value not in get_args(hint):
+    if origin is Literal:  # of texts
+        if not (isinstance(value, str) and value in get_args(hint)):
             raise unknown(f"value of {name}:", value, get_args(hint))
-        return value
+        return str.__str__(value)
     if isinstance(value, bool) or not isinstance(value, int | float if hint is float else hint):
         words = {int: "a whole number", float: "a number", str: "a text"}
         raise ServegymError(f"{name} must be {words[hint]}, got {shown(value)}")
     try:
-        return hint(value)
+        # An enumeration's text is its value; str() would write its name.
+        return str.__str__(value) if hint is str else hint(value)
     except OverflowError:
         raise ServegymError(f"{name} is too large a number") from None
 

@@ -160,11 +160,12 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.render_mode = render_mode
         self.costs = self.task.cost.tables(self.task.cluster.clients)
         self.settings = make_settings(self.task)
-        self.action_space = spaces.Discrete(1 + len(self.task.process.rules))
+        self._last_action = len(self.task.process.rules)
+        self.action_space = spaces.Discrete(1 + self._last_action)
         self.observation_space = spaces.Box(0.0, 1.0, (OBSERVATION_SIZE,), np.float32)
         self.state: State | None = None
         self._imagined: State | None = None
-        self.rows = make_rows(1, 1 + len(self.task.process.rules))
+        self.rows = make_rows(1, 1 + self._last_action)
         self._over = True
         self._steps_left = float("inf")  # until a wrapper cuts the episode
 
@@ -194,7 +195,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         if self._over:
             raise ServegymError("the episode is over; call reset() before step()")
         rows = self.rows
-        chosen = whole_number("action", action, 0, rows.masks.shape[1] - 1)
+        chosen = whole_number("action", action, 0, self._last_action)
         step_row(self._state, self.costs, self.settings, rows, 0, chosen)
         info: dict[str, Any] = {"illegal_action": True} if rows.illegal[0] else {}
         terminated, truncated = bool(rows.terminated[0]), bool(rows.truncated[0])

@@ -91,9 +91,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.rows = make_rows(self.num_envs, 1 + len(self.task.process.rules))
         self.reference = reference
         self.reference_gaps = np.zeros(self.num_envs)  # percent, of the cases that are being played
-        self.steps = np.zeros(
-            self.num_envs, np.int64
-        )  # of the episodes, as max_episode_steps counts
+        self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
         self._copy = copy
         self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
@@ -131,19 +129,21 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     ]:
         """Step every row; what becomes of those that end is told by ``autoreset_mode``."""
         self._advance(self._checked(actions))
-        rows, infos = self.rows, dict[str, Any]()
-        if self._over.any():  # they were stepped along, which nobody sees
+        rows, same_step = self.rows, self.autoreset_mode == AutoresetMode.SAME_STEP
+        infos: dict[str, Any] = {}
+        if self.max_episode_steps:
+            self.steps += 1
+        if not same_step and self._over.any():  # they were stepped along, which nobody sees
             infos = self._begin_instead_of_step(self._over.copy())
         if self.max_episode_steps:
             rows.truncated[self.steps >= self.max_episode_steps] = True
         over = rows.terminated | rows.truncated
         ended = np.flatnonzero(over)
         rows.rewards[ended] += self.reference_gaps[ended]
-        infos |= {"illegal_action": rows.illegal.copy(), "_illegal_action": rows.illegal.copy()}
-        if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            if len(ended):
-                infos |= self._begin_next(over)
-        else:
+        infos["illegal_action"], infos["_illegal_action"] = rows.illegal.copy(), rows.illegal.copy()
+        if same_step and len(ended):
+            infos |= self._begin_next(over)
+        if not same_step:
             self._over = over
             for e in ended:
                 infos = self._add_info(infos, episode_metrics(self.state, int(e)), int(e))
@@ -175,7 +175,6 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         else:
             numba.set_num_threads(self._threads)
             step_rows_in_parallel(self.state, self.costs, self.settings, self.rows, actions)
-        self.steps += 1
 
     def _checked(self, actions: ArrayLike) -> NDArray[np.int64]:
         if not self._started:
@@ -186,17 +185,18 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
                 f"the episodes of rows {rows} are over; call reset(options={{'reset_mask': …}}) "
                 "before step()"
             )
-        chosen = as_array(actions)
-        if chosen.dtype.kind not in "iu":
+        given = as_array(actions)
+        if given.dtype.kind not in "iu":
             raise ServegymError(f"actions must be whole numbers, got {shown(actions)}")
-        if chosen.shape != (self.num_envs,):
-            raise ServegymError(f"actions must have shape ({self.num_envs},), got {chosen.shape}")
+        if given.shape != (self.num_envs,):
+            raise ServegymError(f"actions must have shape ({self.num_envs},), got {given.shape}")
+        chosen = np.ascontiguousarray(given, dtype=np.int64)
         most = self.rows.masks.shape[1] - 1
-        if chosen.min() < 0 or chosen.max() > most:
+        if chosen.view(np.uint64).max() > most:  # as such, negative numbers are huge
             raise ServegymError(
-                f"actions must lie in 0 … {most}, got {chosen.min()} … {chosen.max()}"
+                f"actions must lie in 0 … {most}, got {given.min()} … {given.max()}"
             )
-        return np.ascontiguousarray(chosen, dtype=np.int64)
+        return chosen
 
     def _begin_episode(self, e: int) -> None:
         requests = sample_requests(self.task, self._rngs[e])
@@ -246,7 +246,8 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         """Return each row's seed, None for a row that goes on with its own generator."""
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, list | tuple | range) or (isinstance(seed, np.ndarray) and seed.ndim):
+        listed = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
+        if listed or (isinstance(seed, np.ndarray) and seed.ndim):
             if len(seed) != self.num_envs:
                 raise ServegymError(
                     f"{self.num_envs} environments need as many seeds, got {len(seed)}"

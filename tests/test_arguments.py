@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ def refused(call: Callable[[], Any], words: str) -> None:
     assert words in message
     assert "\n" not in message
     assert len(message) < 250
+
+
+# Texts as a program may keep them; str() of one would be its name.
+Choice = Enum("Choice", {"REWARD": "gap", "LENGTHS": "unknown"}, type=str)
 
 
 # ---- tasks and overrides ---------------------------------------------------------------------
@@ -93,6 +98,8 @@ TWINS: list[tuple[str, str, Any, Any]] = [
     ("process", "rules", np.array(["fcfs", "plan"]), ("fcfs", "plan")),
     ("process", "rules", ["fcfs", np.str_("plan")], ("fcfs", "plan")),
     ("cost", "preset", np.str_("tiny"), "tiny"),
+    ("process", "reward", Choice.REWARD, "gap"),
+    ("information", "output_lengths", Choice.LENGTHS, "unknown"),
 ]
 
 
@@ -147,6 +154,7 @@ BAD_OVERRIDES: list[tuple[Any, str]] = [
     ({"process": {"rules": {"fcfs"}}}, "a list, got {'fcfs'}"),
     ({"process": {"rules": np.array("fcfs")}}, "a list, got 'fcfs'"),
     ({"information": {"output_lengths": np.array(["known"])}}, "unknown value"),
+    ({"information": {"output_lengths": np.array(["known", "x"], object)}}, "unknown value"),
 ]
 
 
