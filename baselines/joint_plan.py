@@ -42,6 +42,7 @@ from servegym.envs.simulator.physics import (
     rounds_to_next_finish,
     run_decode,
     run_prefill,
+    sort_idle,
 )
 from servegym.envs.simulator.state import State, load, make_state
 
@@ -207,6 +208,7 @@ def _decode_until(state: State, costs: CostTables, clock: int) -> bool:
 @kernel
 def _admit_these(state: State, costs: CostTables, ids: Whole) -> None:
     """Run a stage that gives the first idle clients these waiting requests."""
+    sort_idle(state, 0, 0)
     idle = state.idle[0, 0]
     for k in range(ids.size):
         pick(state, 0, 0, idle[k], ids[k])

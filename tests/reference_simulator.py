@@ -237,9 +237,15 @@ class ReferenceSimulator:
             request.phase = "waiting"
             self.in_system_s += self.clock_s - request.arrival_s
             if not any(request in queue for queue in self.queues):
-                works = [self.work(client) for client in range(self.clients)]
-                self.queues[works.index(min(works))].append(request)
+                self.queues[self.client_to_join(request)].append(request)
         return bool(seen)
+
+    def client_to_join(self, request: Request) -> int:
+        """Least work, then fewest requests queued; the other way round for one without rounds."""
+        before = [(self.work(client), len(self.queues[client])) for client in range(self.clients)]
+        if request.rounds == 0:
+            before = [(queued, work) for work, queued in before]
+        return before.index(min(before))
 
     # ---- admission rules --------------------------------------------------------------------
 
@@ -331,12 +337,19 @@ def make_requests_list(requests: Requests) -> list[Request]:
 
 
 def greedy_queues(requests: list[Request], clients: int) -> list[list[Request]]:
-    """Those present at t = 0, longest first, each to the least loaded client."""
+    """Those present at t = 0, longest first, each to the least loaded client.
+
+    One without rounds adds no load; it goes to the client with the fewest requests.
+    """
     queues: list[list[Request]] = [[] for _ in range(clients)]
     present = [request for request in requests if request.arrival_s == 0]
     for request in sorted(present, key=lambda request: (-request.rounds, request.id)):
         loads = [sum(other.rounds for other in queue) for queue in queues]
-        queues[loads.index(min(loads))].append(request)
+        if request.rounds == 0:
+            held = [len(queue) for queue in queues]
+            queues[min(range(clients), key=lambda c: (held[c], loads[c]))].append(request)
+        else:
+            queues[loads.index(min(loads))].append(request)
     return queues
 
 

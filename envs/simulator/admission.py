@@ -14,7 +14,7 @@ import numpy as np
 
 from servegym.envs.simulator.jit import kernel
 from servegym.envs.simulator.order import count_below, select
-from servegym.envs.simulator.physics import client_work, pick
+from servegym.envs.simulator.physics import client_work, pick, sort_idle
 from servegym.envs.simulator.state import NOBODY, WAITING, State
 
 ADMISSION_RULES: Final = ("plan", "steal", "longest", "shortest", "fcfs", "aligned")
@@ -55,13 +55,15 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
     """
     admitted = 0
     tokens = 0
+    sort_idle(state, e, r)
+    targets = _list_targets(state, e, r) if rule == ALIGNED else 0
     idle = state.idle[e, r, : state.clients.shape[2] - state.replicas[e, r].active]
     left_idle = 0
     full = False
     for client in idle:
         i = NOBODY
         if not full and state.episodes[e].waiting > 0:
-            i = _candidate(state, e, r, rule, client)
+            i = _candidate(state, e, r, rule, client, targets)
         if i != NOBODY:
             tokens += state.requests[e, i].prompt_tokens
             full = admitted > 0 and 0 < max_prefill_tokens < tokens
@@ -76,8 +78,11 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
 
 
 @kernel
-def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
-    """Return the request that ``rule`` gives to an idle client; some request must be waiting."""
+def _candidate(state: State, e: int, r: int, rule: int, client: int, targets: int) -> int:
+    """Return the request that ``rule`` gives to an idle client; some request must be waiting.
+
+    ``targets``: what ``_list_targets`` has returned.
+    """
     if rule == PLAN:
         return _head(state, e, r, client)
     if rule == STEAL:
@@ -89,7 +94,7 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
         return _waiting_at(state, e, 0)
     if rule == FCFS:
         return _first(state, e)
-    return _aligned(state, e, r)
+    return _aligned(state, e, targets)
 
 
 @kernel
@@ -141,7 +146,27 @@ def _stolen(state: State, e: int, r: int) -> int:
 
 
 @kernel
-def _aligned(state: State, e: int, r: int) -> int:
+def _list_targets(state: State, e: int, r: int) -> int:
+    """Write the targets of ``_aligned`` to ``keys``, the latest first; return how many there are."""
+    replica, finishes = state.replicas[e, r], state.expected[e, r]
+    if state.episodes[e].waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:
+        return 0  # nobody asks
+    targets = 0
+    place = 0
+    while place < replica.active:
+        due = finishes[place].due
+        together = 0
+        while place < replica.active and finishes[place].due == due:
+            together += 1
+            place += 1
+        if together >= ALIGNED_TARGET_SIZE:
+            state.keys[e, targets] = due - replica.rounds
+            targets += 1
+    return targets
+
+
+@kernel
+def _aligned(state: State, e: int, targets: int) -> int:
     """Return the waiting request with the best score L − α · pad.
 
     L is its expected rounds, pad the rounds from its finish to the next target at or after it; a
@@ -150,24 +175,14 @@ def _aligned(state: State, e: int, r: int) -> int:
     longest goes first. Between two targets the score grows with L, so only the longest request that
     finishes by each target can win: one search a target.
     """
-    replica, finishes = state.replicas[e, r], state.expected[e, r]
     waiting = state.episodes[e].waiting
     best = _waiting_at(state, e, waiting - 1)
     if waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:
         return best
     best_score = np.int64(-(1 << 62))
-    place = 0
-    while place < replica.active:
-        due = finishes[place].due
-        target = due - replica.rounds
+    for target in state.keys[e, :targets]:
         if target < best_score:
             break  # no score exceeds its target, and the next is sooner
-        together = 0
-        while place < replica.active and finishes[place].due == due:
-            together += 1
-            place += 1
-        if together < ALIGNED_TARGET_SIZE:
-            continue
         longest = count_below(state.waiting_tree[e], _rank_above(state, e, target)) - 1
         if longest < waiting // 2:
             break
