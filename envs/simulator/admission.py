@@ -32,6 +32,9 @@ ALIGNED_PAD_WEIGHT: Final = 3
 ALIGNED_TARGET_SIZE: Final = 2
 ALIGNED_TAIL_PER_CLIENT: Final = 2
 
+_UNKNOWN: Final = -1
+"""The number of clients to steal from before a stage's first theft."""
+
 
 @kernel
 def admits(state: State, e: int, r: int, rule: int) -> bool:
@@ -57,6 +60,8 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
     tokens = 0
     sort_idle(state, e, r)
     targets = _list_targets(state, e, r) if rule == ALIGNED else 0
+    if rule == STEAL:
+        state.keys[e, -1] = _UNKNOWN
     idle = state.idle[e, r, : state.clients.shape[2] - state.replicas[e, r].active]
     left_idle = 0
     full = False
@@ -129,12 +134,7 @@ def _first(state: State, e: int) -> int:
 @kernel
 def _stolen(state: State, e: int, r: int) -> int:
     """Return the longest request in the queue of the client with most work (paper, Algorithm 1)."""
-    victim = NOBODY
-    most = -1
-    for client in range(state.clients.shape[2]):
-        work = client_work(state, e, r, client)
-        if work > most and _head(state, e, r, client) != NOBODY:
-            victim, most = client, work
+    victim = _busiest(state, e, r)
     best = state.clients[e, r, victim].queue_head
     i = state.requests[e, best].plan_next
     while i != NOBODY:
@@ -143,6 +143,52 @@ def _stolen(state: State, e: int, r: int) -> int:
             best = i
         i = state.requests[e, i].plan_next
     return best
+
+
+@kernel
+def _busiest(state: State, e: int, r: int) -> int:
+    """Return the client with most work of those with a request in their queue; some client has none.
+
+    A stage's first theft lines the victims up in ``keys``, a heap whose size is in the last place. A client
+    that takes a request of its own keeps its work; one that has been stolen from is on top.
+    """
+    heap = state.keys[e]
+    size = heap[-1]
+    if size == _UNKNOWN:
+        size = 0
+        for client in range(state.clients.shape[2]):
+            if _head(state, e, r, client) != NOBODY:
+                heap[size] = client
+                size += 1
+        for place in range(size // 2 - 1, 0, -1):
+            _sink(state, e, r, size, place)
+    _sink(state, e, r, size, 0)
+    while _head(state, e, r, heap[0]) == NOBODY:
+        size -= 1
+        heap[0] = heap[size]
+        _sink(state, e, r, size, 0)
+    heap[-1] = size
+    return heap[0]
+
+
+@kernel
+def _sink(state: State, e: int, r: int, size: int, place: int) -> None:
+    """Move the client at ``place`` of the heap down to where it belongs."""
+    heap = state.keys[e]
+    client = heap[place]
+    work = client_work(state, e, r, client)
+    while 2 * place + 1 < size:
+        below = 2 * place + 1
+        most = client_work(state, e, r, heap[below])
+        if below + 1 < size:
+            other = client_work(state, e, r, heap[below + 1])
+            if other > most or (other == most and heap[below + 1] < heap[below]):
+                below, most = below + 1, other
+        if most < work or (most == work and heap[below] > client):
+            break
+        heap[place] = heap[below]
+        place = below
+    heap[place] = client
 
 
 @kernel
