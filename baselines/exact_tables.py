@@ -108,9 +108,7 @@ def make_tables(problem: JointProblem) -> Tables:
         work=held @ kinds.rounds,
         prefill_s=np.full((len(sets), len(problem.requests) + 1), np.inf),
         decode_s=problem.decode_s,
-        duals=dual_vertices(
-            problem.decode_s[1:], np.arange(1.0, clients + 1.0), exact=True
-        ),
+        duals=dual_vertices(problem.decode_s[1:], np.arange(1.0, clients + 1.0), exact=True),
         width=_width(problem),
         counts_rounds=problem.counts_rounds,
         counts_stages=problem.counts_stages,

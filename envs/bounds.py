@@ -28,6 +28,7 @@ HiGHS.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -36,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.cost_models import CostTables
+from servegym.envs.errors import ServegymError
 from servegym.envs.makespan_bound import rounds_lower_bound
 from servegym.envs.requests import Requests
 from servegym.envs.simulator.jit import allocating_kernel, kernel
@@ -64,7 +66,13 @@ class LowerBound:
 def lower_bound(
     requests: Requests, clients: int, costs: CostTables, max_prefill_tokens: int = 0
 ) -> LowerBound:
-    """Return the best bound over release times; see the module docstring for the proof."""
+    """Return the best bound over release times; see the module docstring for the proof.
+
+    Raises
+    ------
+    ServegymError
+        If the shortest stage would not advance a clock that shows the bound, a 64-bit float.
+    """
     releases = np.unique(requests.arrival_s)
     if len(releases) > _RELEASE_POINTS:
         places = np.linspace(0, len(releases) - 1, _RELEASE_POINTS).round().astype(int)
@@ -73,7 +81,34 @@ def lower_bound(
         _bound_from(requests, float(release), clients, costs, max_prefill_tokens)
         for release in releases
     ]
-    return max(bounds, key=lambda bound: bound.seconds)
+    best = max(bounds, key=lambda bound: bound.seconds)
+    _refuse_standstill(best.seconds, requests, costs)
+    return best
+
+
+def _refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> None:
+    """Refuse an instance whose clock, a float, a stage would not advance once it shows the bound."""
+    step_s = math.ulp(bound_s)
+    if _shortest_stage_s(costs, 1.0, decodes=True) >= step_s:
+        return  # the usual case, without a look at the requests
+    prompt = float(requests.prompt_tokens.min())
+    stage_s = _shortest_stage_s(costs, prompt, decodes=bool(requests.output_tokens.max() > 1))
+    if stage_s < step_s:
+        raise ServegymError(
+            f"stages of {stage_s:.3g} s would not advance a clock that shows {bound_s:.3g} s, as this "
+            f"episode's will: its 64-bit number has steps of {step_s:.3g} s there, which is the "
+            "shortest stage possible"
+        )
+
+
+def _shortest_stage_s(costs: CostTables, prompt: float, *, decodes: bool) -> float:
+    """Return the seconds of the shortest stage with prompts of at least so many tokens."""
+    _, base_s, token_s, square_s, floor_s, overhead_s, client_s = costs.rates[0].item()
+    stage_s = max(base_s + token_s * prompt + square_s * prompt**2, floor_s)
+    if costs.prefill_level_s.shape[1] > 0:
+        stage_s = float(costs.prefill_level_s[0, 0])
+    stage_s += overhead_s + client_s
+    return min(stage_s, float(costs.decode_base_s[0, 1:].min())) if decodes else stage_s
 
 
 def _bound_from(
