@@ -91,7 +91,9 @@ def informed(
 ) -> tuple[ServingEnv, list[PredictedRequest]]:
     """The environment with uncertain lengths, and the requests as the reference believes them to be."""
     n = len(requests)
-    by: Comparison = "mean" if information in ("predicted", "unknown") else information
+    by: Comparison = "mean"
+    if information == "quantile" or information == "mean-sd":
+        by = information
     number = {"quantile": rng.choice([0.05, 0.5, 0.9, 0.99]), "mean-sd": rng.uniform(0, 5)}
     if information == "unknown":
         lengths = output_lengths("tiny")

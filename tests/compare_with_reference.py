@@ -23,6 +23,14 @@ from tests.against_reference import INFORMATION, Information, play_one
 CHUNK = 100  # episodes of a job
 SHOWN = 10  # differences told of
 
+WHAT = (
+    "Random episodes (1 … 12 clients, up to 60 requests, arrivals, any cost model, plans, token budgets,\n"
+    "decisions at events or rounds) under the same random actions in the compiled simulator and in the\n"
+    "slow reference of `tests/`: masks, view, phases, queues, expected finishes and times are compared at\n"
+    "every decision. quantile and mean-sd: predicted lengths compared by that; unknown: the workload's "
+    "mean and spread."
+)
+
 
 @dataclass(frozen=True)
 class Args:
@@ -94,21 +102,13 @@ def report(args: Args, counts: dict[Information, Count], differences: Sequence[s
         for name, count in counts.items()
     ]
     total = sum(count.different for count in counts.values())
-    lines = [
-        "# The simulator against the reference",
-        f"`{command}`",
-        "Random episodes (1 … 12 clients, up to 60 requests, arrivals, any cost model, plans, token budgets,",
-        "decisions at events or rounds) under the same random actions in the compiled simulator and in the",
-        "slow reference of `tests/`: masks, view, phases, queues, expected finishes and times are compared at",
-        "every decision. quantile and mean-sd: predicted lengths compared by that; unknown: the workload's mean and spread.",
-    ]
     table = [
         "| lengths | episodes | requests | decisions | different |",
         "|:--|--:|--:|--:|--:|",
         *rows,
     ]
-    parts = [lines[0], lines[1], "\n".join(lines[2:]), "\n".join(table), f"Different: {total}."]
-    parts += [f"- {difference}" for difference in differences[:SHOWN]]
+    parts = ["# The simulator against the reference", f"`{command}`", WHAT, "\n".join(table)]
+    parts += [f"Different: {total}.", *(f"- {difference}" for difference in differences[:SHOWN])]
     return "\n\n".join(parts) + "\n"
 
 
