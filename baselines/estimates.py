@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError
 from servegym.envs.predictors import expect_alike, predict
-from servegym.envs.requests import MAX_TOKENS, Requests, make_requests
+from servegym.envs.requests import MAX_SPREAD, MAX_TOKENS, Requests, make_requests
 
 Tokens = NDArray[np.int64]
 Estimate = Callable[[Requests, Tokens, np.random.Generator], Requests]
@@ -26,8 +26,8 @@ Estimate = Callable[[Requests, Tokens, np.random.Generator], Requests]
 
 def scaled(requests: Requests, factor: float) -> Requests:
     """Return the requests, each predicted at ``factor`` > 0 times its true length; 1: perfectly."""
-    if not (np.isfinite(factor) and factor > 0):
-        raise ServegymError(f"a factor of lengths must be > 0, got {factor}")
+    if not 0 < factor <= MAX_TOKENS:
+        raise ServegymError(f"a factor of lengths must be > 0 and ≤ {MAX_TOKENS}, got {factor}")
     return _predicted(requests, requests.output_tokens * factor)
 
 
@@ -36,8 +36,8 @@ def noisy(requests: Requests, deviation: float, rng: np.random.Generator) -> Req
 
     The errors are lognormal of mean 1; ``deviation`` ≥ 0 is the standard deviation of their logarithm.
     """
-    if not (np.isfinite(deviation) and deviation >= 0):
-        raise ServegymError(f"a deviation must be ≥ 0, got {deviation}")
+    if not 0 <= deviation <= MAX_SPREAD:
+        raise ServegymError(f"a deviation must be ≥ 0 and ≤ {MAX_SPREAD:g}, got {deviation}")
     errors = np.exp(deviation * rng.standard_normal(len(requests)) - deviation**2 / 2)
     return _predicted(requests, requests.output_tokens * errors)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.baselines.exact_problem import JointProblem, count_batches
-from servegym.envs.bounds import lower_hull
+from servegym.envs.bounds import dual_vertices
 from servegym.envs.errors import ServegymError
 from servegym.envs.simulator.jit import allocating_kernel
 
@@ -49,7 +49,7 @@ class Tables(NamedTuple):
     work: Whole  # (W,) decode rounds
     prefill_s: Real  # (W, requests + 1) least time of at least so many stages
     decode_s: Real  # (J + 1,) round with n active clients
-    duals: Real  # (V, 2) seconds per request-round and per round, see _decode_duals
+    duals: Real  # (V, 2) seconds per request-round and per round: the dual in servegym.envs.bounds
     width: int  # bits of one client's rounds left
     counts_rounds: bool
     counts_stages: bool
@@ -108,7 +108,7 @@ def make_tables(problem: JointProblem) -> Tables:
         work=held @ kinds.rounds,
         prefill_s=np.full((len(sets), len(problem.requests) + 1), np.inf),
         decode_s=problem.decode_s,
-        duals=_decode_duals(problem.decode_s),
+        duals=dual_vertices(problem.decode_s[1:], np.arange(1.0, clients + 1.0), exact=True),
         width=_width(problem),
         counts_rounds=problem.counts_rounds,
         counts_stages=problem.counts_stages,
@@ -140,18 +140,6 @@ def _batches(problem: JointProblem) -> Iterator[tuple[int, ...]]:
                 yield from extend((*row, count), size + count, more)
 
     return extend((), 0, 0)
-
-
-def _decode_duals(decode_s: Real) -> Real:
-    """Return pairs (u, v), v ≥ 0, with n · u + v ≤ b(n): u · work + v · rounds is a decode bound.
-
-    The vertices of the dual in ``servegym.envs.bounds``.
-    """
-    sizes, base_s = np.arange(1.0, len(decode_s)), decode_s[1:]
-    hull = lower_hull(sizes, base_s)
-    slopes = np.diff(base_s[hull]) / np.diff(sizes[hull])
-    edges = np.stack([slopes, base_s[hull[:-1]] - slopes * sizes[hull[:-1]]], axis=1)
-    return np.vstack([edges[edges[:, 1] >= 0], [(base_s / sizes).min(), 0.0]])
 
 
 @allocating_kernel

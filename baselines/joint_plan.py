@@ -42,6 +42,7 @@ from servegym.envs.simulator.physics import (
     rounds_to_next_finish,
     run_decode,
     run_prefill,
+    sort_idle,
 )
 from servegym.envs.simulator.state import State, load, make_state
 
@@ -73,6 +74,7 @@ _STEPS: Final = 5  # times that the end is put off
 _FARTHEST_STEP: Final = 20  # a step is what is left over, shared by so many times the clients
 _POLISHES: Final = 10
 _PIECE: Final = 1_000_000  # moves between two looks at the clock
+_MOST_LATENESS: Final = 1 << 61  # requests × rounds²
 _NOWHERE: Final = -1  # the decode clock of a request without a place
 
 
@@ -150,6 +152,12 @@ def _check(requests: Requests, clients: int, time_limit_s: float, moves: int) ->
     late = int(np.count_nonzero(requests.arrival_s))
     if late:
         raise ServegymError(f"a joint plan needs all requests at t = 0; {late} arrive later")
+    longest = int(requests.decode_rounds.max())
+    if len(requests) * longest**2 > _MOST_LATENESS:
+        raise ServegymError(
+            f"a joint plan can do {_MOST_LATENESS // max(longest**2, 1)} requests of up to {longest} "
+            f"decode rounds, got {len(requests)}: its sums of squares have 64 bits"
+        )
 
 
 # ---- carrying out a schedule ----------------------------------------------------------------
@@ -207,6 +215,7 @@ def _decode_until(state: State, costs: CostTables, clock: int) -> bool:
 @kernel
 def _admit_these(state: State, costs: CostTables, ids: Whole) -> None:
     """Run a stage that gives the first idle clients these waiting requests."""
+    sort_idle(state, 0, 0)
     idle = state.idle[0, 0]
     for k in range(ids.size):
         pick(state, 0, 0, idle[k], ids[k])

@@ -218,6 +218,8 @@ def _solve_from(
 ) -> _Found:
     """Improve a plan by the mixed-integer program; requests without rounds stay out of it."""
     positive = np.flatnonzero(problem.rounds)
+    if len(positive) == 0:
+        return client_of, 0
     found = solve_mip(
         problem.rounds[positive],
         problem.clients,
@@ -232,12 +234,17 @@ def _solve_from(
 
 
 def _milp_cold(problem: _Problem) -> _Found:
-    found = solve_mip(problem.rounds, problem.clients, time_limit_s=problem.time_left_s)
+    positive = np.flatnonzero(problem.rounds)
+    client_of = np.full(len(problem.rounds), -1)
+    if len(positive) == 0:
+        return client_of, 0
+    found = solve_mip(problem.rounds[positive], problem.clients, time_limit_s=problem.time_left_s)
     if found.client_of is None:
         raise ServegymError(
             "milp-cold found no plan in time; give it more, or take the solver 'rebalance'"
         )
-    return found.client_of, max(found.lower_bound, problem.bound())
+    client_of[positive] = found.client_of
+    return client_of, max(found.lower_bound, problem.bound())
 
 
 SOLVERS: Final[dict[str, Callable[[_Problem], _Found]]] = {

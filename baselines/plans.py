@@ -11,7 +11,7 @@ from servegym.baselines.sampled_plan import plan_by_samples, sample_rounds
 from servegym.envs.comparison import standard_deviations
 from servegym.envs.plan import Plan, plan_from_queues
 from servegym.envs.policy import Briefing
-from servegym.envs.requests import Requests
+from servegym.envs.requests import MAX_TOKENS, Requests
 
 Planner = Callable[[Requests, Briefing], Plan]
 """Plans the requests that are present at t = 0."""
@@ -26,7 +26,8 @@ def plan_expected(requests: Requests, briefing: Briefing) -> Plan:
 def plan_at_risk(requests: Requests, briefing: Briefing, deviations: float) -> Plan:
     """Make the same plan by lengths that are some standard deviations above their means."""
     longer = deviations * standard_deviations(requests)
-    rounds = requests.decode_rounds + np.rint(longer).astype(np.int64)
+    rounds = requests.decode_rounds + np.rint(np.minimum(longer, MAX_TOKENS)).astype(np.int64)
+    rounds = np.minimum(rounds, MAX_TOKENS - 1)
     return rebalanced_plan(rounds, briefing.task.cluster.clients).plan
 
 

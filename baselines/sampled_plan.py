@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from servegym.envs.errors import ServegymError
 from servegym.envs.plan import Plan, plan_from_queues
 from servegym.envs.requests import MAX_TOKENS, Requests
-from servegym.envs.simulator.dealing import sift_down
+from servegym.envs.simulator.dealing import deal
 from servegym.envs.simulator.jit import allocating_kernel, kernel
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
@@ -106,22 +106,14 @@ def plan_by_samples(
 
 @allocating_kernel
 def _deal(rounds: Whole, order: Whole, clients: int) -> Whole:
-    """Deal requests in ``order`` to the least loaded client; return the queues (clients, places)."""
-    heap = np.arange(clients)
-    load = np.zeros_like(heap)
-    client_of = np.empty_like(order)
-    count = np.zeros_like(heap)
-    for i in order:
-        client = heap[0]
-        client_of[i] = client
-        count[client] += 1
-        load[client] += rounds[i]
-        sift_down(heap, load)
+    """Deal requests in ``order``; return the queues (clients, places)."""
+    client_of = deal(rounds[order], clients)
+    count = np.bincount(client_of, minlength=clients)
     queues = np.full((clients, count.max() + _SPARE_PLACES), _NOBODY)
     count[:] = 0
-    for i in order:
-        client = client_of[i]
-        queues[client, count[client]] = i
+    for place in range(order.size):
+        client = client_of[place]
+        queues[client, count[client]] = order[place]
         count[client] += 1
     return queues
 

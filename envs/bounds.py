@@ -28,6 +28,7 @@ HiGHS.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -36,11 +37,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.cost_models import CostTables
+from servegym.envs.errors import ServegymError
 from servegym.envs.makespan_bound import rounds_lower_bound
 from servegym.envs.requests import Requests
-from servegym.envs.simulator.jit import allocating_kernel
+from servegym.envs.simulator.jit import allocating_kernel, kernel
 
 _RELEASE_POINTS: Final = 16  # arrival times tried; more cost time and gain little
+_TOLERANCE: Final = 1e-13  # relative, of a bound's rounding
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,13 @@ class LowerBound:
 def lower_bound(
     requests: Requests, clients: int, costs: CostTables, max_prefill_tokens: int = 0
 ) -> LowerBound:
-    """Return the best bound over release times; see the module docstring for the proof."""
+    """Return the best bound over release times; see the module docstring for the proof.
+
+    Raises
+    ------
+    ServegymError
+        If the shortest stage would not advance a clock that shows the bound, a 64-bit float.
+    """
     releases = np.unique(requests.arrival_s)
     if len(releases) > _RELEASE_POINTS:
         places = np.linspace(0, len(releases) - 1, _RELEASE_POINTS).round().astype(int)
@@ -72,7 +81,34 @@ def lower_bound(
         _bound_from(requests, float(release), clients, costs, max_prefill_tokens)
         for release in releases
     ]
-    return max(bounds, key=lambda bound: bound.seconds)
+    best = max(bounds, key=lambda bound: bound.seconds)
+    _refuse_standstill(best.seconds, requests, costs)
+    return best
+
+
+def _refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> None:
+    """Refuse an instance whose clock, a float, a stage would not advance once it shows the bound."""
+    step_s = math.ulp(bound_s)
+    if _shortest_stage_s(costs, 1.0, decodes=True) >= step_s:
+        return  # the usual case, without a look at the requests
+    prompt = float(requests.prompt_tokens.min())
+    stage_s = _shortest_stage_s(costs, prompt, decodes=bool(requests.output_tokens.max() > 1))
+    if stage_s < step_s:
+        raise ServegymError(
+            f"stages of {stage_s:.3g} s would not advance a clock that shows {bound_s:.3g} s, as this "
+            f"episode's will: its 64-bit number has steps of {step_s:.3g} s there, which is the "
+            "shortest stage possible"
+        )
+
+
+def _shortest_stage_s(costs: CostTables, prompt: float, *, decodes: bool) -> float:
+    """Return the seconds of the shortest stage with prompts of at least so many tokens."""
+    _, base_s, token_s, square_s, floor_s, overhead_s, client_s = costs.rates[0].item()
+    stage_s = max(base_s + token_s * prompt + square_s * prompt**2, floor_s)
+    if costs.prefill_level_s.shape[1] > 0:
+        stage_s = float(costs.prefill_level_s[0, 0])
+    stage_s += overhead_s + client_s
+    return min(stage_s, float(costs.decode_base_s[0, 1:].min())) if decodes else stage_s
 
 
 def _bound_from(
@@ -152,21 +188,39 @@ def _cover(
     """
     if total == 0:
         return float(count * cost.min())
-    vertices = _dual_vertices(cost.tobytes(), size.tobytes(), exact)
+    vertices = dual_vertices(cost, size, exact=exact)
     return float((vertices @ np.array([total, float(count)])).max())
+
+
+def dual_vertices(
+    cost: NDArray[np.float64], size: NDArray[np.float64], *, exact: bool
+) -> NDArray[np.float64]:
+    """Return the vertices (u, v) of the dual, shape (vertices, 2).
+
+    They are slope and intercept of each edge of the lower convex hull of the points (size, cost),
+    where these are allowed, and the corners on the axes v = 0 and u = 0. What they prove holds for sums
+    in floats, too, up to 10⁻¹³ of it: an edge whose rounding would claim more is lowered.
+
+    Parameters
+    ----------
+    cost
+        Seconds, > 0, shape (points,).
+    size
+        Strictly ascending whole numbers, 1 … 2⁵³, shape (points,).
+    exact
+        u may be negative.
+    """
+    return _dual_vertices(cost.tobytes(), size.tobytes(), exact)
 
 
 @lru_cache(maxsize=64)
 def _dual_vertices(cost_bytes: bytes, size_bytes: bytes, exact: bool) -> NDArray[np.float64]:
-    """Return the vertices (u, v) of the dual, shape (vertices, 2); ``size`` ascends.
-
-    They are slope and intercept of each edge of the lower convex hull of the points (size, cost),
-    where these are allowed, and the corners on the axes v = 0 and u = 0.
-    """
     cost, size = np.frombuffer(cost_bytes), np.frombuffer(size_bytes)
     hull = lower_hull(size, cost)
     slopes = np.diff(cost[hull]) / np.diff(size[hull])
     edges = np.stack([slopes, cost[hull[:-1]] - slopes * size[hull[:-1]]], axis=1)
+    for edge in edges:
+        edge[1] -= _excess(edge[0], edge[1], cost[hull], size[hull])
     allowed = (edges[:, 1] >= 0) & (exact | (edges[:, 0] >= 0))
     corners = [[(cost / size).min(), 0.0]]
     if not exact:
@@ -174,18 +228,78 @@ def _dual_vertices(cost_bytes: bytes, size_bytes: bytes, exact: bool) -> NDArray
     return np.vstack([edges[allowed], corners])
 
 
+def _excess(u: float, v: float, cost: NDArray[np.float64], size: NDArray[np.float64]) -> float:
+    """Return what the line v + u · size must be lowered by to prove what it claims; mostly 0.
+
+    ``cost`` and ``size`` are the hull's: between them a line is no farther above the points.
+    """
+    rounding = 4.0 * np.finfo(float).eps * (size * abs(u) + abs(v) + cost)
+    above = size * u + v - cost + rounding
+    return float(above.max()) if np.any(above > _TOLERANCE * cost) else 0.0
+
+
 @allocating_kernel
 def lower_hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the places of the lower convex hull of points whose ``x`` strictly ascends."""
     hull = np.empty(x.size, np.int64)
+    parts = np.empty(6)
     count = 0
     for place in range(x.size):
         while count >= 2:
             a, b = hull[count - 2], hull[count - 1]
             # Drop b if it lies on or above the line from a to this point.
-            if (y[b] - y[a]) * (x[place] - x[a]) < (y[place] - y[a]) * (x[b] - x[a]):
+            left, right = x[b] - x[a], x[place] - x[b]
+            if _weighted_sum_sign(y[a], -right, y[b], left + right, y[place], -left, parts) < 0:
                 break
             count -= 1
         hull[count] = place
         count += 1
     return hull[:count]
+
+
+@kernel
+def _weighted_sum_sign(
+    a: float, u: float, b: float, v: float, c: float, w: float, parts: NDArray[np.float64]
+) -> float:
+    """Return a·u + b·v + c·w to its exact sign; ``parts`` (6,) is scratch.
+
+    On a nearly straight line of a million points rounding decides which of them are corners, and slopes
+    between wrong ones prove bounds that do not hold. Where rounding could decide, each product is taken
+    as the sum of two floats, and the six are added without loss (Shewchuk 1997, "Adaptive precision
+    floating-point arithmetic and fast robust geometric predicates").
+    """
+    one, two, three = a * u, b * v, c * w
+    total = one + two + three
+    if abs(total) > 1e-15 * (abs(one) + abs(two) + abs(three)):
+        return total
+    parts[0], parts[1] = _product_error(a, u, one), one
+    parts[2], parts[3] = _product_error(b, v, two), two
+    parts[4], parts[5] = _product_error(c, w, three), three
+    for k in range(1, 6):
+        carry = parts[k]
+        for i in range(k):
+            both = carry + parts[i]
+            gained = both - carry
+            parts[i] = (carry - (both - gained)) + (parts[i] - gained)
+            carry = both
+        parts[k] = carry
+    for k in range(5, -1, -1):
+        if parts[k] != 0.0:
+            return parts[k]
+    return 0.0
+
+
+@kernel
+def _product_error(a: float, b: float, product: float) -> float:
+    """Return a·b − ``product`` exactly, where that is the rounded product (Dekker)."""
+    a_high, b_high = _high_half(a), _high_half(b)
+    a_low, b_low = a - a_high, b - b_high
+    rest = product - a_high * b_high - a_low * b_high - a_high * b_low
+    return a_low * b_low - rest
+
+
+@kernel
+def _high_half(a: float) -> float:
+    """Return the upper 26 bits of a float."""
+    scaled = a * 134217729.0  # 2²⁷ + 1
+    return scaled - (scaled - a)

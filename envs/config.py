@@ -27,12 +27,12 @@ from servegym.envs.cost_models import (
 from servegym.envs.cost_presets import cost_preset
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.predictors import PREDICTOR_NAMES
+from servegym.envs.requests import MAX_REQUESTS
 from servegym.envs.reward import REWARDS
 from servegym.envs.simulator.admission import ADMISSION_RULES
-from servegym.envs.workloads import check_source
+from servegym.envs.workloads import WORKLOAD_PRESETS, check_arrival_rate, check_source
 
 MAX_CLIENTS: Final = 1_000_000
-MAX_REQUESTS: Final = 10_000_000
 
 
 def _check_whole(name: str, value: int, least: int, most: int) -> None:
@@ -72,16 +72,15 @@ class WorkloadConfig:
     requests: int = 1319
     """How many requests a preset samples; a CSV file brings its own."""
     arrival_rate_per_s: float = 0.0
-    """Poisson arrivals of a preset per second; 0: all requests are present at t = 0."""
+    """Poisson arrivals of a preset per second; 0: all requests are present at t = 0. Else high enough
+    that they have arrived within 10⁹ s, and at most 10⁹."""
 
     def __post_init__(self) -> None:
         check_fields("workload", self)
         check_source(self.source)
         _check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
-        if not 0 <= self.arrival_rate_per_s <= 1e9:
-            raise ServegymError(
-                f"workload.arrival_rate_per_s must lie in 0 … 1e9, got {self.arrival_rate_per_s}"
-            )
+        if self.source in WORKLOAD_PRESETS:
+            check_arrival_rate(self.requests, self.arrival_rate_per_s)
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,9 @@ def _parts(section: str, values: Any) -> list[dict[str, Any]]:
     """Take a section apart key by key, so that an error has one key to blame; [cost] is one piece."""
     if section == "cost" or not isinstance(values, dict) or not values:
         return [{section: values}]
-    return [{section: {key: value}} for key, value in values.items()]
+    # Which arrival rates are possible depends on the number of requests: that is read first.
+    keys = sorted(values, key=lambda key: key == "arrival_rate_per_s")
+    return [{section: {key: values[key]}} for key in keys]
 
 
 def _only_key(values: Any) -> str:

@@ -18,19 +18,41 @@ from numpy.typing import NDArray
 from servegym.envs.arguments import check_fields, field_types, shown
 from servegym.envs.errors import ServegymError
 
+MIN_COST_S: Final = 1e-30
+"""Least cost that is not 0, in seconds (or seconds a token): ratios of such costs are no fractions of 0."""
 
-def _refuse_negative(where: str, **values: float) -> None:
+MAX_COST_S: Final = 1e9
+"""Greatest cost, in seconds; the makespan of the largest instance is then a finite number."""
+
+MAX_SIZE: Final = 10**15
+"""Most tokens of a level, greatest batch of a table: a whole number that a 64-bit float can hold."""
+
+
+def _refuse_costs(where: str, **values: float) -> None:
+    """Refuse costs that are neither 0 nor a number of seconds that sums and ratios can do with."""
     for key, value in values.items():
-        if not (np.isfinite(value) and value >= 0):
+        if value != 0 and not MIN_COST_S <= value <= MAX_COST_S:
             name = f"{where}.{key}"
-            raise ServegymError(f"{name} must be a finite number of seconds ≥ 0, got {value}", name)
+            raise ServegymError(
+                f"{name} must be 0 or lie in {MIN_COST_S:g} … {MAX_COST_S:g} seconds, got {value}",
+                name,
+            )
 
 
-def _refuse_nonpositive(where: str, **values: float) -> None:
+def _refuse_durations(where: str, **values: float) -> None:
+    """Refuse costs as ``_refuse_costs`` does, and 0, too."""
     for key, value in values.items():
-        if not (np.isfinite(value) and value > 0):
+        if not MIN_COST_S <= value <= MAX_COST_S:
             name = f"{where}.{key}"
-            raise ServegymError(f"{name} must be finite and > 0, got {value}", name)
+            raise ServegymError(
+                f"{name} must lie in {MIN_COST_S:g} … {MAX_COST_S:g} seconds, got {value}", name
+            )
+
+
+def _refuse_sizes(name: str, values: Sequence[int]) -> None:
+    for value in values:
+        if not 1 <= value <= MAX_SIZE:
+            raise ServegymError(f"{name} must lie in 1 … {MAX_SIZE}, got {value}", name)
 
 
 def _refuse_unsorted(name: str, values: Sequence[float]) -> None:
@@ -81,7 +103,7 @@ class EngineOverhead:
 
     def __post_init__(self) -> None:
         check_fields("engine_overhead", self)
-        _refuse_negative("engine_overhead", base=self.base, per_client=self.per_client)
+        _refuse_costs("engine_overhead", base=self.base, per_client=self.per_client)
 
 
 @dataclass(frozen=True)
@@ -94,8 +116,8 @@ class AffineDecode:
 
     def __post_init__(self) -> None:
         check_fields("decode", self)
-        _refuse_negative("decode", per_client=self.per_client, per_kv_token=self.per_kv_token)
-        _refuse_nonpositive("decode", base=self.base)
+        _refuse_costs("decode", per_client=self.per_client, per_kv_token=self.per_kv_token)
+        _refuse_durations("decode", base=self.base)
 
     def base_seconds(self, clients: int) -> NDArray[np.float64]:
         """Return the round's time without its cache for n = 0 … clients, shape (clients + 1,)."""
@@ -121,10 +143,10 @@ class TableDecode:
                 f"{len(self.batch)} and {len(self.seconds)}"
             )
         _refuse_unsorted("decode.batch", self.batch)
+        _refuse_sizes("decode.batch", self.batch)
         for seconds in self.seconds:
-            _refuse_nonpositive("decode", seconds=seconds)
-        _refuse_nonpositive("decode", batch=self.batch[0])
-        _refuse_negative("decode", per_kv_token=self.per_kv_token)
+            _refuse_durations("decode", seconds=seconds)
+        _refuse_costs("decode", per_kv_token=self.per_kv_token)
 
     def base_seconds(self, clients: int) -> NDArray[np.float64]:
         """Return the round's time without its cache for n = 0 … clients, shape (clients + 1,)."""
@@ -148,7 +170,7 @@ class AffinePrefill:
 
     def __post_init__(self) -> None:
         check_fields("prefill", self)
-        _refuse_negative(
+        _refuse_costs(
             "prefill",
             base=self.base,
             per_token=self.per_token,
@@ -177,9 +199,9 @@ class LevelledPrefill:
                 f"empty, got {len(self.level_tokens)} and {len(self.level_seconds)}"
             )
         _refuse_unsorted("prefill.level_tokens", self.level_tokens)
+        _refuse_sizes("prefill.level_tokens", self.level_tokens)
         for seconds in self.level_seconds:
-            _refuse_nonpositive("prefill", level_seconds=seconds)
-        _refuse_nonpositive("prefill", level_tokens=self.level_tokens[0])
+            _refuse_durations("prefill", level_seconds=seconds)
         if any(later < earlier for earlier, later in pairwise(self.level_seconds)):
             raise ServegymError("prefill.level_seconds must not decrease")
 
@@ -244,4 +266,4 @@ def _proportional(levels: LevelledPrefill) -> AffinePrefill:
     The rest of a level's cost is what a stage costs for being a stage (its fixed part).
     """
     rate = min(s / t for s, t in zip(levels.level_seconds, levels.level_tokens, strict=True))
-    return AffinePrefill(0.0, rate)
+    return AffinePrefill(0.0, max(rate, MIN_COST_S))

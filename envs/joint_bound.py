@@ -33,6 +33,8 @@ lowest of some lines, whose slopes and arguments are both in order.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,12 +47,15 @@ from servegym.envs.bounds import (
 )
 from servegym.envs.cost_models import CostTables
 from servegym.envs.requests import Requests
-from servegym.envs.simulator.jit import allocating_kernel
+from servegym.envs.simulator.jit import allocating_kernel, kernel
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
 # mypy: disable-error-code="arg-type,assignment,return-value"
 
 Whole = NDArray[np.int64]
+
+_HALF: Final = 24  # bits
+_LOW_BITS: Final = (1 << _HALF) - 1
 
 
 def joint_bound(
@@ -116,7 +121,10 @@ def least_padding(lengths: Whole, counts: Whole, differences: int) -> int:
 @allocating_kernel
 def _padding(lengths: Whole, counts: Whole, clusters: int) -> int:
     """Maximise F(λ) − λ·clusters, a concave function of λ, by bisecting the clusters it uses."""
-    low, high = np.int64(0), counts.sum() * lengths[-1]  # a higher price is worth no cluster
+    # pad falls ever more slowly, so the last of these clusters saves no more than their mean does. A
+    # higher price is not the best; and price · clusters stays below 64 bits.
+    low = np.int64(0)
+    high = counts.sum() * lengths[-1] // clusters + 1
     best = np.int64(0)
     while low <= high:
         price = (low + high) // 2
@@ -160,11 +168,25 @@ def _cluster(lengths: Whole, counts: Whole, price: int) -> tuple[int, int]:
         height = cost + rounds
         while first + 1 < after:
             # Drop the last line if the new one passes below where it crosses the one before it.
-            left = (heights[after - 1] - heights[after - 2]) * (requests - slopes[after - 1])
-            right = (height - heights[after - 1]) * (slopes[after - 1] - slopes[after - 2])
-            if left < right:
+            if _less(
+                heights[after - 1] - heights[after - 2],
+                requests - slopes[after - 1],
+                height - heights[after - 1],
+                slopes[after - 1] - slopes[after - 2],
+            ):
                 break
             after -= 1
         heights[after], slopes[after], links[after] = height, requests, used
         after += 1
     return cost, used
+
+
+@kernel
+def _less(a: int, b: int, c: int, d: int) -> bool:
+    """Return whether a·b < c·d, whole numbers ≥ 0 below 2⁵⁰, 2²⁴, 2⁵⁰ and 2²⁴.
+
+    The products may be beyond 64 bits: a and c are taken apart.
+    """
+    high = (a >> _HALF) * b - (c >> _HALF) * d
+    low = (a & _LOW_BITS) * b - (c & _LOW_BITS) * d
+    return high + (low >> _HALF) < 0  # what is left of low is ≥ 0 and less than one of high

@@ -17,6 +17,9 @@ from servegym.envs.errors import ServegymError, unknown
 MAX_TOKENS: Final = 10_000_000
 """Longest prompt or output accepted, in tokens; beyond it a file is taken to be wrong."""
 
+MAX_REQUESTS: Final = 10_000_000
+"""Most requests of an episode."""
+
 MAX_ARRIVAL_S: Final = 1e9
 """Latest arrival accepted, in seconds."""
 
@@ -38,9 +41,9 @@ class Requests:
     Raises
     ------
     ServegymError
-        If the arrays hold anything but numbers in one dimension, differ in length, are empty, hold a
-        token count outside 1 … ``MAX_TOKENS``, a spread outside 0 … ``MAX_SPREAD`` or an arrival that
-        is negative, not finite or earlier than the one before it.
+        If the arrays hold anything but numbers in one dimension, differ in length, are empty or longer
+        than ``MAX_REQUESTS``, hold a token count outside 1 … ``MAX_TOKENS``, a spread outside 0 …
+        ``MAX_SPREAD`` or an arrival outside 0 … ``MAX_ARRIVAL_S`` or earlier than the one before it.
     """
 
     arrival_s: NDArray[np.float64]  # (requests,) seconds, nondecreasing
@@ -53,6 +56,10 @@ class Requests:
         self._set("arrival_s", real_numbers("arrival_s", self.arrival_s))
         if len(self.arrival_s) == 0:
             raise ServegymError("a workload needs at least one request, got none")
+        if len(self.arrival_s) > MAX_REQUESTS:
+            raise ServegymError(
+                f"a workload has at most {MAX_REQUESTS} requests, got {len(self.arrival_s)}"
+            )
         for name in ("prompt_tokens", "output_tokens", "predicted_output_tokens"):
             self._set(name, _tokens(name, getattr(self, name)))
         spread = self.predicted_spread
@@ -61,8 +68,13 @@ class Requests:
             self._set("predicted_spread", spread)
             if not np.all((spread >= 0) & (spread <= MAX_SPREAD)):
                 raise ServegymError(f"predicted_spread must lie in 0 … {MAX_SPREAD:g}")
-        if not np.all(np.isfinite(self.arrival_s)) or self.arrival_s[0] < 0:
-            raise ServegymError("arrival_s must be finite and ≥ 0")
+        on_time = (self.arrival_s >= 0) & (self.arrival_s <= MAX_ARRIVAL_S)
+        if not on_time.all():
+            i = int(np.argmin(on_time))
+            raise ServegymError(
+                f"arrival_s must be finite and ≥ 0, at most {MAX_ARRIVAL_S:g} seconds, got "
+                f"{self.arrival_s[i]} for request {i}"
+            )
         if np.any(np.diff(self.arrival_s) < 0):
             raise ServegymError("arrival_s must not decrease; sort the requests first")
 

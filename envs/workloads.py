@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
 from servegym.envs.errors import ServegymError, nearest
-from servegym.envs.requests import Requests, make_requests, read_requests
+from servegym.envs.requests import MAX_ARRIVAL_S, Requests, make_requests, read_requests
 
 Generator = np.random.Generator
 Tokens = NDArray[np.int64]
@@ -43,6 +44,8 @@ MAX_LOGNORMAL_TOKENS: Final = 1024
 """Generation limit of ``gsm8k-lognormal``; 0.8 % of the lengths reach it."""
 
 MAX_CAP512_TOKENS: Final = 512
+
+MAX_ARRIVAL_RATE_PER_S: Final = 1e9
 
 
 class Sample(NamedTuple):
@@ -170,6 +173,22 @@ def check_readable(source: str) -> None:
         _read_file(source)
 
 
+def check_arrival_rate(requests: int, arrival_rate_per_s: float) -> None:
+    """Refuse a rate above 10⁹, or so low that requests would arrive after ``MAX_ARRIVAL_S``.
+
+    The last of n Poisson arrivals comes after n / rate on average, and before (n + 10·√n + 50) / rate as
+    good as always: later in one episode of 10²⁰.
+    """
+    least = math.ceil(requests + 10.0 * math.sqrt(requests) + 50.0) / MAX_ARRIVAL_S
+    if arrival_rate_per_s != 0 and not least <= arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S:
+        raise ServegymError(
+            f"workload.arrival_rate_per_s must be 0 or lie in {least} … {MAX_ARRIVAL_RATE_PER_S:g} "
+            f"for {requests} requests, which are to arrive within {MAX_ARRIVAL_S:g} s, got "
+            f"{arrival_rate_per_s}",
+            "arrival_rate_per_s",
+        )
+
+
 _LENGTHS_SAMPLED: Final = 100_000
 
 
@@ -254,6 +273,7 @@ def make_workload(
     check_source(source)
     if source not in WORKLOAD_PRESETS:
         return _read_file(source)
+    check_arrival_rate(requests, arrival_rate_per_s)
     prompts, outputs, *predictions = WORKLOAD_PRESETS[source].sample(requests, rng)
     arrivals = None
     if arrival_rate_per_s > 0:

@@ -68,6 +68,8 @@ class Request:
     arrival_s: float
     prompt: int
     output: int
+    believed: int | None = None  # output tokens the scheduler expects by now; None: it knows them
+    compared: int | None = None  # output tokens that it is compared by; None: the true ones
     phase: str = "future"  # future, waiting, running, finished
     emitted: int = 0  # output tokens so far
     client: int | None = None
@@ -82,8 +84,23 @@ class Request:
 
     @property
     def rounds_left(self) -> int:
-        """Decode rounds a running request needs still."""
+        """Decode rounds a running request needs still, truly: nobody is told."""
         return self.output - self.emitted
+
+    @property
+    def expected_rounds(self) -> int:
+        """Decode rounds that the scheduler believes it needs in all."""
+        return (self.output if self.believed is None else self.believed) - 1
+
+    @property
+    def expected_left(self) -> int:
+        """Decode rounds that the scheduler believes a running request needs still."""
+        return self.expected_rounds + 1 - self.emitted
+
+    @property
+    def compared_rounds(self) -> int:
+        """What says whether it is longer than another that waits."""
+        return (self.output if self.compared is None else self.compared) - 1
 
 
 @dataclass(eq=False)
@@ -184,7 +201,11 @@ class ReferenceSimulator:
         self.receive_arrivals()
 
     def decode_round(self) -> bool:
-        """Every active client emits one token; return whether anyone finished or arrived."""
+        """Run one decode round; return whether anyone finished or arrived."""
+        return self.end_stage(self.emit_tokens())
+
+    def emit_tokens(self) -> list[Request]:
+        """Every active client emits one token; return their requests."""
         active = self.running()
         seconds = decode_round_s(self.costs, len(active), self.cached_tokens())
         idle = self.clients - len(active)
@@ -196,7 +217,7 @@ class ReferenceSimulator:
         self.round += 1
         for request in active:
             request.emitted += 1
-        return self.end_stage(active)
+        return active
 
     def prefill_stage(self, rule: str) -> None:
         """Admit a batch; everyone else stalls; each admitted request emits its first token."""
@@ -224,7 +245,11 @@ class ReferenceSimulator:
         for request in done:
             request.phase = "finished"
             request.finished_s = self.clock_s
+        self.learn()
         return self.receive_arrivals() or bool(done)
+
+    def learn(self) -> None:
+        """Nothing: lengths are known."""
 
     def receive_arrivals(self) -> bool:
         """Let requests that have arrived by now wait; the unplanned join the least loaded client."""
@@ -237,9 +262,15 @@ class ReferenceSimulator:
             request.phase = "waiting"
             self.in_system_s += self.clock_s - request.arrival_s
             if not any(request in queue for queue in self.queues):
-                works = [self.work(client) for client in range(self.clients)]
-                self.queues[works.index(min(works))].append(request)
+                self.queues[self.client_to_join(request)].append(request)
         return bool(seen)
+
+    def client_to_join(self, request: Request) -> int:
+        """Least work, then fewest requests queued; the other way round for one without rounds."""
+        before = [(self.work(client), len(self.queues[client])) for client in range(self.clients)]
+        if request.expected_rounds == 0:
+            before = [(queued, work) for work, queued in before]
+        return before.index(min(before))
 
     # ---- admission rules --------------------------------------------------------------------
 
@@ -277,7 +308,7 @@ class ReferenceSimulator:
 
     def by_length(self) -> list[Request]:
         """Waiting requests, shortest first; of equal ones the later counts as the shorter."""
-        return sorted(self.waiting(), key=lambda request: (request.rounds, -request.id))
+        return sorted(self.waiting(), key=lambda request: (request.compared_rounds, -request.id))
 
     def head(self, client: int) -> Request | None:
         waiting = [request for request in self.queues[client] if request.phase == "waiting"]
@@ -285,9 +316,9 @@ class ReferenceSimulator:
 
     def work(self, client: int) -> int:
         """Rounds before a client: of its planned queue and of what it runs (paper, Algorithm 1)."""
-        queued = sum(request.rounds for request in self.queues[client])
+        queued = sum(request.expected_rounds for request in self.queues[client])
         return queued + sum(
-            request.rounds if request.emitted == 0 else request.rounds_left
+            request.expected_rounds if request.emitted == 0 else max(request.expected_left, 0)
             for request in self.running()
             if request.client == client
         )
@@ -296,11 +327,11 @@ class ReferenceSimulator:
         """The longest request of the client with most work; ties go to the first of each."""
         victims = [client for client in range(self.clients) if self.head(client) is not None]
         victim = max(victims, key=lambda client: (self.work(client), -client))
-        return max(self.queues[victim], key=lambda request: request.rounds)
+        return max(self.queues[victim], key=lambda request: request.expected_rounds)
 
     def targets(self) -> list[int]:
         """Rounds from now in which at least two running requests finish, soonest first."""
-        left = [request.rounds_left for request in self.running()]
+        left = [request.expected_left for request in self.running()]
         return sorted({rounds for rounds in left if left.count(rounds) >= 2})
 
     def aligned(self, targets: list[int]) -> Request:
@@ -315,10 +346,11 @@ class ReferenceSimulator:
             return longest
         best, best_score = longest, None
         for request in reversed(order[len(order) // 2 :]):
-            pads = [target - request.rounds for target in targets if target >= request.rounds]
+            rounds = request.expected_rounds
+            pads = [target - rounds for target in targets if target >= rounds]
             if not pads:
                 continue
-            score = request.rounds - 3 * min(pads)
+            score = rounds - 3 * min(pads)
             if best_score is None or score > best_score:
                 best, best_score = request, score
         return best
@@ -331,33 +363,42 @@ def make_requests_list(requests: Requests) -> list[Request]:
 
 
 def greedy_queues(requests: list[Request], clients: int) -> list[list[Request]]:
-    """Those present at t = 0, longest first, each to the least loaded client."""
+    """Those present at t = 0, longest first, each to the least loaded client.
+
+    One without rounds adds no load; it goes to the client with the fewest requests.
+    """
     queues: list[list[Request]] = [[] for _ in range(clients)]
     present = [request for request in requests if request.arrival_s == 0]
-    for request in sorted(present, key=lambda request: (-request.rounds, request.id)):
-        loads = [sum(other.rounds for other in queue) for queue in queues]
-        queues[loads.index(min(loads))].append(request)
+    present.sort(key=lambda request: (-request.compared_rounds, request.id))
+    for request in sorted(present, key=lambda request: request.expected_rounds == 0):
+        loads = [sum(other.expected_rounds for other in queue) for queue in queues]
+        if request.expected_rounds == 0:
+            held = [len(queue) for queue in queues]
+            queues[min(range(clients), key=lambda c: (held[c], loads[c]))].append(request)
+        else:
+            queues[loads.index(min(loads))].append(request)
+    for queue in queues:
+        queue.sort(key=present.index)
     return queues
 
 
 def make_reference(
-    requests: Requests,
+    requests: Requests | Sequence[Request],
     clients: int,
     costs: StageCosts,
     queues: Sequence[Sequence[int]] | None = None,
     rules: Sequence[str] = RULES,
     max_prefill_tokens: int = 0,
     every_round: bool = False,
+    kind: type[ReferenceSimulator] = ReferenceSimulator,
 ) -> ReferenceSimulator:
     """A simulator at its first decision point; without `queues` it follows the greedy plan."""
-    listed = make_requests_list(requests)
+    listed = make_requests_list(requests) if isinstance(requests, Requests) else list(requests)
     if queues is None:
         planned = greedy_queues(listed, clients)
     else:
         planned = [[listed[i] for i in queue] for queue in queues]
-    simulator = ReferenceSimulator(
-        listed, clients, costs, planned, rules, max_prefill_tokens, every_round
-    )
+    simulator = kind(listed, clients, costs, planned, rules, max_prefill_tokens, every_round)
     simulator.begin()
     return simulator
 

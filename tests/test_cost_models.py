@@ -11,6 +11,8 @@ import pytest
 
 from servegym.envs import ServegymError
 from servegym.envs.cost_models import (
+    MAX_COST_S,
+    MIN_COST_S,
     AffineDecode,
     AffinePrefill,
     EngineOverhead,
@@ -25,7 +27,7 @@ from tests.helpers import random_costs
 from tests.reference_simulator import decode_round_s, prefill_stage_s
 
 NAN, INF = float("nan"), float("inf")
-TINY = 5e-324  # the smallest float above 0
+TINY = MIN_COST_S
 
 
 def rows_of(make: Callable[..., Any], good: dict[str, Any], *rows: tuple[str, Any, Any]) -> list:
@@ -40,12 +42,14 @@ BAD_COSTS = [
         ("base", 0.0, TINY),  # a round takes time
         ("base", -1.0, 1.0),
         ("base", NAN, 1.0),
-        ("base", INF, 1e300),
+        ("base", INF, MAX_COST_S),
         ("per_client", -TINY, 0.0),
         ("per_client", NAN, 0.0),
         ("per_client", INF, 0.0),
+        ("per_client", 1e308, MAX_COST_S),
         ("per_kv_token", -TINY, 0.0),
         ("per_kv_token", NAN, 0.0),
+        ("per_kv_token", 5e-324, TINY),
     ),
     *rows_of(
         TableDecode,
@@ -54,11 +58,13 @@ BAD_COSTS = [
         ("batch", (2, 1), (1, 2)),
         ("batch", (0, 1), (1, 2)),  # a batch has someone in it
         ("batch", (-1, 1), (1, 2)),
+        ("batch", (1, 10**15 + 1), (1, 10**15)),
         ("batch", (1,), (1, 2)),  # as many batches as times
         ("seconds", (1.0,), (1.0, 2.0)),
         ("seconds", (0.0, 2.0), (TINY, 2.0)),
         ("seconds", (1.0, -1.0), (1.0, 0.5)),  # a dip is fine
         ("seconds", (NAN, 1.0), (1.0, 1.0)),
+        ("seconds", (1.0, 1e308), (1.0, MAX_COST_S)),
         ("per_kv_token", -1.0, 0.0),
         ("per_kv_token", INF, 0.0),
     ),
@@ -73,6 +79,8 @@ BAD_COSTS = [
         ("per_token_squared", NAN, 0.0),
         ("floor", -1.0, 0.0),
         ("floor", INF, 0.0),
+        ("floor", 1.1e9, MAX_COST_S),
+        ("per_token", 9e-31, TINY),
     ),
     *rows_of(
         LevelledPrefill,
@@ -80,10 +88,12 @@ BAD_COSTS = [
         ("level_tokens", (4, 4), (4, 5)),
         ("level_tokens", (8, 4), (4, 8)),
         ("level_tokens", (0, 4), (1, 4)),  # a level holds at least one token
+        ("level_tokens", (4, 2**63), (4, 10**15)),
         ("level_tokens", (4,), (4, 8)),
         ("level_seconds", (2.0, 1.0), (2.0, 2.0)),  # a larger stage is never cheaper
         ("level_seconds", (0.0, 1.0), (TINY, 1.0)),
         ("level_seconds", (NAN, 1.0), (1.0, 1.0)),
+        ("level_seconds", (1.0, 1e300), (1.0, MAX_COST_S)),
     ),
     *rows_of(
         EngineOverhead,

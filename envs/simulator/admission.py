@@ -14,7 +14,7 @@ import numpy as np
 
 from servegym.envs.simulator.jit import kernel
 from servegym.envs.simulator.order import count_below, select
-from servegym.envs.simulator.physics import client_work, pick
+from servegym.envs.simulator.physics import client_work, pick, sort_idle
 from servegym.envs.simulator.state import NOBODY, WAITING, State
 
 ADMISSION_RULES: Final = ("plan", "steal", "longest", "shortest", "fcfs", "aligned")
@@ -31,6 +31,9 @@ ALIGNED: Final = 5
 ALIGNED_PAD_WEIGHT: Final = 3
 ALIGNED_TARGET_SIZE: Final = 2
 ALIGNED_TAIL_PER_CLIENT: Final = 2
+
+_UNKNOWN: Final = -1
+"""The number of clients to steal from before a stage's first theft."""
 
 
 @kernel
@@ -55,13 +58,17 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
     """
     admitted = 0
     tokens = 0
+    sort_idle(state, e, r)
+    targets = _list_targets(state, e, r) if rule == ALIGNED else 0
+    if rule == STEAL:
+        state.keys[e, -1] = _UNKNOWN
     idle = state.idle[e, r, : state.clients.shape[2] - state.replicas[e, r].active]
     left_idle = 0
     full = False
     for client in idle:
         i = NOBODY
         if not full and state.episodes[e].waiting > 0:
-            i = _candidate(state, e, r, rule, client)
+            i = _candidate(state, e, r, rule, client, targets)
         if i != NOBODY:
             tokens += state.requests[e, i].prompt_tokens
             full = admitted > 0 and 0 < max_prefill_tokens < tokens
@@ -76,8 +83,11 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
 
 
 @kernel
-def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
-    """Return the request that ``rule`` gives to an idle client; some request must be waiting."""
+def _candidate(state: State, e: int, r: int, rule: int, client: int, targets: int) -> int:
+    """Return the request that ``rule`` gives to an idle client; some request must be waiting.
+
+    ``targets``: what ``_list_targets`` has returned.
+    """
     if rule == PLAN:
         return _head(state, e, r, client)
     if rule == STEAL:
@@ -89,7 +99,7 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
         return _waiting_at(state, e, 0)
     if rule == FCFS:
         return _first(state, e)
-    return _aligned(state, e, r)
+    return _aligned(state, e, targets)
 
 
 @kernel
@@ -124,12 +134,7 @@ def _first(state: State, e: int) -> int:
 @kernel
 def _stolen(state: State, e: int, r: int) -> int:
     """Return the longest request in the queue of the client with most work (paper, Algorithm 1)."""
-    victim = NOBODY
-    most = -1
-    for client in range(state.clients.shape[2]):
-        work = client_work(state, e, r, client)
-        if work > most and _head(state, e, r, client) != NOBODY:
-            victim, most = client, work
+    victim = _busiest(state, e, r)
     best = state.clients[e, r, victim].queue_head
     i = state.requests[e, best].plan_next
     while i != NOBODY:
@@ -141,7 +146,73 @@ def _stolen(state: State, e: int, r: int) -> int:
 
 
 @kernel
-def _aligned(state: State, e: int, r: int) -> int:
+def _busiest(state: State, e: int, r: int) -> int:
+    """Return the client with most work of those with a request in their queue; some client has none.
+
+    A stage's first theft lines the victims up in ``keys``, a heap whose size is in the last place. A client
+    that takes a request of its own keeps its work; one that has been stolen from is on top.
+    """
+    heap = state.keys[e]
+    size = heap[-1]
+    if size == _UNKNOWN:
+        size = 0
+        for client in range(state.clients.shape[2]):
+            if _head(state, e, r, client) != NOBODY:
+                heap[size] = client
+                size += 1
+        for place in range(size // 2 - 1, 0, -1):
+            _sink(state, e, r, size, place)
+    _sink(state, e, r, size, 0)
+    while _head(state, e, r, heap[0]) == NOBODY:
+        size -= 1
+        heap[0] = heap[size]
+        _sink(state, e, r, size, 0)
+    heap[-1] = size
+    return heap[0]
+
+
+@kernel
+def _sink(state: State, e: int, r: int, size: int, place: int) -> None:
+    """Move the client at ``place`` of the heap down to where it belongs."""
+    heap = state.keys[e]
+    client = heap[place]
+    work = client_work(state, e, r, client)
+    while 2 * place + 1 < size:
+        below = 2 * place + 1
+        most = client_work(state, e, r, heap[below])
+        if below + 1 < size:
+            other = client_work(state, e, r, heap[below + 1])
+            if other > most or (other == most and heap[below + 1] < heap[below]):
+                below, most = below + 1, other
+        if most < work or (most == work and heap[below] > client):
+            break
+        heap[place] = heap[below]
+        place = below
+    heap[place] = client
+
+
+@kernel
+def _list_targets(state: State, e: int, r: int) -> int:
+    """Write the targets of ``_aligned`` to ``keys``, the latest first; return how many there are."""
+    replica, finishes = state.replicas[e, r], state.expected[e, r]
+    if state.episodes[e].waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:
+        return 0  # nobody asks
+    targets = 0
+    place = 0
+    while place < replica.active:
+        due = finishes[place].due
+        together = 0
+        while place < replica.active and finishes[place].due == due:
+            together += 1
+            place += 1
+        if together >= ALIGNED_TARGET_SIZE:
+            state.keys[e, targets] = due - replica.rounds
+            targets += 1
+    return targets
+
+
+@kernel
+def _aligned(state: State, e: int, targets: int) -> int:
     """Return the waiting request with the best score L − α · pad.
 
     L is its expected rounds, pad the rounds from its finish to the next target at or after it; a
@@ -150,24 +221,14 @@ def _aligned(state: State, e: int, r: int) -> int:
     longest goes first. Between two targets the score grows with L, so only the longest request that
     finishes by each target can win: one search a target.
     """
-    replica, finishes = state.replicas[e, r], state.expected[e, r]
     waiting = state.episodes[e].waiting
     best = _waiting_at(state, e, waiting - 1)
     if waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:
         return best
     best_score = np.int64(-(1 << 62))
-    place = 0
-    while place < replica.active:
-        due = finishes[place].due
-        target = due - replica.rounds
+    for target in state.keys[e, :targets]:
         if target < best_score:
             break  # no score exceeds its target, and the next is sooner
-        together = 0
-        while place < replica.active and finishes[place].due == due:
-            together += 1
-            place += 1
-        if together < ALIGNED_TARGET_SIZE:
-            continue
         longest = count_below(state.waiting_tree[e], _rank_above(state, e, target)) - 1
         if longest < waiting // 2:
             break

@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 from typing import Final
 
+import numpy as np
+
 from servegym.envs.requests import MAX_TOKENS
+from servegym.envs.simulator.finishes import find, merge, remove
 from servegym.envs.simulator.jit import kernel, rare_kernel
-from servegym.envs.simulator.state import Records, State
+from servegym.envs.simulator.state import State
 
 _FAR: Final = 8.0
 """Standard deviations from where on a tail's ratio is its asymptote, before both parts underflow."""
@@ -41,36 +44,38 @@ def expected_output_tokens(log_median: float, spread: float, emitted: int) -> in
 @rare_kernel
 def expect_admitted(state: State, e: int, r: int, admitted: int) -> None:
     """Expect the finishes of the ``admitted`` picked requests, which count as active already."""
-    running = state.replicas[e, r].active - admitted
+    replica = state.replicas[e, r]
+    span = state.requests.shape[1]
+    keys = state.keys[e, :admitted]
     for k in range(admitted):
-        i = state.picked[e, k]
-        due = state.clients[e, r, state.requests[e, i].client].expected_end
-        _insert(state.expected[e, r], running + k, due, i)
+        i = np.int64(state.picked[e, k])
+        keys[k] = np.int64(state.requests[e, i].expected_rounds) * span + i
+    merge(state.expected[e, r], replica.active - admitted, replica.rounds, keys, span)
 
 
 @rare_kernel
-def reveal(state: State, e: int, r: int, i: int) -> None:
-    """Take in that request ``i``, active until now, has finished: its true length is known."""
-    expected, request = state.expected[e, r], state.requests[e, i]
-    place = state.replicas[e, r].active - 1
-    due, who = expected[place].due, expected[place].request
-    while who != i:  # close the gap from the back
-        place -= 1
-        next_due, next_who = expected[place].due, expected[place].request
-        expected[place].due = due
-        expected[place].request = who
-        due, who = next_due, next_who
-    state.episodes[e].arrived_rounds += request.decode_rounds - request.expected_rounds
-    request.expected_rounds = request.decode_rounds
+def reveal(state: State, e: int, r: int, done: int) -> None:
+    """Take in that the ``done`` requests due first are finishing: their true lengths are known."""
+    active = state.replicas[e, r].active
+    places = state.keys[e, :done]
+    for k in range(done):
+        i = state.finishes[e, r, active - 1 - k].request
+        request = state.requests[e, i]
+        due = state.clients[e, r, request.client].expected_end
+        places[k] = find(state.expected[e, r], active, due, i)
+        state.episodes[e].arrived_rounds += request.decode_rounds - request.expected_rounds
+        request.expected_rounds = request.decode_rounds
+    remove(state.expected[e, r], active, places)
 
 
 @rare_kernel
 def revise(state: State, e: int, r: int) -> None:
     """Give every running request that should have finished by now a later expected finish."""
     replica, expected = state.replicas[e, r], state.expected[e, r]
-    last = replica.active - 1
-    while last >= 0 and expected[last].due <= replica.rounds:
-        i = expected[last].request
+    span = state.requests.shape[1]
+    late = 0
+    while late < replica.active and expected[replica.active - 1 - late].due <= replica.rounds:
+        i = expected[replica.active - 1 - late].request
         request, belief = state.requests[e, i], state.beliefs[e, i]
         own = state.clients[e, r, request.client]
         admitted = own.expected_end - request.expected_rounds  # decode clock of its stage
@@ -81,19 +86,7 @@ def revise(state: State, e: int, r: int) -> None:
         own.expected_end += more
         replica.due_sum += more
         state.episodes[e].arrived_rounds += more
-        _insert(expected, last, own.expected_end, i)
-
-
-@kernel
-def _insert(expected: Records, count: int, due: int, i: int) -> None:
-    """Put a finish among the first ``count``, latest first, of equal ones the higher id first."""
-    place = count
-    while place > 0 and (
-        expected[place - 1].due < due
-        or (expected[place - 1].due == due and expected[place - 1].request < i)
-    ):
-        expected[place].due = expected[place - 1].due
-        expected[place].request = expected[place - 1].request
-        place -= 1
-    expected[place].due = due
-    expected[place].request = i
+        state.keys[e, late] = (own.expected_end - replica.rounds) * span + i
+        late += 1
+    if late > 0:
+        merge(expected, replica.active - late, replica.rounds, state.keys[e, :late], span)

@@ -7,11 +7,14 @@ summed in closed form.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
-from numpy.typing import NDArray
 
 from servegym.envs.cost_models import CostTables
 from servegym.envs.simulator.beliefs import expect_admitted, reveal, revise
+from servegym.envs.simulator.dealing import play_again, tournament
+from servegym.envs.simulator.finishes import merge, sort_keys
 from servegym.envs.simulator.jit import allocating_kernel, kernel
 from servegym.envs.simulator.order import add
 from servegym.envs.simulator.state import (
@@ -19,10 +22,12 @@ from servegym.envs.simulator.state import (
     NOBODY,
     RUNNING,
     WAITING,
-    Records,
     State,
     enqueue,
 )
+
+_MANY_ARRIVALS: Final = 8
+"""Arrivals seen together from which on ranking the clients once takes less time than looking at all."""
 
 
 @kernel
@@ -32,9 +37,10 @@ def decode_seconds(
     """Return the time of ``rounds`` successive rounds of ``active`` clients, none finishing within.
 
     The k-th round (k = 0, 1, …) starts with ``cached_tokens`` + k · ``active`` tokens, so the sum is
-    arithmetic.
+    arithmetic. In floats: 64-bit integers would wrap from a hundred thousand of the longest requests on.
     """
-    cached = rounds * cached_tokens + active * (rounds * (rounds - 1) // 2)
+    n = float(rounds)
+    cached = n * cached_tokens + active * (n * (n - 1.0) / 2.0)
     return rounds * costs.decode_base_s[r, active] + costs.rates[r].decode_per_kv_token_s * cached
 
 
@@ -70,11 +76,13 @@ def client_work(state: State, e: int, r: int, client: int) -> int:
 
 @kernel
 def receive_arrivals(state: State, e: int, r: int) -> None:
-    """Let every request that has arrived by now wait; an unplanned one joins the least loaded client.
+    """Let every request that has arrived by now wait; an unplanned one joins a client's queue.
 
     Arrivals during a stage are seen at its end.
     """
     episode = state.episodes[e]
+    first = episode.arrived
+    unplanned = 0
     now_s = state.replicas[e, r].clock_s
     while episode.arrived < episode.requests:
         i = episode.arrived
@@ -86,19 +94,62 @@ def receive_arrivals(state: State, e: int, r: int) -> None:
         request.phase = WAITING
         _count_waiting(state, e, i, 1)
         episode.in_system_s += now_s - request.arrival_s
-        if request.plan_client == NOBODY:
-            enqueue(state, e, r, _least_loaded(state, e, r), i)
+        unplanned += request.plan_client == NOBODY
+    if unplanned > _MANY_ARRIVALS:
+        _queue_many(state, e, r, first)
+    elif unplanned > 0:
+        for i in range(first, episode.arrived):
+            if state.requests[e, i].plan_client == NOBODY:
+                enqueue(state, e, r, _client_to_join(state, e, r, i), i)
 
 
 @kernel
-def _least_loaded(state: State, e: int, r: int) -> int:
+def _client_to_join(state: State, e: int, r: int, i: int) -> int:
+    """Return the client whose queue an unplanned request joins.
+
+    It has the least work before it, of equal ones the fewest requests queued, then the lowest number. A
+    request without rounds adds no work, so many would join the same client: it goes by requests queued,
+    then by work. The running request does not count among them: while all clients run, arrivals are
+    received only at the next finish, and must join as if at once.
+    """
+    by_work = state.requests[e, i].expected_rounds > 0
     best = 0
     least = client_work(state, e, r, 0)
+    fewest = state.clients[e, r, 0].queue_requests
     for client in range(1, state.clients.shape[2]):
+        if least == 0 and fewest == 0:
+            break
         work = client_work(state, e, r, client)
-        if work < least:
-            best, least = client, work
+        requests = state.clients[e, r, client].queue_requests
+        if by_work:
+            better = work < least or (work == least and requests < fewest)
+        else:
+            better = requests < fewest or (requests == fewest and work < least)
+        if better:
+            best, least, fewest = client, work, requests
     return best
+
+
+@allocating_kernel
+def _queue_many(state: State, e: int, r: int, first: int) -> None:
+    """Queue the unplanned arrivals from ``first`` on as ``_client_to_join`` says, all in one pass."""
+    clients = state.clients.shape[2]
+    work = np.empty(clients, np.int64)
+    requests = np.empty(clients, np.int64)
+    for client in range(clients):
+        work[client] = client_work(state, e, r, client)
+        requests[client] = state.clients[e, r, client].queue_requests
+    least, fewest = tournament(work, requests), tournament(requests, work)
+    for i in range(first, state.episodes[e].arrived):
+        if state.requests[e, i].plan_client != NOBODY:
+            continue
+        rounds = state.requests[e, i].expected_rounds
+        client = least[1] if rounds > 0 else fewest[1]
+        enqueue(state, e, r, client, i)
+        work[client] += rounds
+        requests[client] += 1
+        play_again(least, client, work, requests)
+        play_again(fewest, client, requests, work)
 
 
 @kernel
@@ -109,7 +160,8 @@ def _count_waiting(state: State, e: int, i: int, sign: int) -> None:
     episode.waiting += sign
     episode.waiting_rounds += sign * request.expected_rounds
     episode.waiting_prompt_tokens += sign * prompt
-    episode.waiting_prompt_squares += sign * prompt * prompt
+    episode.waiting_squares_high += sign * (prompt * prompt >> 32)
+    episode.waiting_squares_low += sign * (prompt * prompt & 0xFFFFFFFF)
     state.waiting_lengths[e, request.bucket] += sign
     add(state.waiting_tree[e], request.rank, sign)
 
@@ -119,7 +171,9 @@ def pick(state: State, e: int, r: int, client: int, i: int) -> None:
     """Take waiting request ``i`` out of the queues and give it to a client."""
     request, replica = state.requests[e, i], state.replicas[e, r]
     _count_waiting(state, e, i, -1)
-    state.clients[e, r, request.plan_client].queue_rounds -= request.expected_rounds
+    queue = state.clients[e, r, request.plan_client]
+    queue.queue_rounds -= request.expected_rounds
+    queue.queue_requests -= 1
     expected_end = replica.rounds + request.expected_rounds
     state.clients[e, r, client].expected_end = expected_end
     replica.due_sum += expected_end
@@ -158,57 +212,15 @@ def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) 
 
 @kernel
 def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
-    """Merge the admitted requests into the order of finishing: latest first, ties by request id."""
-    replica, finishes = state.replicas[e, r], state.finishes[e, r]
+    """Merge the admitted requests into the order of finishing."""
+    replica = state.replicas[e, r]
     span = state.requests.shape[1]
-    keys = state.keys[e, :admitted]  # rounds and id of each in one sortable number
+    keys = state.keys[e, :admitted]
     for k in range(admitted):
         i = np.int64(state.picked[e, k])
         keys[k] = np.int64(state.requests[e, i].decode_rounds) * span + i
-    sort_keys(keys)
-    # From the back, soonest first: who finishes after all of the admitted stays in place.
-    running = replica.active - 1
+    merge(state.finishes[e, r], replica.active, replica.rounds, keys, span)
     replica.active += admitted
-    merged = 0
-    place = replica.active - 1
-    while merged < admitted:
-        i = keys[merged] % span
-        due = replica.rounds + keys[merged] // span
-        while running >= 0 and not _later(finishes[running], due, i):
-            finishes[place].due = finishes[running].due
-            finishes[place].request = finishes[running].request
-            place -= 1
-            running -= 1
-        finishes[place].due = due
-        finishes[place].request = i
-        place -= 1
-        merged += 1
-
-
-@allocating_kernel
-def _sort_many(keys: NDArray[np.int64]) -> None:
-    keys.sort()
-
-
-@kernel
-def sort_keys(keys: NDArray[np.int64]) -> None:
-    """Sort in place; most stages admit a handful, and then a call to a library costs more."""
-    if keys.size > 16:
-        _sort_many(keys)
-        return
-    for k in range(1, keys.size):
-        key = keys[k]
-        place = k
-        while place > 0 and keys[place - 1] > key:
-            keys[place] = keys[place - 1]
-            place -= 1
-        keys[place] = key
-
-
-@kernel
-def _later(finish: Records, due: int, i: int) -> bool:
-    """Return whether ``finish`` comes after request ``i`` that is due at round ``due``."""
-    return finish.due > due or (finish.due == due and finish.request > i)
 
 
 @kernel
@@ -217,18 +229,19 @@ def _finish_due(state: State, e: int, r: int) -> None:
 
     Whoever has not finished by now although it should have gets a new expected finish.
     """
-    replica = state.replicas[e, r]
+    replica, finishes = state.replicas[e, r], state.finishes[e, r]
     known = state.episodes[e].lengths_known
-    while replica.active > 0:
-        finish = state.finishes[e, r, replica.active - 1]
-        if finish.due > replica.rounds:
-            break
-        request = state.requests[e, finish.request]
+    done = 0
+    while done < replica.active and finishes[replica.active - 1 - done].due <= replica.rounds:
+        done += 1
+    if not known and done > 0:
+        reveal(state, e, r, done)
+    for _ in range(done):
+        i = finishes[replica.active - 1].request
+        request = state.requests[e, i]
         request.phase = FINISHED
         request.finished_s = replica.clock_s
         replica.cached_tokens -= request.prompt_tokens + request.decode_rounds + 1
-        if not known:
-            reveal(state, e, r, finish.request)
         _leave_idle(state, e, r, request.client)
         state.episodes[e].finished += 1
     if not known:
@@ -237,16 +250,39 @@ def _finish_due(state: State, e: int, r: int) -> None:
 
 @kernel
 def _leave_idle(state: State, e: int, r: int, client: int) -> None:
-    """Put a client whose request has finished among the idle ones."""
-    replica, idle = state.replicas[e, r], state.idle[e, r]
+    """Put a client whose request has finished behind the idle ones."""
+    replica = state.replicas[e, r]
     replica.due_sum -= state.clients[e, r, client].expected_end
     state.clients[e, r, client].expected_end = 0
-    place = state.clients.shape[2] - replica.active
-    while place > 0 and idle[place - 1] > client:
-        idle[place] = idle[place - 1]
-        place -= 1
-    idle[place] = client
+    state.idle[e, r, state.clients.shape[2] - replica.active] = client
     replica.active -= 1
+
+
+@kernel
+def sort_idle(state: State, e: int, r: int) -> None:
+    """Bring the idle clients into ascending order; finishes have put theirs at the end.
+
+    Overwrites ``picked``.
+    """
+    idle = state.idle[e, r, : state.clients.shape[2] - state.replicas[e, r].active]
+    ascending = 1
+    while ascending < idle.size and idle[ascending - 1] < idle[ascending]:
+        ascending += 1
+    if ascending >= idle.size:
+        return
+    behind = state.picked[e, : idle.size - ascending]
+    for k in range(behind.size):
+        behind[k] = idle[ascending + k]
+    sort_keys(behind)
+    place = idle.size - 1
+    before = ascending - 1
+    for k in range(behind.size - 1, -1, -1):
+        while before >= 0 and idle[before] > behind[k]:
+            idle[place] = idle[before]
+            place -= 1
+            before -= 1
+        idle[place] = behind[k]
+        place -= 1
 
 
 @kernel

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from servegym.envs.plan import Plan
 from servegym.envs.requests import Requests
-from servegym.envs.simulator.dealing import sift_down
+from servegym.envs.simulator.dealing import deal
 from servegym.envs.simulator.jit import allocating_kernel, kernel
 from servegym.envs.simulator.order import Tree, tree_size
 
@@ -54,7 +54,9 @@ EPISODE: Final = np.dtype(
         ("first_waiting", np.int64),  # no request with a smaller id is waiting
         ("waiting_rounds", np.int64),  # Σ expected_rounds over waiting
         ("waiting_prompt_tokens", np.int64),
-        ("waiting_prompt_squares", np.int64),  # Σ p² over waiting
+        # Σ p² over waiting is beyond 64 bits for a hundred thousand of the longest prompts: p² in two.
+        ("waiting_squares_high", np.int64),  # Σ ⌊p² / 2³²⌋
+        ("waiting_squares_low", np.int64),  # Σ p² mod 2³²
         # Totals so far.
         ("served_rounds", np.int64),  # Σ over decode rounds of active clients
         ("admitted_prompt_tokens", np.int64),
@@ -91,7 +93,8 @@ REPLICA: Final = np.dtype(
         ("rounds", np.int64),  # decode rounds run so far: the decode clock
         ("active", np.int64),  # clients that hold a request
         ("cached_tokens", np.int64),
-        ("due_sum", np.int64),  # Σ expected_end over the running
+        # Σ expected_end over the running. It may wrap; less active · rounds, Σ rounds left, it is exact.
+        ("due_sum", np.int64),
         ("idle_wait_s", np.float64),  # idle client-seconds since the last prefill, work waiting
         ("prefill_stages", np.int64),
         ("prefill_s", np.float64),
@@ -106,6 +109,7 @@ CLIENT: Final = np.dtype(
         ("queue_head", np.int32),  # or NOBODY
         ("queue_tail", np.int32),  # or NOBODY
         ("queue_rounds", np.int64),  # Σ expected_rounds still waiting in it
+        ("queue_requests", np.int64),  # how many requests still wait in it
         ("expected_end", np.int64),  # decode clock when its request should finish; 0: it is idle
     ],
     align=True,
@@ -136,12 +140,12 @@ class State(NamedTuple):
     waiting_tree: Tree  # (E, tree_size(I)) which ranks wait
     replicas: Records  # (E, R) REPLICA
     clients: Records  # (E, R, J) CLIENT
-    idle: NDArray[np.int32]  # (E, R, J) the idle clients, ascending; [: J − active]
+    idle: NDArray[np.int32]  # (E, R, J) the idle clients [: J − active]; ascending after sort_idle
     finishes: Records  # (E, R, J) FINISH of the running, latest first; [:active]; physics only
     expected: Records  # (E, R, J) the same as the scheduler believes; ``finishes`` if known
     beliefs: Records  # (E, I) BELIEF at first, by id; (E, 0) if known
-    picked: NDArray[np.int32]  # (E, J) scratch: the requests one prefill stage admits
-    keys: NDArray[np.int64]  # (E, J) scratch: what the admitted are sorted by
+    picked: NDArray[np.int32]  # (E, J) the requests one prefill stage admits; scratch before
+    keys: NDArray[np.int64]  # (E, J) scratch
 
 
 def make_state(
@@ -196,8 +200,8 @@ def load(
 ) -> None:
     """Write an instance into row ``e`` and put its clock to 0.
 
-    Without a plan the requests present at t = 0 go longest first to the least loaded client. The
-    bound and the reward's credits are the caller's to write. ``compared_rounds`` (requests,) say who
+    Without a plan the requests present at t = 0 go longest first to the least loaded client (``deal``).
+    The bound and the reward's credits are the caller's to write. ``compared_rounds`` (requests,) say who
     is longer than whom; None: the expected ones.
 
     Raises
@@ -238,6 +242,7 @@ def _free_clients(state: State, e: int) -> None:
             own.queue_head = NOBODY
             own.queue_tail = NOBODY
             own.queue_rounds = 0
+            own.queue_requests = 0
             own.expected_end = 0
             state.idle[e, r, client] = client
 
@@ -291,6 +296,7 @@ def enqueue(state: State, e: int, r: int, client: int, request: int) -> None:
         state.requests[e, queue.queue_tail].plan_next = request
     queue.queue_tail = request
     queue.queue_rounds += state.requests[e, request].expected_rounds
+    queue.queue_requests += 1
     state.requests[e, request].plan_client = client
 
 
@@ -305,12 +311,17 @@ def _enqueue_plan(
 
 @allocating_kernel
 def plan_greedily(state: State, e: int, r: int) -> None:
-    """Queue the requests present at t = 0 longest first, each at the least loaded client."""
-    heap = np.arange(state.clients.shape[2])
-    load = np.zeros_like(heap)
-    for place in range(state.episodes[e].requests - 1, -1, -1):
+    """Queue the requests present at t = 0 longest first, as ``deal`` says."""
+    requests = state.episodes[e].requests
+    order = np.empty(requests, np.int64)
+    rounds = np.empty(requests, np.int64)
+    present = 0
+    for place in range(requests - 1, -1, -1):
         request = state.by_length[e, place]
         if state.requests[e, request].arrival_s == 0:
-            enqueue(state, e, r, heap[0], request)
-            load[heap[0]] += state.requests[e, request].expected_rounds
-            sift_down(heap, load)
+            order[present] = request
+            rounds[present] = state.requests[e, request].expected_rounds
+            present += 1
+    clients = deal(rounds[:present], state.clients.shape[2])
+    for place in range(present):
+        enqueue(state, e, r, clients[place], order[place])

@@ -43,8 +43,12 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
     fixed_s = 0.0
     if waiting > 0:
         admitted = min(idle, waiting)
-        tokens = episode.waiting_prompt_tokens * admitted // waiting
-        squares = episode.waiting_prompt_squares * (admitted / waiting)
+        # ⌊tokens · admitted / waiting⌋; the product itself may be beyond 64 bits.
+        each = episode.waiting_prompt_tokens // waiting
+        rest = episode.waiting_prompt_tokens - each * waiting
+        tokens = each * admitted + rest * admitted // waiting
+        squares = episode.waiting_squares_high * 4294967296.0 + episode.waiting_squares_low
+        squares *= admitted / waiting
         prefill_s = prefill_seconds(costs, r, tokens, squares, admitted)
         rates = costs.rates[r]
         variable_s = (
