@@ -70,7 +70,7 @@ def scenarios() -> list[Scenario]:
         Scenario(
             "evaluate",
             "evaluate",
-            ["--task", "GSM8K-v0", "--policies", "fcfs,lpt,random", "--seeds", "0:40"],
+            ["--task", "GSM8K-v0", "--policies", "fcfs,lpt,random", "--seeds", "0:24"],
             compared=("episodes.csv", "task.json"),
         ),
         Scenario(
@@ -206,7 +206,7 @@ class _Trial:
         while self.outcome.kills < kills and len(self.outcome.faults) < 5:
             output = self.folder / f"killed-{attempt}"
             left = kills - self.outcome.kills
-            self._disturb(output, seconds, min(left, self.rng.randint(2, 5)))
+            self._disturb(output, seconds, min(left, self.rng.randint(2, 6)))
             self._finish(output, expected)
             attempt += 1
         return self.outcome
@@ -215,7 +215,7 @@ class _Trial:
         """Start and kill a run so many times, unless it comes to its end before."""
         for _ in range(kills):
             with self._start(output) as process:
-                rival = self._rival(output, process) if self.rng.random() < 0.3 else None
+                rival = self._rival(output, process) if self.rng.random() < 0.2 else None
                 moment = time.monotonic() + self.rng.uniform(0.1, 0.9) * seconds
                 while time.monotonic() < moment and process.poll() is None:
                     time.sleep(0.005)
@@ -226,9 +226,10 @@ class _Trial:
                     self._wait_for_all(process, number.name, output)
                 else:
                     self._wait_for_all(process, "its end", output)
+                done = process.returncode == 0
                 if rival is not None:
-                    self._judge(rival)
-            if self._is_done(output):
+                    done |= self._judge(rival)
+            if done:
                 return
 
     def _rival(
@@ -242,8 +243,8 @@ class _Trial:
         self.outcome.second_writers += 1
         return self._start(output, f"{output}-rival.log")
 
-    def _judge(self, rival: subprocess.Popen[bytes]) -> None:
-        """Note whether the second process was refused; it may also have come when the first had gone."""
+    def _judge(self, rival: subprocess.Popen[bytes]) -> bool:
+        """Note whether the second process was refused; return whether it came when the first had gone."""
         with rival:
             status = rival.wait(LIMIT_S)
         self._wait_for_all(rival, "a second writer", self.folder)
@@ -251,6 +252,7 @@ class _Trial:
             self.outcome.refused += 1
         elif status != 0:
             self.outcome.faults.append(f"second writer: status {status}")
+        return status == 0
 
     def _finish(self, output: Path, expected: dict[str, str]) -> None:
         """Resume to the end and compare."""
@@ -266,10 +268,6 @@ class _Trial:
         hidden = [path for path in output.rglob(".*") if path.name != ".gitignore"]
         self.outcome.faults += [f"{path}: left behind" for path in hidden]
         shutil.rmtree(output, ignore_errors=True)
-
-    def _is_done(self, output: Path) -> bool:
-        """Whether the last start had come to its end before it was killed; a new folder is needed then."""
-        return self.scenario.script == "train" and (output / "final" / "agent.json").exists()
 
     def _start(self, output: Path, log: str = "") -> subprocess.Popen[bytes]:
         """Start the script, in a session of its own, so that all its processes can be told."""
