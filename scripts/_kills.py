@@ -62,21 +62,21 @@ class Scenario:
 
 def scenarios() -> list[Scenario]:
     """Return what is killed."""
-    trained = ["--task", "Tiny-v0", "--timesteps", "3072", "--environments", "4", "--steps", "64"]
+    trained = ["--task", "Tiny-v0", "--timesteps", "1536", "--environments", "4", "--steps", "64"]
     trained += ["--batch-size", "128", "--epochs", "2", "--width", "8", "--depth", "1"]
     trained += ["--validation-cases", "2", "--evaluate-every", "512", "--checkpoint-every", "1"]
-    study = ["--tasks", "Tiny-v0", "--variants", "main", "--seeds", "1", "--tiny-timesteps", "6000"]
+    study = ["--tasks", "Tiny-v0", "--variants", "main", "--seeds", "1", "--tiny-timesteps", "4096"]
     return [
         Scenario(
             "evaluate",
             "evaluate",
-            ["--task", "GSM8K-v0", "--policies", "fcfs,lpt,random", "--seeds", "0:120"],
+            ["--task", "GSM8K-v0", "--policies", "fcfs,lpt,random", "--seeds", "0:24"],
             compared=("episodes.csv", "task.json"),
         ),
         Scenario(
             "evaluate with optima",
             "evaluate",
-            ["--task", "Tiny-v0", "--policies", "fcfs,hybrid", "--seeds", "0:150", "--jobs", "1"],
+            ["--task", "Tiny-v0", "--policies", "fcfs,hybrid", "--seeds", "0:40", "--jobs", "1"],
             compared=("episodes.csv", "optima.csv", "task.json"),
         ),
         Scenario(
@@ -88,18 +88,23 @@ def scenarios() -> list[Scenario]:
                 "--policies",
                 "fcfs,lpt",
                 "--seeds",
-                "0:12",
+                "0:8",
                 "--time-limit",
                 "0.2",
             ],
             compared=("*.csv", "search.json"),
         ),
-        Scenario("tune", "tune", ["--task", "Tiny-v0", "--cases", "400"], compared=("tuning.*",)),
-        Scenario("paper", "paper", ["--cases", "2"], compared=("**/episodes.csv", "table.md")),
+        Scenario("tune", "tune", ["--task", "Tiny-v0", "--cases", "60"], compared=("tuning.*",)),
+        Scenario(
+            "paper",
+            "paper",
+            ["--cases", "2", "--jobs", "1"],
+            compared=("**/episodes.csv", "table.md"),
+        ),
         Scenario(
             "check",
             "check_estimates",
-            ["--tasks", "Tiny-v0", "--cases", "30"],
+            ["--tasks", "Tiny-v0", "--cases", "12", "--jobs", "1"],
             compared=("*.csv", "*.json", "*.md"),
         ),
         Scenario(
@@ -201,7 +206,7 @@ class _Trial:
         while self.outcome.kills < kills and len(self.outcome.faults) < 5:
             output = self.folder / f"killed-{attempt}"
             left = kills - self.outcome.kills
-            self._disturb(output, seconds, self.rng.randint(1, min(4, left)))
+            self._disturb(output, seconds, min(left, self.rng.randint(2, 6)))
             self._finish(output, expected)
             attempt += 1
         return self.outcome
@@ -210,7 +215,7 @@ class _Trial:
         """Start and kill a run so many times, unless it comes to its end before."""
         for _ in range(kills):
             with self._start(output) as process:
-                rival = self._rival(output, process) if self.rng.random() < 0.3 else None
+                rival = self._rival(output, process) if self.rng.random() < 0.2 else None
                 moment = time.monotonic() + self.rng.uniform(0.1, 0.9) * seconds
                 while time.monotonic() < moment and process.poll() is None:
                     time.sleep(0.005)
@@ -221,9 +226,10 @@ class _Trial:
                     self._wait_for_all(process, number.name, output)
                 else:
                     self._wait_for_all(process, "its end", output)
+                done = process.returncode == 0
                 if rival is not None:
-                    self._judge(rival)
-            if self._is_done(output):
+                    done |= self._judge(rival)
+            if done:
                 return
 
     def _rival(
@@ -237,8 +243,8 @@ class _Trial:
         self.outcome.second_writers += 1
         return self._start(output, f"{output}-rival.log")
 
-    def _judge(self, rival: subprocess.Popen[bytes]) -> None:
-        """Note whether the second process was refused; it may also have come when the first had gone."""
+    def _judge(self, rival: subprocess.Popen[bytes]) -> bool:
+        """Note whether the second process was refused; return whether it came when the first had gone."""
         with rival:
             status = rival.wait(LIMIT_S)
         self._wait_for_all(rival, "a second writer", self.folder)
@@ -246,6 +252,7 @@ class _Trial:
             self.outcome.refused += 1
         elif status != 0:
             self.outcome.faults.append(f"second writer: status {status}")
+        return status == 0
 
     def _finish(self, output: Path, expected: dict[str, str]) -> None:
         """Resume to the end and compare."""
@@ -261,10 +268,6 @@ class _Trial:
         hidden = [path for path in output.rglob(".*") if path.name != ".gitignore"]
         self.outcome.faults += [f"{path}: left behind" for path in hidden]
         shutil.rmtree(output, ignore_errors=True)
-
-    def _is_done(self, output: Path) -> bool:
-        """Whether the last start had come to its end before it was killed; a new folder is needed then."""
-        return self.scenario.script == "train" and (output / "final" / "agent.json").exists()
 
     def _start(self, output: Path, log: str = "") -> subprocess.Popen[bytes]:
         """Start the script, in a session of its own, so that all its processes can be told."""
