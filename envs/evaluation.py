@@ -185,7 +185,7 @@ def _open_table(task: TaskConfig, output: Path) -> pd.DataFrame:
     config = json.dumps(asdict(task), indent=2, default=str) + "\n"
     note = output / "task.json"
     make_folder(output)
-    if note.is_file() and note.read_text() != config:
+    if note.is_file() and note.read_text("utf-8") != config:
         raise ServegymError(
             f"{output} holds episodes of another task or version; choose a new --output folder"
         )

@@ -59,8 +59,15 @@ def load_task(name_or_path: str) -> TaskConfig:
     for name in (name_or_path, f"{NAMESPACE}/{name_or_path}"):
         if name in TASKS:
             return TASKS[name]
-    if name_or_path.endswith(".toml") or Path(name_or_path).is_file():
+    if name_or_path.lower().endswith(".toml") or _is_file(name_or_path):
         return read_task(name_or_path, base=TASKS["servegym/GSM8K-v0"])
     short = [name.removeprefix(f"{NAMESPACE}/") for name in TASKS]
     error = unknown("task", name_or_path.removeprefix(f"{NAMESPACE}/"), short)
     raise ServegymError(f"{error} (a task file ends in .toml)")
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a name too long for the system
+        return False

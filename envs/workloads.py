@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from servegym.envs.errors import ServegymError, nearest
+from servegym.envs.errors import ServegymError, nearest, shown
 from servegym.envs.requests import Requests, make_requests, read_requests
 
 Generator = np.random.Generator
@@ -63,7 +63,7 @@ class WorkloadPreset:
 
 @cache
 def _gsm8k_prompts() -> Tokens:
-    text = resources.files("servegym.envs.data").joinpath("gsm8k_prompts.json").read_text()
+    text = resources.files("servegym.envs.data").joinpath("gsm8k_prompts.json").read_text("utf-8")
     histogram = json.loads(text)["histogram"]
     lengths = np.array([int(length) for length in histogram], dtype=np.int64)
     return np.repeat(lengths, list(histogram.values()))
@@ -154,11 +154,16 @@ WORKLOAD_PRESETS: Final[dict[str, WorkloadPreset]] = {
 """Presets by name, as ``[workload] source = …`` takes them; any other source is a CSV file."""
 
 
+def is_csv(source: str) -> bool:
+    """Return whether a source is a CSV file by its name, in capitals or not."""
+    return source.lower().endswith(".csv")
+
+
 def check_source(source: str) -> None:
     """Refuse a source that is neither a preset nor looks like a file."""
-    if source not in WORKLOAD_PRESETS and not source.endswith(".csv"):
+    if source not in WORKLOAD_PRESETS and not is_csv(source):
         raise ServegymError(
-            f"workload.source {source!r} is neither a preset nor a .csv file"
+            f"workload.source {shown(source)} is neither a preset nor a .csv file"
             f"{nearest(source, WORKLOAD_PRESETS)}"
         )
 
@@ -186,7 +191,11 @@ def _sampled_lengths(preset: str) -> Tokens:
 
 def _read_file(source: str) -> Requests:
     path = Path(source)
-    return _read_once(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    try:
+        modified_ns = path.stat().st_mtime_ns
+    except (OSError, ValueError):  # the reader says what is wrong
+        modified_ns = 0
+    return _read_once(path, modified_ns)
 
 
 @lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import make_folder, read_text, write_file
 from servegym.envs.rendering import to_png
 from servegym.envs.summary import mean_interval
 from servegym.envs.tasks import NAMESPACE, load_task
@@ -40,7 +40,7 @@ PlayCase = Callable[[TaskConfig, int], list[dict[str, Any]]]
 def short_name(task: TaskConfig) -> str:
     """Return a task's name without the namespace; of a TOML file its stem."""
     name = task.name.removeprefix(f"{NAMESPACE}/")
-    return Path(name).stem if name.endswith(".toml") else name
+    return Path(name).stem if name.lower().endswith(".toml") else name
 
 
 def tuned_multiplier(task: TaskConfig, family: str) -> float:
@@ -94,7 +94,7 @@ class Collection:
             asked = {"task": asdict(task), **self.asked}
             note = json.dumps(asked, indent=1, default=str) + "\n"
             path = self.output / f"{short_name(task)}.json"
-            if path.is_file() and path.read_text() != note:
+            if path.is_file() and read_text(path) != note:
                 raise ServegymError(
                     f"{self.output} holds rows of another task, setting or version; choose a new "
                     "--output"

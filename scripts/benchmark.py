@@ -273,7 +273,9 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line for line in info.read_text("utf-8").splitlines() if line.startswith("model name")
+        ]
         model = names[0].split(":")[1].strip() if names else model
     return f"{model}, Python {platform.python_version()}, numpy {np.__version__}"
 

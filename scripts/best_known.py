@@ -143,7 +143,7 @@ def open_rows(args: Args, task: TaskConfig, path: Path) -> list[dict[str, Any]]:
     note = json.dumps(asked, indent=2, default=str) + "\n"
     make_folder(args.output)
     known = args.output / "search.json"
-    if known.is_file() and known.read_text() != note:
+    if known.is_file() and known.read_text("utf-8") != note:
         raise ServegymError(
             f"{args.output} holds cases of another task, limit or version; choose a new --output"
         )

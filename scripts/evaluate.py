@@ -19,8 +19,10 @@ from servegym.envs.cost_presets import COST_PRESETS
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import evaluate, read_best_known
 from servegym.envs.files import write_file
+from servegym.envs.requests import read_requests
 from servegym.envs.summary import summarise, to_markdown
 from servegym.envs.tasks import TASKS, load_task
+from servegym.envs.workloads import is_csv
 
 MAX_SEEDS = 1_000_000
 MAX_SEED = 2**62
@@ -85,12 +87,10 @@ def resolve_task(args: Args) -> TaskConfig:
     """Return the task, on the CSV workload if one is given."""
     task = load_task(args.task)
     if args.workload:
-        path = Path(args.workload)
-        if not path.is_file():
-            raise ServegymError(f"{path}: no such workload file")
-        if path.suffix != ".csv":
-            raise ServegymError(f"{path}: a workload file ends in .csv")
-        task = replace(task, workload=WorkloadConfig(source=str(path)))
+        if not is_csv(args.workload):
+            raise ServegymError(f"{args.workload}: a workload file ends in .csv")
+        read_requests(Path(args.workload))  # refuse it before anything is written
+        task = replace(task, workload=WorkloadConfig(source=str(Path(args.workload))))
     return task
 
 
