@@ -11,18 +11,23 @@ import dataclasses
 import io
 import os
 import re
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from types import FrameType
+from typing import Final, NoReturn, TypeVar
 
 import tyro
+from _start import BAD_INPUT, STOP_SIGNALS, leave, say
 
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.files import shortened
 
-BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, what a shell reports of an interrupted command
-BROKEN_PIPE = 141  # 128 + SIGPIPE
+CANNOT_WRITE: Final = 74  # EX_IOERR of sysexits.h
+BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
+MAX_JOBS: Final = 1024
 
 _PLAIN_WORDS = {
     r"^Error parsing (?!-)\S+: ": "",  # a value that the dataclass itself refused
@@ -58,12 +63,12 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | N
     try:
         with contextlib.redirect_stderr(box):
             if default is None:
-                return tyro.cli(kind, args=tokens)
-            return tyro.cli(kind, args=tokens, default=default)
+                return checked_texts(tyro.cli(kind, args=tokens))
+            return checked_texts(tyro.cli(kind, args=tokens, default=default))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-    _report(_unknown_option(kind, tokens) or _first_paragraph(box.getvalue()))
+    say(_unknown_option(kind, tokens) or _first_paragraph(box.getvalue()))
     raise SystemExit(BAD_INPUT)
 
 
@@ -83,32 +88,129 @@ def read_list(option: str, text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
+def checked_texts(args: Args) -> Args:
+    """Return the options; refuse texts that no file can hold, before hours are spent on them."""
+    for field in dataclasses.fields(args):  # type: ignore[arg-type]
+        value = getattr(args, field.name)
+        if isinstance(value, str | Path):
+            option = f"--{field.name.replace('_', '-')}"
+            try:
+                os.fsencode(str(value).encode().decode())
+            except UnicodeEncodeError:
+                raise ServegymError(
+                    f"{option} {shown(str(value))} is not in the encoding of this terminal; use "
+                    "plain letters, or set LC_ALL=C.UTF-8"
+                ) from None
+            if "\0" in str(value):
+                raise ServegymError(f"{option} {shown(str(value))} holds a NUL character")
+    return args
+
+
+def check_number(option: str, value: float, least: float, most: float) -> None:
+    """Refuse a number outside its range, NaN included."""
+    if not least <= value <= most:
+        raise ServegymError(f"{option} must lie in {least} … {most}, got {shown(value)}")
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that could not be written, before any time is spent on what it is to hold."""
+    if path.is_dir():
+        raise ServegymError(f"{path}: is a folder; --output names a file")
+    if not path.parent.is_dir():
+        raise ServegymError(f"{path.parent}: no such folder; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ServegymError(f"{path.parent}: not writable")
+
+
+def command_line(script: str, **options: object) -> str:
+    """Return the command that runs a script with options, quoted as a shell needs it.
+
+    ``time_limit=0.5`` becomes ``--time-limit 0.5``; an empty text is left out.
+    """
+    words = ["python", f"scripts/{script}.py"]
+    for name, value in options.items():
+        if value != "":
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
+    return shlex.join(words)
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's ``main`` and leave with its status.
 
-    Bad input leaves with status 2 and Ctrl-C with 130, each after one line on stderr (a
-    ``KeyboardInterrupt`` may bring its own); a reader
-    that closes the pipe early (``| head``) ends the script silently.
+    Everything that is not the script's own fault is one line on stderr: bad input, and files that
+    cannot be read or written, leave with status 2; an output that is closed or full with 74; Ctrl-C
+    and the signals of ``kill`` and of a closed terminal with 130, 143 and 129, after all ``finally``
+    (a ``KeyboardInterrupt`` may bring its own line). A reader that closes the pipe early (``| head``)
+    ends the script silently with 141.
     """
-    try:
-        status = main(argv)
-        sys.stdout.flush()
-    except ServegymError as error:
-        _report(str(error))
-        status = BAD_INPUT
-    except KeyboardInterrupt as stop:
-        _report(str(stop) or "interrupted")
-        status = INTERRUPTED
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit; give that somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = BROKEN_PIPE
+    with _stopping() as stopped_by:
+        try:
+            status = main(argv)
+            sys.stdout.flush()
+        except ServegymError as error:
+            say(str(error))
+            status = BAD_INPUT
+        except KeyboardInterrupt as stop:
+            number = stopped_by[-1] if stopped_by else signal.SIGINT
+            say(str(stop) or ("interrupted" if number == signal.SIGINT else "terminated"))
+            status = 128 + number
+        except BrokenPipeError:
+            _give_up_stdout()
+            status = BROKEN_PIPE
+        except OSError as error:
+            status = _refuse(error)
+        except MemoryError as error:
+            say(f"not enough memory {error}")
+            status = BAD_INPUT
     sys.exit(status)
 
 
-def _report(message: str) -> None:
-    """Print one line on stderr."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+@contextlib.contextmanager
+def _stopping() -> Iterator[list[int]]:
+    """Turn signals that stop a process into ``KeyboardInterrupt``; yields which have come.
+
+    A second one while the first is cleaned up ends the process at once. Signals that are ignored, as
+    under ``nohup``, stay so.
+    """
+    come: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if come:
+            leave(number, frame)
+        come.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield come
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _refuse(error: OSError) -> int:
+    """Say what the system has refused; return the status to leave with."""
+    words = error.strerror or str(error)
+    if error.filename is not None:
+        say(f"{shortened(Path(os.fsdecode(error.filename)))}: {words}")
+        return BAD_INPUT
+    try:
+        sys.stdout.flush()
+    except OSError:
+        say(f"standard output cannot be written: {words}")
+        _give_up_stdout()
+    else:
+        say(words)
+    return CANNOT_WRITE
+
+
+def _give_up_stdout() -> None:
+    """Send stdout to nowhere: Python flushes it once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown_option(kind: type, tokens: Sequence[str]) -> str | None:

@@ -6,6 +6,14 @@ timed between the measurements, so that runs on shared machines can be compared 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    from _start import begin
+
+    begin()
+
 import importlib.util
 import platform
 import subprocess
