@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
-from _cli import split_names
+from _cli import MAX_JOBS, check_number, split_names
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -71,10 +71,8 @@ def load_tasks(text: str) -> list[TaskConfig]:
 
 def held_out(cases: int, jobs: int) -> range:
     """Return the held-out seeds of so many cases, after a look at the two numbers given."""
-    if not 2 <= cases <= HELD_OUT_SEED:
-        raise ServegymError(f"--cases must lie in 2 … {HELD_OUT_SEED}, got {cases}")
-    if jobs < 1:
-        raise ServegymError(f"--jobs must be ≥ 1, got {jobs}")
+    check_number("--cases", cases, 2, HELD_OUT_SEED)
+    check_number("--jobs", jobs, 1, MAX_JOBS)
     return range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
 
 

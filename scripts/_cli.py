@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn, TypeVar
+from typing import Final, NoReturn, TypeVar, get_type_hints
 
 import tyro
 from _start import BAD_INPUT, STOP_SIGNALS, leave, say
@@ -57,14 +59,18 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | N
     SystemExit
         Status 2 after one line on stderr that says what is wrong and names the nearest option;
         status 0 after ``--help``.
+    ServegymError
+        If a value is of its type but out of all bounds: NaN, infinite, beyond 2⁶², an empty path, a
+        text that is not in the terminal's encoding.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
+    _check_paths(kind, tokens)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             if default is None:
-                return checked_texts(tyro.cli(kind, args=tokens))
-            return checked_texts(tyro.cli(kind, args=tokens, default=default))
+                return _checked(tyro.cli(kind, args=tokens))
+            return _checked(tyro.cli(kind, args=tokens, default=default))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -88,28 +94,63 @@ def read_list(option: str, text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
-def checked_texts(args: Args) -> Args:
-    """Return the options; refuse texts that no file can hold, before hours are spent on them."""
+MAX_NUMBER: Final = 2**62
+"""No whole number on a command line is larger: numpy's seeds and counts of 64 bits hold it."""
+
+
+def _checked(args: Args) -> Args:
+    """Return the options; refuse values that are of their type and still mean nothing anywhere."""
     for field in dataclasses.fields(args):  # type: ignore[arg-type]
-        value = getattr(args, field.name)
+        option, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
         if isinstance(value, str | Path):
-            option = f"--{field.name.replace('_', '-')}"
-            try:
-                os.fsencode(str(value).encode().decode())
-            except UnicodeEncodeError:
-                raise ServegymError(
-                    f"{option} {shown(str(value))} is not in the encoding of this terminal; use "
-                    "plain letters, or set LC_ALL=C.UTF-8"
-                ) from None
-            if "\0" in str(value):
-                raise ServegymError(f"{option} {shown(str(value))} holds a NUL character")
+            _check_text(option, str(value))
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ServegymError(f"{option} must be a finite number, got {value}")
+        elif isinstance(value, int) and abs(value) > MAX_NUMBER:
+            raise ServegymError(f"{option} must be at most {MAX_NUMBER}, got {shown(value)}")
     return args
+
+
+def _check_text(option: str, text: str) -> None:
+    """Refuse a text that no file can hold or be called, before hours are spent on it."""
+    if "\0" in text:
+        raise ServegymError(f"{option} {shown(text)} holds a NUL character")
+    try:
+        os.fsencode(text.encode().decode())
+    except UnicodeEncodeError:
+        raise ServegymError(
+            f"{option} {shown(text)} is not in the encoding of this terminal; use plain letters, or "
+            "set LC_ALL=C.UTF-8"
+        ) from None
+
+
+def _check_paths(kind: type, tokens: Sequence[str]) -> None:
+    """Refuse an empty text as a path, which would be the folder that the shell stands in."""
+    paths = [
+        f"--{name.replace('_', '-')}" for name, hint in get_type_hints(kind).items() if hint is Path
+    ]
+    for token, following in zip(tokens, [*tokens[1:], "x"], strict=False):
+        option, equals, value = token.replace("_", "-").partition("=")
+        if option in paths and not (value if equals else following):
+            raise ServegymError(f"{option} is empty; name a path")
 
 
 def check_number(option: str, value: float, least: float, most: float) -> None:
     """Refuse a number outside its range, NaN included."""
     if not least <= value <= most:
         raise ServegymError(f"{option} must lie in {least} … {most}, got {shown(value)}")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that could not be made or written to, before hours are spent on what it is to hold.
+
+    Leaves nothing behind where another option is refused afterwards.
+    """
+    nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    try:
+        Path(tempfile.mkdtemp(dir=nearest)).rmdir()
+    except OSError as error:
+        raise ServegymError(f"{shortened(path)}: cannot be made: {error.strerror}") from None
 
 
 def check_output(path: Path) -> None:

@@ -30,7 +30,7 @@ from _checks import (
     short_name,
     tuned_multiplier,
 )
-from _cli import parse, run
+from _cli import command_line, parse, run
 
 from servegym.baselines.episodes import play_loaded
 from servegym.baselines.policies import TriggerPolicy
@@ -206,10 +206,8 @@ def lines(task: TaskConfig, rows: pd.DataFrame) -> list[Line]:
 
 def command_of(args: Args) -> str:
     """Return the command that does what ``args`` say."""
-    return (
-        f"python scripts/check_stealing.py --tasks {args.tasks} --cases {args.cases} "
-        f"--output {args.output}"
-    )
+    asked = {name: getattr(args, name) for name in ("tasks", "cases", "output")}
+    return command_line("check_stealing", **asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from _cli import parse, run, split_names
+from _cli import MAX_JOBS, check_number, command_line, parse, run, split_names
 from _policies import DESCRIPTIONS, make_policy, note_agents
 
 from servegym.baselines.optima import find_optima
@@ -34,7 +34,6 @@ from servegym.envs.workloads import is_csv
 
 MAX_SEEDS = 1_000_000
 MAX_SEED = 2**62
-MAX_JOBS = 1024
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if listings:
         print("\n\n".join(listings))
         return 0
-    if not 1 <= args.jobs <= MAX_JOBS:
-        raise ServegymError(f"--jobs must lie in 1 … {MAX_JOBS}, got {args.jobs}")
-    if not 0 <= args.optimum_limit < float("inf"):
+    check_number("--jobs", args.jobs, 1, MAX_JOBS)
+    if args.optimum_limit < 0:
         raise ServegymError(f"--optimum-limit must be ≥ 0 seconds, got {args.optimum_limit}")
     task, seeds = resolve_task(args), parse_seeds(args.seeds)
     names = parse_policies(args.policies, task.name)
@@ -191,12 +189,10 @@ def look_for_optima(task: TaskConfig, seeds: range, args: Args) -> tuple[pd.Data
 
 def summary_text(task: str, args: Args, table: str) -> str:
     """Return summary.md: the command that makes it, then the table."""
-    command = (
-        f"python scripts/evaluate.py --task {args.task} --policies {args.policies} "
-        f"--seeds {args.seeds} --output {args.output}"
-    )
-    if args.workload:
-        command += f" --workload {args.workload}"
+    asked = {
+        name: getattr(args, name) for name in ("task", "policies", "seeds", "output", "workload")
+    }
+    command = command_line("evaluate", **asked)
     return (
         f"# {task}\n\n`{command}`\n\nMeans over seeds with 95 % Student-t intervals; decision p99 is "
         f"the median over episodes.\n\n{table}"

@@ -20,11 +20,10 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from _cli import parse, run
+from _cli import MAX_JOBS, check_number, parse, run
 from _policies import make_policy
 
 from servegym.envs.config import TaskConfig
-from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED, evaluate, make_case, play
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.rendering import draw_gantts, draw_makespans, to_png
@@ -146,10 +145,8 @@ def draw(task: TaskConfig, study: pd.DataFrame, output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Play, tabulate and draw."""
     args = parse(Args, argv)
-    if not 2 <= args.cases <= HELD_OUT_SEED:
-        raise ServegymError(f"--cases must lie in 2 … {HELD_OUT_SEED}, got {args.cases}")
-    if args.jobs < 1:
-        raise ServegymError(f"--jobs must be ≥ 1, got {args.jobs}")
+    check_number("--cases", args.cases, 2, HELD_OUT_SEED)
+    check_number("--jobs", args.jobs, 1, MAX_JOBS)
     task, names = TASKS["servegym/Paper-v0"], [*STEPS, *OTHERS, *LEARNED]
     policy_of = partial(make_policy, task_name=task.name)
     begin(args.output)

@@ -11,25 +11,24 @@ if __name__ == "__main__":  # first of all: see _start.py
     begin()
 
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _cli import parse, read_list, run
+from _cli import MAX_JOBS, check_folder, check_number, parse, read_list, run
 from _study_play import evaluate_agents, play_transfer
 from _study_report import write_task, write_transfer
 from _study_runs import ABLATED, MAIN, Run, ablations, grid, train_all
 
 from servegym.agents.hyperparameters import MAX_SEED
-from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED
 from servegym.envs.tasks import NAMESPACE, TASKS
 
 PAPER = "Paper-v0"
 TINY = "Tiny-v0"
 PREDICTED = "GSM8KPredicted-v0"
+MAX_TIMESTEPS = 10**12
 PARTS = ("train", "evaluate", "transfer", "report")
 
 
@@ -99,12 +98,15 @@ def check(args: Args) -> None:
         "ablation_seeds": (1, MAX_SEED + 1),
         "cases": (2, HELD_OUT_SEED),  # a single one has no interval
         "transfer_cases": (2, HELD_OUT_SEED),
-        "jobs": (1, 1024),
+        "jobs": (1, MAX_JOBS),
+        "timesteps": (1, MAX_TIMESTEPS),
+        "paper_timesteps": (1, MAX_TIMESTEPS),
+        "tiny_timesteps": (1, MAX_TIMESTEPS),
+        "predicted_timesteps": (1, MAX_TIMESTEPS),
+        "ablation_timesteps": (1, MAX_TIMESTEPS),
     }
     for name, (least, most) in limits.items():
-        value, option = getattr(args, name), name.replace("_", "-")
-        if not least <= value <= most:
-            raise ServegymError(f"--{option} must lie in {least} … {most}, got {value}")
+        check_number(f"--{name.replace('_', '-')}", getattr(args, name), least, most)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     parts, tasks = read_list("--parts", args.parts, PARTS), read_tasks(args.tasks)
     runs = make_grid(args, tasks)
+    check_folder(args.runs)
+    check_folder(args.output)
     if "train" in parts:
         failed = train_all(runs, args.runs, args.jobs)
         if failed:
@@ -134,6 +138,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Training takes hours and children: a plain kill must end them as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run(main)

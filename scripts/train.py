@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from _cli import parse, run
+from _cli import check_number, parse, run
 
 from servegym.agents.hyperparameters import Hyperparameters, Options, default_hyperparameters
 from servegym.agents.record import check_run, read_run
@@ -141,10 +141,7 @@ def make_reference(args: Args, task: TaskConfig) -> Callable[[Case], float] | No
 def main(argv: Sequence[str] | None = None) -> int:
     """Train."""
     args = read_args(argv)
-    if not 0 <= args.validation_cases <= MAX_VALIDATION_CASES:
-        raise ServegymError(
-            f"--validation-cases must lie in 0 … {MAX_VALIDATION_CASES}, got {args.validation_cases}"
-        )
+    check_number("--validation-cases", args.validation_cases, 0, MAX_VALIDATION_CASES)
     if args.evaluate_every < 1:
         raise ServegymError(f"--evaluate-every must be ≥ 1, got {args.evaluate_every}")
     task = load_task(args.task)

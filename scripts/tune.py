@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _cli import parse, run
+from _cli import MAX_JOBS, check_number, command_line, parse, run
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.config import TaskConfig
-from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.summary import to_markdown, with_interval
@@ -83,10 +82,8 @@ def best_of_families(table: pd.DataFrame) -> pd.DataFrame:
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and write the tables."""
     args = parse(Args, argv)
-    if not 1 <= args.cases <= HELD_OUT_SEED:
-        raise ServegymError(f"--cases must lie in 1 … {HELD_OUT_SEED}, got {args.cases}")
-    if args.jobs < 1:
-        raise ServegymError(f"--jobs must be ≥ 1, got {args.jobs}")
+    check_number("--cases", args.cases, 1, HELD_OUT_SEED)
+    check_number("--jobs", args.jobs, 1, MAX_JOBS)
     task, names = load_task(args.task), candidates()
     make_folder(args.output)
     parallel = Parallel(n_jobs=args.jobs, return_as="generator")
@@ -96,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     best = best_of_families(table)
     means = table.groupby("policy", sort=False)["gap"].agg(["count", "mean", "std"])
     write_file(args.output / "tuning.csv", means.astype({"count": np.int64}).to_csv())
-    command = (
-        f"python scripts/tune.py --task {args.task} --cases {args.cases} --output {args.output}"
-    )
+    command = command_line("tune", task=args.task, cases=args.cases, output=args.output)
     text = f"# Tuning on {task.name}\n\n`{command}`\n\n{to_markdown(best)}"
     write_file(args.output / "tuning.md", text)
     print(to_markdown(best))
