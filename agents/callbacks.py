@@ -22,9 +22,10 @@ from servegym.agents.export import export_agent, policy_network
 from servegym.agents.validation import Trace, Validation, ValidationResult
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError, unknown
-from servegym.envs.files import make_folder, read_table, write_file
+from servegym.envs.files import make_folder, write_file
 from servegym.envs.metrics import METRICS
 from servegym.envs.rendering import draw_gantt, draw_values, to_image
+from servegym.envs.tables import Schema, read_rows
 
 CHARTED: Final = (
     "gap",
@@ -325,5 +326,7 @@ def _latency_ms(best: Any, trace: Trace) -> tuple[float, float]:
 
 def _read_evaluations(path: Path, timesteps: int) -> pd.DataFrame:
     """Return the evaluations up to a step."""
-    table = read_table(path, EVALUATION_COLUMNS, "begin a new run")
+    whole = ("timesteps", "cases")
+    schema = Schema(EVALUATION_COLUMNS, key=("timesteps",), whole=whole, optional=None)
+    table = read_rows(path, schema, "begin a new run")
     return table[table["timesteps"] <= timesteps].reset_index(drop=True)

@@ -14,6 +14,8 @@ from servegym.agents.hyperparameters import Hyperparameters
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
+from servegym.envs.identity import compare, hash_of
+from servegym.envs.locks import LOCK_FILE
 from servegym.envs.observation import OBSERVATION_VERSION
 
 _PACKAGES: Final = ("numpy", "torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numba")
@@ -21,12 +23,15 @@ _RECORD: Final = "run.json"
 
 
 def identity(task: TaskConfig, hyperparameters: Hyperparameters) -> dict[str, Any]:
-    """Return what makes a run this run: task, hyper-parameters, observation version."""
+    """Return what makes a run this run: task, hyper-parameters, observation version.
+
+    And the hash of the task's workload file, where it has one.
+    """
     return {
         "task": asdict(task),
         "hyperparameters": asdict(hyperparameters),
         "observation_version": OBSERVATION_VERSION,
-    }
+    } | hash_of(task)
 
 
 def check_run(
@@ -51,10 +56,10 @@ def check_run(
     record = folder / _RECORD
     if resume:
         found, wanted = read_run(folder), identity(task, hyperparameters)
-        check_identity(str(record), {key: found[key] for key in wanted}, wanted)
+        check_identity(str(record), {key: found[key] for key in wanted if key in found}, wanted)
     elif record.exists():
         raise ServegymError(f"{folder}: holds a run; go on with it by --resume, or name another")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise ServegymError(f"{folder}: not empty and holds no run; name another folder")
 
 
@@ -95,13 +100,5 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def check_identity(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse what is of another run, naming the first difference."""
-    wanted = json.loads(json.dumps(wanted))  # as it was written: tuples are lists
-    for name in dict(found) | dict(wanted):
-        old, new = found.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            check_identity(place, old, new)
-        elif old != new:
-            raise ServegymError(
-                f"{place}: belongs to a run with {name} {old!r}, this one has {new!r}; "
-                "resume with the same, or begin a run in another folder"
-            )
+    words = "belongs to a run with {name} {old}, this one has {new}"
+    compare(place, words, found, wanted, "resume with the same, or begin a run in another folder")

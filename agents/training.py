@@ -27,6 +27,8 @@ from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.envs.cases import Case
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
+from servegym.envs.identity import HASH, check_unchanged
+from servegym.envs.locks import locked
 from servegym.envs.vector_env import ServingVectorEnv
 
 _CLASSES: Final[dict[str, Callable[..., OnPolicyAlgorithm]]] = {
@@ -114,9 +116,34 @@ def train(
     Raises
     ------
     ServegymError
-        If the folder does not fit (see :func:`check_run`), a checkpoint is damaged or another run's.
+        If the folder does not fit (see :func:`check_run`) or another process trains in it, a checkpoint
+        is damaged or another run's, or the task's workload file changes meanwhile.
     """
-    options = options or Options()
+    with locked(folder):
+        return _train(
+            task,
+            hyperparameters,
+            folder,
+            callbacks,
+            expert,
+            reference,
+            resume,
+            command,
+            options or Options(),
+        )
+
+
+def _train(
+    task: TaskConfig,
+    hyperparameters: Hyperparameters,
+    folder: Path,
+    callbacks: Sequence[BaseCallback],
+    expert: Expert | None,
+    reference: Reference | None,
+    resume: bool,
+    command: str,
+    options: Options,
+) -> OnPolicyAlgorithm:
     begin_run(task, hyperparameters, folder, command, resume)
     torch.set_num_threads(options.threads)
     model = make_model(task, hyperparameters, reference)
@@ -233,6 +260,8 @@ class _Run:
         model.train()
 
     def _save(self, progress: Progress) -> None:
+        known = {HASH: self.identity[HASH]} if HASH in self.identity else {}
+        check_unchanged(self.task, known)
         save_checkpoint(self.model, self.identity, self.checkpoint_folder, progress)
 
 
@@ -291,4 +320,4 @@ def _freeze_actor(model: OnPolicyAlgorithm, frozen: bool) -> None:
 
 def _recent_return(model: OnPolicyAlgorithm) -> str:
     episodes = model.ep_info_buffer
-    return f"return {np.mean([item['r'] for item in episodes]):.3f}" if episodes else ""
+    return f"return {np.mean([item['r'] for item in episodes]):z.3f}" if episodes else ""

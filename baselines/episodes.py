@@ -7,8 +7,8 @@ from servegym.baselines.triggers import fires
 from servegym.envs.cases import Case, load_case, make_task_state
 from servegym.envs.config import TaskConfig
 from servegym.envs.cost_models import CostTables
-from servegym.envs.evaluation import brief
-from servegym.envs.metrics import episode_metrics
+from servegym.envs.evaluation import brief, play
+from servegym.envs.metrics import METRICS, episode_metrics
 from servegym.envs.simulator.admission import ADMISSION_RULES, admits
 from servegym.envs.simulator.jit import kernel
 from servegym.envs.simulator.loop import advance, decode, prefill
@@ -57,8 +57,13 @@ def run_episode(
 def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:
     """Return the metrics of one episode under a trigger policy, played in compiled code.
 
-    The same numbers as ``servegym.envs.evaluation.play``, without decision times.
+    The same numbers as ``servegym.envs.evaluation.play``, without decision times. By that function
+    where the task cuts episodes short: compiled code counts only decisions of which the rule has a
+    choice.
     """
+    if task.process.max_decisions > 0 or task.process.max_seconds > 0:
+        row = play(task, "compiled", policy, case, seed=0).row
+        return {metric: row[metric] for metric in METRICS}
     task = policy.adapt(task)
     clients = task.cluster.clients
     state = make_task_state(task, 1, len(case.requests))

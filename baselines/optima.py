@@ -13,18 +13,29 @@ from tqdm import tqdm
 
 from servegym.baselines.exact import exact_optimum
 from servegym.envs.config import TaskConfig
+from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import make_case
-from servegym.envs.files import make_folder, read_table, write_file
+from servegym.envs.files import write_file
+from servegym.envs.identity import check_unchanged, claim_task, hash_of
+from servegym.envs.locks import locked
 from servegym.envs.requests import Requests
+from servegym.envs.tables import Schema, read_rows
 
 COLUMNS: Final = ("seed", "optimum_s", "bound_s", "proven", "time_limit_s", "search_s")
 """Columns of ``optima.csv``: of each case the best schedule's makespan, which is the optimum where
 ``proven``; what no schedule is below (the same where proven); the limit, and the seconds it took."""
 
+OPTIMA: Final = Schema(COLUMNS, key=("seed",), flags=("proven",))
+"""What ``optima.csv`` must be."""
+
 FILE: Final = "optima.csv"
 
 MAX_REQUESTS: Final = 12
 """Larger cases are not tried: they may take minutes, and most are more than the search can hold."""
+
+
+class TooLargeError(ServegymError):
+    """A case of few requests is more than the search can hold."""
 
 
 def is_small(requests: Requests) -> bool:
@@ -49,30 +60,36 @@ def find_optima(
     task, seeds
         The cases.
     output
-        Folder for ``optima.csv``; what stands there is not searched again, unless it is not proven
-        and the limit has been raised. It must hold this task's results alone, which
-        ``servegym.envs.evaluation.evaluate`` sees to.
+        Folder for ``optima.csv`` and ``task.json``; what stands there is not searched again, unless it
+        is not proven and the limit has been raised.
     time_limit_s
         Seconds of search for a case, > 0.
 
     Raises
     ------
     ServegymError
-        If the file is damaged, or a case has few requests and still is more than the search can hold;
-        the message says what it can, and a lower bound.
+        If the folder holds another task's results or a damaged file, or is written to by another
+        process; :class:`TooLargeError` if a case has few requests and still is more than the search
+        can hold: the message says what it can, and a lower bound.
     """
     path = output / FILE
+    if path.exists():
+        claim_task(task, output)
     rows = {int(row["seed"]): row for row in _read(path)}
     wanted = sorted(set(seeds))
     missing = [seed for seed in wanted if seed not in rows or _try_again(rows[seed], time_limit_s)]
     if not missing or not is_small(make_case(task, missing[0]).requests):
         return _table([rows[seed] for seed in wanted if seed in rows])
-    make_folder(output)
-    for seed in tqdm(missing, desc="optima", disable=not progress):
-        row = _search(task, seed, time_limit_s)
-        if row is not None:
-            rows[seed] = row
-            write_file(path, _table([rows[seed] for seed in sorted(rows)]).to_csv(index=False))
+    with locked(output):
+        claim_task(task, output)
+        known = hash_of(task)
+        rows |= {int(row["seed"]): row for row in _read(path)}  # what was added until it was locked
+        for seed in tqdm(missing, desc="optima", disable=not progress):
+            row = _search(task, seed, time_limit_s)
+            check_unchanged(task, known)
+            if row is not None:
+                rows[seed] = row
+                write_file(path, _table([rows[seed] for seed in sorted(rows)]).to_csv(index=False))
     return _table([rows[seed] for seed in wanted if seed in rows])
 
 
@@ -86,13 +103,16 @@ def _search(task: TaskConfig, seed: int, time_limit_s: float) -> dict[str, Any] 
     if not is_small(requests):
         return None
     started = perf_counter()
-    found = exact_optimum(
-        requests,
-        cluster.clients,
-        task.cost.tables(cluster.clients),
-        cluster.max_prefill_tokens,
-        time_limit_s=time_limit_s,
-    )
+    try:
+        found = exact_optimum(
+            requests,
+            cluster.clients,
+            task.cost.tables(cluster.clients),
+            cluster.max_prefill_tokens,
+            time_limit_s=time_limit_s,
+        )
+    except ServegymError as error:
+        raise TooLargeError(str(error)) from None
     values = (seed, found.makespan_s, found.lower_bound_s, found.proven, time_limit_s)
     return dict(zip(COLUMNS, (*values, perf_counter() - started), strict=True))
 
@@ -102,5 +122,5 @@ def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    table = read_table(path, COLUMNS, "remove it")
+    table = read_rows(path, OPTIMA, "remove it")
     return [dict(zip(COLUMNS, row, strict=True)) for row in table.itertuples(index=False)]

@@ -6,10 +6,9 @@ evaluation goes on where it stopped.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, perf_counter_ns
 from typing import Any, Final
@@ -17,28 +16,53 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 from gymnasium.utils import seeding
-from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from servegym.envs.cases import Case, bound_case, sample_requests
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, read_table, write_file
+from servegym.envs.files import write_file
+from servegym.envs.identity import check_unchanged, claim_task, hash_of
+from servegym.envs.locks import locked
 from servegym.envs.metrics import METRICS, Records
+from servegym.envs.parallel import run_parallel
 from servegym.envs.policy import Briefing, Policy, Situation
 from servegym.envs.serving_env import ServingEnv
+from servegym.envs.tables import Schema, read_rows
+
+UNFINISHED: Final = "unfinished_requests"
 
 COLUMNS: Final = (
     "task",
     "policy",
     "seed",
-    *METRICS,
+    *(metric for metric in METRICS if metric != UNFINISHED),
     "decision_ms_p50",
     "decision_ms_p99",
     "decision_points",
     "prepare_s",
+    UNFINISHED,
 )
 """Columns of ``episodes.csv``."""
+
+EPISODES: Final = Schema(
+    COLUMNS,
+    key=("policy", "seed"),
+    whole=("seed", UNFINISHED),
+    texts=("task", "policy", "decision_points"),
+    optional=("makespan_s", "gap", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s"),
+    defaults={UNFINISHED: 0},  # came with the second version of the table
+)
+"""What ``episodes.csv`` must be."""
+
+BEST_KNOWN: Final = Schema(
+    ("task", "seed", "best_known_s"),
+    others=True,
+    key=("task", "seed"),
+    texts=("task", "found_by"),
+    optional=None,
+)
+"""What ``best_known.csv`` must be; a policy's makespan is NaN where it was cut short."""
 
 HELD_OUT_SEED: Final = 1_000_000
 """Seeds below are for training and tuning, seeds from here on for held-out evaluation."""
@@ -123,23 +147,42 @@ def evaluate(
         Folder for ``episodes.csv`` and ``task.json``; made if missing. Episodes that stand in it are
         kept there, also those of policies and seeds not asked for now.
     jobs
-        Worker processes.
+        Worker processes; no more are started than can be busy.
 
     Raises
     ------
     ServegymError
-        If a policy is unknown, the folder cannot be written or holds another task's episodes.
+        If a policy is unknown, the folder cannot be written, holds another task's episodes or is
+        written to by another process, or if the task's workload file changes meanwhile.
     """
     # Refuse an unknown policy or a bad workload file before anything is written.
     for name in names:
         make_policy(name)
     sample_requests(task, np.random.default_rng(0))
-    table = _open_table(task, output)
+    names, seeds = list(dict.fromkeys(names)), list(dict.fromkeys(seeds))
+    with locked(output):
+        return _evaluate(
+            claim_task(task, output), make_policy, names, seeds, output, jobs, progress
+        )
+
+
+def _evaluate(
+    task: TaskConfig,
+    make_policy: Callable[[str], Policy],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    jobs: int,
+    progress: bool,
+) -> pd.DataFrame:
+    table = read_episodes(output / "episodes.csv")
     done = set(zip(table["policy"], table["seed"], strict=True))
     wanted = [(seed, [name for name in names if (name, seed) not in done]) for seed in seeds]
     missing = [(seed, pending) for seed, pending in wanted if pending]
     rows: list[dict[str, Any]] = [dict(row) for row in table.to_dict("records")]  # type: ignore[arg-type]
-    results = _play_cases(task, make_policy, missing, jobs)
+    known = hash_of(task)
+    cases = [(task, known, make_policy, seed, pending) for seed, pending in missing]
+    results = run_parallel(_play_case, cases, jobs)
     bar = tqdm(total=sum(len(pending) for _, pending in missing), disable=not progress)
     with bar, closing(results):
         saved = monotonic()
@@ -157,40 +200,40 @@ def evaluate(
     return _as_table([row for row in rows if (row["policy"], row["seed"]) in asked], names)
 
 
-def _play_cases(
-    task: TaskConfig,
-    make_policy: Callable[[str], Policy],
-    missing: Sequence[tuple[int, Sequence[str]]],
-    jobs: int,
-) -> Generator[list[dict[str, Any]]]:
-    if jobs == 1 or len(missing) < 2:
-        for seed, names in missing:
-            yield _play_case(task, make_policy, seed, names)
-        return
-    with Parallel(n_jobs=jobs, return_as="generator_unordered") as parallel:
-        yield from parallel(
-            delayed(_play_case)(task, make_policy, seed, names) for seed, names in missing
-        )
-
-
 def _play_case(
-    task: TaskConfig, make_policy: Callable[[str], Policy], seed: int, names: Sequence[str]
+    task: TaskConfig,
+    known: Mapping[str, str],
+    make_policy: Callable[[str], Policy],
+    seed: int,
+    names: Sequence[str],
 ) -> list[dict[str, Any]]:
+    """Return a row a policy; refuse a workload file that is not the one of the other rows."""
+    check_unchanged(task, known)
     case = make_case(task, seed)
-    return [play(task, name, make_policy(name), case, seed).row for name in names]
+    rows = [play(task, name, make_policy(name), case, seed).row for name in names]
+    check_unchanged(task, known)
+    return rows
 
 
-def _open_table(task: TaskConfig, output: Path) -> pd.DataFrame:
-    """Return the episodes that stand in ``output``; refuse those of another task."""
-    config = json.dumps(asdict(task), indent=2, default=str) + "\n"
-    note = output / "task.json"
-    make_folder(output)
-    if note.is_file() and note.read_text("utf-8") != config:
+def read_episodes(path: Path) -> pd.DataFrame:
+    """Return an ``episodes.csv``, without rows where there is no file.
+
+    Raises
+    ------
+    ServegymError
+        One line naming file and line of what is damaged or of another version.
+    """
+    table = read_rows(path, EPISODES, "remove it or choose a new folder")
+    without = table["gap"].isna() | table["makespan_s"].isna()
+    below = table["gap"] < -1e-6  # no schedule is below the bound: rounding apart, it was cut short
+    wrong = np.flatnonzero((without != (table[UNFINISHED] > 0)) | below)
+    if len(wrong):
+        row = table.iloc[wrong[0]]
         raise ServegymError(
-            f"{output} holds episodes of another task or version; choose a new --output folder"
+            f"{path}: the row of policy {row['policy']}, seed {row['seed']}: a gap of {row['gap']:.4g} "
+            f"with {row[UNFINISHED]} unfinished requests cannot be; delete it, and it is played again"
         )
-    write_file(note, config)
-    return read_table(output / "episodes.csv", COLUMNS, "remove it or choose a new folder")
+    return table
 
 
 def read_best_known(path: Path, task_name: str, episodes: pd.DataFrame) -> pd.DataFrame | None:
@@ -209,17 +252,9 @@ def read_best_known(path: Path, task_name: str, episodes: pd.DataFrame) -> pd.Da
     ServegymError
         If the file is no such table, or of another task or version.
     """
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        table = pd.read_csv(path)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
-        table = pd.DataFrame()
-    missing = [name for name in ("task", "seed", "best_known_s") if name not in table.columns]
-    if missing:
-        raise ServegymError(
-            f"{path}: not a table of best-known schedules, no column {missing[0]!r}"
-        )
+    table = read_rows(path, BEST_KNOWN, "remove it")
     if not (table["task"] == task_name).all() or not table["seed"].is_unique:
         raise ServegymError(f"{path}: must hold every case of {task_name} once and no other task")
     ours = episodes.groupby("seed")["lower_bound_s"].first()

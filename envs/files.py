@@ -6,11 +6,8 @@ import codecs
 import json
 import os
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
-
-import pandas as pd
 
 from servegym.envs.errors import ServegymError
 
@@ -46,25 +43,6 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise ServegymError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_table(path: Path, columns: Sequence[str], advice: str) -> pd.DataFrame:
-    """Return a CSV file of just these columns, without rows where there is no file.
-
-    Raises
-    ------
-    ServegymError
-        If it is something else; ``advice`` says what to do.
-    """
-    if not path.is_file():
-        return pd.DataFrame({name: [] for name in columns})
-    try:
-        table = pd.read_csv(path)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
-        table = pd.DataFrame()
-    if tuple(table.columns) != tuple(columns):
-        raise ServegymError(f"{path}: not a table of this version; {advice}")
-    return table
 
 
 def read_bytes(path: Path, kind: str = "file") -> bytes:

@@ -3,7 +3,8 @@
 ``gap``: loss = 100 · (clock − credit) / bound. Every decode token and every prompt token earns a
 fixed share of the lower bound once it is served, and all shares add up to the bound; so the return
 is exactly −100 · gap: minus the gap in percent. What a step loses is client-time spent idle or on
-the fixed cost of stages.
+the fixed cost of stages. An episode that is cut short (truncated) has no gap: its return is minus what
+was lost until then, and tells nothing of the requests that are left.
 
 ``latency``: loss = ∫ requests in the system dt / requests; the return is minus the mean latency in
 seconds.

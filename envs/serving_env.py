@@ -117,14 +117,15 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     ## Reward
     ``gap`` (default): the return of an episode is exactly −100 · (makespan / lower bound − 1); each
     step's reward is what it lost, in percent of the bound. ``latency``: the return is minus the mean
-    latency in seconds. The natural discount is 1.
+    latency in seconds. The natural discount is 1. An episode that is truncated has no gap: its return
+    is minus what was lost until then.
 
     ## Start and end
     ``reset(seed=…)`` samples the task's workload; ``options`` may hold ``requests`` (a
     :class:`Requests`), its ``bound`` where that is already known, and ``plan`` (a :class:`Plan` of
     the requests present at t = 0; without it the greedy longest-first plan is used). Terminated when
     all requests have finished; truncated at ``process.max_decisions`` or ``process.max_seconds``.
-    The last ``info`` holds every metric.
+    The last ``info`` holds every metric; ``makespan_s`` and ``gap`` are NaN where requests are left.
 
     ## Arguments
     ``task``: a registered id, a TOML file or a :class:`TaskConfig`; ``overrides``: keys to replace,

@@ -9,12 +9,42 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from servegym.envs.errors import ServegymError
+
 CONFIDENCE = 0.95
 
 
+UNFINISHED = "unfinished"
+"""What stands in a table where no episode was finished."""
+
+
+def fixed(value: float, digits: int = 2, sign: str = "") -> str:
+    """Format a number with so many digits, never as ``-0.00``; ``sign`` is ``+`` to show both signs."""
+    return f"{value:{sign}z.{digits}f}"
+
+
+def finished(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the values less the NaN of episodes that were cut short."""
+    values = np.asarray(values, dtype=float)
+    return values[~np.isnan(values)]
+
+
+def mean_gaps(episodes: pd.DataFrame) -> pd.Series:
+    """Return the mean gap of each policy, infinite where one of its episodes was cut short.
+
+    For choosing the best: what leaves requests unserved must not win by those it has served.
+    """
+    means = episodes.groupby("policy")["gap"].agg(lambda gaps: gaps.mean(skipna=False))
+    return means.astype(float).fillna(np.inf)
+
+
 def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % Student-t interval (NaN for one value)."""
-    mean = float(np.mean(values))
+    """Return the mean and half the width of its 95 % Student-t interval (NaN for one value).
+
+    Over the values that are not NaN; the mean is NaN where there are none.
+    """
+    values = finished(values)
+    mean = float(np.mean(values)) if len(values) else float("nan")
     if len(values) < 2:
         return mean, float("nan")
     half = stats.sem(values) * stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
@@ -34,13 +64,14 @@ def stratified_interval(
     Parameters
     ----------
     values
-        One row a training run, one column a case. The ends are NaN for a single run.
+        One row a training run, one column a case. The ends are NaN for a single run, the mean, too,
+        without any case.
     resamples
         Bootstrap samples; drawn from a generator of its own, so the same values give the same ends.
     """
     values = np.asarray(values, dtype=float)
-    mean = float(values.mean())
-    if len(values) < 2:
+    mean = float(values.mean()) if values.size else float("nan")
+    if len(values) < 2 or values.size == 0:
         return mean, float("nan"), float("nan")
     found = stats.bootstrap(
         tuple(values.T),
@@ -61,19 +92,36 @@ def _mean_of_strata(*strata: NDArray[np.float64], axis: int) -> NDArray[np.float
 def by_case(episodes: pd.DataFrame, policies: Sequence[str]) -> NDArray[np.float64]:
     """Return the gap in percent of each policy on each case, shape (policies, cases).
 
-    Only cases that all of them have played, in order of their seeds.
+    Only cases that all of them have played to the end, in order of their seeds.
     """
-    table = episodes[episodes["policy"].isin(policies)].pivot_table(
-        index="policy", columns="seed", values="gap"
-    )
-    return 100.0 * table.loc[list(policies)].dropna(axis=1).to_numpy(float)
+    table = _gaps(episodes[episodes["policy"].isin(policies)])
+    return 100.0 * table[list(policies)].dropna().to_numpy(float).T
+
+
+def _gaps(episodes: pd.DataFrame) -> pd.DataFrame:
+    """Return the gaps, a row a seed, a column a policy; NaN where it was cut short or not played."""
+    doubled = episodes[episodes.duplicated(["policy", "seed"])]
+    if len(doubled):
+        policy, seed = doubled.iloc[0][["policy", "seed"]]
+        raise ServegymError(f"two episodes of policy {policy!r}, seed {seed}; give each once")
+    return episodes.pivot(index="seed", columns="policy", values="gap")
 
 
 def with_interval(values: NDArray[np.float64], scale: float = 1.0, digits: int = 2) -> str:
-    """Format a mean with its interval; where nothing varies (one case) the mean alone."""
-    mean, half = mean_interval(np.asarray(values, dtype=float) * scale)
-    text = f"{mean:.{digits}f}"
-    return text if np.isnan(half) else f"{text} ± {half:.{digits}f}"
+    """Format a mean with its interval; where nothing varies (one case) the mean alone.
+
+    NaN is left out, as of episodes that were cut short, and how many there are is said.
+    """
+    values = np.asarray(values, dtype=float)
+    whole = finished(values)
+    if len(whole) == 0:
+        return UNFINISHED
+    mean, half = mean_interval(whole * scale)
+    text = fixed(mean, digits)
+    if not np.isnan(half):
+        text += f" ± {fixed(half, digits)}"
+    cut_short = len(values) - len(whole)
+    return f"{text} ({cut_short} {UNFINISHED})" if cut_short else text
 
 
 OPTIMUM = "optimum"
@@ -88,6 +136,10 @@ def summarise(
     best_known: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Return one row a policy: n, means with 95 % intervals, and paired differences.
+
+    An episode that was cut short has no makespan and no gap: it counts among the n and in the column
+    ``unfinished``, which stands there only if it is needed, and is left out of those two means and of
+    paired differences.
 
     Parameters
     ----------
@@ -106,7 +158,8 @@ def summarise(
     """
     policies = list(dict.fromkeys(episodes["policy"]))
     groups = {policy: episodes[episodes["policy"] == policy] for policy in policies}
-    rows = [_summary_row(group) for group in groups.values()]
+    cut_short = bool(episodes["makespan_s"].isna().any())
+    rows = [_summary_row(group, cut_short) for group in groups.values()]
     makespans = [group.set_index("seed")["makespan_s"] for group in groups.values()]
     if best_known is not None and len(known_s := best_known_by_case(episodes, best_known)):
         rows.insert(0, _floor_row(BEST_KNOWN, episodes, known_s))
@@ -131,8 +184,8 @@ def best_known_by_case(episodes: pd.DataFrame, best_known: pd.DataFrame) -> pd.S
     It is the least of ``best_known_s`` and of every policy's makespan, so no policy is below it.
     """
     known = _played(episodes, best_known)["best_known_s"]
-    fastest = episodes.groupby("seed")["makespan_s"].min()
-    return known.where(known <= fastest.loc[known.index], fastest.loc[known.index])
+    fastest = episodes.groupby("seed")["makespan_s"].min().loc[known.index]
+    return known.where((known <= fastest) | fastest.isna(), fastest)
 
 
 def _played(episodes: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
@@ -160,18 +213,20 @@ def _floor_row(label: str, episodes: pd.DataFrame, seconds: pd.Series) -> dict[s
 
 
 def _gap_to(seconds: pd.Series, floor_s: pd.Series) -> str:
-    """Format the gap over the cases in both, in percent; nothing where there is none."""
+    """Format the gap over the finished cases in both, in percent; nothing where there is none."""
     gaps = (seconds / floor_s - 1).dropna()
     return with_interval(gaps.to_numpy(float), 100) if len(gaps) else ""
 
 
-def _summary_row(group: pd.DataFrame) -> dict[str, str | int]:
+def _summary_row(group: pd.DataFrame, cut_short: bool) -> dict[str, str | int]:
     def cell(column: str, scale: float = 1.0, digits: int = 2) -> str:
-        return with_interval(group[column].to_numpy(float), scale, digits)
+        known = finished(group[column].to_numpy(float))
+        return with_interval(known, scale, digits)
 
-    return {
-        "policy": str(group["policy"].iloc[0]),
-        "n": len(group),
+    row: dict[str, str | int] = {"policy": str(group["policy"].iloc[0]), "n": len(group)}
+    if cut_short:
+        row[UNFINISHED] = str(group["makespan_s"].isna().sum())
+    return row | {
         "gap (%)": cell("gap", 100),
         "makespan (s)": cell("makespan_s"),
         "lower bound (s)": cell("lower_bound_s"),
@@ -179,13 +234,13 @@ def _summary_row(group: pd.DataFrame) -> dict[str, str | int]:
         "decode util. (%)": cell("decode_utilization", 100, 1),
         "stages": cell("prefill_stages", digits=0),
         "TTFT p50 (s)": cell("ttft_p50_s", digits=1),
-        "decision p99 (ms)": f"{group['decision_ms_p99'].median():.3f}",
+        "decision p99 (ms)": fixed(group["decision_ms_p99"].median(), 3),
         "asked at": str(group["decision_points"].iloc[0]),
     }
 
 
 def _paired(episodes: pd.DataFrame, policies: Sequence[str], reference: str) -> list[str]:
-    gaps = episodes.pivot_table(index="seed", columns="policy", values="gap")
+    gaps = _gaps(episodes)
     differences = [(gaps[policy] - gaps[reference]).dropna().to_numpy() for policy in policies]
     return [
         "" if policy == reference or len(difference) == 0 else with_interval(difference, 100)

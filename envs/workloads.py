@@ -11,6 +11,7 @@ than others.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -189,19 +190,56 @@ def _sampled_lengths(preset: str) -> Tokens:
     return WORKLOAD_PRESETS[preset].sample(_LENGTHS_SAMPLED, rng).output_tokens
 
 
+def workload_sha256(source: str) -> str | None:
+    """Return the hash of a CSV file's bytes; None for a preset.
+
+    Raises
+    ------
+    ServegymError
+        If there is no such file, or it cannot be read.
+    """
+    check_source(source)
+    if source in WORKLOAD_PRESETS:
+        return None
+    path = Path(source)
+    state = _state_of(path)
+    if state is None:
+        raise ServegymError(f"{path}: no such workload file")
+    return _hash_once(path, state)
+
+
 def _read_file(source: str) -> Requests:
     path = Path(source)
+    return _read_once(path, _state_of(path))
+
+
+_FileState = tuple[int, int, int, int]
+
+
+def _state_of(path: Path) -> _FileState | None:
+    """Return what no change of a file leaves as it was; None without a file.
+
+    The time of the last change of its inode cannot be set as that of its content can.
+    """
     try:
-        modified_ns = path.stat().st_mtime_ns
+        about = path.stat()
     except (OSError, ValueError):  # the reader says what is wrong
-        modified_ns = 0
-    return _read_once(path, modified_ns)
+        return None
+    return about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 @lru_cache(maxsize=8)
-def _read_once(path: Path, modified_ns: int) -> Requests:
-    """Read a file that every episode asks for; ``modified_ns`` tells that it has changed."""
+def _read_once(path: Path, state: _FileState | None) -> Requests:
+    """Read a file that every episode asks for; ``state`` tells that it has changed."""
     return read_requests(path)
+
+
+@lru_cache(maxsize=8)
+def _hash_once(path: Path, state: _FileState) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ServegymError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def make_workload(

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
-from _cli import MAX_JOBS, check_number, split_names
-from joblib import Parallel, delayed
+from _cli import check_number, split_names
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import HELD_OUT_SEED
-from servegym.envs.files import make_folder, read_text, write_file
+from servegym.envs.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.files import write_file
+from servegym.envs.identity import check_unchanged, claim, hash_of
+from servegym.envs.locks import locked
+from servegym.envs.parallel import check_jobs, run_parallel
 from servegym.envs.rendering import to_png
 from servegym.envs.summary import mean_interval
+from servegym.envs.tables import Schema, read_rows
 from servegym.envs.tasks import NAMESPACE, load_task
 
 TUNED: Final[dict[str, dict[str, float]]] = {
@@ -64,6 +67,11 @@ def load_tasks(text: str) -> list[TaskConfig]:
             raise ServegymError(f"--tasks {name}: the check itself says what is known of lengths")
         if task.workload.arrival_rate_per_s > 0:
             raise ServegymError(f"--tasks {name} has arrivals; the checks need all at t = 0")
+        if task.process.max_decisions > 0 or task.process.max_seconds > 0:
+            raise ServegymError(
+                f"--tasks {name} cuts episodes short (process.max_decisions, max_seconds); the checks "
+                "need whole ones"
+            )
     if len({short_name(task) for task in tasks}) < len(tasks):
         raise ServegymError(f"--tasks {text}: two tasks would write the same file")
     return tasks
@@ -72,7 +80,7 @@ def load_tasks(text: str) -> list[TaskConfig]:
 def held_out(cases: int, jobs: int) -> range:
     """Return the held-out seeds of so many cases, after a look at the two numbers given."""
     check_number("--cases", cases, 2, HELD_OUT_SEED)
-    check_number("--jobs", jobs, 1, MAX_JOBS)
+    check_jobs(jobs)
     return range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
 
 
@@ -83,23 +91,21 @@ class Collection:
     output: Path
     asked: Mapping[str, Any]
     """What rows depend on besides task and seed; a folder holds rows of one value only."""
+    texts: Sequence[str] = ()
+    """Columns of texts; all others are of numbers."""
 
     def open(self, tasks: Sequence[TaskConfig]) -> None:
         """Make the folder; refuse one that holds rows of something else."""
-        make_folder(self.output)
-        notes = {}
         for task in tasks:
-            asked = {"task": asdict(task), **self.asked}
-            note = json.dumps(asked, indent=1, default=str) + "\n"
-            path = self.output / f"{short_name(task)}.json"
-            if path.is_file() and read_text(path) != note:
-                raise ServegymError(
-                    f"{self.output} holds rows of another task, setting or version; choose a new "
-                    "--output"
-                )
-            notes[path] = note
-        for path, note in notes.items():
-            write_file(path, note)
+            make_case(task, 0)  # refuse a workload file before anything is written
+        with locked(self.output):
+            for task in tasks:
+                self._claim(task)
+
+    def _claim(self, task: TaskConfig) -> None:
+        asked = {"task": asdict(task), **self.asked, **hash_of(task)}
+        path = self.output / f"{short_name(task)}.json"
+        claim(path, asked, "rows", indent=1)
 
     def rows(
         self, task: TaskConfig, seeds: range, play_case: PlayCase, jobs: int, part: str = ""
@@ -111,32 +117,38 @@ class Collection:
         what is returned is read from the file, the same after any number of interruptions.
         """
         path = self._path(task, part)
-        tables = [_read(path)] if path.is_file() else []
-        done = set(tables[0]["seed"]) if tables else set[int]()
-        missing = [seed for seed in seeds if seed not in done]
-        with Parallel(n_jobs=jobs, return_as="generator_unordered") as parallel:
-            found = parallel(delayed(play_case)(task, seed) for seed in missing)
-            for new in tqdm(found, total=len(missing), desc=path.stem, unit="case"):
-                tables.append(pd.DataFrame(new))
-                table = pd.concat(tables, ignore_index=True).sort_values("seed", kind="stable")
-                write_file(path, table.to_csv(index=False, float_format="%.7g"))
-        table = _read(path)
+        with locked(self.output):
+            self._claim(task)
+            known, tables = hash_of(task), [self._read(path)]
+            done = set(tables[0]["seed"])
+            missing = [seed for seed in seeds if seed not in done]
+            found = run_parallel(play_case, [(task, seed) for seed in missing], jobs)
+            with closing(found):
+                for new in tqdm(found, total=len(missing), desc=path.stem, unit="case"):
+                    check_unchanged(task, known)
+                    tables.append(pd.DataFrame(new))
+                    played = [table for table in tables if len(table)]
+                    table = pd.concat(played, ignore_index=True).sort_values("seed", kind="stable")
+                    write_file(path, table.to_csv(index=False, float_format="%.7g"))
+            table = self._read(path)
         return table[table["seed"].isin(seeds)].reset_index(drop=True)
+
+    def _read(self, path: Path) -> pd.DataFrame:
+        """Return a table, without rows where there is no file; several rows a case, as many for each."""
+        schema = Schema(("seed",), others=True, texts=self.texts, optional=None)
+        table = read_rows(path, schema, "remove it or choose a new --output folder")
+        counts = table["seed"].value_counts()
+        if counts.nunique() > 1:
+            seed = counts.idxmin()
+            raise ServegymError(
+                f"{path}: seed {seed} has {counts.min()} rows where others have {counts.max()}; delete "
+                "its rows, and the case is played again"
+            )
+        return table
 
     def _path(self, task: TaskConfig, part: str) -> Path:
         name = f"{short_name(task)}-{part}" if part else short_name(task)
         return self.output / f"{name}.csv"
-
-
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
-        seeds = table["seed"]
-    except (KeyError, ValueError):
-        raise ServegymError(f"{path}: damaged; remove it or choose a new --output") from None
-    if len(seeds) == 0:
-        raise ServegymError(f"{path}: holds no row; remove it or choose a new --output")
-    return table
 
 
 class Line(NamedTuple):

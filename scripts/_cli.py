@@ -29,7 +29,6 @@ from servegym.envs.files import shortened
 
 CANNOT_WRITE: Final = 74  # EX_IOERR of sysexits.h
 BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
-MAX_JOBS: Final = 1024
 
 _PLAIN_WORDS = {
     r"^Error parsing (?!-)\S+: ": "",  # a value that the dataclass itself refused

@@ -27,7 +27,7 @@ DESCRIPTIONS = {
 }
 
 
-def make_policy(name: str, task_name: str) -> Policy:
+def make_policy(name: str, task_name: str, weights: Mapping[str, str] | None = None) -> Policy:
     """Return a new policy for a task.
 
     Parameters
@@ -37,14 +37,18 @@ def make_policy(name: str, task_name: str) -> Policy:
         The folder of a training run stands for the best agent of that run.
     task_name
         Of the task to be played, which decides what ``ppo`` is.
+    weights
+        What :func:`note_agents` said: hashes of agents' weights by name, which must not change.
 
     Raises
     ------
     ServegymError
-        If there is no such policy, or the agent's files are missing or refused.
+        If there is no such policy, or the agent's files are missing, refused or not those noted.
     """
     folder = agent_folder(name, task_name)
-    return registry.make_policy(name) if folder is None else load_agent(folder)
+    if folder is None:
+        return registry.make_policy(name)
+    return _load_noted(name, folder, weights or {})
 
 
 def agent_folder(name: str, task_name: str) -> Path | None:
@@ -57,28 +61,53 @@ def agent_folder(name: str, task_name: str) -> Path | None:
     return Path(name) if "/" in name else None
 
 
-def make_listed_policy(name: str, folders: Mapping[str, Path]) -> Policy:
+def make_listed_policy(
+    name: str, folders: Mapping[str, Path], weights: Mapping[str, str] | None = None
+) -> Policy:
     """Return the agent whose folder is listed under the name, or the baseline of that name."""
-    return load_agent(folders[name]) if name in folders else registry.make_policy(name)
+    if name not in folders:
+        return registry.make_policy(name)
+    return _load_noted(name, folders[name], weights or {})
 
 
-def note_agents(names: Sequence[str], task_name: str, output: Path) -> None:
+def _load_noted(name: str, folder: Path, weights: Mapping[str, str]) -> Policy:
+    agent = load_agent(folder)
+    digest = agent.card.weights_sha256
+    if weights.get(name, digest) != digest:
+        raise ServegymError(
+            f"{folder}: the weights of {name!r} have changed while it played; choose a new --output folder"
+        )
+    return agent
+
+
+def weights_of(names: Sequence[str], task_name: str) -> dict[str, str]:
+    """Return the hashes of the weights of those names that are agents."""
+    return _hashes(_agent_folders(names, task_name))
+
+
+def note_agents(names: Sequence[str], task_name: str, output: Path) -> dict[str, str]:
     """Note the weights of those names that are agents; see :func:`note_weights`."""
+    return note_weights(_agent_folders(names, task_name), output)
+
+
+def _agent_folders(names: Sequence[str], task_name: str) -> dict[str, Path]:
     folders = {name: agent_folder(name, task_name) for name in names}
-    note_weights({name: folder for name, folder in folders.items() if folder is not None}, output)
+    return {name: folder for name, folder in folders.items() if folder is not None}
 
 
-def note_weights(folders: Mapping[str, Path], output: Path) -> None:
+def _hashes(folders: Mapping[str, Path]) -> dict[str, str]:
+    return {name: read_card(folder / CARD_FILE).weights_sha256 for name, folder in folders.items()}
+
+
+def note_weights(folders: Mapping[str, Path], output: Path) -> dict[str, str]:
     """Keep which weights play under which name in ``output``; refuse a name whose weights changed.
 
     Finished episodes are not played again, so an agent that was trained anew under the same name
-    would get the rows of the old one.
+    would get the rows of the old one. Returns the hashes of these names.
     """
-    hashes = {
-        name: read_card(folder / CARD_FILE).weights_sha256 for name, folder in folders.items()
-    }
+    hashes = _hashes(folders)
     if not hashes:
-        return
+        return {}
     path = output / "agents.json"
     try:
         known = dict(json.loads(path.read_text())) if path.is_file() else {}
@@ -91,6 +120,7 @@ def note_weights(folders: Mapping[str, Path], output: Path) -> None:
             )
     make_folder(output)
     write_file(path, json.dumps(known | hashes, indent=2) + "\n")
+    return hashes
 
 
 def _shipped(task: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,8 @@ from typing import Any, Final
 import pandas as pd
 from _policies import BEST, SHIPPED, make_listed_policy, note_weights
 from _study_runs import ABLATED, MAIN, Run, is_finished
-from joblib import Parallel, delayed
 from train import VALIDATION_SEED, usual_validation_cases
-from tune import THRESHOLDS, best_of_families, gaps
+from tune import THRESHOLDS, gaps
 
 from servegym.agents.hyperparameters import default_hyperparameters
 from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
@@ -21,6 +21,9 @@ from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED, evaluate
 from servegym.envs.files import make_folder, write_file
+from servegym.envs.parallel import run_parallel
+from servegym.envs.summary import mean_gaps
+from servegym.envs.tables import Schema, read_rows
 from servegym.envs.tasks import load_task
 
 BASELINES: Final[dict[str, tuple[str, ...]]] = {
@@ -53,6 +56,17 @@ LARGE_SETTING: Final = "clients-2000"
 """The setting that is played on a third of the cases."""
 
 CURVE_COLUMNS: Final = ("variant", "seed", "timesteps", "training_s", "gap_percent")
+CURVES: Final = Schema(
+    CURVE_COLUMNS,
+    key=("variant", "seed", "timesteps"),
+    whole=("seed", "timesteps"),
+    texts=("variant",),
+    optional=("gap_percent",),
+)
+EVALUATIONS: Final = Schema(
+    CURVE_COLUMNS[2:], others=True, key=("timesteps",), whole=("timesteps",), optional=None
+)
+"""What ``curves.csv`` and a run's ``evaluations.csv`` must be."""
 
 
 def baselines(task: str) -> tuple[str, ...]:
@@ -83,11 +97,11 @@ def evaluate_agents(
         print(f"not finished, left out: {left}")
     folder = output / task
     folders = {run.policy: runs / run.name / BEST for run in finished}
-    note_weights(folders, folder)
+    weights = note_weights(folders, folder)
     curves = _keep_curves(finished, runs, folder)
     _ship([run for run in finished if run.variant == MAIN], runs, curves, folder)
     config, policies = load_task(task), baselines(task)
-    policy_of = partial(make_listed_policy, folders=folders)
+    policy_of = partial(make_listed_policy, folders=folders, weights=weights)
     count = usual_validation_cases(default_hyperparameters(config.name))
     lines = [name for name in policies if name.split("-")[0] in REFERENCES]
     if count > FEW_CASES:  # a rollout takes seconds a case
@@ -102,13 +116,13 @@ def _keep_curves(finished: Sequence[Run], runs: Path, folder: Path) -> pd.DataFr
     """Write the learning curves of these runs; those of other runs stay in the file."""
     path = folder / "curves.csv"
     tables = []
-    if path.is_file():
-        known = pd.read_csv(path)
+    known = read_rows(path, CURVES, "remove it and play again")
+    if len(known):
         ours = {(run.variant, run.seed) for run in finished}
         is_ours = [pair in ours for pair in zip(known["variant"], known["seed"], strict=True)]
         tables.append(known[[not one for one in is_ours]])
     for run in finished:
-        table = pd.read_csv(runs / run.name / "evaluations.csv")
+        table = read_rows(runs / run.name / "evaluations.csv", EVALUATIONS, "train this run anew")
         tables.append(table.assign(variant=run.variant, seed=run.seed)[list(CURVE_COLUMNS)])
     curves = pd.concat([table for table in tables if len(table)], ignore_index=True)
     write_file(path, curves.round(6).to_csv(index=False))
@@ -157,9 +171,10 @@ def tuned_threshold(task: TaskConfig, cases: int, jobs: int) -> str:
     """Return the best ``threshold-K`` on training cases; K in proportion to the clients."""
     share = task.cluster.clients / load_task(ABLATED).cluster.clients
     names = [f"threshold-{k}" for k in sorted({max(1, round(share * k)) for k in THRESHOLDS})]
-    rounds = Parallel(n_jobs=jobs)(delayed(gaps)(task, seed, names) for seed in range(cases))
-    table = pd.DataFrame([row for rows in rounds for row in rows])
-    return str(best_of_families(table)["best"].iloc[0])
+    rounds = run_parallel(gaps, [(task, seed, names) for seed in range(cases)], jobs)
+    with closing(rounds):
+        means = mean_gaps(pd.DataFrame([row for rows in rounds for row in rows]))
+    return str(means.idxmin())
 
 
 def play_transfer(output: Path, cases: int, jobs: int) -> None:
@@ -173,11 +188,11 @@ def play_transfer(output: Path, cases: int, jobs: int) -> None:
     folders = {SHIPPED: agent}
     for name, task in settings().items():
         folder = output / "transfer" / name
-        note_weights(folders, folder)
+        weights = note_weights(folders, folder)
         threshold = tuned_threshold(task, TUNING_CASES, jobs)
         names = ["hybrid", threshold, "lookahead-0.7", "aligned-lookahead-0.7", SHIPPED]
         some = max(1, cases // 3) if name == LARGE_SETTING else cases
         seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + some)
         print(f"{name}: {some} cases, {', '.join(names)}")
-        policy_of = partial(make_listed_policy, folders=folders)
+        policy_of = partial(make_listed_policy, folders=folders, weights=weights)
         evaluate(task, policy_of, names, seeds, folder, jobs=jobs)

@@ -10,20 +10,25 @@ from typing import Final
 import numpy as np
 import pandas as pd
 from _policies import SHIPPED
-from _study_play import LARGE_SETTING, settings
+from _study_play import CURVES, LARGE_SETTING, settings
 from _study_runs import MAIN, SHORT, ablations
 from numpy.typing import NDArray
 
 from servegym.envs.errors import ServegymError
+from servegym.envs.evaluation import read_episodes
 from servegym.envs.files import write_file
 from servegym.envs.rendering import draw_learning_curves, to_png
 from servegym.envs.summary import (
+    UNFINISHED,
     by_case,
+    fixed,
+    mean_gaps,
     mean_interval,
     stratified_interval,
     to_markdown,
     with_interval,
 )
+from servegym.envs.tables import read_rows
 
 HYBRID: Final = "hybrid"
 RIVALS: Final = ("threshold", "lookahead", "aligned", "aligned-lookahead")
@@ -52,9 +57,8 @@ def agents(episodes: pd.DataFrame) -> list[str]:
 
 
 def best_of(episodes: pd.DataFrame, names: Sequence[str]) -> str:
-    """Return the policy of the smallest mean gap."""
-    means = episodes[episodes["policy"].isin(names)].groupby("policy")["gap"].mean()
-    return str(means.idxmin())
+    """Return the policy of the smallest mean gap; none that leaves requests unserved if any does not."""
+    return str(mean_gaps(episodes[episodes["policy"].isin(names)]).idxmin())
 
 
 def best_of_family(episodes: pd.DataFrame, family: str) -> str | None:
@@ -90,10 +94,16 @@ def _policy_row(
     for rival in rivals:
         own = len(names) == 1 and names[0] == rival
         row[f"− {rival} (points)"] = "" if own else _interval(differences(episodes, names, rival))
-    hybrid = by_case(episodes, [HYBRID]).mean()
-    row["of hybrid's gap closed (%)"] = f"{100 * (1 - gaps.mean() / hybrid):.0f}"
-    row["decision p99 (ms)"] = f"{rows['decision_ms_p99'].median():.3f}"
+    row["of hybrid's gap closed (%)"] = _closed(gaps, by_case(episodes, [HYBRID]))
+    row["decision p99 (ms)"] = fixed(rows["decision_ms_p99"].median(), 3)
     return row
+
+
+def _closed(gaps: NDArray[np.float64], hybrid: NDArray[np.float64]) -> str:
+    """Return the share of the hybrid's mean gap that is closed, in percent."""
+    if gaps.size == 0 or hybrid.size == 0:
+        return UNFINISHED
+    return fixed(100 * (1 - gaps.mean() / hybrid.mean()), 0)
 
 
 def differences(episodes: pd.DataFrame, names: Sequence[str], rival: str) -> NDArray[np.float64]:
@@ -103,10 +113,10 @@ def differences(episodes: pd.DataFrame, names: Sequence[str], rival: str) -> NDA
 
 def _interval(values: NDArray[np.float64]) -> str:
     """Format values of shape (runs, cases): Student's interval of one run, a bootstrap of several."""
-    if len(values) == 1:
-        return with_interval(values[0])
+    if len(values) == 1 or values.size == 0:
+        return with_interval(values.ravel())
     mean, low, high = stratified_interval(values)
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{fixed(mean)} [{fixed(low)}, {fixed(high)}]"
 
 
 def task_notes(episodes: pd.DataFrame) -> str:
@@ -129,9 +139,9 @@ def seed_table(
     episodes: pd.DataFrame, curves: pd.DataFrame, validation: pd.DataFrame
 ) -> pd.DataFrame:
     """Return one row a main run: how fast it passed the hybrid and how it ended."""
-    hybrid = float(by_case(validation, [HYBRID]).mean())
+    hybrid, _ = mean_interval(by_case(validation, [HYBRID]).ravel())
     rivals = [name for name in (best_of_family(episodes, family) for family in RIVALS) if name]
-    held_out_hybrid = by_case(episodes, [HYBRID]).mean()
+    held_out_hybrid = by_case(episodes, [HYBRID])
     rows = []
     for name in agents(episodes):
         curve = curve_of(curves, MAIN, int(name.rsplit("-", 1)[1]))
@@ -140,11 +150,11 @@ def seed_table(
             "seed": name.rsplit("-", 1)[1],
             "timesteps": f"{curve['timesteps'].iloc[-1]:,}",
             "training (min)": f"{curve['training_s'].iloc[-1] / 60:.1f}",
-            f"passes hybrid's {hybrid:.2f} % (min)": minutes_to_pass(curve, hybrid),
+            f"passes hybrid's {fixed(hybrid)} % (min)": minutes_to_pass(curve, hybrid),
             f"closed in {TARGET_MIN} min (%)": closed_by(curve, hybrid, TARGET_MIN),
-            "best validation gap (%)": f"{curve['gap_percent'].min():.2f}",
+            "best validation gap (%)": fixed(curve["gap_percent"].min()),
             "held-out gap (%)": _interval(gaps),
-            "of hybrid's gap closed (%)": f"{100 * (1 - gaps.mean() / held_out_hybrid):.0f}",
+            "of hybrid's gap closed (%)": _closed(gaps, held_out_hybrid),
         }
         for rival in [HYBRID, *rivals]:
             row[f"− {rival} (points)"] = verdict(differences(episodes, [name], rival)[0])
@@ -172,7 +182,7 @@ def minutes_to_pass(curve: pd.DataFrame, gap_percent: float) -> str:
 def closed_by(curve: pd.DataFrame, hybrid_percent: float, minutes: float) -> str:
     """Return the share of the hybrid's gap, in percent, that the best agent by then had closed."""
     best = curve.loc[curve["training_s"] <= 60 * minutes, "gap_percent"].min()
-    return f"{100 * (1 - best / hybrid_percent):.0f}"
+    return fixed(100 * (1 - best / hybrid_percent), 0)
 
 
 def verdict(differences: NDArray[np.float64]) -> str:
@@ -200,7 +210,7 @@ def ablation_table(episodes: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame
                     "seed": str(seed),
                     "timesteps": f"{timesteps:,}",
                     "training (min)": f"{curve['training_s'].iloc[-1] / 60:.1f}",
-                    "best validation gap (%)": f"{curve['gap_percent'].min():.2f}",
+                    "best validation gap (%)": fixed(curve["gap_percent"].min()),
                     "main's until then (%)": _best_until(curve_of(curves, MAIN, seed), timesteps),
                     "held-out gap (%)": _interval(by_case(episodes, [name])),
                     f"− {SHORT} (points)": _against(episodes, name, f"{SHORT}-{seed}"),
@@ -212,7 +222,7 @@ def ablation_table(episodes: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame
 
 def _best_until(curve: pd.DataFrame, timesteps: int) -> str:
     reached = curve[curve["timesteps"] <= timesteps]
-    return f"{reached['gap_percent'].min():.2f}" if len(reached) else ""
+    return fixed(reached["gap_percent"].min()) if len(reached) else ""
 
 
 def _against(episodes: pd.DataFrame, name: str, rival: str) -> str:
@@ -255,8 +265,9 @@ cases of the very setting. ± is a 95 % Student-t interval."""
 def write_task(task: str, output: Path, command: str) -> list[Path]:
     """Write a task's tables and pictures; return their paths."""
     folder = output / task
-    episodes, curves = _read(folder / "episodes.csv"), _read(folder / "curves.csv")
-    validation = _read(folder / "validation" / "episodes.csv")
+    episodes = _episodes(folder / "episodes.csv")
+    curves = read_rows(_existing(folder / "curves.csv"), CURVES, "remove it and play again")
+    validation = _episodes(folder / "validation" / "episodes.csv")
     tables = {
         "table.md": (task, task_notes(episodes), policy_table(episodes)),
         "seeds.md": (
@@ -294,14 +305,14 @@ def reference_lines(validation: pd.DataFrame) -> dict[str, float]:
     played = set(validation["policy"])
     threshold = best_of_family(validation, "threshold") or ""
     names = [name for name in (HYBRID, threshold, "aligned", "rollout") if name in played]
-    return {name: float(by_case(validation, [name]).mean()) for name in names}
+    return {name: mean_interval(by_case(validation, [name]).ravel())[0] for name in names}
 
 
 def write_transfer(output: Path, command: str) -> list[Path]:
     """Write the table of the settings that have been played, if any; return its path."""
     folder = output / "transfer"
     played = {
-        name: _read(folder / name / "episodes.csv")
+        name: _episodes(folder / name / "episodes.csv")
         for name in settings()
         if (folder / name / "episodes.csv").is_file()
     }
@@ -317,10 +328,11 @@ def _write_table(path: Path, title: str, command: str, notes: str, table: pd.Dat
     return path
 
 
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except FileNotFoundError:
-        raise ServegymError(f"{path}: no such file; begin with --parts evaluate") from None
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
-        raise ServegymError(f"{path}: not a table; remove it and play again") from None
+def _episodes(path: Path) -> pd.DataFrame:
+    return read_episodes(_existing(path))
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ServegymError(f"{path}: no such file; begin with --parts evaluate")
+    return path

@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
 from servegym.agents.policy import CARD_FILE
+from servegym.agents.record import read_run
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
+from servegym.envs.parallel import PARENT, useful_jobs
 from servegym.envs.tasks import load_task
 
 MAIN: Final = "main"
@@ -137,6 +139,7 @@ def train_all(grid: Sequence[Run], runs: Path, jobs: int) -> list[str]:
     for run in grid:
         _check_timesteps(run, runs)
     waiting = [run for run in grid if not is_finished(run, runs)]
+    jobs = useful_jobs(jobs, len(waiting))
     crew = Crew(runs)
     failed = []
     with (
@@ -178,6 +181,7 @@ class Crew:
         command = [sys.executable, str(_TRAIN), *arguments(run, self.runs)]
         # As many runs as cores share the machine; a log needs no bar ten times a second.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"}
+        environment[PARENT] = str(os.getpid())  # it ends when this process does, even by a kill
         with log.open("ab") as output:
             with self._lock:
                 if self._stopped:
@@ -223,8 +227,7 @@ def _check_timesteps(run: Run, runs: Path) -> None:
     """Refuse to take a finished run of other timesteps for one of this grid."""
     if not is_finished(run, runs):
         return
-    record = runs / run.name / "run.json"
-    found = json.loads(record.read_text(encoding="utf-8"))["hyperparameters"]["timesteps"]
+    found = read_run(runs / run.name)["hyperparameters"].get("timesteps")
     if found != run.timesteps:
         raise ServegymError(
             f"{runs / run.name}: a run of {found} timesteps, not {run.timesteps}; "

@@ -11,25 +11,30 @@ if __name__ == "__main__":  # first of all: see _start.py
     begin()
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from _cli import command_line, parse, run
-from _policies import make_policy
+from _policies import make_policy, weights_of
 from evaluate import parse_policies, parse_seeds
 from tqdm import tqdm
 
 from servegym.baselines.joint_plan import plan_jointly
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import make_case, play
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.evaluation import BEST_KNOWN, make_case, play
+from servegym.envs.files import write_file
+from servegym.envs.identity import check_unchanged, claim, hash_of
 from servegym.envs.joint_bound import joint_bound
-from servegym.envs.summary import to_markdown, with_interval
+from servegym.envs.locks import locked
+from servegym.envs.summary import UNFINISHED, fixed, to_markdown, with_interval
+from servegym.envs.tables import read_rows
 from servegym.envs.tasks import load_task
 
 COLUMNS = (
@@ -46,6 +51,7 @@ COLUMNS = (
 """Of ``best_known.csv``; behind them one makespan a policy. ``searched_s`` is the makespan that the
 search found in ``search_s`` seconds, ``best_known_s`` the least of it and of all policies."""
 
+FILE = "best_known.csv"
 SEARCH = "search"
 
 
@@ -65,8 +71,13 @@ class Args:
     """Folder for best_known.csv, best_known.md and the schedules, a JSON file a case."""
 
 
-def search_case(task: TaskConfig, seed: int, args: Args, folder: Path) -> dict[str, Any]:
-    """Search one case, write its schedule and return its row of the table."""
+def search_case(
+    task: TaskConfig, seed: int, args: Args, weights: Mapping[str, str], known: Mapping[str, str]
+) -> dict[str, Any]:
+    """Search one case, write its schedule and return its row of the table.
+
+    ``weights`` and ``known`` are the hashes of agents and of the workload file, which must not change.
+    """
     case = make_case(task, seed)
     clients = task.cluster.clients
     costs = task.cost.tables(clients)
@@ -74,12 +85,15 @@ def search_case(task: TaskConfig, seed: int, args: Args, folder: Path) -> dict[s
     plan = plan_jointly(case.requests, clients, costs, args.time_limit, seed)
     seconds = perf_counter() - started
     stages = [{"clock": stage.clock, "requests": stage.requests.tolist()} for stage in plan.stages]
-    write_file(folder / f"{seed}.json", json.dumps({"seed": seed, "stages": stages}) + "\n")
     makespans = {SEARCH: plan.makespan_s}
     for name in parse_policies(args.policies, task.name):
-        policy = make_policy(name, task.name)
+        policy = make_policy(name, task.name, weights)
         makespans[name] = play(task, name, policy, case, seed).row["makespan_s"]
-    fastest = min(makespans, key=makespans.__getitem__)
+    finished = {name: seconds for name, seconds in makespans.items() if not math.isnan(seconds)}
+    fastest = min(finished, key=finished.__getitem__)
+    check_unchanged(task, known)
+    schedule = json.dumps({"seed": seed, "stages": stages}) + "\n"
+    write_file(args.output / f"{seed}.json", schedule)
     return {
         "task": task.name,
         "seed": seed,
@@ -103,14 +117,10 @@ def report(rows: pd.DataFrame, command: str) -> str:
             "joint bound (s)": rows["joint_bound_s"].map("{:.2f}".format),
             "best known (s)": rows["best_known_s"].map("{:.2f}".format),
             "by": rows["found_by"],
-            "best policy (s)": rows[policies].min(axis=1).map("{:.2f}".format),
-            "which": rows[policies].idxmin(axis=1),
-            "best known's gap (%)": _gaps(rows, "best_known_s", "lower_bound_s").map(
-                "{:.2f}".format
-            ),
-            "… to joint bound (%)": _gaps(rows, "best_known_s", "joint_bound_s").map(
-                "{:.2f}".format
-            ),
+            "best policy (s)": _best_policy(rows, policies)["seconds"],
+            "which": _best_policy(rows, policies)["name"],
+            "best known's gap (%)": _gaps(rows, "best_known_s", "lower_bound_s").map(fixed),
+            "… to joint bound (%)": _gaps(rows, "best_known_s", "joint_bound_s").map(fixed),
             "stages": rows["stages"].astype(str),
             "search (s)": rows["search_s"].map("{:.0f}".format),
         }
@@ -136,6 +146,18 @@ def report(rows: pd.DataFrame, command: str) -> str:
     )
 
 
+def _best_policy(rows: pd.DataFrame, policies: Sequence[str]) -> pd.DataFrame:
+    """Return makespan and name of each case's best policy; none where no policy finished."""
+    found = []
+    for makespans in rows[list(policies)].to_numpy(float):
+        if np.isnan(makespans).all():
+            found.append((UNFINISHED, "–"))
+        else:
+            best = int(np.nanargmin(makespans))
+            found.append((fixed(makespans[best]), policies[best]))
+    return pd.DataFrame(found, columns=["seconds", "name"], index=rows.index)
+
+
 def _gaps(rows: pd.DataFrame, column: str, bound: str) -> pd.Series:
     """Return gaps in percent."""
     return 100 * (rows[column] / rows[bound] - 1)
@@ -145,20 +167,24 @@ def _mean_gap(rows: pd.DataFrame, column: str, bound: str) -> str:
     return "" if column == bound else with_interval(_gaps(rows, column, bound).to_numpy())
 
 
-def open_rows(args: Args, task: TaskConfig, path: Path) -> list[dict[str, Any]]:
-    """Return the finished cases that stand in the folder; refuse those of another search."""
+def open_rows(
+    args: Args, task: TaskConfig, weights: Mapping[str, str]
+) -> tuple[TaskConfig, list[dict[str, Any]]]:
+    """Return the task as it is named in the folder, and the finished cases there.
+
+    Refuses a folder of another search.
+    """
     asked = {"task": asdict(task), "policies": args.policies, "time_limit": args.time_limit}
-    note = json.dumps(asked, indent=2, default=str) + "\n"
-    make_folder(args.output)
-    known = args.output / "search.json"
-    if known.is_file() and known.read_text("utf-8") != note:
-        raise ServegymError(
-            f"{args.output} holds cases of another task, limit or version; choose a new --output"
-        )
-    write_file(known, note)
-    if not path.is_file():
-        return []
-    return [dict(row) for row in pd.read_csv(path).to_dict("records")]  # type: ignore[arg-type]
+    asked |= hash_of(task)
+    if weights:
+        asked["weights"] = dict(weights)
+    notes = claim(args.output / "search.json", asked, "cases")
+    path = args.output / FILE
+    policies = parse_policies(args.policies, task.name)
+    schema = replace(BEST_KNOWN, columns=[*COLUMNS, *policies], others=False, optional=policies)
+    table = read_rows(path, schema, "choose a new --output folder")
+    rows = [{str(name): cell for name, cell in row.items()} for row in table.to_dict("records")]
+    return replace(task, name=notes["task"]["name"]), rows
 
 
 def check(args: Args, task: TaskConfig) -> None:
@@ -177,19 +203,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     task, seeds = load_task(args.task), parse_seeds(args.seeds)
     check(args, task)
-    path = args.output / "best_known.csv"
-    rows = open_rows(args, task, path)
-    done = {row["seed"] for row in rows}
+    make_case(task, seeds[0])  # refuse a workload file before anything is written
+    with locked(args.output):
+        text = search(task, seeds, args)
+    print(text)
+    return 0
+
+
+def search(task: TaskConfig, seeds: Sequence[int], args: Args) -> str:
+    """Search what is missing; write and return the report."""
+    weights = weights_of(parse_policies(args.policies, task.name), task.name)
+    task, rows = open_rows(args, task, weights)
+    known, done = hash_of(task), {row["seed"] for row in rows}
     for seed in tqdm([seed for seed in seeds if seed not in done], desc=task.name):
-        rows.append(search_case(task, seed, args, args.output))
-        write_file(path, pd.DataFrame(rows).to_csv(index=False))
+        rows.append(search_case(task, seed, args, weights, known))
+        write_file(args.output / FILE, pd.DataFrame(rows).to_csv(index=False))
     table = pd.DataFrame(rows)
     table = table[table["seed"].isin(seeds)].sort_values("seed")
     asked = {name: getattr(args, name) for name in ("task", "seeds", "policies", "time_limit")}
     text = report(table, command_line("best_known", **asked, output=args.output))
     write_file(args.output / "best_known.md", text)
-    print(text)
-    return 0
+    return text
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ from servegym.envs.cases import Case
 from servegym.envs.config import TaskConfig
 from servegym.envs.evaluation import make_case
 from servegym.envs.files import write_file
-from servegym.envs.summary import to_markdown, with_interval
+from servegym.envs.locks import locked
+from servegym.envs.parallel import USUAL_JOBS
+from servegym.envs.summary import fixed, to_markdown, with_interval
 from servegym.envs.workloads import output_lengths
 
 PERFECT: Final = "perfect"
@@ -62,7 +64,7 @@ class Args:
     """Held-out cases of each task, seeds 1000000 and up."""
     output: Path = Path("results/checks/estimates")
     """Folder for a CSV file a task and estimates.md."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Worker processes."""
 
 
@@ -210,7 +212,7 @@ def rank_table(rows: Rows, names: Sequence[str]) -> pd.DataFrame:
                 "Kendall's τ-b": with_interval(np.array([kendall(*pair) for pair in pairs])),
                 "Spearman's ρ": with_interval(np.array([spearman(*pair) for pair in pairs])),
                 "best three": ", ".join(
-                    f"`{name}` {100 * means[estimate][name]:.2f} %" for name in order[:3]
+                    f"`{name}` {fixed(100 * means[estimate][name])} %" for name in order[:3]
                 ),
                 f"rank of `{FLOOR}`": f"{order.index(FLOOR) + 1} of {len(names)}",
                 f"lost by `{chosen}` (points)": with_interval(
@@ -246,7 +248,8 @@ def findings(rows: Rows, names: Sequence[str]) -> str:
             if name != FLOOR
         }
         listed = ", ".join(
-            f"`{name}` {worst[name]:+.2f}" for name in sorted(worst, key=lambda name: worst[name])
+            f"`{name}` {fixed(worst[name], sign='+')}"
+            for name in sorted(worst, key=lambda name: worst[name])
         )
         texts.append(f"- {kind}, worst change of the gap in points: {listed}.")
     return "\n".join(texts) + "\n"
@@ -291,14 +294,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play and tabulate."""
     args = parse(Args, argv)
     tasks, seeds = load_tasks(args.tasks), held_out(args.cases, args.jobs)
-    collection = Collection(args.output, {"estimates": list(ESTIMATES), "tuned": TUNED})
-    collection.open(tasks)
-    tables = {
-        short_name(task): (task, collection.rows(task, seeds, play_case, args.jobs))
-        for task in tasks
-    }
-    text = report(tables, command_of(args))
-    write_file(args.output / "estimates.md", text)
+    with locked(args.output):
+        collection = Collection(
+            args.output, {"estimates": list(ESTIMATES), "tuned": TUNED}, texts=("estimate",)
+        )
+        collection.open(tasks)
+        tables = {
+            short_name(task): (task, collection.rows(task, seeds, play_case, args.jobs))
+            for task in tasks
+        }
+        text = report(tables, command_of(args))
+        write_file(args.output / "estimates.md", text)
     print(text)
     return 0
 

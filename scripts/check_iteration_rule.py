@@ -45,7 +45,9 @@ from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import play
 from servegym.envs.files import write_file
-from servegym.envs.summary import to_markdown, with_interval
+from servegym.envs.locks import locked
+from servegym.envs.parallel import USUAL_JOBS
+from servegym.envs.summary import fixed, to_markdown, with_interval
 
 ERRORS: Final = (-0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
 """Relative errors of a cost estimate."""
@@ -102,7 +104,7 @@ class Args:
     """Decisions of an episode that are judged, at most."""
     output: Path = Path("results/checks/iteration_rule")
     """Folder for a CSV file a task, iteration_rule.md and iteration_rule.png."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Worker processes."""
 
 
@@ -205,11 +207,11 @@ def _cell(values: NDArray[np.float64], digits: int = 1) -> str:
 
 def _mean(values: NDArray[np.float64], digits: int = 1) -> str:
     known = values[np.isfinite(values)]
-    return f"{known.mean():.{digits}f}" if len(known) else "–"
+    return fixed(known.mean(), digits) if len(known) else "–"
 
 
 def _share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> str:
-    return f"{100 * part.sum() / whole.sum():.0f}" if whole.sum() > 0 else "–"
+    return fixed(100 * part.sum() / whole.sum(), 0) if whole.sum() > 0 else "–"
 
 
 def verdict_row(episodes: pd.DataFrame, judge: str) -> dict[str, str]:
@@ -273,7 +275,7 @@ def error_table(rows: pd.DataFrame, base: float, judge: str) -> str:
         change = episodes.set_index(["outputs", "seed"])["gap"] - plain
         row = {"error": label, "acts as λ": f"{base * factor:.3g}" if noise == 0 else "–"}
         row |= verdict_row(episodes, judge)
-        row["gap (%)"] = f"{100 * episodes['gap'].mean():.2f}"
+        row["gap (%)"] = fixed(100 * episodes["gap"].mean())
         row["gap changes by (points)"] = with_interval(change.dropna().to_numpy(float), 100)
         table.append(row)
     return to_markdown(pd.DataFrame(table))
@@ -408,22 +410,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_number("--samples", args.samples, 1, MAX_SAMPLES)
     asked = {"samples": args.samples, "errors": ERRORS, "noises": NOISES}
     asked |= {"judges": [FIXED_JUDGE, *PANEL], "tuned": TUNED}
-    collection = Collection(args.output, asked)
-    collection.open(tasks)
-    tables = {}
-    for task in tasks:
-        parts = [
-            collection.rows(task, seeds, Trial(one, args.samples), args.jobs, one).assign(
-                outputs=one
-            )
-            for one in outputs
-        ]
-        tables[short_name(task)] = task, pd.concat(parts, ignore_index=True)
-    text = report(tables, args)
-    write_file(args.output / "iteration_rule.md", text)
-    panels = {name: lines(task, rows, outputs) for name, (task, rows) in tables.items()}
-    png = picture(panels, "error of all estimates of C_p (%)")
-    write_file(args.output / "iteration_rule.png", png)
+    with locked(args.output):
+        collection = Collection(args.output, asked, texts=("family",))
+        collection.open(tasks)
+        tables = {}
+        for task in tasks:
+            parts = [
+                collection.rows(task, seeds, Trial(one, args.samples), args.jobs, one).assign(
+                    outputs=one
+                )
+                for one in outputs
+            ]
+            tables[short_name(task)] = task, pd.concat(parts, ignore_index=True)
+        text = report(tables, args)
+        write_file(args.output / "iteration_rule.md", text)
+        panels = {name: lines(task, rows, outputs) for name, (task, rows) in tables.items()}
+        png = picture(panels, "error of all estimates of C_p (%)")
+        write_file(args.output / "iteration_rule.png", png)
     print(text)
     return 0
 

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # first of all: see _start.py
     begin()
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,12 +25,12 @@ import _robust_arguments
 import _robust_files
 import _robust_terminals
 import pandas as pd
-from _cli import MAX_JOBS, check_number, command_line, parse, read_list, run
+from _cli import check_number, command_line, parse, read_list, run
 from _robust import FINE, ONE_LINE, VERDICTS, Outcome
-from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from servegym.envs.files import make_folder, write_file
+from servegym.envs.parallel import USUAL_JOBS, check_jobs, run_parallel
 from servegym.envs.summary import to_markdown
 
 PARTS: Final = ("arguments", "files", "terminals", "kills")
@@ -54,7 +55,7 @@ class Args:
     """Of what is drawn; the same seed tries the same."""
     output: Path = Path("results/robustness")
     """Folder for the results."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Worker processes."""
 
 
@@ -73,9 +74,9 @@ def outcomes_of(part: str, args: Args) -> Iterator[Outcome]:
     }
     draw, try_one = rooms[part]
     trials = draw(count, args.seed)
-    with Parallel(n_jobs=args.jobs, return_as="generator") as parallel:
-        found = parallel(delayed(try_one)(trial) for trial in trials)
-        yield from tqdm(found, total=len(trials), desc=part, unit="trial")
+    found = run_parallel(try_one, [(trial,) for trial in trials], args.jobs)
+    with closing(found), tqdm(found, total=len(trials), desc=part, unit="trial") as bar:
+        yield from bar
 
 
 def report(outcomes: Sequence[Outcome], command: str) -> str:
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in PARTS:
         check_number(f"--{name}", getattr(args, name), 1, MAX_TRIALS)
     check_number("--seed", args.seed, 0, 2**62)
-    check_number("--jobs", args.jobs, 1, MAX_JOBS)
+    check_jobs(args.jobs)
     make_folder(args.output)
     outcomes: list[Outcome] = []
     faults = args.output / "robustness.csv"
@@ -109,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for outcome in outcomes_of(part, args):
             outcomes.append(outcome)
             if outcome.verdict not in (FINE, ONE_LINE):
-                rows = [some.row for some in outcomes if some.verdict not in (FINE, ONE_LINE)]
+                rows = sorted(
+                    (some.row for some in outcomes if some.verdict not in (FINE, ONE_LINE)),
+                    key=lambda row: (PARTS.index(row["part"]), row["tried"]),
+                )
                 write_file(faults, pd.DataFrame(rows).to_csv(index=False))
     counts = {part: getattr(args, part) for part in parts}
     command = command_line(

@@ -39,8 +39,10 @@ from servegym.envs.cases import Case, load_case, make_task_state
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.evaluation import brief, make_case
 from servegym.envs.files import write_file
+from servegym.envs.locks import locked
 from servegym.envs.metrics import episode_metrics
-from servegym.envs.summary import mean_interval, to_markdown, with_interval
+from servegym.envs.parallel import USUAL_JOBS
+from servegym.envs.summary import fixed, mean_interval, to_markdown, with_interval
 
 KNOWN: Final = "known"
 """Stands for τ where lengths are known, which must equal τ = 1."""
@@ -65,7 +67,7 @@ class Args:
     """Held-out cases of each task, seeds 1000000 and up."""
     output: Path = Path("results/checks/stealing")
     """Folder for a CSV file a task, stealing.md and stealing.png."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Worker processes."""
 
 
@@ -155,7 +157,7 @@ def findings(rows: pd.DataFrame, task: TaskConfig) -> str:
             kind = "changes nothing clear"
             if abs(mean) > half:
                 kind = "gains" if mean < 0 else "loses"
-            kinds[kind].append(f"{tau} ({mean:+.2f})")
+            kinds[kind].append(f"{tau} ({fixed(mean, sign='+')})")
         said = "; ".join(f"{kind} at τ = {', '.join(some)}" for kind, some in kinds.items() if some)
         lines.append(f"- {pair.trigger}: stealing {said}.")
     worst = max(
@@ -214,17 +216,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play, tabulate and draw."""
     args = parse(Args, argv)
     tasks, seeds = load_tasks(args.tasks), held_out(args.cases, args.jobs)
-    collection = Collection(args.output, {"taus": TAUS, "tuned": TUNED})
-    collection.open(tasks)
-    tables = {
-        short_name(task): (task, collection.rows(task, seeds, play_case, args.jobs))
-        for task in tasks
-    }
-    text = report(tables, command_of(args))
-    write_file(args.output / "stealing.md", text)
-    panels = {name: lines(task, rows) for name, (task, rows) in tables.items()}
-    png = picture(panels, "Kendall's τ of predicted with true output lengths")
-    write_file(args.output / "stealing.png", png)
+    with locked(args.output):
+        collection = Collection(args.output, {"taus": TAUS, "tuned": TUNED}, texts=("tau",))
+        collection.open(tasks)
+        tables = {
+            short_name(task): (task, collection.rows(task, seeds, play_case, args.jobs))
+            for task in tasks
+        }
+        text = report(tables, command_of(args))
+        write_file(args.output / "stealing.md", text)
+        panels = {name: lines(task, rows) for name, (task, rows) in tables.items()}
+        png = picture(panels, "Kendall's τ of predicted with true output lengths")
+        write_file(args.output / "stealing.png", png)
     print(text)
     return 0
 

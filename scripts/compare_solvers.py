@@ -24,7 +24,7 @@ from servegym.baselines.planner import SOLVERS, CertifiedPlan, plan_offline
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.summary import to_markdown
+from servegym.envs.summary import fixed, to_markdown
 from servegym.envs.tasks import TASKS
 from servegym.envs.workloads import make_workload
 
@@ -64,7 +64,7 @@ def solver_row(solver: str, rounds: NDArray[np.int64], limit_s: float) -> dict[s
         "solver": f"`{solver}`",
         "load": found.load,
         "lower bound": found.lower_bound,
-        "gap (%)": f"{100 * found.gap:.2f}",
+        "gap (%)": fixed(100 * found.gap),
         "status": found.status,
         "seconds": f"{found.seconds:.3f}",
     }
@@ -89,7 +89,9 @@ def band_table(seeds: int, limit_s: float) -> pd.DataFrame:
             plans = band_plans(source, ratio, seeds, limit_s)
             proven = sum(plan.status == "optimal" for plan in plans)
             row[f"{source}: optimal"] = f"{proven} of {seeds}"
-            row[f"{source}: mean gap (%)"] = f"{100 * np.mean([plan.gap for plan in plans]):.3f}"
+            row[f"{source}: mean gap (%)"] = fixed(
+                100 * float(np.mean([plan.gap for plan in plans])), 3
+            )
         rows.append(row)
     return pd.DataFrame(rows)
 

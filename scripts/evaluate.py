@@ -17,17 +17,19 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from _cli import MAX_JOBS, check_number, command_line, parse, run, split_names
+from _cli import command_line, parse, run, split_names
 from _policies import DESCRIPTIONS, make_policy, note_agents
 
-from servegym.baselines.optima import find_optima
+from servegym.baselines.optima import TooLargeError, find_optima
 from servegym.baselines.registry import policy_descriptions
 from servegym.envs.config import TaskConfig, WorkloadConfig
 from servegym.envs.cost_presets import COST_PRESETS
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import evaluate, read_best_known
+from servegym.envs.evaluation import evaluate, make_case, read_best_known
 from servegym.envs.files import write_file
-from servegym.envs.requests import read_requests
+from servegym.envs.identity import claim_task
+from servegym.envs.locks import locked
+from servegym.envs.parallel import USUAL_JOBS, check_jobs
 from servegym.envs.summary import summarise, to_markdown
 from servegym.envs.tasks import TASKS, load_task
 from servegym.envs.workloads import is_csv
@@ -54,7 +56,7 @@ class Args:
     """Policy that the summary's paired differences are taken from."""
     optimum_limit: float = 10.0
     """Seconds to look for the exact optimum of a case, where a task is small; 0: not at all."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Worker processes."""
     list_policies: bool = False
     """List the policies and stop."""
@@ -96,7 +98,6 @@ def resolve_task(args: Args) -> TaskConfig:
     if args.workload:
         if not is_csv(args.workload):
             raise ServegymError(f"{args.workload}: a workload file ends in .csv")
-        read_requests(Path(args.workload))  # refuse it before anything is written
         task = replace(task, workload=WorkloadConfig(source=str(Path(args.workload))))
     return task
 
@@ -150,23 +151,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if listings:
         print("\n\n".join(listings))
         return 0
-    check_number("--jobs", args.jobs, 1, MAX_JOBS)
+    check_jobs(args.jobs)
     if args.optimum_limit < 0:
         raise ServegymError(f"--optimum-limit must be ≥ 0 seconds, got {args.optimum_limit}")
     task, seeds = resolve_task(args), parse_seeds(args.seeds)
     names = parse_policies(args.policies, task.name)
     if args.reference not in names:
         args = replace(args, reference=names[0])
-    note_agents(names, task.name, args.output)
-    policy_of = partial(make_policy, task_name=task.name)
+    make_case(task, seeds[0])  # refuse a workload file before anything is written
+    with locked(args.output):
+        text = play_and_tabulate(task, names, seeds, args)
+    print(text)
+    print(f"wrote {args.output / 'episodes.csv'} and {args.output / 'summary.md'}")
+    return 0
+
+
+def play_and_tabulate(task: TaskConfig, names: Sequence[str], seeds: range, args: Args) -> str:
+    """Play what is missing, write summary.md and return its table."""
+    task = claim_task(task, args.output)
+    weights = note_agents(names, task.name, args.output)
+    policy_of = partial(make_policy, task_name=task.name, weights=weights)
     episodes = evaluate(task, policy_of, names, seeds, args.output, jobs=args.jobs)
     optima, note = look_for_optima(task, seeds, args)
     best_known = read_best_known(args.output / "best_known.csv", task.name, episodes)
     table = to_markdown(summarise(episodes, args.reference, optima, best_known))
     write_file(args.output / "summary.md", summary_text(task.name, args, table + note))
-    print(table + note)
-    print(f"wrote {args.output / 'episodes.csv'} and {args.output / 'summary.md'}")
-    return 0
+    return table + note
 
 
 def look_for_optima(task: TaskConfig, seeds: range, args: Args) -> tuple[pd.DataFrame | None, str]:
@@ -175,7 +185,7 @@ def look_for_optima(task: TaskConfig, seeds: range, args: Args) -> tuple[pd.Data
         return None, ""
     try:
         optima = find_optima(task, seeds, args.output, args.optimum_limit)
-    except ServegymError as error:
+    except TooLargeError as error:
         return None, f"\nNo optimum: {error}.\n"
     open_cases = len(optima) - int(optima["proven"].sum())
     if open_cases == 0:

@@ -14,20 +14,23 @@ if __name__ == "__main__":  # first of all: see _start.py
 
     begin()
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from _cli import MAX_JOBS, check_number, parse, run
-from _policies import make_policy
+from _cli import check_number, parse, run
+from _policies import make_policy, weights_of
 
 from servegym.envs.config import TaskConfig
 from servegym.envs.evaluation import HELD_OUT_SEED, evaluate, make_case, play
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import write_file
+from servegym.envs.locks import locked
+from servegym.envs.parallel import USUAL_JOBS, check_jobs
 from servegym.envs.rendering import draw_gantts, draw_makespans, to_png
-from servegym.envs.summary import summarise, to_markdown, with_interval
+from servegym.envs.summary import fixed, summarise, to_markdown, with_interval
 from servegym.envs.tasks import PAPER_CASE_SEED, TASKS
 
 STEPS = {
@@ -68,7 +71,7 @@ class Args:
     """Folder for tables, raw rows and pictures. An interrupted run goes on, a finished one starts anew."""
     cases: int = 100
     """Held-out cases of the study, seeds 1000000 and up."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Worker processes."""
 
 
@@ -135,7 +138,7 @@ def draw(task: TaskConfig, study: pd.DataFrame, output: Path) -> None:
         episode = play(task, name, make_policy(name, task.name), case, PAPER_CASE_SEED)
         row = episode.row
         title = (
-            f"{name}: {row['makespan_s']:.1f} s, {100 * row['gap']:.1f} % above the lower bound, "
+            f"{name}: {row['makespan_s']:.1f} s, {fixed(100 * row['gap'], 1)} % above the lower bound, "
             f"{row['prefill_stages']} prefill stages"
         )
         episodes.append((title, episode.records))
@@ -146,10 +149,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play, tabulate and draw."""
     args = parse(Args, argv)
     check_number("--cases", args.cases, 2, HELD_OUT_SEED)
-    check_number("--jobs", args.jobs, 1, MAX_JOBS)
+    check_jobs(args.jobs)
+    with locked(args.output):
+        text = compare(args)
+    print(text)
+    print(f"wrote {args.output}: table.md, study/summary.md, two episodes.csv, two pictures")
+    return 0
+
+
+def compare(args: Args) -> str:
+    """Play what is missing and write all results; return the table and the decision latency."""
     task, names = TASKS["servegym/Paper-v0"], [*STEPS, *OTHERS, *LEARNED]
-    policy_of = partial(make_policy, task_name=task.name)
-    begin(args.output)
+    weights = weights_of(names, task.name)
+    policy_of = partial(make_policy, task_name=task.name, weights=weights)
+    begin(args.output, weights)
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + args.cases)
     print(f"the paper's single case (training seed {PAPER_CASE_SEED}), {len(names)} policies")
     case = evaluate(task, policy_of, names, [PAPER_CASE_SEED], args.output / "case")
@@ -160,19 +173,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_file(args.output / "study" / "summary.md", to_markdown(summarise(study, "hybrid")))
     draw(task, study, args.output)
     (args.output / UNFINISHED).unlink()
-    print(f"\n{table}{latency(study)}\n")
-    print(f"wrote {args.output}: table.md, study/summary.md, two episodes.csv, two pictures")
-    return 0
+    return f"\n{table}{latency(study)}\n"
 
 
-def begin(output: Path) -> None:
-    """Start anew, unless the last run was interrupted: then its finished episodes are kept."""
-    make_folder(output)
-    if not (output / UNFINISHED).exists():
+def begin(output: Path, weights: Mapping[str, str]) -> None:
+    """Start anew, unless the last run was interrupted and of the same agents: then go on with it."""
+    note = json.dumps({"an interrupted run goes on where it stopped": weights}) + "\n"
+    unfinished = output / UNFINISHED
+    if not unfinished.is_file() or unfinished.read_text(encoding="utf-8") != note:
         for part in ("case", "study"):
             for name in ("episodes.csv", "task.json"):
                 (output / part / name).unlink(missing_ok=True)
-    write_file(output / UNFINISHED, "an interrupted run goes on where it stopped\n")
+    write_file(unfinished, note)
 
 
 if __name__ == "__main__":

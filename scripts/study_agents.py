@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _cli import MAX_JOBS, check_folder, check_number, parse, read_list, run
+from _cli import check_folder, check_number, parse, read_list, run
 from _study_play import evaluate_agents, play_transfer
 from _study_report import write_task, write_transfer
 from _study_runs import ABLATED, MAIN, Run, ablations, grid, train_all
 
 from servegym.agents.hyperparameters import MAX_SEED
 from servegym.envs.evaluation import HELD_OUT_SEED
+from servegym.envs.locks import locked
+from servegym.envs.parallel import USUAL_JOBS, check_jobs
 from servegym.envs.tasks import NAMESPACE, TASKS
 
 PAPER = "Paper-v0"
@@ -66,7 +68,7 @@ class Args:
     """Folder of the training runs."""
     output: Path = Path("results/agents")
     """Folder for agents, episodes, tables and pictures."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Training runs, or worker processes, at a time."""
 
 
@@ -93,12 +95,12 @@ def make_grid(args: Args, tasks: Sequence[str]) -> list[Run]:
 
 def check(args: Args) -> None:
     """Refuse numbers out of range."""
+    check_jobs(args.jobs)
     limits = {
         "seeds": (1, MAX_SEED + 1),
         "ablation_seeds": (1, MAX_SEED + 1),
         "cases": (2, HELD_OUT_SEED),  # a single one has no interval
         "transfer_cases": (2, HELD_OUT_SEED),
-        "jobs": (1, MAX_JOBS),
         "timesteps": (1, MAX_TIMESTEPS),
         "paper_timesteps": (1, MAX_TIMESTEPS),
         "tiny_timesteps": (1, MAX_TIMESTEPS),
@@ -118,23 +120,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_folder(args.runs)
     check_folder(args.output)
     if "train" in parts:
-        failed = train_all(runs, args.runs, args.jobs)
+        with locked(args.runs):
+            failed = train_all(runs, args.runs, args.jobs)
         if failed:
             print("\n".join(failed), file=sys.stderr)
             return 1
+    if parts != ["train"]:
+        words = sys.argv[1:] if argv is None else argv
+        command = shlex.join(["python", "scripts/study_agents.py", *words])
+        with locked(args.output):
+            play_and_report(args, parts, tasks, runs, command)
+    return 0
+
+
+def play_and_report(
+    args: Args, parts: Sequence[str], tasks: Sequence[str], runs: Sequence[Run], command: str
+) -> None:
+    """Do the parts that come after training."""
     if "evaluate" in parts:
         for task in tasks:
             print(f"{task}: {args.cases} held-out cases")
-            evaluate_agents(task, runs, args.runs, args.output, args.cases, args.jobs)
+            with locked(args.output / task):
+                evaluate_agents(task, runs, args.runs, args.output, args.cases, args.jobs)
     if "transfer" in parts:
         play_transfer(args.output, args.transfer_cases, args.jobs)
     if "report" in parts:
-        words = sys.argv[1:] if argv is None else argv
-        command = shlex.join(["python", "scripts/study_agents.py", *words])
         written = [path for task in tasks for path in write_task(task, args.output, command)]
         written += write_transfer(args.output, command)
         print("wrote", ", ".join(str(path) for path in written))
-    return 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ from servegym.baselines.sampled_plan import mean_largest_load, plan_by_samples, 
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.evaluation import brief, make_case, play
 from servegym.envs.files import write_file
+from servegym.envs.locks import locked
+from servegym.envs.parallel import USUAL_JOBS
 from servegym.envs.policy import Policy
 from servegym.envs.summary import to_markdown, with_interval
 from servegym.envs.tasks import load_task
@@ -40,6 +42,7 @@ from servegym.envs.tasks import load_task
 PARTS: Final = ("quality", "mixed", "plans")
 PREDICTED: Final = "GSM8KPredicted-v0"
 MIXED: Final = "GSM8KMixed-v0"
+CLAIRVOYANT_OF: Final = "GSM8K-v0"
 CLAIRVOYANT: Final = "ppo-known"
 """The agent of GSM8K-v0, trained with lengths known."""
 
@@ -81,7 +84,7 @@ class Args:
     """Held-out cases of the policies that take a second an episode, and of the plans."""
     output: Path = Path("results/uncertainty")
     """Folder for CSV files, a table a part and quality.png."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Worker processes."""
 
 
@@ -93,7 +96,7 @@ def with_tau(task: TaskConfig, tau: float) -> TaskConfig:
 def policy_of(name: str, best_threshold: str = "") -> Policy:
     """Return a policy of the tables."""
     if name == CLAIRVOYANT:
-        return load_agent(AGENTS / "GSM8K-v0")
+        return load_agent(AGENTS / CLAIRVOYANT_OF)
     return make_any_policy(best_threshold if name == TUNED_THRESHOLD else name, PREDICTED)
 
 
@@ -253,8 +256,10 @@ def study_quality(args: Args, seeds: range, slow: range) -> str:
     thresholds = {
         tau: tuned_threshold(with_tau(task, tau), TUNING_CASES, args.jobs) for tau in TAUS
     }
-    weights = read_card(AGENTS / PREDICTED / CARD_FILE).weights_sha256
-    collection = Collection(args.output, {"thresholds": thresholds, "agent": weights})
+    asked: dict[str, Any] = {"thresholds": thresholds}
+    for key, agent in {"agent": PREDICTED, "known_agent": CLAIRVOYANT_OF}.items():
+        asked[key] = read_card(AGENTS / agent / CARD_FILE).weights_sha256
+    collection = Collection(args.output, asked)
     collection.open([task])
     fast_play = partial(play_quality, names=QUALITY, thresholds=thresholds)
     slow_play = partial(play_quality, names=SLOW, thresholds=thresholds)
@@ -341,12 +346,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "quality" in parts:
         make_any_policy(SHIPPED, PREDICTED)  # refuse before hours of play
     for part in parts:
-        if part == "quality":
-            body = study_quality(args, seeds, slow)
-        else:
-            body = study_mixed(args, seeds) if part == "mixed" else study_plans(args, slow)
-        text = f"# {TITLES[part]}\n\n`{command_of(args, part)}`\n\n{body}"
-        write_file(args.output / f"{part}.md", text)
+        with locked(args.output):
+            if part == "quality":
+                body = study_quality(args, seeds, slow)
+            else:
+                body = study_mixed(args, seeds) if part == "mixed" else study_plans(args, slow)
+            text = f"# {TITLES[part]}\n\n`{command_of(args, part)}`\n\n{body}"
+            write_file(args.output / f"{part}.md", text)
         print(text)
     return 0
 

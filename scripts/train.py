@@ -28,7 +28,9 @@ from servegym.envs.cases import Case
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import make_case
+from servegym.envs.locks import locked
 from servegym.envs.metrics import METRICS
+from servegym.envs.parallel import end_with_parent
 from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.tasks import load_task
 
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 VALIDATION_SEED: Final = 900_000
 MAX_VALIDATION_CASES: Final = 100_000  # held-out seeds begin there
+TO_THE_END: Final = {"max_decisions": 0, "max_seconds": 0.0}
+"""Rules that an agent is compared with are, however short its episodes are cut."""
+
 THRESHOLDS: Final = (1, 2, 3, 5, 7, 10, 12, 15, 20, 25, 30, 40, 60)
 
 
@@ -86,9 +91,9 @@ def read_args(argv: Sequence[str] | None) -> Args:
 def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
     """Return the mean metrics on the validation cases of the hybrid and of the best threshold.
 
-    They admit by their own rules, also where the agent is not offered these.
+    They admit by their own rules, also where the agent is not offered these, and play to the end.
     """
-    task = with_overrides(task, {"process": {"rules": ADMISSION_RULES}})
+    task = with_overrides(task, {"process": {"rules": ADMISSION_RULES} | TO_THE_END})
     cases = [make_case(task, seed) for seed in seeds]
 
     def means(name: str) -> dict[str, float]:
@@ -135,6 +140,7 @@ def make_reference(args: Args, task: TaskConfig) -> Callable[[Case], float] | No
     if not args.reference:
         return None
     policy = make_trigger_policy(args.reference)
+    task = with_overrides(task, {"process": TO_THE_END})
     return lambda case: 100.0 * play_compiled(task, policy, case)["gap"]
 
 
@@ -150,10 +156,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = Options(args.checkpoint_every, args.max_minutes, args.threads)
     make_trigger_policy(args.expert)  # refuse a mistyped one even where nobody is imitated
-    reference = make_reference(args, task)
-    check_run(task, hyperparameters, args.output, args.resume)
+    make_reference(args, task)  # … or a reference
     words = ["python", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]
-    command = shlex.join(words)
+    with locked(args.output):
+        check_run(task, hyperparameters, args.output, args.resume)
+        train_agent(args, task, hyperparameters, options, shlex.join(words))
+    return 0
+
+
+def train_agent(
+    args: Args, task: TaskConfig, hyperparameters: Hyperparameters, options: Options, command: str
+) -> None:
+    """Train what can be trained in the folder."""
     # Imported late: torch takes seconds, and what can be refused should be refused before.
     from servegym.agents.training import train
 
@@ -164,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.output,
             callbacks=make_callbacks(args, task, hyperparameters, command),
             expert=make_expert(args, task),
-            reference=reference,
+            reference=make_reference(args, task),
             resume=args.resume,
             command=command,
             options=options,
@@ -174,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"interrupted; go on from the last checkpoint with --output {args.output} --resume"
         ) from None
     print(f"{args.output}: {model.num_timesteps} timesteps")
-    return 0
 
 
 if __name__ == "__main__":
+    end_with_parent()
     run(main)

@@ -11,21 +11,25 @@ if __name__ == "__main__":  # first of all: see _start.py
     begin()
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from _cli import MAX_JOBS, check_number, command_line, parse, run
-from joblib import Parallel, delayed
+from _cli import check_number, command_line, parse, run
 from tqdm import tqdm
 
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.config import TaskConfig
 from servegym.envs.evaluation import HELD_OUT_SEED, make_case
-from servegym.envs.files import make_folder, write_file
-from servegym.envs.summary import to_markdown, with_interval
+from servegym.envs.files import write_file
+from servegym.envs.identity import check_unchanged, hash_of
+from servegym.envs.locks import locked
+from servegym.envs.parallel import USUAL_JOBS, check_jobs, run_parallel
+from servegym.envs.summary import UNFINISHED, mean_gaps, to_markdown, with_interval
 from servegym.envs.tasks import load_task
 
 THRESHOLDS = (1, 2, 3, 4, 5, 7, 10, 12, 15, 18, 20, 25, 30, 40, 60, 100)
@@ -43,7 +47,7 @@ class Args:
     """Training cases: seeds 0 … cases − 1."""
     output: Path = Path("results/tuning/GSM8K-v0")
     """Folder for the results."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Worker processes."""
 
 
@@ -53,7 +57,7 @@ def candidates() -> list[str]:
     return names + [f"{name}-{number}" for name in MULTIPLIED for number in MULTIPLIERS]
 
 
-def gaps(task: TaskConfig, seed: int, names: Sequence[str]) -> list[dict[str, object]]:
+def gaps(task: TaskConfig, seed: int, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return one row per policy for one training case."""
     case = make_case(task, seed)
     return [
@@ -63,41 +67,47 @@ def gaps(task: TaskConfig, seed: int, names: Sequence[str]) -> list[dict[str, ob
 
 
 def best_of_families(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the best member of each family with its mean gap."""
-    means = table.groupby("policy")["gap"].mean()
+    """Return the best member of each family with its mean gap; none that leaves requests unserved."""
+    means = mean_gaps(table)
     families = means.index.str.rsplit("-", n=1).str[0]
     best = means.groupby(families).idxmin()
-    return pd.DataFrame(
-        {
-            "family": best.index,
-            "best": best.to_numpy(),
-            "gap (%)": [
-                with_interval(table.loc[table["policy"] == name, "gap"].to_numpy(float), 100, 3)
-                for name in best
-            ],
-        }
-    )
+    rows = []
+    for family, name in best.items():
+        gaps = table.loc[table["policy"] == name, "gap"].to_numpy(float)
+        served = np.isfinite(means[name])
+        cells = (name, with_interval(gaps, 100, 3)) if served else ("–", UNFINISHED)
+        rows.append({"family": family, "best": cells[0], "gap (%)": cells[1]})
+    return pd.DataFrame(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and write the tables."""
     args = parse(Args, argv)
     check_number("--cases", args.cases, 1, HELD_OUT_SEED)
-    check_number("--jobs", args.jobs, 1, MAX_JOBS)
-    task, names = load_task(args.task), candidates()
-    make_folder(args.output)
-    parallel = Parallel(n_jobs=args.jobs, return_as="generator")
-    rounds = parallel(delayed(gaps)(task, seed, names) for seed in range(args.cases))
-    rows = [row for some in tqdm(rounds, total=args.cases, unit="case") for row in some]
-    table = pd.DataFrame(rows)
-    best = best_of_families(table)
-    means = table.groupby("policy", sort=False)["gap"].agg(["count", "mean", "std"])
-    write_file(args.output / "tuning.csv", means.astype({"count": np.int64}).to_csv())
-    command = command_line("tune", task=args.task, cases=args.cases, output=args.output)
-    text = f"# Tuning on {task.name}\n\n`{command}`\n\n{to_markdown(best)}"
-    write_file(args.output / "tuning.md", text)
+    check_jobs(args.jobs)
+    task = load_task(args.task)
+    make_case(task, 0)  # refuse a workload file before anything is written
+    with locked(args.output):
+        table = play(task, args)
+        best = best_of_families(table)
+        means = table.groupby("policy", sort=False)["gap"].agg(["count", "mean", "std"])
+        write_file(args.output / "tuning.csv", means.astype({"count": np.int64}).to_csv())
+        command = command_line("tune", task=args.task, cases=args.cases, output=args.output)
+        text = f"# Tuning on {task.name}\n\n`{command}`\n\n{to_markdown(best)}"
+        write_file(args.output / "tuning.md", text)
     print(to_markdown(best))
     return 0
+
+
+def play(task: TaskConfig, args: Args) -> pd.DataFrame:
+    """Return one row per policy and training case, by case."""
+    known, names = hash_of(task), candidates()
+    arguments = [(task, seed, names) for seed in range(args.cases)]
+    rounds = run_parallel(gaps, arguments, args.jobs)
+    with closing(rounds), tqdm(rounds, total=args.cases, unit="case") as bar:
+        found = sorted(bar, key=lambda rows: int(rows[0]["seed"]))
+    check_unchanged(task, known)
+    return pd.DataFrame([row for rows in found for row in rows])
 
 
 if __name__ == "__main__":

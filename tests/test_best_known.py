@@ -59,7 +59,10 @@ def test_finished_cases_are_kept(tmp_path: Path) -> None:
     before = (tmp_path / "best_known.csv").read_text()
     best_known.main(options)
     assert (tmp_path / "best_known.csv").read_text() == before
-    with pytest.raises(ServegymError, match="another task, limit or version"):
+    with pytest.raises(
+        ServegymError,
+        match=r"another task, setting or version \(time_limit 0\.1, now 0\.2\)",
+    ):
         best_known.main([*OPTIONS, "--time-limit", "0.2", "--output", str(tmp_path)])
 
 

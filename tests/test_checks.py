@@ -365,7 +365,7 @@ def test_hybrid_without_stealing_serves_own_queues_only() -> None:
         (["--cases", "1"], "--cases must lie"),
         (["--cases", "1000001"], "--cases must lie"),
         (["--cases", "two"], "two"),
-        (["--jobs", "0"], "--jobs must be"),
+        (["--jobs", "0"], "--jobs must lie in 1"),
         (["--case", "2"], "did you mean '--cases'"),  # unknown option
     ],
 )
@@ -415,7 +415,7 @@ def test_a_collection_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return fake_case(task, seed)
 
-    whole, parts = Collection(tmp_path / "whole", {}), Collection(tmp_path / "parts", {})
+    whole, parts = (Collection(tmp_path / name, {}, texts=("kind",)) for name in ("whole", "parts"))
     for collection in (whole, parts):
         collection.open([task])
     table = whole.rows(task, seeds, fake_case, 1)
@@ -434,9 +434,9 @@ def test_a_collection_refuses_rows_of_something_else(tmp_path: Path) -> None:
     Collection(tmp_path, {"samples": 5}).open([task])  # the same again
     with pytest.raises(ServegymError, match="another task, setting or version"):
         Collection(tmp_path, {"samples": 6}).open([task])
-    for damage in ("", "nonsense\n1\n", "seed,gap\n"):
+    for damage in ("", "nonsense\n1\n", "seed,gap\n0,x\n", "seed,gap\n0,1\n0,2\n1,1\n"):
         (tmp_path / "Tiny-v0.csv").write_text(damage)
-        with pytest.raises(ServegymError, match=r"damaged|holds no row"):
+        with pytest.raises(ServegymError, match=r"Tiny-v0\.csv: (empty|not a table|line 2|seed 1)"):
             Collection(tmp_path, {"samples": 5}).rows(task, range(2), fake_case, 1)
 
 

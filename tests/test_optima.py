@@ -214,10 +214,10 @@ def test_evaluate_says_what_is_not_proven_and_what_is_too_large(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no column 'task'"),
+        ("", "empty; remove it"),
         ("task,seed\nservegym/Tiny-v0,0\n", "no column 'best_known_s'"),
         ("task,seed,best_known_s\nservegym/Paper-v0,0,99\n", "every case of servegym/Tiny-v0 once"),
-        ("task,seed,best_known_s\n" + 2 * "servegym/Tiny-v0,0,99\n", "once"),
+        ("task,seed,best_known_s\nservegym/Tiny-v0,0,99\nservegym/Tiny-v0,0,98\n", "lines 2 and 3"),
         ("task,seed,best_known_s\nservegym/Tiny-v0,0,1\n", "another task or version"),  # < bound
         (
             "task,seed,best_known_s,lower_bound_s\nservegym/Tiny-v0,0,99,3\n",

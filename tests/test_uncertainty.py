@@ -364,7 +364,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
         (["--parts", ""], "names nothing"),
         (["--cases", "1"], "must lie in 2"),
         (["--slow-cases", "0"], "must lie in 2"),
-        (["--jobs", "0"], "--jobs must be ≥ 1"),
+        (["--jobs", "0"], "--jobs must lie in 1"),
     ],
 )
 def test_bad_options_write_nothing(bad: list[str], words: str, tmp_path: Path) -> None:

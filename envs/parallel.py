@@ -1,0 +1,115 @@
+"""Worker processes: no more than there is work and processors for, and none that outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from typing import Any, Final, TypeVar
+
+from joblib import Parallel, cpu_count, delayed
+
+from servegym.envs.errors import ServegymError
+
+MAX_JOBS: Final = 1024
+USUAL_JOBS: Final = 2
+"""What scripts use unless told otherwise."""
+
+PARENT: Final = "SERVEGYM_PARENT"
+"""Environment variable: the id of the process without which a script is to end; see
+:func:`end_with_parent`."""
+
+_LOOK_EVERY_S: Final = 0.25
+
+Result = TypeVar("Result")
+
+
+def check_jobs(jobs: int) -> None:
+    """Refuse a number of worker processes that is none, or absurd."""
+    if not 1 <= jobs <= MAX_JOBS:
+        raise ServegymError(f"--jobs must lie in 1 … {MAX_JOBS}, got {str(jobs)[:40]}")
+
+
+def useful_jobs(jobs: int, things: int) -> int:
+    """Return how many of ``jobs`` processes can be busy with so many things on this machine.
+
+    Says so on stderr, once, where more had been asked for than the usual ``USUAL_JOBS``.
+    """
+    check_jobs(jobs)
+    useful = max(1, min(jobs, things, cpu_count()))
+    if useful < jobs and jobs > USUAL_JOBS and things > 0:
+        reason = f"{things} to do" if things < cpu_count() else f"{cpu_count()} processors"
+        _say(f"--jobs {jobs}: {useful} are used, more would be idle ({reason})")
+    return useful
+
+
+@cache  # each line once
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def run_parallel(
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], jobs: int
+) -> Generator[Result]:
+    """Call a picklable function once for each of ``arguments``; yield the results as they come.
+
+    In this process if one job is all that is of use. The workers end when this process does, however it
+    ends. Close the generator where an exception may leave it half-way: that stops them.
+
+    Raises
+    ------
+    ServegymError
+        If ``jobs`` is out of range, or a worker was killed.
+    """
+    jobs = useful_jobs(jobs, len(arguments))
+    if jobs == 1:
+        for some in arguments:
+            yield function(*some)
+        return
+    pool = Parallel(
+        jobs,
+        backend="loky",
+        return_as="generator_unordered",
+        initializer=_begin_worker,
+        initargs=(os.getpid(),),
+    )
+    try:
+        with pool as parallel:
+            yield from parallel(delayed(function)(*some) for some in arguments)
+    except BrokenProcessPool:
+        raise ServegymError(
+            "a worker process was ended from outside, as by a system out of memory; what is finished is "
+            "kept: start again, with fewer --jobs if need be"
+        ) from None
+
+
+def _begin_worker(parent: int) -> None:
+    # Ctrl-C reaches the whole group of processes; the parent ends the workers, without their tracebacks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """End this process soon after its parent has ended, even if that could not tell.
+
+    Parameters
+    ----------
+    parent
+        The parent's process id; None takes it from the environment variable ``PARENT`` and does
+        nothing where that is not set.
+    """
+    if parent is None:
+        parent = int(os.environ.pop(PARENT, "0"))
+    if parent > 0:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY_S)
+    os._exit(1)
