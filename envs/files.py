@@ -21,6 +21,11 @@ _OTHER_ENCODINGS: Final = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 
+WRONG_VALUES: Final = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What code raises on values that a damaged file holds: of another type, out of range, missing."""
+
 
 def make_folder(folder: Path) -> None:
     """Make a folder that can be written to, or say why not."""
@@ -54,6 +59,15 @@ def read_bytes(path: Path, kind: str = "file") -> bytes:
         If there is none, or it is a folder, a device or a pipe (which may never end), larger than
         ``MAX_BYTES``, or may not be read.
     """
+    check_readable(path, kind)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ServegymError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_readable(path: Path, kind: str = "file") -> None:
+    """Refuse what :func:`read_bytes` refuses, for readers that open a file themselves."""
     try:
         about = path.stat()
         if stat.S_ISDIR(about.st_mode):
@@ -64,7 +78,6 @@ def read_bytes(path: Path, kind: str = "file") -> bytes:
             raise ServegymError(
                 f"{path}: cannot be read: of {about.st_size} bytes, more than {MAX_BYTES}"
             )
-        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ServegymError(f"{path}: no such {kind}") from None
     except OSError as error:

@@ -55,12 +55,12 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | N
 
     Raises
     ------
-    SystemExit
-        Status 2 after one line on stderr that says what is wrong and names the nearest option;
-        status 0 after ``--help``.
     ServegymError
-        If a value is of its type but out of all bounds: NaN, infinite, beyond 2⁶², an empty path, a
-        text that is not in the terminal's encoding.
+        One line that says what is wrong and names the nearest option; also if a value is of its type
+        but out of all bounds: NaN, infinite, beyond 2⁶², an empty path, a text that is not in the
+        terminal's encoding.
+    SystemExit
+        Status 0 after ``--help``.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
     _check_paths(kind, tokens)
@@ -73,8 +73,7 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | N
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-    say(_unknown_option(kind, tokens) or _first_paragraph(box.getvalue()))
-    raise SystemExit(BAD_INPUT)
+    raise ServegymError(_unknown_option(kind, tokens) or _first_paragraph(box.getvalue()))
 
 
 def split_names(text: str) -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 from _cli import check_number, parse, run
 
 from servegym.agents.hyperparameters import Hyperparameters, Options, default_hyperparameters
-from servegym.agents.record import check_run, read_run
+from servegym.agents.record import RECORD, check_run, read_run
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.cases import Case
@@ -82,10 +82,14 @@ def read_args(argv: Sequence[str] | None) -> Args:
         usual = Args(validation_cases=usual_validation_cases(defaults))
         return parse(Args, argv, replace(usual, **asdict(defaults)))
     record = read_run(args.output)
-    first = parse(Args, shlex.split(record["command"])[2:])
     names = {item.name for item in fields(Hyperparameters)}
     recorded = {key: value for key, value in record["hyperparameters"].items() if key in names}
-    return parse(Args, argv, replace(first, **recorded))
+    try:
+        first = replace(parse(Args, shlex.split(record["command"])[2:]), **recorded)
+    except ValueError as error:  # an option, a number or a quote that is none
+        place = args.output / RECORD
+        raise ServegymError(f"{place}: damaged ({error}); begin a run in another folder") from None
+    return parse(Args, argv, first)
 
 
 def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
