@@ -224,11 +224,12 @@ def read_episodes(path: Path) -> pd.DataFrame:
         One line naming file and line of what is damaged or of another version.
     """
     table = read_rows(path, EPISODES, "remove it or choose a new folder")
-    without = table["gap"].isna() | table["makespan_s"].isna()
-    below = table["gap"] < -1e-6  # no schedule is below the bound: rounding apart, it was cut short
-    wrong = np.flatnonzero((without != (table[UNFINISHED] > 0)) | below)
-    if len(wrong):
-        row = table.iloc[wrong[0]]
+    cut_short = table[UNFINISHED] > 0
+    wrong = (table["gap"].isna() != cut_short) | (table["makespan_s"].isna() != cut_short)
+    # No schedule is below the bound, rounding apart: such an episode was cut short.
+    wrong |= table["gap"] < -1e-6
+    if wrong.any():
+        row = table.iloc[int(np.argmax(wrong))]
         raise ServegymError(
             f"{path}: the row of policy {row['policy']}, seed {row['seed']}: a gap of {row['gap']:.4g} "
             f"with {row[UNFINISHED]} unfinished requests cannot be; delete it, and it is played again"

@@ -171,6 +171,8 @@ def summarise(
         rows.insert(0, _floor_row(_label(floor), episodes, floor_s))
     # Missing cells: a column that only some rows have, such as the gap to the optimum.
     table = pd.DataFrame(rows).fillna("")
+    if cut_short:
+        table.insert(2, UNFINISHED, table.pop(UNFINISHED))  # beside the n, also behind other rows
     if reference in policies and len(policies) > 1:
         differences = _paired(episodes, policies, str(reference))
         others = [""] * (len(table) - len(policies))

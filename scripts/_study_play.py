@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 from _policies import BEST, SHIPPED, make_listed_policy, note_weights
 from _study_runs import ABLATED, MAIN, Run, is_finished
@@ -174,6 +175,10 @@ def tuned_threshold(task: TaskConfig, cases: int, jobs: int) -> str:
     rounds = run_parallel(gaps, [(task, seed, names) for seed in range(cases)], jobs)
     with closing(rounds):
         means = mean_gaps(pd.DataFrame([row for rows in rounds for row in rows]))
+    if np.isinf(means.min()):
+        raise ServegymError(
+            f"{task.name}: no threshold serves all requests; raise process.max_decisions or max_seconds"
+        )
     return str(means.idxmin())
 
 

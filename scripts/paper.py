@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from _cli import check_number, parse, run
 from _policies import make_policy, weights_of
@@ -85,7 +86,7 @@ def comparison(case: pd.DataFrame, study: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "policy": f"**`{policy}`** {STEPS[policy]}" if policy in STEPS else f"`{policy}`",
-                "makespan (s)": f"{single['makespan_s']:.2f}",
+                "makespan (s)": with_interval(np.array([single["makespan_s"]])),
                 "paper (s)": published_s,
                 "client / decode util. (%)": (
                     f"{100 * single['client_utilization']:.1f} / "
