@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
 from servegym.envs.errors import ServegymError, nearest, shown
+from servegym.envs.files import read_bytes
 from servegym.envs.requests import Requests, make_requests, read_requests
 
 Generator = np.random.Generator
@@ -236,10 +237,7 @@ def _read_once(path: Path, state: _FileState | None) -> Requests:
 
 @lru_cache(maxsize=8)
 def _hash_once(path: Path, state: _FileState) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ServegymError(f"{path}: cannot be read: {error.strerror}") from None
+    return hashlib.sha256(read_bytes(path, "workload file")).hexdigest()
 
 
 def make_workload(

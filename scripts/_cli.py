@@ -72,6 +72,7 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | N
             return _checked(tyro.cli(kind, args=tokens, default=default))
     except SystemExit as stop:
         if stop.code in (0, None):
+            sys.stdout.flush()  # here, where an output that is full or closed becomes a line
             raise
     raise ServegymError(_unknown_option(kind, tokens) or _first_paragraph(box.getvalue()))
 

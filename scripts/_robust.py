@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import os
+import resource
 import signal
 import tempfile
 import traceback
@@ -18,6 +19,9 @@ from typing import Any, Final
 from _cli import run
 
 SCRIPTS: Final = Path(__file__).resolve().parent
+
+_DATA_BYTES: Final = 8 * 2**30
+"""Memory that a trial may take: what reads a device would take all of the machine's."""
 
 ONE_LINE, FINE, TRACEBACK, HANG, STATUS = (
     "one line", "fine", "traceback", "hang", "wrong status",
@@ -70,6 +74,8 @@ class Ended:
             return FINE, ""
         if "Traceback" in self.err:
             return TRACEBACK, text
+        if "not enough memory" in self.err:
+            return HANG, text
         if len(said(self.err)) != 1:
             return STATUS, f"{len(said(self.err))} lines: {text}"
         return ONE_LINE, text
@@ -91,6 +97,7 @@ def call(script: str, words: Sequence[str], limit_s: int) -> Ended:
     out, err = io.StringIO(), io.StringIO()
     status: int | None = None
     fault = ""
+    resource.setrlimit(resource.RLIMIT_DATA, (_DATA_BYTES, resource.RLIM_INFINITY))
     before = signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(limit_s)
     try:
@@ -106,6 +113,7 @@ def call(script: str, words: Sequence[str], limit_s: int) -> Ended:
         fault = f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
     finally:
         signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         signal.signal(signal.SIGALRM, before)
     return Ended(status, out.getvalue(), err.getvalue(), fault)
 

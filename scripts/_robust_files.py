@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,12 +105,12 @@ class Trial:
         return f"{self.file} {self.damage} ({self.seed}): {self.command}"
 
 
-def trials(count: int, seed: int) -> list[Trial]:
-    """Return so many damages of all benches in turn, the same for the same seed."""
+def trials(count: int, seed: int, benches: Sequence[str] = tuple(BENCHES)) -> list[Trial]:
+    """Return so many damages of the benches in turn, the same for the same seed."""
     rng = np.random.default_rng(seed)
     stacks = []
-    for name, bench in BENCHES.items():
-        root = pristine(name)
+    for name in benches:
+        bench, root = BENCHES[name], pristine(name)
         files = [path.relative_to(root) for glob in bench.files for path in sorted(root.glob(glob))]
         files = [path for path in files if not (root / path).is_dir()]
         pairs = [(path, damage) for path in files for damage in _damages(path.suffix)]

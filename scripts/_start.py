@@ -6,9 +6,9 @@ Every script begins with ::
         import sys
 
         sys.path.insert(0, __file__.rpartition("/")[0] or ".")
-        from _start import begin
+        import _start
 
-        begin()
+        _start.begin()
 
 The path is for Pythons that are told to leave a script's folder out (``-P``, ``-I``,
 ``PYTHONSAFEPATH``). Importing this module alone changes nothing, so that tests can.

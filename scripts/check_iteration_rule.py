@@ -6,9 +6,9 @@ if __name__ == "__main__":  # first of all: see _start.py
     import sys
 
     sys.path.insert(0, __file__.rpartition("/")[0] or ".")
-    from _start import begin
+    import _start
 
-    begin()
+    _start.begin()
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -108,8 +108,8 @@ def test_plans_who_is_there(
     written = json.loads(output.read_text())
     assert written["later_requests"] == later
     assert sorted(sorted(queue) for queue in written["queues"]) == queues
-    options = {"requests": read_requests(workload), "plan": plan_from_queues(written["queues"])}
-    make_env(2).reset(options=options)
+    plan_made = plan_from_queues(written["queues"])
+    make_env(2).reset(options={"requests": read_requests(workload), "plan": plan_made})
 
 
 @pytest.mark.parametrize(
