@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from _cli import run
+from _kills import processes_of_session
 
 from scripts import evaluate, paper, tune
 
@@ -136,6 +137,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     path = tmp_path / "episodes.csv"
     while not path.exists() and running.poll() is None:
@@ -146,7 +148,8 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     assert errors.strip().splitlines()[-1] == "evaluate.py: interrupted"
     finished = pd.read_csv(path)
     assert 0 < len(finished) < 8000
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*"))
+    assert processes_of_session(running.pid) == []
 
 
 def test_paper_and_tune_on_few_cases(tmp_path: Path) -> None:
