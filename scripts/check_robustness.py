@@ -15,6 +15,7 @@ if __name__ == "__main__":  # first of all: see _start.py
 
     _start.begin()
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ import _robust_files
 import _robust_terminals
 import pandas as pd
 from _cli import check_number, command_line, parse, read_list, run
-from _robust import FINE, ONE_LINE, VERDICTS, Outcome
+from _kills import run_kills
+from _robust import FINE, ONE_LINE, STATUS, VERDICTS, Outcome
 from tqdm import tqdm
 
 from servegym.envs.files import make_folder, write_file
@@ -63,9 +65,7 @@ def outcomes_of(part: str, args: Args) -> Iterator[Outcome]:
     """Try a part, with a progress bar."""
     count = getattr(args, part)
     if part == "kills":
-        from _kills import run_kills  # processes of its own, one after another
-
-        yield from run_kills(count, args.seed, args.output)
+        yield from _killed(count, args.seed)
         return
     rooms: dict[str, tuple[Callable[[int, int], Sequence[Any]], Callable[[Any], Outcome]]] = {
         "arguments": (_robust_arguments.trials, _robust_arguments.try_one),
@@ -77,6 +77,16 @@ def outcomes_of(part: str, args: Args) -> Iterator[Outcome]:
     found = run_parallel(try_one, [(trial,) for trial in trials], args.jobs)
     with closing(found), tqdm(found, total=len(trials), desc=part, unit="trial") as bar:
         yield from bar
+
+
+def _killed(count: int, seed: int) -> Iterator[Outcome]:
+    """Kill processes, one after another; every kill is fine or one of the faults of its scenario."""
+    with tempfile.TemporaryDirectory(prefix="servegym-kills-") as folder:
+        for scenario in run_kills(count, seed, Path(folder) / "runs", say=tqdm.write):
+            for _ in range(scenario.kills - len(scenario.faults)):
+                yield Outcome("kills", scenario.scenario, FINE)
+            for fault in scenario.faults:
+                yield Outcome("kills", scenario.scenario, STATUS, fault)
 
 
 def report(outcomes: Sequence[Outcome], command: str) -> str:
