@@ -50,7 +50,7 @@ SURROUNDINGS: Final[dict[str, Surroundings]] = {
     "cp1252, strict": _with("PYTHONIOENCODING=cp1252:strict"),
     "the C locale": _with(*_C),
     "the POSIX locale": _with("LC_ALL=POSIX", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0"),
-    "no such locale": _with("LC_ALL=xx_YY.UTF-8", "LANG=xx_YY"),
+    "no such locale": Surroundings(shell="env LC_ALL=xx_YY.UTF-8 LANG=xx_YY {}"),
     "no width": _with("COLUMNS=0"),
     "1 column": _with("COLUMNS=1"),
     "5 columns": _with("COLUMNS=5"),
@@ -81,7 +81,7 @@ SURROUNDINGS: Final[dict[str, Surroundings]] = {
     ),
     "a removed folder": Surroundings(shell="mkdir gone; cd gone; rmdir ../gone; {}", statuses=(2,)),
     "few open files": Surroundings(shell="ulimit -n 24; {}", statuses=(2, 74)),
-    "a file size limit": Surroundings(shell="ulimit -f 0; {}", statuses=(2, 74)),
+    "a file size limit": Surroundings(shell="ulimit -f 0; {}", statuses=(2, 74), silent=True),
     "a real terminal of 3 columns": Surroundings(
         shell="script -qec 'stty cols 3; {}' /dev/null", silent=True
     ),
