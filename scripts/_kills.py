@@ -62,21 +62,21 @@ class Scenario:
 
 def scenarios() -> list[Scenario]:
     """Return what is killed."""
-    trained = ["--task", "Tiny-v0", "--timesteps", "3072", "--environments", "4", "--steps", "64"]
+    trained = ["--task", "Tiny-v0", "--timesteps", "1536", "--environments", "4", "--steps", "64"]
     trained += ["--batch-size", "128", "--epochs", "2", "--width", "8", "--depth", "1"]
     trained += ["--validation-cases", "2", "--evaluate-every", "512", "--checkpoint-every", "1"]
-    study = ["--tasks", "Tiny-v0", "--variants", "main", "--seeds", "1", "--tiny-timesteps", "6000"]
+    study = ["--tasks", "Tiny-v0", "--variants", "main", "--seeds", "1", "--tiny-timesteps", "4096"]
     return [
         Scenario(
             "evaluate",
             "evaluate",
-            ["--task", "GSM8K-v0", "--policies", "fcfs,lpt,random", "--seeds", "0:120"],
+            ["--task", "GSM8K-v0", "--policies", "fcfs,lpt,random", "--seeds", "0:40"],
             compared=("episodes.csv", "task.json"),
         ),
         Scenario(
             "evaluate with optima",
             "evaluate",
-            ["--task", "Tiny-v0", "--policies", "fcfs,hybrid", "--seeds", "0:150", "--jobs", "1"],
+            ["--task", "Tiny-v0", "--policies", "fcfs,hybrid", "--seeds", "0:40", "--jobs", "1"],
             compared=("episodes.csv", "optima.csv", "task.json"),
         ),
         Scenario(
@@ -88,18 +88,23 @@ def scenarios() -> list[Scenario]:
                 "--policies",
                 "fcfs,lpt",
                 "--seeds",
-                "0:12",
+                "0:8",
                 "--time-limit",
                 "0.2",
             ],
             compared=("*.csv", "search.json"),
         ),
-        Scenario("tune", "tune", ["--task", "Tiny-v0", "--cases", "400"], compared=("tuning.*",)),
-        Scenario("paper", "paper", ["--cases", "2"], compared=("**/episodes.csv", "table.md")),
+        Scenario("tune", "tune", ["--task", "Tiny-v0", "--cases", "60"], compared=("tuning.*",)),
+        Scenario(
+            "paper",
+            "paper",
+            ["--cases", "2", "--jobs", "1"],
+            compared=("**/episodes.csv", "table.md"),
+        ),
         Scenario(
             "check",
             "check_estimates",
-            ["--tasks", "Tiny-v0", "--cases", "30"],
+            ["--tasks", "Tiny-v0", "--cases", "12", "--jobs", "1"],
             compared=("*.csv", "*.json", "*.md"),
         ),
         Scenario(
@@ -201,7 +206,7 @@ class _Trial:
         while self.outcome.kills < kills and len(self.outcome.faults) < 5:
             output = self.folder / f"killed-{attempt}"
             left = kills - self.outcome.kills
-            self._disturb(output, seconds, self.rng.randint(1, min(4, left)))
+            self._disturb(output, seconds, min(left, self.rng.randint(2, 5)))
             self._finish(output, expected)
             attempt += 1
         return self.outcome

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import pandas as pd
 import pytest
 from _checks import Collection
+from _policies import make_policy as make_any_policy
+from _policies import weights_of
 from _study_play import settings
 
 from scripts import best_known, check_stealing, evaluate, paper, study_agents, train, tune
@@ -97,6 +101,21 @@ def test_the_same_thread_may_hold_a_folder_again(tmp_path: Path) -> None:
             assert (tmp_path / LOCK_FILE).read_text() == f"{os.getpid()}\n"
         assert (tmp_path / LOCK_FILE).exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_thread_may_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_PATIENCE_S", 0.05)
+
+    def hold() -> None:
+        with locked(tmp_path):
+            pass
+
+    with ThreadPoolExecutor(1) as executor:
+        with locked(tmp_path):
+            refused = executor.submit(hold).exception(timeout=20)
+        assert isinstance(refused, ServegymError)
+        assert f"(pid {os.getpid()})" in str(refused)
+        executor.submit(hold).result(timeout=20)
 
 
 def test_a_folder_made_for_nothing_is_removed(tmp_path: Path) -> None:
@@ -278,6 +297,38 @@ def test_a_workload_without_a_noted_hash_is_refused(task: TaskConfig, tmp_path: 
     (tmp_path / "task.json").write_text(json.dumps(notes))
     with pytest.raises(ServegymError, match=r"w\.csv was not noted"):
         claim_task(task, tmp_path)
+
+
+def test_weights_that_change_meanwhile_are_refused(tmp_path: Path) -> None:
+    weights = weights_of(["ppo", "fcfs"], "Tiny-v0")
+    assert make_any_policy("ppo", "Tiny-v0", weights).prepare is not None
+    with pytest.raises(ServegymError, match="the weights of 'ppo' have changed while it played"):
+        make_any_policy("ppo", "Tiny-v0", {"ppo": "others"})
+
+
+def test_best_known_schedules_of_other_weights_are_refused(tmp_path: Path) -> None:
+    agent = tmp_path / "agent"
+    shutil.copytree(RESULTS / "agents" / "Tiny-v0" / "seeds" / "0", agent)
+    options = ["--task", "Tiny-v0", "--policies", f"fcfs,{agent}", "--seeds", "0"]
+    options += ["--time-limit", "0.01", "--output", str(tmp_path / "out")]
+    assert best_known.main(options) == 0
+    shutil.rmtree(agent)
+    shutil.copytree(RESULTS / "agents" / "Tiny-v0" / "seeds" / "1", agent)
+    with pytest.raises(ServegymError, match=r"holds cases of another task, setting or version \(/"):
+        best_known.main(options)
+
+
+def test_an_interrupted_paper_of_another_agent_begins_anew(tmp_path: Path) -> None:
+    rows = tmp_path / "study" / "episodes.csv"
+    rows.parent.mkdir()
+    rows.touch()
+    paper.begin(tmp_path, {"ppo": "one"})
+    assert not rows.exists()  # the last run had come to its end
+    rows.touch()
+    paper.begin(tmp_path, {"ppo": "one"})
+    assert rows.exists()
+    paper.begin(tmp_path, {"ppo": "other"})
+    assert not rows.exists()
 
 
 def committed(name: str) -> list[Any]:
