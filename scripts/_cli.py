@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import math
 import os
@@ -29,6 +30,7 @@ from servegym.envs.files import shortened
 
 CANNOT_WRITE: Final = 74  # EX_IOERR of sysexits.h
 BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
+_WRITING: Final = (errno.EBADF, errno.EFBIG, errno.EIO, errno.ENOSPC)
 
 _PLAIN_WORDS = {
     r"^Error parsing (?!-)\S+: ": "",  # a value that the dataclass itself refused
@@ -236,15 +238,14 @@ def _refuse(error: OSError) -> int:
     """Say what the system has refused; return the status to leave with."""
     words = error.strerror or str(error)
     if error.filename is not None:
-        say(f"{shortened(Path(os.fsdecode(error.filename)))}: {words}")
+        say(f"{shortened(Path(str(error.filename)))}: {words}")
         return BAD_INPUT
+    # Without a name it is a stream that could not be written.
+    say(f"standard output cannot be written: {words}" if error.errno in _WRITING else words)
     try:
         sys.stdout.flush()
     except OSError:
-        say(f"standard output cannot be written: {words}")
         _give_up_stdout()
-    else:
-        say(words)
     return CANNOT_WRITE
 
 

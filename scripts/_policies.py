@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from _cli import command_line
+
 from servegym.agents.policy import CARD_FILE, load_agent, read_card
 from servegym.baselines import registry
 from servegym.envs.errors import ServegymError
@@ -128,6 +130,6 @@ def _shipped(task: str) -> Path:
     if not (folder / CARD_FILE).is_file():
         raise ServegymError(
             f"policy {SHIPPED!r}: no agent is shipped for {task}; train one with "
-            f"`python scripts/train.py --task {task}` and give its folder instead"
+            f"`{command_line('train', task=task)}` and give its folder instead"
         )
     return folder

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -98,6 +98,8 @@ class Trial:
     damage: str
     command: str
     seed: int
+    root: Path = field(compare=False)
+    """The good files; made by the process that draws, for the workers, too."""
 
     @property
     def tried(self) -> str:
@@ -113,23 +115,23 @@ def trials(count: int, seed: int, benches: Sequence[str] = tuple(BENCHES)) -> li
         bench, root = BENCHES[name], pristine(name)
         files = [path.relative_to(root) for glob in bench.files for path in sorted(root.glob(glob))]
         files = [path for path in files if not (root / path).is_dir()]
-        pairs = [(path, damage) for path in files for damage in _damages(path.suffix)]
+        pairs = [(path, kind) for path in files for kind in _damages(path.suffix)]
         stacks.append([(name, *pairs[k]) for k in rng.permutation(len(pairs))])
     found = []
     for k in range(count):
         stack = stacks[k % len(stacks)]
-        name, path, damage = stack[k // len(stacks) % len(stack)]
+        name, path, kind = stack[k // len(stacks) % len(stack)]
         commands = BENCHES[name].commands
         command = commands[int(rng.integers(len(commands)))]
-        found.append(Trial(name, str(path), damage, command, int(rng.integers(2**31))))
+        luck = int(rng.integers(2**31))
+        found.append(Trial(name, str(path), kind, command, luck, pristine(name)))
     return found
 
 
 def try_one(trial: Trial) -> Outcome:
     """Damage the file in a copy of its bench and run the command: it is done or refuses in one line."""
-    source = pristine(trial.bench)
     with fresh_folder() as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        shutil.copytree(trial.root, folder, dirs_exist_ok=True)
         damage(folder / trial.file, trial.damage, np.random.default_rng(trial.seed))
         script, *words = trial.command.split()
         ended = call(script, words, LIMIT_S)
