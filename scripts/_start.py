@@ -28,7 +28,10 @@ from types import FrameType
 from typing import Final
 
 BAD_INPUT: Final = 2
-STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS: Final = tuple(
+    number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+)
+"""Ctrl-C, a plain kill, a terminal that is closed; Windows lacks the last."""
 
 _NARROWEST, _WIDEST = 20, 1000  # columns; tyro never ends below 6 and fills all that it is promised
 

@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from servegym.envs import load_task
+from servegym.envs.config import _line_of, _statement_ends
 from servegym.envs.errors import ServegymError, shown
 from servegym.envs.files import read_json, read_text
 from servegym.envs.requests import read_requests
@@ -204,3 +206,35 @@ def test_long_values_are_shown_short() -> None:
     assert shown("x") == "'x'"
     assert len(shown("x" * 10_000)) < 200
     assert shown(16**5000) == "a value too long to be shown"
+
+
+STATEMENTS = {
+    # a statement by its key, over one line or several; whatever its text holds is no statement
+    "a": "a = 1 # [b]",
+    "b": 'b = """\n[x]\ny = 1 \\"""\n"""',
+    "c": 'c = [\n  1, # ]\n  \'[\', "]\\"",\n]',
+    "d": "d = {e = '}', f = \"#\"}",
+    "g": "g = '''\n\\'''''",
+    "h.i": '"h.i" = "\\\\"',
+    "j": 'j = """a"""""',
+    "k": "'k' = ''",
+    "l": 'l = """\n\\\n\n#"""',
+    "m": "m.n.'o' = [[{p = 1}], []]",
+}
+
+
+def test_statements_in_any_order(rng: np.random.Generator) -> None:
+    """Where every statement ends and begins, in texts put together at random."""
+    for _ in range(100):
+        keys = [str(key) for key in rng.permutation(list(STATEMENTS))]
+        text, begins, ends = "", {}, []
+        for key in keys:
+            for filler in ("", "# a = [\n", "\n")[: int(rng.integers(3)) + 1]:
+                text += filler
+                ends += [text.count("\n")] if filler else []
+            begins[key] = text.count("\n") + 1
+            text += STATEMENTS[key] + "\n"
+            ends.append(text.count("\n"))
+        assert _statement_ends(text) == [*ends, ends[-1] + 1]  # and the empty line after the last
+        for key, line in begins.items():
+            assert _line_of(text, (key, "unknown")) == line
