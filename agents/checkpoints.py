@@ -6,6 +6,7 @@ taken between two rollouts, so that no half-filled buffer belongs to it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import deque
@@ -23,13 +24,14 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 from servegym.agents.record import check_identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
-from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.errors import ServegymError, shown
+from servegym.envs.files import WRONG_VALUES, check_readable, make_folder, write_file
 
 KEEP: Final = 2
 """How many checkpoints a folder keeps."""
 
 _FORMAT: Final = "servegym checkpoint 1"
+_DIGEST: Final = "sha256"
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -58,6 +60,7 @@ def save_checkpoint(
     arrays, values = _collect(model)
     values |= (progress or Progress())._asdict()
     header = {"format": _FORMAT, "identity": json.dumps(identity), "values": json.dumps(values)}
+    header[_DIGEST] = _digest(arrays, header)
     path = folder / f"{model.num_timesteps:012d}.safetensors"
     write_file(path, save(arrays, header))
     for old in checkpoints(folder)[:-KEEP]:
@@ -80,23 +83,40 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
     """
     advice = "delete it to go on from the one before"
     try:
+        check_readable(path, "checkpoint")
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ServegymError(f"{path}: damaged or no checkpoint ({error}); {advice}") from None
+    except ServegymError as error:
+        raise ServegymError(f"{error}; {advice}") from None
+    except (OSError, SafetensorError, *WRONG_VALUES) as error:
+        words = f"damaged or no checkpoint ({shown(str(error))})"
+        raise ServegymError(f"{path}: {words}; {advice}") from None
     if header.get("format") != _FORMAT:
         raise ServegymError(f"{path}: not a {_FORMAT}; {advice}")
+    if header.get(_DIGEST) not in (None, _digest(arrays, header)):  # the first versions had none
+        raise ServegymError(f"{path}: damaged (its SHA-256 differs); {advice}")
     try:
         found, values = (json.loads(header[part]) for part in ("identity", "values"))
         check_identity(str(path), found, identity)
         _restore(model, arrays, values)
         return Progress(float(values["training_s"]), int(values["evolved"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except WRONG_VALUES as error:
         if isinstance(error, ServegymError):
             raise
-        words = " ".join(str(error).split())
+        words = shown(" ".join(str(error).split()))
         raise ServegymError(f"{path}: damaged ({words}); {advice}") from None
+
+
+def _digest(arrays: Arrays, header: Mapping[str, str]) -> str:
+    """Return the SHA-256 of all that a checkpoint holds: a flipped bit in it may crash a kernel."""
+    total = hashlib.sha256()
+    for part in ("identity", "values"):
+        total.update(header.get(part, "").encode())
+    for name, array in sorted(arrays.items()):
+        total.update(f"{name} {array.dtype} {array.shape}".encode())
+        total.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return total.hexdigest()
 
 
 def _environments(model: OnPolicyAlgorithm) -> tuple[VecMonitor, ServingSB3VecEnv]:

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from servegym.envs.config import TaskConfig, with_overrides
-from servegym.envs.errors import ServegymError, unknown
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.files import WRONG_VALUES, make_folder, read_bytes, read_json, write_file
 from servegym.envs.observation import FEATURES, OBSERVATION_VERSION
 from servegym.envs.plan import Plan
 from servegym.envs.policy import Briefing, Situation
@@ -32,6 +32,8 @@ AGENT_FORMAT: Final = "servegym-agent-1"
 
 CARD_FILE: Final = "agent.json"
 WEIGHTS_FILE: Final = "agent.safetensors"
+
+_KIND: Final = f"file of an agent, whose folder holds {CARD_FILE} and {WEIGHTS_FILE}"
 
 
 class Network:
@@ -189,20 +191,19 @@ def load_agent(folder: str | Path) -> LearnedPolicy:
 
 def read_card(path: Path) -> AgentCard:
     """Read and check ``agent.json``."""
-    data = _read(path)
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        raise ServegymError(f"{path}: not JSON; export the agent again") from None
+        found = read_json(path, _KIND)
+    except ServegymError as error:
+        raise ServegymError(f"{error}; export the agent again") from None
     if not isinstance(found, dict) or found.get("format") != AGENT_FORMAT:
         name = found.get("format") if isinstance(found, dict) else None
         raise ServegymError(
-            f"{path}: unknown agent format {name!r}; this version reads {AGENT_FORMAT!r}"
+            f"{path}: unknown agent format {shown(name)}; this version reads {AGENT_FORMAT!r}"
         )
     version = found.get("observation_version")
     if version != OBSERVATION_VERSION:
         raise ServegymError(
-            f"{path}: the agent observes version {version!r} of the features, this servegym gives "
+            f"{path}: the agent observes version {shown(version)} of the features, this servegym gives "
             f"version {OBSERVATION_VERSION}; train it again"
         )
     card = AgentCard(
@@ -222,7 +223,11 @@ def _check(path: Path, card: AgentCard) -> None:
     """Refuse a card that this version of the environment cannot serve."""
     if card.features != FEATURES:
         other = [name for name in card.features if name not in FEATURES]
-        what = f"{other[0]!r} is not among" if other else "they are fewer than, or not in order of,"
+        what = (
+            f"{shown(other[0])} is not among"
+            if other
+            else "they are fewer than, or not in order of,"
+        )
         raise ServegymError(
             f"{path}: the agent observes other features; {what} the {len(FEATURES)} of this version"
         )
@@ -233,18 +238,18 @@ def _check(path: Path, card: AgentCard) -> None:
         raise ServegymError(f"{path}: rules must name at least one rule, each once")
     if card.decisions not in ("events", "rounds"):
         raise ServegymError(
-            f"{path}: decisions must be 'events' or 'rounds', got {card.decisions!r}"
+            f"{path}: decisions must be 'events' or 'rounds', got {shown(card.decisions)}"
         )
     ends = (len(card.features), 1 + len(card.rules))
     if (card.layers[0], card.layers[-1]) != ends:
         raise ServegymError(
             f"{path}: layers must lead from {ends[0]} features to {ends[1]} actions, "
-            f"got {card.layers}"
+            f"got {shown(card.layers)}"
         )
 
 
 def _read_network(path: Path, card: AgentCard) -> Network:
-    data = _read(path)
+    data = read_bytes(path, _KIND)
     if hashlib.sha256(data).hexdigest() != card.weights_sha256:
         raise ServegymError(
             f"{path}: not the weights that {CARD_FILE} describes (its SHA-256 differs): truncated "
@@ -252,8 +257,10 @@ def _read_network(path: Path, card: AgentCard) -> Network:
         )
     try:
         tensors = load(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ServegymError(f"{path}: not a safetensors file: {error}") from None
+    except (SafetensorError, *WRONG_VALUES) as error:
+        raise ServegymError(
+            f"{path}: not a safetensors file: {shown(str(error))}; export the agent again"
+        ) from None
     shapes: dict[str, tuple[int, ...]] = {}
     for k, (inputs, outputs) in enumerate(zip(card.layers[:-1], card.layers[1:], strict=True)):
         shapes |= {f"{k}.weight": (outputs, inputs), f"{k}.bias": (outputs,)}
@@ -268,7 +275,7 @@ def _check_tensor(
 ) -> None:
     if shape is None or tensor is None:
         what = "lacks" if tensor is None else "has an unknown"
-        raise ServegymError(f"{path}: {what} tensor {name!r}; {CARD_FILE} describes others")
+        raise ServegymError(f"{path}: {what} tensor {shown(name)}; {CARD_FILE} describes others")
     if tensor.shape != shape or tensor.dtype != np.float32:
         raise ServegymError(
             f"{path}: tensor {name!r} must be float32 of shape {shape}, "
@@ -278,21 +285,10 @@ def _check_tensor(
         raise ServegymError(f"{path}: tensor {name!r} holds NaN or infinity; train the agent again")
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise ServegymError(
-            f"{path}: no such file; an agent's folder holds {CARD_FILE} and {WEIGHTS_FILE}"
-        ) from None
-    except OSError as error:
-        raise ServegymError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def _texts(path: Path, found: dict[str, Any], key: str) -> tuple[str, ...]:
     values = found.get(key)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ServegymError(f"{path}: {key} must be a list of texts, got {values!r}")
+        raise ServegymError(f"{path}: {key} must be a list of texts, got {shown(values)}")
     return tuple(values)
 
 
@@ -303,12 +299,14 @@ def _sizes(path: Path, found: dict[str, Any]) -> tuple[int, ...]:
         or len(values) < 2
         or not all(type(value) is int and value > 0 for value in values)
     ):
-        raise ServegymError(f"{path}: layers must be two or more whole numbers, got {values!r}")
+        raise ServegymError(
+            f"{path}: layers must be two or more whole numbers, got {shown(values)}"
+        )
     return tuple(values)
 
 
 def _table(path: Path, found: dict[str, Any], key: str) -> dict[str, Any]:
     values = found.get(key)
     if not isinstance(values, dict):
-        raise ServegymError(f"{path}: {key} must be a table, got {values!r}")
+        raise ServegymError(f"{path}: {key} must be a table, got {shown(values)}")
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,13 +14,13 @@ from typing import Any, Final
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import make_folder, read_json, shortened, write_file
 from servegym.envs.identity import compare, hash_of
 from servegym.envs.locks import LOCK_FILE
 from servegym.envs.observation import OBSERVATION_VERSION
 
 _PACKAGES: Final = ("numpy", "torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numba")
-_RECORD: Final = "run.json"
+RECORD: Final = "run.json"
 
 
 def identity(task: TaskConfig, hyperparameters: Hyperparameters) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def check_run(
             raise ServegymError(
                 f"{what} needs process.reward = 'gap', the task has {task.process.reward!r}"
             )
-    record = folder / _RECORD
+    record = folder / RECORD
     if resume:
         found, wanted = read_run(folder), identity(task, hyperparameters)
         check_identity(str(record), {key: found[key] for key in wanted if key in found}, wanted)
@@ -78,23 +79,24 @@ def begin_run(
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
     }
-    write_file(folder / _RECORD, json.dumps(content, indent=2) + "\n")
+    write_file(folder / RECORD, json.dumps(content, indent=2) + "\n")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Return the record of the run in a folder: identity, command, versions."""
-    record = folder / _RECORD
+    record = folder / RECORD
+    advice = "go on with a copy of it, or begin a run in another folder"
+    if not os.path.lexists(record):
+        raise ServegymError(f"{shortened(folder)}: holds no run to resume")
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ServegymError(f"{folder}: holds no run to resume") from None
-    except (OSError, ValueError) as error:
-        raise ServegymError(f"{record}: cannot be read: {error}") from None
+        content = read_json(record)
+    except ServegymError as error:
+        raise ServegymError(f"{error}; {advice}") from None
     kinds = {"task": dict, "hyperparameters": dict, "observation_version": int, "command": str}
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), kind) for key, kind in kinds.items()
     ):
-        raise ServegymError(f"{record}: not the record of a run")
+        raise ServegymError(f"{record}: not the record of a run; {advice}")
     return content
 
 

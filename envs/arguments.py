@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError, shown, unknown
 
 _NO_NUMBERS: Final = {
     "b": "booleans",
@@ -23,15 +23,6 @@ _NO_NUMBERS: Final = {
     "U": "texts",
 }
 """What arrays of a kind hold that is no number."""
-
-
-def shown(value: object, most: int = 80) -> str:
-    """Return what ``value`` looks like, on one line of at most ``most`` characters."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # an integer of more digits than Python writes out
-        return f"a value of type {type(value).__name__} that is too long to show"
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def plain(value: Any) -> Any:

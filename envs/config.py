@@ -5,7 +5,9 @@ Every key has a documented default; README shows an example.
 
 from __future__ import annotations
 
+import re
 import tomllib
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -14,7 +16,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from servegym.envs.arguments import as_annotated, check_fields, field_types, shown
+from servegym.envs.arguments import as_annotated, check_fields, field_types
 from servegym.envs.comparison import COMPARISONS
 from servegym.envs.cost_models import (
     AffineDecode,
@@ -25,12 +27,18 @@ from servegym.envs.cost_models import (
     TableDecode,
 )
 from servegym.envs.cost_presets import cost_preset
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.files import read_text
 from servegym.envs.predictors import PREDICTOR_NAMES
 from servegym.envs.requests import MAX_REQUESTS
 from servegym.envs.reward import REWARDS
 from servegym.envs.simulator.admission import ADMISSION_RULES
-from servegym.envs.workloads import WORKLOAD_PRESETS, check_arrival_rate, check_source
+from servegym.envs.workloads import (
+    WORKLOAD_PRESETS,
+    check_arrival_rate,
+    check_source,
+    is_csv,
+)
 
 MAX_CLIENTS: Final = 1_000_000
 
@@ -223,17 +231,15 @@ def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
         One line naming file, line and key.
     """
     path = Path(path)
+    text = read_text(path, "task file")
     try:
-        text = path.read_text(encoding="utf-8")
         sections = tomllib.loads(text)
-    except FileNotFoundError:
-        raise ServegymError(f"{path}: no such task file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ServegymError(f"{path}: cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ServegymError(f"{path}: not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise ServegymError(f"{path}: not TOML that can be read: {error}") from None
     workload = sections.get("workload")
-    if isinstance(workload, dict) and str(workload.get("source", "")).endswith(".csv"):
+    if isinstance(workload, dict) and is_csv(str(workload.get("source", ""))):
         workload["source"] = str(path.parent / workload["source"])
     task = replace(base, name=str(path))
     for section, values in sections.items():
@@ -241,7 +247,7 @@ def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
             try:
                 task = with_overrides(task, part)
             except ServegymError as error:
-                line = _line_of(text, f"{section}.{error.key or _only_key(part[section])}")
+                line = _line_of(text, (section, *error.key))
                 raise ServegymError(f"{path}: line {line}: {error}") from None
     return task
 
@@ -255,30 +261,51 @@ def _parts(section: str, values: Any) -> list[dict[str, Any]]:
     return [{section: {key: values[key]}} for key in keys]
 
 
-def _only_key(values: Any) -> str:
-    return next(iter(values)) if isinstance(values, dict) and len(values) == 1 else ""
+def _line_of(text: str, key: tuple[str, ...]) -> int:
+    """Return the 1-based line where a key of a TOML text is set, or the table nearest around it.
+
+    The parser itself is asked, so that quotes, dotted keys, inline tables and tables of tables mean
+    here what they meant in reading: a key is set by the statement with which the text's beginning
+    comes to hold it.
+    """
+    lines, ends = text.split("\n"), _statement_ends(text)
+    while key and not _holds(tomllib.loads(text), key):
+        key = key[:-1]
+    first = bisect_left(
+        ends, True, key=lambda end: _holds(tomllib.loads("\n".join(lines[:end])), key)
+    )
+    return ends[first - 1] + 1 if first else 1
 
 
-def _line_of(text: str, path: str) -> int:
-    """Return the 1-based line of a dotted key; of what it stands in where it has none of its own."""
-    lines: dict[str, int] = {}
-    section = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        if stripped.startswith("["):
-            section = stripped.partition("]")[0].strip("[] ")
-            lines.setdefault(section, number)
-        elif "=" in stripped and not stripped.startswith("#"):
-            key = stripped.partition("=")[0].strip()
-            lines.setdefault(f"{section}.{key}".strip("."), number)
-            lines.setdefault(f"{section}.{key}".strip(".").partition(".")[0], number)
-    while path and path not in lines:
-        path = path.rpartition(".")[0]
-    return lines.get(path, 1)
+def _holds(table: Any, key: tuple[str, ...]) -> bool:
+    for part in key:
+        if not isinstance(table, dict) or part not in table:
+            return False
+        table = table[part]
+    return True
+
+
+_TOML_TOKENS: Final = re.compile(
+    r'''"""(?:\\.|[^\\])*?"{3,5}|\'{3}.*?\'{3,5}'''  # texts over several lines
+    r"""|"(?:\\.|[^"\\])*"|\'[^\']*\'|#[^\n]*|[\[{\]}\n]""",
+    re.DOTALL,
+)
+"""All that may hold a bracket or an end of a line, and these themselves."""
+
+
+def _statement_ends(text: str) -> list[int]:
+    """Return after how many lines each statement of a valid TOML text ends; blank lines are some, too."""
+    ends, line, depth = [], 0, 0
+    for token in _TOML_TOKENS.findall(text + "\n"):
+        line += token.count("\n")
+        depth += (token in ("[", "{")) - (token in ("]", "}"))
+        if token == "\n" and depth == 0:
+            ends.append(line)
+    return ends
 
 
 @contextmanager
-def _blaming(key: str) -> Iterator[None]:
+def _blaming(*key: str) -> Iterator[None]:
     """Name the key to blame in errors that do not name one themselves."""
     try:
         yield
@@ -293,7 +320,7 @@ def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
     for key in values:
         if key not in known:
             options = [f"cost.{name}" for name in known]
-            raise ServegymError(str(unknown("key", f"cost.{key}", options)), key)
+            raise ServegymError(str(unknown("key", f"cost.{key}", options)), (key,))
     costs = base
     if "preset" in values:
         with _blaming("preset"):
@@ -333,14 +360,15 @@ def _build(section: str, base: Any, values: Any) -> Any:
     hints = field_types(cls)
     names = [item.name for item in fields(cls)]
     checked: dict[str, Any] = {}
+    above = section.split(".")[1:]
     for key, value in values.items():
-        if key not in names:
-            raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in names])
-        checked[key] = as_annotated(f"{section}.{key}", value, hints[key])
-    if not isinstance(base, type):
-        return replace(base, **checked)
+        with _blaming(*above, key):
+            if key not in names:
+                raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in names])
+            checked[key] = as_annotated(f"{section}.{key}", value, hints[key])
     try:
-        return cls(**checked)
+        with _blaming(*above, *(values if len(values) == 1 else ())):
+            return replace(base, **checked) if not isinstance(base, type) else cls(**checked)
     except TypeError as error:
         missing = str(error).split("argument")[-1].lstrip("s: ")
         raise ServegymError(f"{section} lacks {missing}") from None

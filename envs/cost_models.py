@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple, Protocol, get_args, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.arguments import check_fields, field_types, shown
-from servegym.envs.errors import ServegymError
+from servegym.envs.arguments import check_fields, field_types
+from servegym.envs.errors import ServegymError, shown
 
 MIN_COST_S: Final = 1e-30
 """Least cost that is not 0, in seconds (or seconds a token): ratios of such costs are no fractions of 0."""

@@ -9,21 +9,38 @@ from collections.abc import Iterable
 class ServegymError(ValueError):
     """Bad input from the user: its message is one line that says what, where and what is valid."""
 
-    def __init__(self, message: str, key: str = "") -> None:
+    def __init__(self, message: str, key: str | tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.key = key
-        """The configuration key to blame, as ``decode.base``; empty where that is not known."""
+        self.key: tuple[str, ...] = tuple(key.split(".")) if isinstance(key, str) else key
+        """The configuration key to blame, as ``("decode", "base")``; empty where that is not known."""
+
+
+_SHOWN = 120
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: its ``repr`` on one line, cut in the middle if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4300 digits
+        return "a value too long to be shown"
+    if "\n" in text:  # of an array, say
+        text = " ".join(text.split())
+    if len(text) <= _SHOWN:
+        return text
+    return f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 4 :]} ({len(text)} characters)"
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the option closest to ``name``, else the list of options."""
     known = [str(option) for option in options]
-    matches = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    if matches:
-        return f"; did you mean {matches[0]!r}?"
+    if len(name) <= _SHOWN:  # the comparison takes the product of the lengths
+        matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        if matches:
+            return f"; did you mean {matches[0]!r}?"
     return f"; choose from {', '.join(known)}"
 
 
 def unknown(kind: str, name: object, options: Iterable[str]) -> ServegymError:
     """Build the error for a name that is not among ``options``."""
-    return ServegymError(f"unknown {kind} {str(name)!r}{nearest(str(name), options)}")
+    return ServegymError(f"unknown {kind} {shown(str(name))}{nearest(str(name), options)}")

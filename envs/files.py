@@ -1,11 +1,30 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read whole or refused in one line."""
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
+import stat
 from pathlib import Path
+from typing import Any, Final
 
 from servegym.envs.errors import ServegymError
+
+MAX_BYTES: Final = 2**30
+"""Largest file that is read whole; none of the project's comes near."""
+
+_OTHER_ENCODINGS: Final = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+WRONG_VALUES: Final = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What code raises on values that a damaged file holds: of another type, out of range, missing."""
 
 
 def make_folder(folder: Path) -> None:
@@ -29,3 +48,87 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise ServegymError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_bytes(path: Path, kind: str = "file") -> bytes:
+    """Return what is in a file; ``kind`` is what the message calls one that is missing.
+
+    Raises
+    ------
+    ServegymError
+        If there is none, or it is a folder, a device or a pipe (which may never end), larger than
+        ``MAX_BYTES``, or may not be read.
+    """
+    check_readable(path, kind)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ServegymError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_readable(path: Path, kind: str = "file") -> None:
+    """Refuse what :func:`read_bytes` refuses, for readers that open a file themselves."""
+    try:
+        about = path.stat()
+        if stat.S_ISDIR(about.st_mode):
+            raise ServegymError(f"{path}: cannot be read: is a folder, not a {kind}")
+        if not stat.S_ISREG(about.st_mode):
+            raise ServegymError(f"{path}: cannot be read: a device or a pipe, not a {kind}")
+        if about.st_size > MAX_BYTES:
+            raise ServegymError(
+                f"{path}: cannot be read: of {about.st_size} bytes, more than {MAX_BYTES}"
+            )
+    except (FileNotFoundError, NotADirectoryError):
+        raise ServegymError(f"{path}: no such {kind}") from None
+    except OSError as error:
+        raise ServegymError(f"{shortened(path)}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a name with a NUL, or one that the system's encoding lacks
+        if isinstance(error, ServegymError):
+            raise
+        raise ServegymError(f"{shortened(path)}: is no name of a file: {error}") from None
+
+
+def read_text(path: Path, kind: str = "file") -> str:
+    r"""Return a text in UTF-8, without the mark that some editors begin with; lines end in ``\n``.
+
+    Raises
+    ------
+    ServegymError
+        If it is no such text, or :func:`read_bytes` refuses it.
+    """
+    return decode_text(path, read_bytes(path, kind)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_text(path: Path, data: bytes) -> str:
+    """Return the text of a file's bytes, its line ends as they are; see :func:`read_text`."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        for mark, name in _OTHER_ENCODINGS.items():
+            if data.startswith(mark):
+                raise ServegymError(f"{path}: is in {name}; save it as UTF-8") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ServegymError(f"{path}: line {line}: cannot be read as a text in UTF-8") from None
+
+
+def read_json(path: Path, kind: str = "file") -> Any:
+    """Return what a JSON file holds.
+
+    Raises
+    ------
+    ServegymError
+        If it is not JSON, or :func:`read_text` refuses it.
+    """
+    text = read_text(path, kind)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ServegymError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise ServegymError(f"{path}: not JSON that can be read: {error}") from None
+
+
+def shortened(path: Path) -> str:
+    """Return a path as a message shows it; a name may be longer than any system takes."""
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:100]} … {text[-50:]} ({len(text)} characters)"

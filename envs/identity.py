@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import make_folder, read_json, write_file
 from servegym.envs.workloads import workload_sha256
 
 HASH: Final = "workload_sha256"
@@ -108,11 +108,9 @@ def claim(path: Path, wanted: Mapping[str, Any], what: str, indent: int = 2) -> 
     remedy = "choose a new --output folder"
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ServegymError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise ServegymError(f"{path}: damaged; {remedy}") from None
+            found = read_json(path)
+        except ServegymError as error:
+            raise ServegymError(f"{error}; damaged; {remedy}") from None
         words = f"holds {what} of another task, setting or version ({{name}} {{old}}, now {{new}})"
         compare(str(path.parent), words, found, wanted, remedy)
         return found

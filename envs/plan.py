@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from servegym.envs.arguments import shown, whole_numbers
-from servegym.envs.errors import ServegymError
+from servegym.envs.arguments import whole_numbers
+from servegym.envs.errors import ServegymError, shown
 
 _MOST: Final = np.iinfo(np.int32).max  # the kernels hold request ids in 32 bits
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +14,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from servegym.envs.arguments import real_numbers, whole_numbers
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.files import decode_text, read_bytes
 
 MAX_TOKENS: Final = 10_000_000
 """Longest prompt or output accepted, in tokens; beyond it a file is taken to be wrong."""
@@ -229,14 +232,20 @@ def read_requests(path: str | Path) -> Requests:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    """Return the file's cells as texts; every row must have as many as the header."""
-    if not path.is_file():
-        raise ServegymError(f"{path}: no such workload file")
+    """Return the file's cells as texts, labelled by line; each row must have as many as the header."""
+    text = decode_text(path, read_bytes(path, "workload file"))
+    _check_separator(path, text)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[list[str]] = []
+    lines: list[int] = []  # where each row begins: a quoted field may run over several lines
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ServegymError(f"{path}: not a CSV file in UTF-8: {error}") from None
+        line = 1
+        for row in reader:
+            rows.append(row)
+            lines.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ServegymError(f"{path}: line {line}: not a CSV file: {error}") from None
     while rows and not any(rows[-1]):
         rows.pop()  # blank lines at the end
     if not rows:
@@ -244,17 +253,27 @@ def _read_table(path: Path) -> pd.DataFrame:
     header = [name.strip() for name in rows[0]]
     for name in header:
         if header.count(name) > 1:
-            raise ServegymError(f"{path}: line 1: column {name!r} stands there twice")
-    for line, row in enumerate(rows[1:], 2):
+            raise ServegymError(f"{path}: line 1: column {shown(name)} stands there twice")
+    for line, row in zip(lines[1:], rows[1:], strict=False):
         if len(row) != len(header):
             raise ServegymError(
                 f"{path}: line {line}: {len(row)} fields where the header has {len(header)}"
             )
-    return pd.DataFrame(rows[1:], columns=header, dtype=str)
+    return pd.DataFrame(rows[1:], index=lines[1 : len(rows)], columns=header, dtype=str)
+
+
+def _check_separator(path: Path, text: str) -> None:
+    """Refuse a header between whose names something else than a comma stands."""
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    if "," in header:
+        return
+    for separator, name in {";": "';'", "\t": "a tab", "|": "'|'", " ": "a space"}.items():
+        if {part.strip(" \"'") for part in header.split(separator)}.issuperset(_REQUIRED):
+            raise ServegymError(f"{path}: line 1: uses {name} between fields; a workload uses ','")
 
 
 def _column(path: Path, texts: pd.Series[str]) -> NDArray[np.float64]:
-    """Parse one column; the first bad value is named with its line (the header is line 1)."""
+    """Parse one column; the first bad value is named with its line."""
     values = pd.to_numeric(texts, errors="coerce").to_numpy(dtype=float)
     if texts.name == "arrival_s":
         rule = f"a time in seconds, 0 … {MAX_ARRIVAL_S:g}"
@@ -268,6 +287,7 @@ def _column(path: Path, texts: pd.Series[str]) -> NDArray[np.float64]:
     if not good.all():
         row = int(np.argmin(good))
         raise ServegymError(
-            f"{path}: line {row + 2}: {texts.name} must be {rule}, got {texts.iloc[row]!r}"
+            f"{path}: line {texts.index[row]}: {texts.name} must be {rule}, "
+            f"got {shown(texts.iloc[row])}"
         )
     return values

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
-from servegym.envs.arguments import plain, shown, whole_number
+from servegym.envs.arguments import plain, whole_number
 from servegym.envs.bounds import LowerBound
 from servegym.envs.cases import (
     Case,
@@ -26,7 +26,7 @@ from servegym.envs.cases import (
 )
 from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.decision_process import Settings, begin_row, make_rows, step_row
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.metrics import Records, episode_metrics, records
 from servegym.envs.observation import FEATURES, OBSERVATION_SIZE
 from servegym.envs.plan import Plan

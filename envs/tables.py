@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from servegym.envs.errors import ServegymError
+from servegym.envs.files import decode_text, read_bytes
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,9 @@ def read_rows(path: Path, schema: Schema, remedy: str) -> pd.DataFrame:
 
 def _parse(path: Path, remedy: str) -> tuple[list[str], list[_Row]]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ServegymError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ServegymError(f"{path}: not a table: no text in UTF-8; {remedy}") from None
+        text = decode_text(path, read_bytes(path, "table"))
+    except ServegymError as error:
+        raise ServegymError(f"{error}; {remedy}") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = [_Row(reader.line_num, cells) for cells in reader if cells]  # not of blank lines

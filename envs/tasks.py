@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from servegym.envs.arguments import plain, shown
+from servegym.envs.arguments import plain
 from servegym.envs.config import (
     ClusterConfig,
     InformationConfig,
@@ -15,7 +15,7 @@ from servegym.envs.config import (
     read_task,
 )
 from servegym.envs.cost_presets import cost_preset
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError, shown, unknown
 
 NAMESPACE: Final = "servegym"
 
@@ -69,7 +69,7 @@ def load_task(task: str | os.PathLike[str] | TaskConfig) -> TaskConfig:
         if name in TASKS:
             return TASKS[name]
     may_be_file = "\0" not in name_or_path
-    if may_be_file and (name_or_path.endswith(".toml") or _is_file(name_or_path)):
+    if may_be_file and (name_or_path.lower().endswith(".toml") or _is_file(name_or_path)):
         return read_task(name_or_path, base=TASKS["servegym/GSM8K-v0"])
     short = [name.removeprefix(f"{NAMESPACE}/") for name in TASKS]
     error = unknown("task", name_or_path.removeprefix(f"{NAMESPACE}/"), short)
@@ -79,5 +79,5 @@ def load_task(task: str | os.PathLike[str] | TaskConfig) -> TaskConfig:
 def _is_file(name: str) -> bool:
     try:
         return Path(name).is_file()
-    except OSError:  # longer than a file's name may be
+    except OSError:  # a name too long for the system
         return False

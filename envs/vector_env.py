@@ -14,11 +14,11 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from servegym.envs.arguments import as_array, shown, whole_number
+from servegym.envs.arguments import as_array, whole_number
 from servegym.envs.cases import Case, bound_case, load_case, make_task_state, sample_requests
 from servegym.envs.config import TaskConfig
 from servegym.envs.decision_process import begin_row, make_rows, step_rows, step_rows_in_parallel
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.metrics import episode_metrics, records
 from servegym.envs.serving_env import ServingEnv
 

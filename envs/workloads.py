@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from servegym.envs.errors import ServegymError, nearest
+from servegym.envs.errors import ServegymError, nearest, shown
+from servegym.envs.files import read_bytes
 from servegym.envs.requests import MAX_ARRIVAL_S, Requests, make_requests, read_requests
 
 Generator = np.random.Generator
@@ -67,7 +68,7 @@ class WorkloadPreset:
 
 @cache
 def _gsm8k_prompts() -> Tokens:
-    text = resources.files("servegym.envs.data").joinpath("gsm8k_prompts.json").read_text()
+    text = resources.files("servegym.envs.data").joinpath("gsm8k_prompts.json").read_text("utf-8")
     histogram = json.loads(text)["histogram"]
     lengths = np.array([int(length) for length in histogram], dtype=np.int64)
     return np.repeat(lengths, list(histogram.values()))
@@ -158,11 +159,16 @@ WORKLOAD_PRESETS: Final[dict[str, WorkloadPreset]] = {
 """Presets by name, as ``[workload] source = …`` takes them; any other source is a CSV file."""
 
 
+def is_csv(source: str) -> bool:
+    """Return whether a source is a CSV file by its name, in capitals or not."""
+    return source.lower().endswith(".csv")
+
+
 def check_source(source: str) -> None:
     """Refuse a source that is neither a preset nor looks like a file."""
-    if source not in WORKLOAD_PRESETS and not source.endswith(".csv"):
+    if source not in WORKLOAD_PRESETS and not is_csv(source):
         raise ServegymError(
-            f"workload.source {source!r} is neither a preset nor a .csv file"
+            f"workload.source {shown(source)} is neither a preset nor a .csv file"
             f"{nearest(source, WORKLOAD_PRESETS)}"
         )
 
@@ -241,9 +247,10 @@ def _state_of(path: Path) -> _FileState | None:
 
     The time of the last change of its inode cannot be set as that of its content can.
     """
-    if not path.is_file():
+    try:
+        about = path.stat()
+    except (OSError, ValueError):  # the reader says what is wrong
         return None
-    about = path.stat()
     return about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
@@ -255,10 +262,7 @@ def _read_once(path: Path, state: _FileState | None) -> Requests:
 
 @lru_cache(maxsize=8)
 def _hash_once(path: Path, state: _FileState) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ServegymError(f"{path}: cannot be read: {error.strerror}") from None
+    return hashlib.sha256(read_bytes(path, "workload file")).hexdigest()
 
 
 def make_workload(

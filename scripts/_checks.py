@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
-from _cli import split_names
+from _cli import check_number, split_names
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -43,7 +43,7 @@ PlayCase = Callable[[TaskConfig, int], list[dict[str, Any]]]
 def short_name(task: TaskConfig) -> str:
     """Return a task's name without the namespace; of a TOML file its stem."""
     name = task.name.removeprefix(f"{NAMESPACE}/")
-    return Path(name).stem if name.endswith(".toml") else name
+    return Path(name).stem if name.lower().endswith(".toml") else name
 
 
 def tuned_multiplier(task: TaskConfig, family: str) -> float:
@@ -79,8 +79,7 @@ def load_tasks(text: str) -> list[TaskConfig]:
 
 def held_out(cases: int, jobs: int) -> range:
     """Return the held-out seeds of so many cases, after a look at the two numbers given."""
-    if not 2 <= cases <= HELD_OUT_SEED:
-        raise ServegymError(f"--cases must lie in 2 … {HELD_OUT_SEED}, got {cases}")
+    check_number("--cases", cases, 2, HELD_OUT_SEED)
     check_jobs(jobs)
     return range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
 

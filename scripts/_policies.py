@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from _cli import command_line
+
 from servegym.agents.policy import CARD_FILE, load_agent, read_card
 from servegym.baselines import registry
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import make_folder, read_json, write_file
 from servegym.envs.policy import Policy
 from servegym.envs.tasks import NAMESPACE
 
@@ -110,7 +112,7 @@ def note_weights(folders: Mapping[str, Path], output: Path) -> dict[str, str]:
         return {}
     path = output / "agents.json"
     try:
-        known = dict(json.loads(path.read_text())) if path.is_file() else {}
+        known = dict(read_json(path)) if path.exists() else {}
     except (TypeError, ValueError):
         raise ServegymError(f"{path}: damaged; choose a new --output folder") from None
     for name, digest in hashes.items():
@@ -128,6 +130,6 @@ def _shipped(task: str) -> Path:
     if not (folder / CARD_FILE).is_file():
         raise ServegymError(
             f"policy {SHIPPED!r}: no agent is shipped for {task}; train one with "
-            f"`python scripts/train.py --task {task}` and give its folder instead"
+            f"`{command_line('train', task=task)}` and give its folder instead"
         )
     return folder

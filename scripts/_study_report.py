@@ -170,6 +170,10 @@ Better, worse: the 95 % interval of the paired difference over the held-out case
 def curve_of(curves: pd.DataFrame, variant: str, seed: int) -> pd.DataFrame:
     """Return the evaluations of one training run, in order."""
     chosen = curves[(curves["variant"] == variant) & (curves["seed"] == seed)]
+    if len(chosen) == 0:
+        raise ServegymError(
+            f"curves.csv: no evaluation of {variant}, seed {seed}; play again with --parts evaluate"
+        )
     return chosen.sort_values("timesteps")
 
 

@@ -6,6 +6,14 @@ timed between the measurements, so that runs on shared machines can be compared 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 import importlib.util
 import platform
 import subprocess
@@ -18,7 +26,7 @@ from statistics import median
 
 import numpy as np
 import pandas as pd
-from _cli import parse, run
+from _cli import check_number, command_line, parse, run
 from _policies import SHIPPED
 from _policies import make_policy as make_any_policy
 from tqdm import tqdm
@@ -29,7 +37,6 @@ from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.envs.cases import Case, load_case, make_task_state
 from servegym.envs.config import ClusterConfig, TaskConfig, WorkloadConfig, with_overrides
-from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import make_case, play
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.serving_env import ServingEnv
@@ -49,6 +56,8 @@ VECTOR_ROWS = 256
 VECTOR_STEPS = 750  # about an episode
 DECISION_POLICIES = {"rollout-0": "", "rollout": "≤ 5", SHIPPED: "≤ 0.2"}
 """Policies that search or learn; the target is of the median for ``rollout``, of p99 for the agent."""
+
+MAX_REPEATS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -273,7 +282,9 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line for line in info.read_text("utf-8").splitlines() if line.startswith("model name")
+        ]
         model = names[0].split(":")[1].strip() if names else model
     return f"{model}, Python {platform.python_version()}, numpy {np.__version__}"
 
@@ -288,8 +299,8 @@ def commit() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write the tables."""
     args = parse(Args, argv)
-    if args.repeats < 1 or args.plans < 1:
-        raise ServegymError("--repeats and --plans must be ≥ 1")
+    check_number("--repeats", args.repeats, 1, MAX_REPEATS)
+    check_number("--plans", args.plans, 1, MAX_REPEATS)
     make_folder(args.output)
     loops = [python_loop()]
     figures: list[Figure] = []
@@ -313,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_file(args.output / "benchmark.csv", table.to_csv(index=False))
     shown = table.assign(value=table["value"].map(lambda value: f"{value:.3g}"))
     text = (
-        f"# Speed, one core\n\n`python scripts/benchmark.py --output {args.output}` at {commit()} on "
+        f"# Speed, one core\n\n`{command_line('benchmark', output=args.output)}` at {commit()} on "
         f"{machine()}\n\n{to_markdown(shown)}"
     )
     write_file(args.output / "benchmark.md", text)

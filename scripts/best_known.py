@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _cli import parse, run
+from _cli import command_line, parse, run
 from _policies import make_policy, weights_of
 from evaluate import parse_policies, parse_seeds
 from tqdm import tqdm
@@ -182,7 +190,7 @@ def open_rows(
 def check(args: Args, task: TaskConfig) -> None:
     """Refuse what the search cannot do, before anything is written."""
     parse_policies(args.policies, task.name)
-    if not 0 < args.time_limit < float("inf"):
+    if args.time_limit <= 0:
         raise ServegymError(f"--time-limit must be > 0 seconds, got {args.time_limit}")
     if task.workload.arrival_rate_per_s > 0:
         raise ServegymError(f"--task {args.task} has arrivals; best_known needs all at t = 0")
@@ -212,11 +220,8 @@ def search(task: TaskConfig, seeds: Sequence[int], args: Args) -> str:
         write_file(args.output / FILE, pd.DataFrame(rows).to_csv(index=False))
     table = pd.DataFrame(rows)
     table = table[table["seed"].isin(seeds)].sort_values("seed")
-    command = (
-        f"python scripts/best_known.py --task {args.task} --seeds {args.seeds} "
-        f"--policies {args.policies} --time-limit {args.time_limit:g} --output {args.output}"
-    )
-    text = report(table, command)
+    asked = {name: getattr(args, name) for name in ("task", "seeds", "policies", "time_limit")}
+    text = report(table, command_line("best_known", **asked, output=args.output))
     write_file(args.output / "best_known.md", text)
     return text
 

@@ -11,6 +11,14 @@ fitted: everything else, the lower bound included.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +26,7 @@ from _checks import (
     short_name,
     tuned_multiplier,
 )
-from _cli import parse, run
+from _cli import command_line, parse, run
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -278,10 +286,8 @@ def report(tables: dict[str, tuple[TaskConfig, pd.DataFrame]], command: str) -> 
 
 def command_of(args: Args) -> str:
     """Return the command that does what ``args`` say."""
-    return (
-        f"python scripts/check_estimates.py --tasks {args.tasks} --cases {args.cases} "
-        f"--output {args.output}"
-    )
+    asked = {name: getattr(args, name) for name in ("tasks", "cases", "output")}
+    return command_line("check_estimates", **asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

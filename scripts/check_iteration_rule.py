@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +29,7 @@ from _checks import (
     short_name,
     tuned_multiplier,
 )
-from _cli import parse, run, split_names
+from _cli import check_number, command_line, parse, run, split_names
 from numpy.typing import NDArray
 
 from servegym.baselines.distributions import (
@@ -77,6 +85,9 @@ class Variant(NamedTuple):
     def policy(self) -> str:
         """The policy's name, errors included."""
         return numbered(self.family, round(self.base * self.factor, 6))
+
+
+MAX_SAMPLES: Final = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -385,10 +396,10 @@ def parse_outputs(text: str) -> tuple[str, ...]:
 
 def command_of(args: Args) -> str:
     """Return the command that does what ``args`` say."""
-    return (
-        f"python scripts/check_iteration_rule.py --tasks {args.tasks} --outputs {args.outputs} "
-        f"--cases {args.cases} --samples {args.samples} --output {args.output}"
-    )
+    asked = {
+        name: getattr(args, name) for name in ("tasks", "outputs", "cases", "samples", "output")
+    }
+    return command_line("check_iteration_rule", **asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,8 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     tasks, seeds = load_tasks(args.tasks), held_out(args.cases, args.jobs)
     outputs = parse_outputs(args.outputs)
-    if args.samples < 1:
-        raise ServegymError(f"--samples must be ≥ 1, got {args.samples}")
+    check_number("--samples", args.samples, 1, MAX_SAMPLES)
     asked = {"samples": args.samples, "errors": ERRORS, "noises": NOISES}
     asked |= {"judges": [FIXED_JUDGE, *PANEL], "tuned": TUNED}
     with locked(args.output):

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +30,7 @@ from _checks import (
     short_name,
     tuned_multiplier,
 )
-from _cli import parse, run
+from _cli import command_line, parse, run
 
 from servegym.baselines.episodes import play_loaded
 from servegym.baselines.policies import TriggerPolicy
@@ -200,10 +208,8 @@ def lines(task: TaskConfig, rows: pd.DataFrame) -> list[Line]:
 
 def command_of(args: Args) -> str:
     """Return the command that does what ``args`` say."""
-    return (
-        f"python scripts/check_stealing.py --tasks {args.tasks} --cases {args.cases} "
-        f"--output {args.output}"
-    )
+    asked = {name: getattr(args, name) for name in ("tasks", "cases", "output")}
+    return command_line("check_stealing", **asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _cli import parse, run
+from _cli import check_number, command_line, parse, run
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from servegym.baselines.planner import SOLVERS, CertifiedPlan, plan_offline
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import make_case
+from servegym.envs.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.summary import fixed, to_markdown
 from servegym.envs.tasks import TASKS
@@ -91,11 +99,16 @@ def band_table(seeds: int, limit_s: float) -> pd.DataFrame:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and write solvers.md."""
     args = parse(Args, argv)
-    if args.seeds < 1 or not (args.solver_limit > 0 and args.band_limit > 0):
-        raise ServegymError("--seeds must be ≥ 1 and the limits > 0 seconds")
+    check_number("--seeds", args.seeds, 1, HELD_OUT_SEED)
+    for option, limit_s in (
+        ("--solver-limit", args.solver_limit),
+        ("--band-limit", args.band_limit),
+    ):
+        if limit_s <= 0:
+            raise ServegymError(f"{option} must be > 0 seconds, got {limit_s}")
     make_folder(args.output)
     text = (
-        f"# The offline planner\n\n`python scripts/compare_solvers.py --output {args.output}`\n\n"
+        f"# The offline planner\n\n`{command_line('compare_solvers', output=args.output)}`\n\n"
         f"1319 requests on {CLIENTS} clients, {args.solver_limit:g} s each; loads in decode rounds. "
         "`milp` is the paper's program started from the rebalanced plan with the bound as a cut, "
         f"`milp-cold` the same from nothing.\n\n{to_markdown(solvers_table(args.solver_limit))}\n"

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from _cli import parse, run, split_names
+from _cli import command_line, parse, run, split_names
 from _policies import DESCRIPTIONS, make_policy, note_agents
 
 from servegym.baselines.optima import TooLargeError, find_optima
@@ -24,6 +32,7 @@ from servegym.envs.locks import locked
 from servegym.envs.parallel import USUAL_JOBS, check_jobs
 from servegym.envs.summary import summarise, to_markdown
 from servegym.envs.tasks import TASKS, load_task
+from servegym.envs.workloads import is_csv
 
 MAX_SEEDS = 1_000_000
 MAX_SEED = 2**62
@@ -87,12 +96,9 @@ def resolve_task(args: Args) -> TaskConfig:
     """Return the task, on the CSV workload if one is given."""
     task = load_task(args.task)
     if args.workload:
-        path = Path(args.workload)
-        if not path.is_file():
-            raise ServegymError(f"{path}: no such workload file")
-        if path.suffix != ".csv":
-            raise ServegymError(f"{path}: a workload file ends in .csv")
-        task = replace(task, workload=WorkloadConfig(source=str(path)))
+        if not is_csv(args.workload):
+            raise ServegymError(f"{args.workload}: a workload file ends in .csv")
+        task = replace(task, workload=WorkloadConfig(source=str(Path(args.workload))))
     return task
 
 
@@ -146,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n\n".join(listings))
         return 0
     check_jobs(args.jobs)
-    if not 0 <= args.optimum_limit < float("inf"):
+    if args.optimum_limit < 0:
         raise ServegymError(f"--optimum-limit must be ≥ 0 seconds, got {args.optimum_limit}")
     task, seeds = resolve_task(args), parse_seeds(args.seeds)
     names = parse_policies(args.policies, task.name)
@@ -193,12 +199,10 @@ def look_for_optima(task: TaskConfig, seeds: range, args: Args) -> tuple[pd.Data
 
 def summary_text(task: str, args: Args, table: str) -> str:
     """Return summary.md: the command that makes it, then the table."""
-    command = (
-        f"python scripts/evaluate.py --task {args.task} --policies {args.policies} "
-        f"--seeds {args.seeds} --output {args.output}"
-    )
-    if args.workload:
-        command += f" --workload {args.workload}"
+    asked = {
+        name: getattr(args, name) for name in ("task", "policies", "seeds", "output", "workload")
+    }
+    command = command_line("evaluate", **asked)
     return (
         f"# {task}\n\n`{command}`\n\nMeans over seeds with 95 % Student-t intervals; decision p99 is "
         f"the median over episodes.\n\n{table}"

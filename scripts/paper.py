@@ -6,6 +6,14 @@ figures and writes tables and pictures.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _cli import parse, run
+from _cli import check_number, parse, run
 from _policies import make_policy, weights_of
 
 from servegym.envs.config import TaskConfig
-from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED, evaluate, make_case, play
 from servegym.envs.files import write_file
 from servegym.envs.locks import locked
@@ -142,8 +149,7 @@ def draw(task: TaskConfig, study: pd.DataFrame, output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Play, tabulate and draw."""
     args = parse(Args, argv)
-    if not 2 <= args.cases <= HELD_OUT_SEED:
-        raise ServegymError(f"--cases must lie in 2 … {HELD_OUT_SEED}, got {args.cases}")
+    check_number("--cases", args.cases, 2, HELD_OUT_SEED)
     check_jobs(args.jobs)
     with locked(args.output):
         text = compare(args)

@@ -1,21 +1,29 @@
 """Assign a workload's requests to clients so that the busiest client has as little to do as can be.
 
-Writes the plan as JSON. An interrupted search (Ctrl-C) writes nothing and leaves with status 130;
-for the best plan found in some time, set ``--time-limit``.
+Plans the requests that are present at t = 0: a later one is not known yet, and joins the client with
+the fewest rounds before it when it arrives. Writes the plan as JSON. An interrupted search (Ctrl-C)
+writes nothing and leaves with status 130; for the best plan found in some time, set ``--time-limit``.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _cli import parse, run
+import numpy as np
+from _cli import check_output, parse, run
 
 from servegym.baselines.planner import CertifiedPlan, plan_offline
-from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
 from servegym.envs.requests import read_requests
 
@@ -25,7 +33,7 @@ class Args:
     """Plan a workload offline; prints load, lower bound, status and seconds, writes the plan."""
 
     workload: Path
-    """A workload CSV with prompt_tokens and output_tokens."""
+    """A workload CSV with prompt_tokens and output_tokens; requests of a later arrival_s are left out."""
     clients: int
     """Clients that serve it, 1 to a million."""
     output: Path
@@ -38,18 +46,11 @@ class Args:
     """Of the search's random numbers."""
 
 
-def check_output(path: Path) -> None:
-    """Refuse a path that could not be written, before any time is spent on a plan."""
-    if path.is_dir():
-        raise ServegymError(f"{path}: is a folder; --output names a file")
-    if not path.parent.is_dir():
-        raise ServegymError(f"{path.parent}: no such folder; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ServegymError(f"{path.parent}: not writable")
+def to_json(found: CertifiedPlan, later: int) -> str:
+    """Write a plan as JSON; a request's id is its row by arrival, counted from 0.
 
-
-def to_json(found: CertifiedPlan) -> str:
-    """Write a plan as JSON; a request's id is its row by arrival, counted from 0."""
+    ``later_requests`` is the number of those that arrive after t = 0, which no queue holds.
+    """
     plan = found.plan
     content = {
         "clients": plan.clients,
@@ -58,6 +59,7 @@ def to_json(found: CertifiedPlan) -> str:
         "status": found.status,
         "solver": found.solver,
         "seconds": found.seconds,
+        "later_requests": later,
         "queues": [plan.queue(client).tolist() for client in range(plan.clients)],
     }
     return json.dumps(content) + "\n"
@@ -68,15 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     check_output(args.output)
     requests = read_requests(args.workload)
+    present = int(np.count_nonzero(requests.arrival_s == 0))  # the first ones: sorted by arrival
     found = plan_offline(
-        requests.decode_rounds,
+        requests.decode_rounds[:present],
         args.clients,
         solver=args.solver,
         time_limit_s=args.time_limit,
         seed=args.seed,
     )
-    write_file(args.output, to_json(found))
-    print(found.summary())
+    later = len(requests) - present
+    write_file(args.output, to_json(found, later))
+    print(found.summary() + (f"; {later} requests arrive later and are left out" if later else ""))
     return 0
 
 

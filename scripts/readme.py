@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +18,7 @@ from pathlib import Path
 from _cli import parse, run
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import write_file
+from servegym.envs.files import read_text, write_file
 
 _BLOCK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -28,9 +36,9 @@ def with_tables(text: str, root: Path) -> str:
 
     def fill(block: re.Match[str]) -> str:
         source = root / block[1]
-        if not source.is_file():
+        if not source.exists():
             raise ServegymError(f"{source}: no such result; run the script that makes it")
-        body = re.sub(r"^#.*\n+", "", source.read_text(encoding="utf-8")).strip()
+        body = re.sub(r"^#.*\n+", "", read_text(source)).strip()
         return f"<!-- table: {block[1]} -->\n\n{body}\n\n<!-- end -->"
 
     return _BLOCK.sub(fill, text)
@@ -39,9 +47,11 @@ def with_tables(text: str, root: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Fill the tables."""
     args = parse(Args, argv)
-    if not args.readme.is_file():
-        raise ServegymError(f"{args.readme}: no such file")
-    text = args.readme.read_text(encoding="utf-8")
+    text = read_text(args.readme)
+    if not _BLOCK.search(text):
+        raise ServegymError(
+            f"{args.readme}: has no place for a table, from <!-- table: FILE --> to <!-- end -->"
+        )
     write_file(args.readme, with_tables(text, args.readme.parent))
     return 0
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _cli import parse, read_list, run
+from _cli import check_folder, check_number, parse, read_list, run
 from _study_play import evaluate_agents, play_transfer
 from _study_report import write_task, write_transfer
 from _study_runs import ABLATED, MAIN, Run, ablations, grid, train_all
 
 from servegym.agents.hyperparameters import MAX_SEED
-from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED
 from servegym.envs.locks import locked
 from servegym.envs.parallel import USUAL_JOBS, check_jobs
@@ -24,6 +30,7 @@ from servegym.envs.tasks import NAMESPACE, TASKS
 PAPER = "Paper-v0"
 TINY = "Tiny-v0"
 PREDICTED = "GSM8KPredicted-v0"
+MAX_TIMESTEPS = 10**12
 PARTS = ("train", "evaluate", "transfer", "report")
 
 
@@ -94,11 +101,14 @@ def check(args: Args) -> None:
         "ablation_seeds": (1, MAX_SEED + 1),
         "cases": (2, HELD_OUT_SEED),  # a single one has no interval
         "transfer_cases": (2, HELD_OUT_SEED),
+        "timesteps": (1, MAX_TIMESTEPS),
+        "paper_timesteps": (1, MAX_TIMESTEPS),
+        "tiny_timesteps": (1, MAX_TIMESTEPS),
+        "predicted_timesteps": (1, MAX_TIMESTEPS),
+        "ablation_timesteps": (1, MAX_TIMESTEPS),
     }
     for name, (least, most) in limits.items():
-        value, option = getattr(args, name), name.replace("_", "-")
-        if not least <= value <= most:
-            raise ServegymError(f"--{option} must lie in {least} … {most}, got {value}")
+        check_number(f"--{name.replace('_', '-')}", getattr(args, name), least, most)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     parts, tasks = read_list("--parts", args.parts, PARTS), read_tasks(args.tasks)
     runs = make_grid(args, tasks)
+    check_folder(args.runs)
+    check_folder(args.output)
     if "train" in parts:
         with locked(args.runs):
             failed = train_all(runs, args.runs, args.jobs)
@@ -139,6 +151,4 @@ def play_and_report(
 
 
 if __name__ == "__main__":
-    # Training takes hours and children: a plain kill must end them as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run(main)

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 from _checks import TAUS, Collection, held_out, line, picture
-from _cli import parse, read_list, run
+from _cli import check_folder, command_line, parse, read_list, run
 from _policies import AGENTS, SHIPPED
 from _policies import make_policy as make_any_policy
 from _study_play import TUNING_CASES, tuned_threshold
@@ -321,10 +329,12 @@ TITLES: Final = {
 
 def command_of(args: Args, part: str) -> str:
     """Return the command that does what ``args`` say of a part."""
-    cases = f"--slow-cases {args.slow_cases}"
+    asked: dict[str, object] = {"parts": part}
     if part != "plans":
-        cases = f"--cases {args.cases}" + (f" {cases}" if part == "quality" else "")
-    return f"python scripts/study_uncertainty.py --parts {part} {cases} --output {args.output}"
+        asked["cases"] = args.cases
+    if part != "mixed":
+        asked["slow_cases"] = args.slow_cases
+    return command_line("study_uncertainty", **asked, output=args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -332,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     parts = read_list("--parts", args.parts, PARTS)
     seeds, slow = held_out(args.cases, args.jobs), held_out(args.slow_cases, args.jobs)
+    check_folder(args.output)
     if "quality" in parts:
         make_any_policy(SHIPPED, PREDICTED)  # refuse before hours of play
     for part in parts:

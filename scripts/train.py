@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from _cli import parse, run
+from _cli import check_number, parse, run
 
 from servegym.agents.hyperparameters import Hyperparameters, Options, default_hyperparameters
-from servegym.agents.record import check_run, read_run
+from servegym.agents.record import RECORD, check_run, read_run
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.cases import Case
@@ -74,10 +82,14 @@ def read_args(argv: Sequence[str] | None) -> Args:
         usual = Args(validation_cases=usual_validation_cases(defaults))
         return parse(Args, argv, replace(usual, **asdict(defaults)))
     record = read_run(args.output)
-    first = parse(Args, shlex.split(record["command"])[2:])
     names = {item.name for item in fields(Hyperparameters)}
     recorded = {key: value for key, value in record["hyperparameters"].items() if key in names}
-    return parse(Args, argv, replace(first, **recorded))
+    try:
+        first = replace(parse(Args, shlex.split(record["command"])[2:]), **recorded)
+    except ValueError as error:  # an option, a number or a quote that is none
+        place = args.output / RECORD
+        raise ServegymError(f"{place}: damaged ({error}); begin a run in another folder") from None
+    return parse(Args, argv, first)
 
 
 def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
@@ -139,10 +151,7 @@ def make_reference(args: Args, task: TaskConfig) -> Callable[[Case], float] | No
 def main(argv: Sequence[str] | None = None) -> int:
     """Train."""
     args = read_args(argv)
-    if not 0 <= args.validation_cases <= MAX_VALIDATION_CASES:
-        raise ServegymError(
-            f"--validation-cases must lie in 0 … {MAX_VALIDATION_CASES}, got {args.validation_cases}"
-        )
+    check_number("--validation-cases", args.validation_cases, 0, MAX_VALIDATION_CASES)
     if args.evaluate_every < 1:
         raise ServegymError(f"--evaluate-every must be ≥ 1, got {args.evaluate_every}")
     task = load_task(args.task)

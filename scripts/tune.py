@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see _start.py
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
+    import _start
+
+    _start.begin()
+
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _cli import parse, run
+from _cli import check_number, command_line, parse, run
 from tqdm import tqdm
 
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.config import TaskConfig
-from servegym.envs.errors import ServegymError
 from servegym.envs.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.files import write_file
 from servegym.envs.identity import check_unchanged, hash_of
@@ -76,8 +83,7 @@ def best_of_families(table: pd.DataFrame) -> pd.DataFrame:
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and write the tables."""
     args = parse(Args, argv)
-    if not 1 <= args.cases <= HELD_OUT_SEED:
-        raise ServegymError(f"--cases must lie in 1 … {HELD_OUT_SEED}, got {args.cases}")
+    check_number("--cases", args.cases, 1, HELD_OUT_SEED)
     check_jobs(args.jobs)
     task = load_task(args.task)
     make_case(task, 0)  # refuse a workload file before anything is written
@@ -86,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         best = best_of_families(table)
         means = table.groupby("policy", sort=False)["gap"].agg(["count", "mean", "std"])
         write_file(args.output / "tuning.csv", means.astype({"count": np.int64}).to_csv())
-        command = (
-            f"python scripts/tune.py --task {args.task} --cases {args.cases} --output {args.output}"
-        )
+        command = command_line("tune", task=args.task, cases=args.cases, output=args.output)
         text = f"# Tuning on {task.name}\n\n`{command}`\n\n{to_markdown(best)}"
         write_file(args.output / "tuning.md", text)
     print(to_markdown(best))

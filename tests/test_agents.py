@@ -213,7 +213,7 @@ def not_safetensors(folder: Path) -> None:
         (lambda folder: (folder / WEIGHTS_FILE).unlink(), "safetensors: no such file"),
         (cut(CARD_FILE, 0.9), "not JSON"),  # truncated
         (cut(CARD_FILE, 0.0), "not JSON"),  # empty
-        (lambda folder: (folder / CARD_FILE).write_bytes(b"\xff\xfe\x00"), "not JSON"),
+        (lambda folder: (folder / CARD_FILE).write_bytes(b"\xff\xfe\x00"), "is in UTF-16"),
         (lambda folder: (folder / CARD_FILE).write_text("[]"), "unknown agent format None"),
         (edited(format="servegym-agent-2"), "unknown agent format 'servegym-agent-2'"),
         (

@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 
 from servegym.envs import Plan, Requests, ServegymError, ServingEnv, TaskConfig, load_task
-from servegym.envs.arguments import shown
 from servegym.envs.config import ClusterConfig, ProcessConfig, with_overrides
 from servegym.envs.cost_models import (
     AffineDecode,
@@ -25,6 +24,7 @@ from servegym.envs.cost_models import (
     StageCosts,
     TableDecode,
 )
+from servegym.envs.errors import shown
 from servegym.envs.plan import plan_from_queues
 from servegym.envs.requests import make_requests
 from servegym.envs.vector_env import ServingVectorEnv

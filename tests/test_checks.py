@@ -378,7 +378,7 @@ def test_checks_refuse(tmp_path: Path, script: str, options: list[str], message:
     [
         (["--outputs", "unifrom"], "did you mean 'uniform'"),
         (["--outputs", ","], "names no distribution"),
-        (["--samples", "0"], "--samples must be"),
+        (["--samples", "0"], "--samples must lie in 1"),
     ],
 )
 def test_the_iteration_check_refuses(tmp_path: Path, options: list[str], message: str) -> None:

@@ -158,8 +158,7 @@ LINES = [
     ("[ cluster ]\n  clients = 0 # idle\n", 2),
     ("cluster.clients = 0\n", 1),
     ("\n\ncluster = {clients = 0}\n", 3),
-    # a quoted key is not looked for: its section
-    ('[workload]\nrequests = 5\n\n[cluster]\n"clients" = 0\n', 4),
+    ('[workload]\nrequests = 5\n\n[cluster]\n"clients" = 0\n', 5),
     ("[process]\nmax_decisions = 5\nrules = [\n    'fcfs',\n    'nobody',\n]\n", 3),
     ("[workload]\nrequests = 5\n[cluster]\n# clients = 1\nclients = 0\n", 5),
 ]
@@ -192,7 +191,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ServegymError, match=r"folder\.toml: cannot be read"):
         load_task(str(tmp_path / "folder.toml"))
     (tmp_path / "picture.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ServegymError, match=r"picture\.toml: cannot be read"):
+    with pytest.raises(ServegymError, match=r"picture\.toml: is in UTF-16; save it as UTF-8"):
         load_task(str(tmp_path / "picture.toml"))
 
 

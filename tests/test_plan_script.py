@@ -18,6 +18,9 @@ from _cli import parse, run
 
 from scripts import plan
 from servegym.envs.errors import ServegymError
+from servegym.envs.plan import plan_from_queues
+from servegym.envs.requests import read_requests
+from tests.helpers import make_env
 
 SCRIPT = Path(plan.__file__)
 CSV = "prompt_tokens,output_tokens\n9,6\n9,5\n9,4\n9,4\n9,4\n"
@@ -71,8 +74,42 @@ def test_writes_the_plan(ended: Callable[..., Outcome], workload: Path, solver: 
         "lower_bound": 9,
         "status": "optimal",
         "solver": solver,
+        "later_requests": 0,
     }
     assert sorted(path.name for path in output.parent.iterdir()) == ["plan.json", "work.csv"]
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "queues"),
+    [
+        ((0, 0, 0), [[0], [1, 2]]),
+        ((0, 0, 1), [[0], [1]]),
+        ((2, 0, 3), [[], [0]]),  # ids count by arrival: the row that is there first is request 0
+        ((3, 3, 3), [[], []]),
+    ],
+)
+@pytest.mark.parametrize("solver", ["rebalance", "lpt", "milp", "milp-cold"])
+def test_plans_who_is_there(
+    ended: Callable[..., Outcome],
+    workload: Path,
+    arrivals: tuple[int, ...],
+    queues: list[list[int]],
+    solver: str,
+) -> None:
+    """What arrives later is left out, and the environment takes the plan."""
+    rows = [f"9,{rounds + 1},{at}\n" for rounds, at in zip((8, 4, 3), arrivals, strict=True)]
+    workload.write_text("prompt_tokens,output_tokens,arrival_s\n" + "".join(rows))
+    output = workload.with_name("plan.json")
+    options = ["--workload", str(workload), "--clients", "2", "--output", str(output)]
+    outcome = ended(plan.main, *options, "--solver", solver)
+    assert (outcome.status, outcome.err) == (0, "")
+    later = sum(at > 0 for at in arrivals)
+    assert ("arrive later and are left out" in outcome.out) == (later > 0)
+    written = json.loads(output.read_text())
+    assert written["later_requests"] == later
+    assert sorted(sorted(queue) for queue in written["queues"]) == queues
+    plan_made = plan_from_queues(written["queues"])
+    make_env(2).reset(options={"requests": read_requests(workload), "plan": plan_made})
 
 
 @pytest.mark.parametrize(
@@ -248,13 +285,11 @@ class TestParse:
     def test_refuses(
         self, capsys: pytest.CaptureFixture[str], tokens: list[str], message: str
     ) -> None:
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(ServegymError) as error:
             parse(Sample, tokens)
-        shown = capsys.readouterr()
-        assert stop.value.code == 2
-        assert shown.out == ""
-        assert message in shown.err
-        assert shown.err.count("\n") == 1
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+        assert capsys.readouterr() == ("", "")
 
     def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:

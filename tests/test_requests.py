@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from servegym.envs import Requests, ServegymError, make_requests, read_requests
+from servegym.envs.errors import shown
 from servegym.envs.requests import MAX_ARRIVAL_S, MAX_TOKENS
 
 Write = Callable[[str, str], Path]
@@ -51,9 +52,8 @@ def test_bad_count(write: Write, column: str, bad: str, good: str) -> None:
     with pytest.raises(ServegymError) as error:
         read_requests(path)
     message = str(error.value)
-    assert (
-        message == f"{path}: line 3: {column} must be a whole number in 1 … 10000000, got {bad!r}"
-    )
+    rule = "must be a whole number in 1 … 10000000"
+    assert message == f"{path}: line 3: {column} {rule}, got {shown(bad)}"
     assert len(read_requests(write("good.csv", rows(good)))) == 2
 
 
@@ -97,7 +97,11 @@ BAD_FILES = [
         "line 1: column 'prompt_tokens' stands there twice",
     ),
     # another separator
-    ("prompt_tokens;output_tokens\n5;6\n", "line 1: column 'prompt_tokens' is missing; "),
+    ("prompt_tokens;output_tokens\n5;6\n", "line 1: uses ';' between fields; a workload uses ','"),
+    ("output_tokens\tprompt_tokens\n5\t6\n", "uses a tab between fields"),
+    ('"prompt_tokens";"output_tokens"\n5;6\n', "uses ';' between fields"),
+    ("prompt_tokens | output_tokens\n5|6\n", "uses '|' between fields"),
+    ("prompt_tokens output_tokens\n5 6\n", "uses a space between fields"),
     # a row that is too short, or too long
     (HEADER + "5\n", "line 2: 1 fields where the header has 2"),
     (HEADER + "5,6\n5,6,7\n", "line 3"),
@@ -121,15 +125,15 @@ def test_bad_file(write: Write, text: str, words: str) -> None:
 def test_not_a_text_file(tmp_path: Path) -> None:
     path = tmp_path / "picture.csv"
     path.write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(ServegymError, match="not a CSV file in UTF-8"):
+    with pytest.raises(ServegymError, match="is in UTF-16; save it as UTF-8"):
         read_requests(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ServegymError, match=r"nothing\.csv: no such workload file"):
         read_requests(tmp_path / "nothing.csv")
-    with pytest.raises(ServegymError, match="no such workload file"):
-        read_requests(tmp_path)  # a folder
+    with pytest.raises(ServegymError, match="is a folder, not a workload file"):
+        read_requests(tmp_path)
 
 
 def test_rows_that_are_all_too_long(write: Write) -> None:

@@ -117,9 +117,9 @@ def test_what_is_refused(write: Write, text: str, message: str) -> None:
 
 def test_what_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ServegymError, match=r"t\.csv: not a table: no text in UTF-8; remove it"):
+    with pytest.raises(ServegymError, match=r"t\.csv: is in UTF-16; save it as UTF-8; remove it"):
         read(tmp_path / "t.csv")
-    with pytest.raises(ServegymError, match="cannot be read: Is a directory"):
+    with pytest.raises(ServegymError, match="cannot be read: is a folder, not a table; remove it"):
         read(tmp_path)
 
 

@@ -529,7 +529,7 @@ def test_train_and_resume_from_the_command_line(
         (("--evaluate-every", "0"), "--evaluate-every must be", ("--evaluate-every", "1")),
         (("--validation-cases", "-1"), "--validation-cases must", ("--validation-cases", "0")),
         (("--checkpoint-every", "0"), "checkpoint_every must be", ("--checkpoint-every", "1")),
-        (("--max-minutes", "nan"), "max_minutes must lie", ("--max-minutes", "0")),
+        (("--max-minutes", "nan"), "--max-minutes must be a finite number", ("--max-minutes", "0")),
         (("--threads", "0"), "threads must lie", ("--threads", "1")),
         (("--expert", "algined"), "did you mean 'aligned'", ("--expert", "lookahead-0.7")),
         (("--resume",), "holds no run to resume", ()),
