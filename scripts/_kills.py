@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from _cli import parse, run
+from _cli import parse, read_list, run
 
 from servegym.envs.errors import ServegymError
 from servegym.envs.locks import LOCK_FILE
@@ -149,7 +149,7 @@ def run_kills(
     count: int,
     seed: int,
     folder: Path,
-    only: Sequence[str] = (),
+    only: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Outcome]:
     """Kill scripts at random moments; return what came of it, a row a scenario.
@@ -163,11 +163,11 @@ def run_kills(
     folder
         An empty or missing folder for the runs.
     only
-        Names of scenarios; all if empty.
+        Names of scenarios; None: all.
     say
         Told of each scenario in a line.
     """
-    chosen = [one for one in scenarios() if not only or one.name in only]
+    chosen = [one for one in scenarios() if only is None or one.name in only]
     share = -(-count // len(chosen))
     outcomes = []
     for place, scenario in enumerate(chosen):
@@ -356,7 +356,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     if args.count < 1:
         raise ServegymError(f"--count must be ≥ 1, got {args.count}")
-    only = [name for name in args.only.split(",") if name]
+    if args.output.exists():
+        raise ServegymError(f"{args.output}: is there already; --output names a new folder")
+    known = [scenario.name for scenario in scenarios()]
+    only = read_list("--only", args.only, known) if args.only else known
     outcomes = run_kills(args.count, args.seed, args.output, only)
     for outcome in outcomes:
         for fault in outcome.faults:
