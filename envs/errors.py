@@ -23,7 +23,7 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # Python writes no number of more than 4300 digits
-        return "a value too long to be shown"
+        return f"a value of type {type(value).__name__} that is too long to be shown"
     if "\n" in text:  # of an array, say
         text = " ".join(text.split())
     if len(text) <= _SHOWN:
