@@ -113,7 +113,8 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self._advance(self._checked(actions))
         rows = self.rows
         ended = np.flatnonzero(rows.terminated | rows.truncated)
-        rows.rewards[ended] += self.reference_gaps[ended]
+        # What would have followed on an episode that was cut short holds its reference's gap already.
+        rows.rewards[rows.terminated] += self.reference_gaps[rows.terminated]
         infos: dict[str, Any] = {"illegal_action": rows.illegal.copy()}
         if len(ended):
             infos = self._begin_next(ended, infos)
