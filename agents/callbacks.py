@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter, perf_counter_ns
 from typing import Any, Final
@@ -49,11 +50,19 @@ EVALUATION_COLUMNS: Final = (
     "decisions",
     "decision_ms_p50",
     "decision_ms_p99",
+    "gap_percent_sampled",
+    "unfinished",
 )
 """Columns of ``evaluations.csv``: means over the validation cases, with the gap's standard error.
-``training_s`` is ``wall_s`` without the seconds that evaluations took."""
+``training_s`` is ``wall_s`` without the seconds that evaluations took. ``gap_percent`` is of the most
+probable actions, as an exported agent plays; ``gap_percent_sampled`` of actions drawn as in training.
+``unfinished`` counts the cases that were cut short; with any, there is no mean gap or makespan."""
+
+_LATER_COLUMNS: Final = {"gap_percent_sampled": np.nan, "unfinished": 0}
+"""The last columns, and what they hold in a table that was written before there were any."""
 
 _TIMED_DECISIONS: Final = 200
+_SAMPLING_SEED: Final = 0  # the same draws in every evaluation: a change is the agent's
 _NOT_TEXT: Final = ("stdout", "log", "json", "csv")
 
 
@@ -62,17 +71,24 @@ class ServingCallback(BaseCallback):
 
     Every ``every_timesteps``, at the start and at the end it plays the validation cases greedily, with
     the numpy network that would be exported, and logs ``serving/…`` with two figures (the first
-    case's Gantt chart; the critic's estimates against the actual return to go). In between it logs
-    ``serving/train_…``: means over the episodes that ended in a rollout (from ``info["serving"]``,
-    the METRICS of the ended episode) and the shares of the actions taken.
+    case's Gantt chart; the critic's estimates against the actual return to go). ``serving/gap_sampled``
+    is of the same cases with actions drawn as in training, from a generator of its own: where it is far
+    below ``serving/gap``, the most probable action is not yet what the agent mostly does. In between
+    it logs ``serving/train_…``: means over the episodes that ended in a rollout (from
+    ``info["serving"]``, the METRICS of the ended episode), and ``shares/…``, those of the actions.
+
+    Where the task cuts episodes short (``process.max_decisions`` or ``max_seconds``), means in training
+    are over those that finished, ``serving/train_unfinished`` and ``serving/unfinished`` are the shares
+    of the others, and an evaluation with unfinished cases has no gap.
 
     References appear as runs of their own beside the training run, with the same tags: TensorBoard
     draws equal tags of all runs below its log folder into one chart, so that the lines are in the
     very charts that open first, with a legend, and can be switched off. A custom-scalars layout would
     show them on a page of its own only.
 
-    The folder gets ``evaluations.csv``, the best agent so far in ``agent/``, the last one in
-    ``final/`` and the references in ``tensorboard/reference-<policy>/``; the training run's own
+    The folder gets ``evaluations.csv``, the best agent so far in ``agent/`` (the fewest unfinished
+    cases, then the smallest gap; not of the first evaluation, unless an expert was imitated before), the
+    last one in ``final/`` and the references in ``tensorboard/reference-<policy>/``; the training run's own
     events should lie in ``tensorboard/``, too. Nothing here draws from a random generator or touches
     the weights: training goes as it would without.
 
@@ -131,15 +147,25 @@ class ServingCallback(BaseCallback):
         self._evaluating_s = 0.0
 
     @property
-    def best_gap_percent(self) -> float:
-        """The smallest mean gap of an evaluation so far, in percent; infinite before the first."""
-        return float(self.evaluations["gap_percent"].min()) if len(self.evaluations) else np.inf
+    def best(self) -> Mapping[Any, Any] | None:
+        """The evaluation whose agent is in ``agent/``, a row of the table; None before there is any.
+
+        An untrained network is never the best, however badly training goes.
+        """
+        best = None
+        for row in self.evaluations.to_dict("records"):
+            if self._may_be_best(row) and _is_better(row, best):
+                best = row
+        return best
 
     def _on_training_start(self) -> None:
         make_folder(self.folder)
         resumed = self.num_timesteps > 0
         if resumed:
-            self.evaluations = _read_evaluations(self._table_path, self.num_timesteps)
+            # A rollout that a callback broke off taught nothing: what was evaluated in it is this.
+            self.evaluations = _read_evaluations(
+                self._table_path, self.num_timesteps + self._ppo.n_steps * self._ppo.n_envs - 1
+            )
         last = self.evaluations.iloc[-1] if len(self.evaluations) else None
         wall_s = 0.0 if last is None else float(last["wall_s"])
         training_s = 0.0 if last is None else float(last["training_s"])
@@ -148,12 +174,14 @@ class ServingCallback(BaseCallback):
         wall_s, training_s = wall_s + untold_s, training_s + untold_s
         self._began_s = perf_counter() - wall_s
         self._evaluating_s = wall_s - training_s
-        purge_step = self.num_timesteps + 1 if resumed else None
+        next_step = max(self.num_timesteps, self._last_evaluated) + 1
         for policy in self.references:
             path = self.folder / "tensorboard" / f"reference-{policy}"
-            self._writers[policy] = SummaryWriter(str(path), purge_step=purge_step)
+            self._writers[policy] = SummaryWriter(
+                str(path), purge_step=next_step if resumed else None
+            )
         if resumed:
-            self._forget_events_from(self.num_timesteps + 1)
+            self._forget_events_from(next_step)
         self._log_hyperparameters()
         if last is None:
             self._evaluate()
@@ -172,9 +200,14 @@ class ServingCallback(BaseCallback):
         taken = self.locals["rollout_buffer"].actions.astype(np.int64).ravel()
         shares = np.bincount(taken, minlength=len(self._actions)) / len(taken)
         for action, share in zip(self._actions, shares, strict=True):
-            self.logger.record_mean(f"serving/train_action_share/{action}", float(share))
+            self.logger.record_mean(f"shares/train_{action}", float(share))
         if self._ended:
-            for tag, value in _charts(_means(pd.DataFrame(self._ended)), "train_").items():
+            ended = pd.DataFrame(self._ended)
+            finished = ended[ended["unfinished_requests"] == 0]
+            charts = _charts(_means(finished), "train_") if len(finished) else {}
+            if self._may_cut_short:
+                charts["serving/train_unfinished"] = 1.0 - len(finished) / len(ended)
+            for tag, value in charts.items():
                 self.logger.record_mean(tag, value)
             self._ended.clear()
 
@@ -192,6 +225,14 @@ class ServingCallback(BaseCallback):
         return self.model
 
     @property
+    def _may_cut_short(self) -> bool:
+        return self.task.process.max_decisions > 0 or self.task.process.max_seconds > 0
+
+    def _may_be_best(self, row: Mapping[Any, Any]) -> bool:
+        """Return whether anything was learned before an evaluation."""
+        return row["timesteps"] > 0 or self.hyperparameters.get("imitation_rounds", 0) > 0
+
+    @property
     def _table_path(self) -> Path:
         return self.folder / "evaluations.csv"
 
@@ -206,6 +247,8 @@ class ServingCallback(BaseCallback):
         training_s = wall_s - self._evaluating_s
         network = policy_network(self._ppo)
         result = self.validation.play(network.best)
+        rng = np.random.default_rng(_SAMPLING_SEED)
+        sampled = self.validation.play(partial(network.sampled, rng=rng))
         latency_ms = _latency_ms(network.best, result.trace)
         row = _row(result.episodes) | {
             "timesteps": self.num_timesteps,
@@ -213,22 +256,29 @@ class ServingCallback(BaseCallback):
             "training_s": training_s,
             "decision_ms_p50": latency_ms[0],
             "decision_ms_p99": latency_ms[1],
+            "gap_percent_sampled": 100.0 * _means(sampled.episodes)["gap"],
         }
-        if row["gap_percent"] < self.best_gap_percent:
+        if self._may_be_best(row) and _is_better(row, self.best):
             export_agent(self._ppo, self.task, self.command, self.folder / "agent")
         rows = [*self.evaluations.to_dict("records"), row]
         self.evaluations = pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
         write_file(self._table_path, self.evaluations.to_csv(index=False))
-        self._log(result, latency_ms)
+        self._log(result, row)
         self._evaluating_s += perf_counter() - started_s
 
-    def _log(self, result: ValidationResult, latency_ms: tuple[float, float]) -> None:
-        for tag, value in _charts(_means(result.episodes)).items():
+    def _log(self, result: ValidationResult, row: Mapping[str, float]) -> None:
+        charts = _charts(_means(result.episodes))
+        if np.isfinite(row["gap_percent_sampled"]):
+            charts["serving/gap_sampled"] = row["gap_percent_sampled"]
+        if self._may_cut_short:
+            charts["serving/unfinished"] = row["unfinished"] / row["cases"]
+        for tag, value in charts.items():
             self.logger.record(tag, value)
         for action, share in zip(self._actions, result.action_shares, strict=True):
-            self.logger.record(f"serving/action_share/{action}", float(share))
-        for percentile, value in zip((50, 99), latency_ms, strict=True):
-            self.logger.record(f"serving/decision_ms_p{percentile}", value)
+            self.logger.record(f"shares/{action}", float(share))
+        for percentile in (50, 99):
+            name = f"decision_ms_p{percentile}"
+            self.logger.record(f"serving/{name}", row[name])
         for tag, image in self._draw(result).items():
             self.logger.record(tag, Image(image, "HWC"), exclude=_NOT_TEXT)
         self.logger.dump(self.num_timesteps)
@@ -239,9 +289,14 @@ class ServingCallback(BaseCallback):
 
     def _draw(self, result: ValidationResult) -> dict[str, NDArray[np.uint8]]:
         trace, episode = result.trace, result.episodes.iloc[0]
+        unfinished = int(episode["unfinished_requests"])
+        outcome = (
+            f"cut short with {unfinished} requests unfinished"
+            if unfinished
+            else f"{episode['makespan_s']:.1f} s, {100 * episode['gap']:.2f} % above the lower bound"
+        )
         title = (
-            f"seed {int(episode['seed'])} after {self.num_timesteps:,} steps: "
-            f"{episode['makespan_s']:.1f} s, {100 * episode['gap']:.2f} % above the lower bound, "
+            f"seed {int(episode['seed'])} after {self.num_timesteps:,} steps: {outcome}, "
             f"{int(episode['prefill_stages'])} prefill stages"
         )
         gantt = draw_gantt(trace.records, self.task.cluster.clients, title)
@@ -274,16 +329,17 @@ class ServingCallback(BaseCallback):
 
 
 def _charts(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
-    """Return the charted metrics by tag, in the units of the charts."""
+    """Return the charted metrics that have a value, by tag, in the units of the charts."""
     return {
         f"serving/{prefix}{name}": metrics[name] * (100.0 if name == "gap" else 1.0)
         for name in CHARTED
-        if name in metrics
+        if np.isfinite(metrics.get(name, np.nan))
     }
 
 
 def _means(episodes: pd.DataFrame) -> dict[str, float]:
-    return {name: float(np.mean(episodes[name])) for name in METRICS}
+    # pandas would leave out NaN, that is the cases that were cut short.
+    return {name: float(episodes[name].mean(skipna=False)) for name in METRICS}
 
 
 def _row(episodes: pd.DataFrame) -> dict[str, float]:
@@ -294,7 +350,16 @@ def _row(episodes: pd.DataFrame) -> dict[str, float]:
         "gap_percent": 100.0 * means["gap"],
         "gap_percent_sem": 100.0 * _standard_error(episodes["gap"].to_numpy(float)),
         **{name: means[name] for name in (*CHARTED[1:], "decisions")},
+        "unfinished": int((episodes["unfinished_requests"] > 0).sum()),
     }
+
+
+def _is_better(row: Mapping[Any, Any], best: Mapping[Any, Any] | None) -> bool:
+    """Return whether an evaluation beats the best of those before it."""
+    if best is None or row["unfinished"] != best["unfinished"]:
+        return best is None or row["unfinished"] < best["unfinished"]
+    # Where neither has a gap, the later one has learned more.
+    return not row["gap_percent"] >= best["gap_percent"]
 
 
 def _standard_error(values: NDArray[np.float64]) -> float:
@@ -325,8 +390,14 @@ def _latency_ms(best: Any, trace: Trace) -> tuple[float, float]:
 
 
 def _read_evaluations(path: Path, timesteps: int) -> pd.DataFrame:
-    """Return the evaluations up to a step."""
-    whole = ("timesteps", "cases")
-    schema = Schema(EVALUATION_COLUMNS, key=("timesteps",), whole=whole, optional=None)
+    """Return the evaluations up to a step; the table may be of an earlier version."""
+    whole = ("timesteps", "cases", "unfinished")
+    schema = Schema(
+        EVALUATION_COLUMNS,
+        key=("timesteps",),
+        whole=whole,
+        optional=None,
+        defaults=_LATER_COLUMNS,
+    )
     table = read_rows(path, schema, "begin a new run")
     return table[table["timesteps"] <= timesteps].reset_index(drop=True)

@@ -45,23 +45,31 @@ class Progress(NamedTuple):
     """Updates of the evolution strategy that are done."""
 
 
+class Snapshot(NamedTuple):
+    """The state of training between two rollouts; weights are shared with the model."""
+
+    arrays: Arrays
+    values: dict[str, Any]
+
+
 def save_checkpoint(
     model: OnPolicyAlgorithm,
     identity: Mapping[str, Any],
     folder: Path,
     progress: Progress | None = None,
+    snapshot: Snapshot | None = None,
 ) -> Path:
     """Write a checkpoint whole or not at all; forget all but the last two.
 
     ``identity`` is JSON that :func:`load_checkpoint` compares: a checkpoint of another run is not
-    gone on from.
+    gone on from. It holds the state of ``snapshot``, where that is given, else that of the model now.
     """
     make_folder(folder)
-    arrays, values = _collect(model)
-    values |= (progress or Progress())._asdict()
+    arrays, values = snapshot or take_snapshot(model)
+    values = values | (progress or Progress())._asdict()
     header = {"format": _FORMAT, "identity": json.dumps(identity), "values": json.dumps(values)}
     header[_DIGEST] = _digest(arrays, header)
-    path = folder / f"{model.num_timesteps:012d}.safetensors"
+    path = folder / f"{values['num_timesteps']:012d}.safetensors"
     write_file(path, save(arrays, header))
     for old in checkpoints(folder)[:-KEEP]:
         old.unlink()
@@ -127,16 +135,16 @@ def _environments(model: OnPolicyAlgorithm) -> tuple[VecMonitor, ServingSB3VecEn
     return monitor, environment
 
 
-def _collect(model: OnPolicyAlgorithm) -> tuple[Arrays, dict[str, Any]]:
-    """Return the arrays and the other values that make up the state of training."""
+def take_snapshot(model: OnPolicyAlgorithm) -> Snapshot:
+    """Return what makes up the state of training; it stays the same until the next update."""
     monitor, environment = _environments(model)
     rows, row_rngs = environment.get_state()
     _, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 (what SB3 draws from)
     arrays: Arrays = {
         "last_observations": np.asarray(model._last_obs),
         "last_episode_starts": np.asarray(model._last_episode_starts),
-        "episode_returns": monitor.episode_returns,
-        "episode_lengths": monitor.episode_lengths,
+        "episode_returns": monitor.episode_returns.copy(),  # added to in place, unlike the others
+        "episode_lengths": monitor.episode_lengths.copy(),
         "torch_rng": torch.get_rng_state().numpy(),
         "numpy_rng": np.asarray(numpy_keys),
     }
@@ -157,7 +165,7 @@ def _collect(model: OnPolicyAlgorithm) -> tuple[Arrays, dict[str, Any]]:
         "python_rng": random.getstate(),
     }
     # safetensors writes memory as it lies there.
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}, values
+    return Snapshot({name: np.ascontiguousarray(array) for name, array in arrays.items()}, values)
 
 
 def _restore(model: OnPolicyAlgorithm, arrays: Arrays, values: Mapping[str, Any]) -> None:

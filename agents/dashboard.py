@@ -25,6 +25,7 @@ _DPI: Final = 100
 _WIDTH, _CHARTS_HEIGHT = 1100, 600  # pixels; the width is that of a Gantt chart, where there is one
 _LOG: Final = "tensorboard"
 _REFERENCE: Final = "reference-"
+_SHARES: Final = ("serving/train_action_share/", "shares/train_")  # the first in older runs
 _AGENT, _OTHER, _TRAINING = "#2171b5", "#e08214", "#9ecae1"
 _DASHES: Final = ("--", ":", "-.")
 _MANY_TIMES: Final = 3.0  # an untrained agent's gap would press all that matters flat
@@ -72,14 +73,14 @@ class _Run:
         """Return a scalar of the run; no points where there is none."""
         return _scalars(self._agent, f"serving/{tag}")
 
-    def actions(self, prefix: str) -> list[str]:
-        """Return the actions whose shares were logged."""
-        start = f"serving/{prefix}action_share/"
-        return [
-            tag.removeprefix(start)
+    def shares(self) -> dict[str, _Line]:
+        """Return the shares of the actions taken in training, by action."""
+        return {
+            tag.removeprefix(start): _scalars(self._agent, tag)
+            for start in _SHARES
             for tag in self._agent.Tags()["scalars"]
             if tag.startswith(start)
-        ]
+        }
 
     def constants(self, tag: str) -> dict[str, float]:
         """Return the value of every reference that has one, by policy."""
@@ -121,7 +122,8 @@ def draw_training_dashboard(folder: Path) -> Figure:
             "actions": _draw_actions,
             "latency": _draw_latency,
         }
-        last_step = max([1, *run.line("gap").steps, *run.line("train_action_share/decode").steps])
+        logged = (run.line("gap"), *run.shares().values())
+        last_step = max([1, *(step for line in logged for step in line.steps)])
         for name, draw in charts.items():
             _prepare(cells[name], last_step)
             draw(cells[name], run)
@@ -136,7 +138,9 @@ def _title(run: _Run) -> str:
     text = f"{name}: {chosen.get('algorithm')}, seed {chosen.get('seed')}"
     gap = run.line("gap")
     if len(gap.steps):
-        best = int(gap.values.argmin())
+        # As ServingCallback: an untrained agent is not the best, an imitated one may be.
+        first = 0 if chosen.get("imitation_rounds") or len(gap.steps) == 1 else 1
+        best = first + int(gap.values[first:].argmin())
         text += f"; best gap {gap.values[best]:.2f} % after {gap.steps[best]:,} decisions"
     return text
 
@@ -212,8 +216,8 @@ def _draw_stages(axes: Axes, run: _Run) -> None:
 def _draw_actions(axes: Axes, run: _Run) -> None:
     """Stack the rules; decoding, by far the most frequent, is what is left above them."""
     axes.set_title("rules chosen, share of decisions")
-    rules = [name for name in run.actions("train_") if name != "decode"]
-    shares = [run.line(f"train_action_share/{name}") for name in rules]
+    lines = {name: line for name, line in run.shares().items() if name != "decode"}
+    rules, shares = list(lines), list(lines.values())
     if shares and len(shares[0].steps):
         points = min(len(share.steps) for share in shares)
         stacked = np.stack([share.values[:points] for share in shares])

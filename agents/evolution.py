@@ -157,7 +157,10 @@ class Evolution:
     def _play_pairs(
         self, candidates: NDArray[np.float32], rng: np.random.Generator
     ) -> tuple[NDArray[np.float64], int]:
-        """Return the gaps in percent of candidates, two on each case, and the decisions played."""
+        """Return the gaps in percent of candidates, two on each case, and the decisions played.
+
+        Those whose episodes were cut short count as twice the largest gap.
+        """
         weights = torch.from_numpy(candidates)
         cases = [case for case in self._cases(len(candidates) // 2, rng) for _ in range(2)]
 
@@ -173,6 +176,9 @@ class Evolution:
             decisions += int(step.played.sum())
             for e in np.flatnonzero(step.ended).tolist():
                 gaps[e] = 100.0 * episode_metrics(self._rows.state, e)["gap"]
+        # A candidate whose episode was cut short is worse than all others; by how much, the clip says.
+        cut_short = np.isnan(gaps)
+        gaps[cut_short] = 2.0 * gaps[~cut_short].max(initial=100.0)
         return gaps, decisions
 
     def _features(self, observations: NDArray[np.float32]) -> torch.Tensor:

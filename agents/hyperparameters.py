@@ -32,11 +32,12 @@ class Hyperparameters:
     timesteps: int = 2_000_000
     """Decisions to train on, over all environments; rounded up to whole rollouts."""
     environments: int = 64
-    """Environments that step together, 1 … 1000."""
+    """Environments that step together, 1 … 1000. scripts/train.py takes fewer, in proportion, for fewer
+    timesteps than the task's default."""
     steps: int = 256
     """Steps of each environment in one rollout."""
     batch_size: int = 4096
-    """Decisions in one gradient step."""
+    """Decisions in one gradient step. scripts/train.py takes a quarter of a rollout."""
     epochs: int = 4
     """Passes over a rollout."""
     learning_rate: float = 1e-3
@@ -238,6 +239,29 @@ def linear_decay(first: float, last_share: float) -> Callable[[float], float]:
     return lambda remaining: first * (last_share + (1.0 - last_share) * max(remaining, 0.0))
 
 
-def default_hyperparameters(task: str) -> Hyperparameters:
-    """Return the defaults of a task by its full id; other names get those of the class."""
-    return replace(Hyperparameters(), **_DEFAULTS.get(task, {}))
+def default_hyperparameters(task: str, timesteps: int | None = None) -> Hyperparameters:
+    """Return the defaults of a task by its full id; other names get those of the class.
+
+    Parameters
+    ----------
+    timesteps
+        Decisions to train on, if not as many as the task's default. Where they are fewer, so are the
+        environments and the batch, in proportion: the weights are updated as often as in the default
+        run. With all environments 300,000 decisions are 19 updates, too few to tell states apart;
+        what is learned then is to decode mostly, and the most probable action is always to decode.
+    """
+    usual = replace(Hyperparameters(), **_DEFAULTS.get(task, {}))
+    if timesteps is None:
+        return usual
+    environments = max(1, round(usual.environments * min(1.0, timesteps / usual.timesteps)))
+    return replace(
+        usual,
+        timesteps=timesteps,
+        environments=environments,
+        batch_size=usual_batch_size(environments * usual.steps),
+    )
+
+
+def usual_batch_size(rollout: int) -> int:
+    """Return how many decisions one gradient step has unless told otherwise: a quarter of a rollout."""
+    return max(2, rollout // 4)

@@ -72,8 +72,19 @@ class Network:
         """Return the legal action with the highest score, the first of equals, shape (…)."""
         return best_legal(self.scores(observations), masks)
 
+    def sampled(
+        self,
+        observations: NDArray[np.float32],
+        masks: NDArray[np.bool_],
+        rng: np.random.Generator,
+    ) -> Any:
+        """Return a legal action drawn with the probabilities that training plays by, shape (…)."""
+        scores = self.scores(observations)
+        # The largest of scores with Gumbel noise is a draw from their softmax.
+        return best_legal(scores + rng.gumbel(size=scores.shape), masks)
 
-def best_legal(scores: NDArray[np.float32], masks: NDArray[np.bool_]) -> Any:
+
+def best_legal(scores: NDArray[np.floating[Any]], masks: NDArray[np.bool_]) -> Any:
     """Return the legal action with the highest score, the first of equals, shape (…)."""
     return np.where(masks, scores, -np.inf).argmax(axis=-1)
 

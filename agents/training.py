@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -18,11 +20,18 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
 from tqdm import tqdm
 
-from servegym.agents.checkpoints import Progress, checkpoints, load_checkpoint, save_checkpoint
+from servegym.agents.checkpoints import (
+    Progress,
+    Snapshot,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    take_snapshot,
+)
 from servegym.agents.evolution import Evolution
 from servegym.agents.hyperparameters import Hyperparameters, Options, linear_decay
 from servegym.agents.imitation import Expert, imitate
-from servegym.agents.record import begin_run, identity
+from servegym.agents.record import begin_run, check_run, identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.envs.cases import Case
 from servegym.envs.config import TaskConfig
@@ -103,7 +112,10 @@ def train(
     folder
         Where ``run.json``, ``checkpoints/`` and ``tensorboard/`` are written.
     callbacks
-        Called as by ``model.learn``; they must not draw from the global generators.
+        Called as by ``model.learn``; they must not draw from the global generators. One that returns
+        False ends training as it ends ``model.learn``: the rollout under way teaches nothing, an
+        evolution does not follow, and ``on_training_end`` is called. The checkpoint is of the
+        rollout's beginning; a resume goes on from there.
     expert
         Whom to imitate first, where ``imitation_rounds`` is not 0.
     reference
@@ -119,7 +131,8 @@ def train(
     ------
     ServegymError
         If the folder does not fit (see :func:`check_run`) or another process trains in it, a checkpoint
-        is damaged or another run's, or the task's workload file changes meanwhile.
+        is damaged or another run's, no episode of the task offers a choice, the task's workload file
+        changes meanwhile, weights become infinite, or a file cannot be written.
     """
     with locked(folder):
         return _train(
@@ -146,9 +159,11 @@ def _train(
     command: str,
     options: Options,
 ) -> OnPolicyAlgorithm:
-    begin_run(task, hyperparameters, folder, command, resume)
+    check_run(task, hyperparameters, folder, resume)
     torch.set_num_threads(options.threads)
     model = make_model(task, hyperparameters, reference)
+    _refuse_without_choice(model, task, hyperparameters)
+    begin_run(task, hyperparameters, folder, command, resume)
     run = _Run(model, hyperparameters, identity(task, hyperparameters), task, folder, options)
     saved = checkpoints(run.checkpoint_folder)
     earlier = Progress()
@@ -162,8 +177,34 @@ def _train(
         earlier = Progress(training_s=perf_counter() - started)
     if options.tensorboard:
         model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
-    run.learn(CallbackList(list(callbacks)), anew=not saved, earlier=earlier)
+    with _write_errors_as_one_line(folder):
+        run.learn(CallbackList(list(callbacks)), anew=not saved, earlier=earlier)
     return model
+
+
+@contextmanager
+def _write_errors_as_one_line(folder: Path) -> Iterator[None]:
+    """Raise ServegymError where TensorBoard cannot write; write_file does so itself.
+
+    TensorBoard writes in threads of its own, whose errors come up again at the next flush: there is no
+    need for a traceback of the thread.
+    """
+    usual = threading.excepthook
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        if not issubclass(error.exc_type, OSError):
+            usual(error)
+
+    threading.excepthook = hook
+    try:
+        yield
+    except OSError as error:
+        raise ServegymError(
+            f"{error.filename or folder}: cannot be written: {error.strerror or error}; "
+            "go on by --resume once it can"
+        ) from None
+    finally:
+        threading.excepthook = usual
 
 
 @dataclass
@@ -196,7 +237,7 @@ class _Run:
         callback.on_training_end()
 
     def _learn_by_ppo(self, callback: BaseCallback, total: int, clock: _Clock) -> bool:
-        """Alternate rollouts and updates; return whether there was time for all."""
+        """Alternate rollouts and updates; return whether nothing has stopped it."""
         model, h = self.model, self.hyperparameters
         with tqdm(
             total=-(-total // h.rollout) * h.rollout,
@@ -206,7 +247,10 @@ class _Run:
             disable=not self.options.progress or model.num_timesteps >= total,
         ) as bar:
             while model.num_timesteps < total:
-                self._learn_from_one_rollout(callback, total)
+                before = take_snapshot(model)
+                if not self._learn_from_one_rollout(callback, total):
+                    self._save(Progress(clock.training_s), before)
+                    return False
                 bar.set_postfix_str(_recent_return(model), refresh=False)
                 bar.update(h.rollout)
                 rollouts = model.num_timesteps // h.rollout
@@ -235,24 +279,27 @@ class _Run:
                 callback.on_rollout_start()
                 update = evolution.update(number)
                 model.num_timesteps += update.decisions
-                model.logger.record("evolution/gap", update.gap_percent)
-                model.logger.record("evolution/step", update.step)
+                model.logger.record("train/evolution_gap", update.gap_percent)
+                model.logger.record("train/evolution_step", update.step)
                 model.logger.dump(model.num_timesteps)
                 # No environment was stepped, but callbacks learn the time by it.
                 callback.update_locals({"dones": np.zeros(0, np.bool_), "infos": []})
-                callback.on_step()
+                goes_on = callback.on_step()
                 bar.set_postfix_str(f"gap {update.gap_percent:.3f} %", refresh=False)
                 bar.update()
                 late = clock.late
+                self._refuse_infinite()
                 self._save(Progress(clock.training_s, number + 1))
-                if late:
+                if late or not goes_on:
                     break
 
-    def _learn_from_one_rollout(self, callback: BaseCallback, total: int) -> None:
+    def _learn_from_one_rollout(self, callback: BaseCallback, total: int) -> bool:
+        """Collect a rollout and learn from it; return False if a callback has stopped it."""
         model, h = self.model, self.hyperparameters
         environments = model.get_env()
         assert environments is not None
-        model.collect_rollouts(environments, callback, model.rollout_buffer, h.steps)
+        if not model.collect_rollouts(environments, callback, model.rollout_buffer, h.steps):
+            return False
         model._update_current_progress_remaining(model.num_timesteps, total)
         remaining = model._current_progress_remaining
         model.ent_coef = linear_decay(h.entropy, h.final_entropy)(remaining)
@@ -260,11 +307,22 @@ class _Run:
         _freeze_actor(model, h.warm and rollouts <= h.value_warmup)
         model.dump_logs(rollouts)
         model.train()
+        self._refuse_infinite()
+        return True
 
-    def _save(self, progress: Progress) -> None:
+    def _refuse_infinite(self) -> None:
+        model, h = self.model, self.hyperparameters
+        if not all(bool(weights.isfinite().all()) for weights in model.policy.parameters()):
+            rate = "warm_learning_rate" if h.warm else "learning_rate"
+            raise ServegymError(
+                f"weights are no longer finite after {model.num_timesteps:,} timesteps; begin a run "
+                f"in another folder with a {rate} below {getattr(h, rate):g}"
+            )
+
+    def _save(self, progress: Progress, snapshot: Snapshot | None = None) -> None:
         known = {HASH: self.identity[HASH]} if HASH in self.identity else {}
         check_unchanged(self.task, known)
-        save_checkpoint(self.model, self.identity, self.checkpoint_folder, progress)
+        save_checkpoint(self.model, self.identity, self.checkpoint_folder, progress, snapshot)
 
 
 @dataclass
@@ -312,6 +370,22 @@ class _TimedCallbacks(CallbackList):
         result = call()
         self.seconds += perf_counter() - started
         return result
+
+
+def _refuse_without_choice(
+    model: OnPolicyAlgorithm, task: TaskConfig, hyperparameters: Hyperparameters
+) -> None:
+    """Refuse a task whose first episodes offer one action at a time: there is nothing to learn."""
+    environments = model.get_env()
+    assert environments is not None
+    environments.reset()
+    masks = np.stack(environments.env_method("action_masks"))
+    environments.seed(hyperparameters.first_environment_seed)  # training begins with these episodes
+    if not (masks.sum(axis=1) > 1).any():
+        raise ServegymError(
+            f"{task.name}: its episodes offer no choice, there is nothing to learn; offer several "
+            "process.rules or more requests than clients"
+        )
 
 
 def _freeze_actor(model: OnPolicyAlgorithm, frozen: bool) -> None:

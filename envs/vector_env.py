@@ -139,7 +139,8 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
             rows.truncated[self.steps >= self.max_episode_steps] = True
         over = rows.terminated | rows.truncated
         ended = np.flatnonzero(over)
-        rows.rewards[ended] += self.reference_gaps[ended]
+        # What would have followed on an episode that was cut short holds its reference's gap already.
+        rows.rewards[rows.terminated] += self.reference_gaps[rows.terminated]
         infos["illegal_action"], infos["_illegal_action"] = rows.illegal.copy(), rows.illegal.copy()
         if same_step and len(ended):
             infos |= self._begin_next(over)

@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from _cli import check_number, parse, run
 
-from servegym.agents.hyperparameters import Hyperparameters, Options, default_hyperparameters
+from servegym.agents.hyperparameters import (
+    Hyperparameters,
+    Options,
+    default_hyperparameters,
+    usual_batch_size,
+)
 from servegym.agents.record import RECORD, check_run, read_run
 from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
@@ -76,16 +81,24 @@ def usual_validation_cases(hyperparameters: Hyperparameters) -> int:
 
 def read_args(argv: Sequence[str] | None) -> Args:
     """Return the options; those not given are the task's defaults, or those of the run to resume."""
-    args = parse(Args, argv)
+    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        return parse(Args, argv)
+    anything = Args(batch_size=2)  # fits every rollout: the usual one depends on other options
+    args = parse(Args, argv, anything)
     if not args.resume:
-        defaults = default_hyperparameters(load_task(args.task).name)
-        usual = Args(validation_cases=usual_validation_cases(defaults))
-        return parse(Args, argv, replace(usual, **asdict(defaults)))
+        name = load_task(args.task).name
+        usual = default_hyperparameters(name)
+        timesteps = parse(Args, argv, replace(anything, timesteps=usual.timesteps)).timesteps
+        usual = replace(default_hyperparameters(name, timesteps), batch_size=2)
+        cases = usual_validation_cases(usual)
+        args = parse(Args, argv, replace(anything, **asdict(usual), validation_cases=cases))
+        return parse(Args, argv, replace(args, batch_size=usual_batch_size(args.rollout)))
     record = read_run(args.output)
     names = {item.name for item in fields(Hyperparameters)}
     recorded = {key: value for key, value in record["hyperparameters"].items() if key in names}
     try:
-        first = replace(parse(Args, shlex.split(record["command"])[2:]), **recorded)
+        begun = parse(Args, shlex.split(record["command"])[2:], replace(anything, **recorded))
+        first = replace(begun, **recorded)
     except ValueError as error:  # an option, a number or a quote that is none
         place = args.output / RECORD
         raise ServegymError(f"{place}: damaged ({error}); begin a run in another folder") from None
@@ -126,6 +139,28 @@ def make_callbacks(
             task, seeds, args.evaluate_every, lines, shown, args.output, command=command
         )
     ]
+
+
+def outcome(callback: ServingCallback) -> str:
+    """Return in one line which agent is kept as the best, and whether training was of use."""
+    first, best = callback.evaluations.iloc[0], callback.best
+    if best is None:
+        return "nothing was learned before the first evaluation: there is no best agent"
+    folder, cases = callback.folder / "agent", int(best["cases"])
+    text = f"{folder}: taken after {int(best['timesteps']):,} timesteps, "
+    if best["unfinished"]:
+        count, limits = int(best["unfinished"]), "process.max_decisions or max_seconds"
+        return text + f"{count} of {cases} validation cases cut short by {limits}"
+    gap_percent = best["gap_percent"]
+    text += f"{gap_percent:.2f} % above the lower bound on {cases} validation cases"
+    if best["timesteps"] == 0:
+        return text + "; no evaluation after that, of what was imitated, is better"
+    if first["timesteps"] == 0 and first["gap_percent"] <= gap_percent:
+        return text + (
+            f", {best['gap_percent_sampled']:.2f} % with sampled actions; the untrained network has "
+            f"{first['gap_percent']:.2f} %: train for longer, or at another learning rate"
+        )
+    return text
 
 
 def make_expert(args: Args, task: TaskConfig) -> Expert | None:
@@ -175,12 +210,13 @@ def train_agent(
     # Imported late: torch takes seconds, and what can be refused should be refused before.
     from servegym.agents.training import train
 
+    callbacks = make_callbacks(args, task, hyperparameters, command)
     try:
         model = train(
             task,
             hyperparameters,
             args.output,
-            callbacks=make_callbacks(args, task, hyperparameters, command),
+            callbacks=callbacks,
             expert=make_expert(args, task),
             reference=make_reference(args, task),
             resume=args.resume,
@@ -192,6 +228,8 @@ def train_agent(
             f"interrupted; go on from the last checkpoint with --output {args.output} --resume"
         ) from None
     print(f"{args.output}: {model.num_timesteps} timesteps")
+    for callback in callbacks:
+        print(outcome(callback))
 
 
 if __name__ == "__main__":
