@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any, Final
 
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, shown
 
 MAX_BYTES: Final = 2**30
 """Largest file that is read whole; none of the project's comes near."""
@@ -85,7 +85,7 @@ def check_readable(path: Path, kind: str = "file") -> None:
     except ValueError as error:  # a name with a NUL, or one that the system's encoding lacks
         if isinstance(error, ServegymError):
             raise
-        raise ServegymError(f"{shortened(path)}: is no name of a file: {error}") from None
+        raise ServegymError(f"{shown(str(path))}: is no name of a file: {error}") from None
 
 
 def read_text(path: Path, kind: str = "file") -> str:

@@ -68,8 +68,7 @@ def load_task(task: str | os.PathLike[str] | TaskConfig) -> TaskConfig:
     for name in (name_or_path, f"{NAMESPACE}/{name_or_path}"):
         if name in TASKS:
             return TASKS[name]
-    may_be_file = "\0" not in name_or_path
-    if may_be_file and (name_or_path.lower().endswith(".toml") or _is_file(name_or_path)):
+    if name_or_path.lower().endswith(".toml") or _is_file(name_or_path):
         return read_task(name_or_path, base=TASKS["servegym/GSM8K-v0"])
     short = [name.removeprefix(f"{NAMESPACE}/") for name in TASKS]
     error = unknown("task", name_or_path.removeprefix(f"{NAMESPACE}/"), short)

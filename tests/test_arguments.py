@@ -60,7 +60,7 @@ def test_a_task_of_a_wrong_type(bad: Any) -> None:
     ("bad", "words"),
     [
         ("", "unknown task ''; choose from Tiny-v0"),
-        ("a\0b.toml", r"unknown task 'a\x00b.toml'"),
+        ("a\0b.toml", r"'a\x00b.toml': is no name of a file"),
         ("nothing.toml", "nothing.toml: no such task file"),
         (Path("nothing.toml"), "nothing.toml: no such task file"),
         (Path("Tyni-v0"), "did you mean 'Tiny-v0'"),

@@ -577,6 +577,7 @@ def test_metrics_by_hand() -> None:
         "tpot_p50_s": 1.0,
         "tpot_p99_s": pytest.approx(1.0 + 0.98 * (2 / 3)),
         "decisions": 2,
+        "unfinished_requests": 0,
     }
 
 
