@@ -34,6 +34,7 @@ from servegym.envs.requests import MAX_REQUESTS
 from servegym.envs.reward import REWARDS
 from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.workloads import (
+    MAX_ARRIVAL_RATE_PER_S,
     WORKLOAD_PRESETS,
     check_arrival_rate,
     check_source,
@@ -89,6 +90,11 @@ class WorkloadConfig:
         _check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
         if self.source in WORKLOAD_PRESETS:
             check_arrival_rate(self.requests, self.arrival_rate_per_s)
+        elif not 0 <= self.arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S:  # without meaning there
+            raise ServegymError(
+                f"workload.arrival_rate_per_s must lie in 0 … {MAX_ARRIVAL_RATE_PER_S:g}, got "
+                f"{self.arrival_rate_per_s}"
+            )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from servegym.envs.requests import MAX_TOKENS
-from servegym.envs.simulator.finishes import find, merge, remove
+from servegym.envs.simulator.finishes import find, insert, merge, remove
 from servegym.envs.simulator.jit import kernel, rare_kernel
 from servegym.envs.simulator.state import State
 
@@ -46,6 +46,11 @@ def expect_admitted(state: State, e: int, r: int, admitted: int) -> None:
     """Expect the finishes of the ``admitted`` picked requests, which count as active already."""
     replica = state.replicas[e, r]
     span = state.requests.shape[1]
+    if admitted == 1:
+        i = state.picked[e, 0]
+        due = state.clients[e, r, state.requests[e, i].client].expected_end
+        insert(state.expected[e, r], replica.active - 1, due, i)
+        return
     keys = state.keys[e, :admitted]
     for k in range(admitted):
         i = np.int64(state.picked[e, k])
@@ -74,6 +79,7 @@ def revise(state: State, e: int, r: int) -> None:
     replica, expected = state.replicas[e, r], state.expected[e, r]
     span = state.requests.shape[1]
     late = 0
+    due, i = 0, 0
     while late < replica.active and expected[replica.active - 1 - late].due <= replica.rounds:
         i = expected[replica.active - 1 - late].request
         request, belief = state.requests[e, i], state.beliefs[e, i]
@@ -86,7 +92,10 @@ def revise(state: State, e: int, r: int) -> None:
         own.expected_end += more
         replica.due_sum += more
         state.episodes[e].arrived_rounds += more
-        state.keys[e, late] = (own.expected_end - replica.rounds) * span + i
+        due = own.expected_end
+        state.keys[e, late] = (due - replica.rounds) * span + i
         late += 1
-    if late > 0:
+    if late == 1:
+        insert(expected, replica.active - 1, due, i)
+    elif late > 1:
         merge(expected, replica.active - late, replica.rounds, state.keys[e, :late], span)
