@@ -7,7 +7,7 @@ import io
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -63,23 +63,22 @@ class Requests:
             raise ServegymError(
                 f"a workload has at most {MAX_REQUESTS} requests, got {len(self.arrival_s)}"
             )
-        for name in ("prompt_tokens", "output_tokens", "predicted_output_tokens"):
+        predicted = self.predicted_output_tokens
+        for name in ("prompt_tokens", "output_tokens"):
             self._set(name, _tokens(name, getattr(self, name)))
+        if predicted is not self.output_tokens:  # the usual case is not looked at twice
+            predicted = _tokens("predicted_output_tokens", predicted)
+        self._set("predicted_output_tokens", predicted)
         spread = self.predicted_spread
         if spread is not None:
             spread = real_numbers("predicted_spread", spread)
             self._set("predicted_spread", spread)
             if not np.all((spread >= 0) & (spread <= MAX_SPREAD)):
                 raise ServegymError(f"predicted_spread must lie in 0 … {MAX_SPREAD:g}")
-        on_time = (self.arrival_s >= 0) & (self.arrival_s <= MAX_ARRIVAL_S)
-        if not on_time.all():
-            i = int(np.argmin(on_time))
-            raise ServegymError(
-                f"arrival_s must be finite and ≥ 0, at most {MAX_ARRIVAL_S:g} seconds, got "
-                f"{self.arrival_s[i]} for request {i}"
-            )
-        if np.any(np.diff(self.arrival_s) < 0):
-            raise ServegymError("arrival_s must not decrease; sort the requests first")
+        arrivals = self.arrival_s
+        ordered = bool((arrivals[1:] >= arrivals[:-1]).all())  # False where one is NaN
+        if not (ordered and arrivals[0] >= 0 and arrivals[-1] <= MAX_ARRIVAL_S):
+            _refuse_arrivals(arrivals)
 
     def _set(self, name: str, values: NDArray[Any]) -> None:
         """Put a checked column in the place of what was passed in."""
@@ -124,6 +123,18 @@ class Requests:
                 "predict them as the task says"
             )
         return replace(self, output_tokens=self.predicted_output_tokens)
+
+
+def _refuse_arrivals(arrivals: NDArray[np.float64]) -> NoReturn:
+    """Say what is wrong with arrival times that are not 0 … ``MAX_ARRIVAL_S`` in ascending order."""
+    on_time = (arrivals >= 0) & (arrivals <= MAX_ARRIVAL_S)
+    if on_time.all():
+        raise ServegymError("arrival_s must not decrease; sort the requests first")
+    i = int(np.argmin(on_time))
+    raise ServegymError(
+        f"arrival_s must be finite and ≥ 0, at most {MAX_ARRIVAL_S:g} seconds, got {arrivals[i]} for "
+        f"request {i}"
+    )
 
 
 def make_requests(
