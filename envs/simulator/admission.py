@@ -33,7 +33,7 @@ ALIGNED_TARGET_SIZE: Final = 2
 ALIGNED_TAIL_PER_CLIENT: Final = 2
 
 _UNKNOWN: Final = -1
-"""The number of clients to steal from before a stage's first theft."""
+"""No number: of clients to steal from before a stage's first theft, of rounds behind the last target."""
 
 
 @kernel
@@ -59,8 +59,9 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
     admitted = 0
     tokens = 0
     sort_idle(state, e, r)
-    targets = _list_targets(state, e, r) if rule == ALIGNED else 0
-    if rule == STEAL:
+    if rule == ALIGNED:
+        _forget_targets(state, e)
+    elif rule == STEAL:
         state.keys[e, -1] = _UNKNOWN
     idle = state.idle[e, r, : state.clients.shape[2] - state.replicas[e, r].active]
     left_idle = 0
@@ -68,7 +69,7 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
     for client in idle:
         i = NOBODY
         if not full and state.episodes[e].waiting > 0:
-            i = _candidate(state, e, r, rule, client, targets)
+            i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
             tokens += state.requests[e, i].prompt_tokens
             full = admitted > 0 and 0 < max_prefill_tokens < tokens
@@ -83,11 +84,8 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> i
 
 
 @kernel
-def _candidate(state: State, e: int, r: int, rule: int, client: int, targets: int) -> int:
-    """Return the request that ``rule`` gives to an idle client; some request must be waiting.
-
-    ``targets``: what ``_list_targets`` has returned.
-    """
+def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
+    """Return the request that ``rule`` gives to an idle client; some request must be waiting."""
     if rule == PLAN:
         return _head(state, e, r, client)
     if rule == STEAL:
@@ -99,7 +97,7 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int, targets: in
         return _waiting_at(state, e, 0)
     if rule == FCFS:
         return _first(state, e)
-    return _aligned(state, e, targets)
+    return _aligned(state, e, r)
 
 
 @kernel
@@ -192,13 +190,27 @@ def _sink(state: State, e: int, r: int, size: int, place: int) -> None:
 
 
 @kernel
-def _list_targets(state: State, e: int, r: int) -> int:
-    """Write the targets of ``_aligned`` to ``keys``, the latest first; return how many there are."""
+def _forget_targets(state: State, e: int) -> None:
+    """Begin a stage's list of targets; see ``_target``."""
+    if state.keys.shape[1] >= ALIGNED_TARGET_SIZE + 1:
+        state.keys[e, -1] = 0  # how many are listed
+        state.keys[e, -2] = 0  # how many finishes have been read
+
+
+@kernel
+def _target(state: State, e: int, r: int, k: int) -> int:
+    """Return the rounds to the k-th target of ``_aligned``, the latest first; ``_UNKNOWN`` behind the last.
+
+    A stage's candidates share a list of them in ``keys``, which is read on as far as one of them asks.
+    Fewer than half as many targets as clients leave the two last places for the counts.
+    """
+    if state.keys.shape[1] <= ALIGNED_TARGET_SIZE:
+        return _UNKNOWN  # with a client idle, no two run
+    keys = state.keys[e]
+    if k < keys[-1]:
+        return keys[k]
     replica, finishes = state.replicas[e, r], state.expected[e, r]
-    if state.episodes[e].waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:
-        return 0  # nobody asks
-    targets = 0
-    place = 0
+    place = keys[-2]
     while place < replica.active:
         due = finishes[place].due
         together = 0
@@ -206,13 +218,16 @@ def _list_targets(state: State, e: int, r: int) -> int:
             together += 1
             place += 1
         if together >= ALIGNED_TARGET_SIZE:
-            state.keys[e, targets] = due - replica.rounds
-            targets += 1
-    return targets
+            keys[k] = due - replica.rounds
+            keys[-1] = k + 1
+            keys[-2] = place
+            return keys[k]
+    keys[-2] = place
+    return _UNKNOWN
 
 
 @kernel
-def _aligned(state: State, e: int, targets: int) -> int:
+def _aligned(state: State, e: int, r: int) -> int:
     """Return the waiting request with the best score L − α · pad.
 
     L is its expected rounds, pad the rounds from its finish to the next target at or after it; a
@@ -226,9 +241,11 @@ def _aligned(state: State, e: int, targets: int) -> int:
     if waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:
         return best
     best_score = np.int64(-(1 << 62))
-    for target in state.keys[e, :targets]:
-        if target < best_score:
-            break  # no score exceeds its target, and the next is sooner
+    k = 0
+    target = _target(state, e, r, k)
+    while (
+        target != _UNKNOWN and target >= best_score
+    ):  # no score exceeds its target, the next is sooner
         longest = count_below(state.waiting_tree[e], _rank_above(state, e, target)) - 1
         if longest < waiting // 2:
             break
@@ -237,6 +254,8 @@ def _aligned(state: State, e: int, targets: int) -> int:
         score = rounds - ALIGNED_PAD_WEIGHT * (target - rounds)
         if score > best_score:
             best, best_score = i, score
+        k += 1
+        target = _target(state, e, r, k)
     return best
 
 

@@ -43,10 +43,12 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
     fixed_s = 0.0
     if waiting > 0:
         admitted = min(idle, waiting)
-        # ⌊tokens · admitted / waiting⌋; the product itself may be beyond 64 bits.
-        each = episode.waiting_prompt_tokens // waiting
-        rest = episode.waiting_prompt_tokens - each * waiting
-        tokens = each * admitted + rest * admitted // waiting
+        tokens = episode.waiting_prompt_tokens
+        if tokens < 1 << 40:
+            tokens = tokens * admitted // waiting
+        else:  # the same; the product itself may be beyond 64 bits
+            each = tokens // waiting
+            tokens = each * admitted + (tokens - each * waiting) * admitted // waiting
         squares = episode.waiting_squares_high * 4294967296.0 + episode.waiting_squares_low
         squares *= admitted / waiting
         prefill_s = prefill_seconds(costs, r, tokens, squares, admitted)
