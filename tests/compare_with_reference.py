@@ -7,21 +7,31 @@ from the project's root folder. `make test` plays a few hundred of the same epis
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: see scripts/_start.py
+    import sys
+
+    sys.path.insert(0, f"{__file__.rpartition('/')[0]}/../scripts")
+    import _start
+
+    _start.begin()
+
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import numpy as np
+from _cli import check_number, parse, run
 from tqdm import tqdm
 
-from scripts._cli import parse, run
-from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
+from servegym.envs.parallel import USUAL_JOBS, check_jobs, run_parallel
 from tests.against_reference import INFORMATION, Information, play_one
 
 CHUNK = 100  # episodes of a job
 SHOWN = 10  # differences told of
+
+MAX_EPISODES = 10**9
 
 WHAT = (
     "Random episodes (1 … 12 clients, up to 60 requests, arrivals, any cost model, plans, token budgets,\n"
@@ -42,12 +52,13 @@ class Args:
     """Episode k of a kind is drawn from (seed, kind, k)."""
     output: Path = Path("results/checks/reference")
     """Folder for reference.md."""
-    jobs: int = 2
+    jobs: int = USUAL_JOBS
     """Processes."""
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.jobs < 1 or self.seed < 0:
-            raise ServegymError("--episodes and --jobs must be ≥ 1, --seed ≥ 0")
+        check_number("--episodes", self.episodes, 1, MAX_EPISODES)
+        check_number("--seed", self.seed, 0, 2**62)
+        check_jobs(self.jobs)
 
 
 @dataclass
@@ -117,14 +128,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     make_folder(args.output)
     chunks = chunks_of(args.episodes)
-    work = (joblib.delayed(play_chunk)(args.seed, chunk) for chunk in chunks)
-    done = joblib.Parallel(args.jobs, return_as="generator_unordered")(work)
+    done = run_parallel(play_chunk, [(args.seed, chunk) for chunk in chunks], args.jobs)
     counts = {information: Count() for information in INFORMATION}
     differences: list[str] = []
-    for information, count, lines in tqdm(done, desc="chunks", total=len(chunks)):
-        for name, value in vars(count).items():
-            setattr(counts[information], name, getattr(counts[information], name) + value)
-        differences += lines
+    with closing(done):
+        for information, count, lines in tqdm(done, desc="chunks", total=len(chunks)):
+            for name, value in vars(count).items():
+                setattr(counts[information], name, getattr(counts[information], name) + value)
+            differences += lines
     text = report(args, counts, sorted(differences))
     write_file(args.output / "reference.md", text)
     print(text)
