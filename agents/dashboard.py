@@ -139,7 +139,9 @@ def _title(run: _Run) -> str:
     gap = run.line("gap")
     if len(gap.steps):
         # As ServingCallback: an untrained agent is not the best, an imitated one may be.
-        first = 0 if chosen.get("imitation_rounds") or len(gap.steps) == 1 else 1
+        # Its gap may not be logged: an episode that was cut short has none.
+        untrained = gap.steps[0] == 0 and not chosen.get("imitation_rounds") and len(gap.steps) > 1
+        first = int(untrained)
         best = first + int(gap.values[first:].argmin())
         text += f"; best gap {gap.values[best]:.2f} % after {gap.steps[best]:,} decisions"
     return text

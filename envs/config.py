@@ -28,7 +28,7 @@ from servegym.envs.cost_models import (
 )
 from servegym.envs.cost_presets import cost_preset
 from servegym.envs.errors import ServegymError, shown, unknown
-from servegym.envs.files import read_text
+from servegym.envs.files import beyond_limits, read_text
 from servegym.envs.predictors import PREDICTOR_NAMES
 from servegym.envs.requests import MAX_REQUESTS
 from servegym.envs.reward import REWARDS
@@ -242,8 +242,8 @@ def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
         sections = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ServegymError(f"{path}: not TOML: {error}") from None
-    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
-        raise ServegymError(f"{path}: not TOML that can be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ServegymError(f"{path}: not TOML that can be read: {beyond_limits(error)}") from None
     workload = sections.get("workload")
     if isinstance(workload, dict) and is_csv(str(workload.get("source", ""))):
         workload["source"] = str(path.parent / workload["source"])

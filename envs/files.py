@@ -124,8 +124,13 @@ def read_json(path: Path, kind: str = "file") -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ServegymError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
-        raise ServegymError(f"{path}: not JSON that can be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ServegymError(f"{path}: not JSON that can be read: {beyond_limits(error)}") from None
+
+
+def beyond_limits(error: ValueError | RecursionError) -> str:
+    """Return which limit of Python's a text of right syntax is beyond."""
+    return "too deep" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def shortened(path: Path) -> str:

@@ -127,8 +127,18 @@ def claim_task(task: TaskConfig, output: Path) -> TaskConfig:
     ------
     ServegymError
         If the folder holds episodes of another task, of another content of its workload file, or of
-        another version.
+        another version, or tables of what is not noted.
     """
+    if not (output / "task.json").exists():
+        for name in (
+            "episodes.csv",
+            "optima.csv",
+        ):  # written after the note, so it has been removed
+            if (output / name).exists():
+                raise ServegymError(
+                    f"{output}: holds {name}, but no task.json that says of which task; choose a new "
+                    "--output folder"
+                )
     notes = claim(output / "task.json", asdict(task) | hash_of(task), "episodes")
     return replace(task, name=notes["name"])
 

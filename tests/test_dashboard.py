@@ -78,6 +78,15 @@ def test_charts_show_the_events(finished: Path) -> None:
     assert title == "Tiny-v0: maskable-ppo, seed 7; best gap 2.00 % after 2,000 decisions"
 
 
+def test_the_best_may_be_the_first_gap_that_was_logged(tmp_path: Path) -> None:
+    begin_run(TASKS["servegym/Tiny-v0"], Hyperparameters(seed=7), tmp_path, "", resume=False)
+    with SummaryWriter(str(tmp_path / "tensorboard")) as log:  # at the start cases were cut short
+        for step, gap in {1000: 2.0, 2000: 5.0}.items():
+            log.add_scalar("serving/gap", gap, step)
+    title = draw_training_dashboard(tmp_path).get_suptitle()
+    assert title.endswith("best gap 2.00 % after 1,000 decisions")
+
+
 def test_the_last_gantt_chart_is_there_pixel_by_pixel(finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "run.png"
     assert script.main(["--run", str(finished), "--output", str(output)]) == 0

@@ -115,8 +115,8 @@ def test_suffixes_in_capitals(write: Write) -> None:
 
 UNREADABLE = [
     # what is not TOML, and how it is said
-    (b"a = " + b"[" * 100_000, "not TOML that can be read"),
-    (b"a = " + b"9" * 100_000, "not TOML that can be read"),
+    (b"a = " + b"[" * 100_000, "not TOML that can be read: too deep"),
+    (b"a = " + b"9" * 100_000, "not TOML that can be read: a number of too many digits"),
     (b"[cluster]\nclients = 0x" + b"f" * 10_000, "line 2: cluster.clients must be a whole number"),
     (b"[cluster]\nclients = 1\n#\xff\n", "line 3: cannot be read as a text in UTF-8"),
     ("[cluster]\n".encode("utf-16"), "is in UTF-16; save it as UTF-8"),
@@ -189,8 +189,8 @@ def test_odd_paths(odd_path: str, words: str, read: Callable[[str], object]) -> 
     [
         ("", "line 1: not JSON: Expecting value"),
         ("{}\n{}", "line 2: not JSON: Extra data"),
-        ("[" * 100_000, "not JSON that can be read"),
-        ("9" * 100_000, "not JSON that can be read"),
+        ("[" * 100_000, "not JSON that can be read: too deep"),
+        ("9" * 100_000, "not JSON that can be read: a number of too many digits"),
     ],
 )
 def test_what_is_no_json(write: Write, text: str, words: str) -> None:

@@ -290,6 +290,14 @@ def test_damaged_notes_are_refused(damage: str, task: TaskConfig, tmp_path: Path
         claim_task(task, tmp_path)
 
 
+@pytest.mark.parametrize("table", ["episodes.csv", "optima.csv"])
+def test_a_table_without_notes_is_refused(table: str, task: TaskConfig, tmp_path: Path) -> None:
+    (tmp_path / table).touch()
+    with pytest.raises(ServegymError, match=f"holds {table}, but no task.json"):
+        claim_task(task, tmp_path)
+    assert not (tmp_path / "task.json").exists()
+
+
 def test_a_workload_without_a_noted_hash_is_refused(task: TaskConfig, tmp_path: Path) -> None:
     claim_task(task, tmp_path)
     notes = json.loads((tmp_path / "task.json").read_text())

@@ -99,6 +99,17 @@ def test_a_damaged_file_counts_as_missing(sources: Sources, ending: str, damage)
     assert sources.run() == (21, 1)  # and was written anew
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("ending", [".nbi", ".nbc"])
+def test_a_pipe_counts_as_missing(sources: Sources, ending: str) -> None:
+    sources.run()
+    for path in [path for path in sources.files() if path.suffix == ending]:
+        path.unlink()
+        os.mkfifo(path)
+    assert sources.run() == (21, 0)  # reading a pipe would wait for ever
+    assert sources.run() == (21, 1)
+
+
 def test_a_cached_caller_does_not_keep_an_old_callee(sources: Sources) -> None:
     sources.run()
     sources.write(5)
