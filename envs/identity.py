@@ -130,10 +130,8 @@ def claim_task(task: TaskConfig, output: Path) -> TaskConfig:
         another version, or tables of what is not noted.
     """
     if not (output / "task.json").exists():
-        for name in (
-            "episodes.csv",
-            "optima.csv",
-        ):  # written after the note, so it has been removed
+        # The note is written before either table, so it has been removed.
+        for name in ("episodes.csv", "optima.csv"):
             if (output / name).exists():
                 raise ServegymError(
                     f"{output}: holds {name}, but no task.json that says of which task; choose a new "

@@ -144,10 +144,11 @@ class _CheckedFiles(IndexDataCacheFile):
 
 def _read_checked(path: str) -> bytes | None:
     """Return what stands behind the hash; None if there is no such file or the hash does not fit."""
+    file = Path(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 (as numba, this has paths as texts)
+        if not file.is_file():
             return None  # reading a pipe may never end
-        content = Path(path).read_bytes()
+        content = file.read_bytes()
     except OSError:
         return None
     size = hashlib.sha256().digest_size
