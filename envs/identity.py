@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -90,7 +90,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]} … {text[-15:]}"
 
 
-def claim(path: Path, wanted: Mapping[str, Any], what: str, indent: int = 2) -> Any:
+def claim(
+    path: Path, wanted: Mapping[str, Any], what: str, indent: int = 2, tables: Sequence[str] = ()
+) -> Any:
     """Note in a JSON file what results depend on; return the notes, those that stood there if any did.
 
     Parameters
@@ -99,11 +101,14 @@ def claim(path: Path, wanted: Mapping[str, Any], what: str, indent: int = 2) -> 
         The file, what is to stand in it, and its indentation.
     what
         What the folder of the file holds, such as ``episodes``.
+    tables
+        Names of what stands beside the file and depends on it; it is written after the notes.
 
     Raises
     ------
     ServegymError
-        If the file holds other notes (:class:`DifferentError`), is damaged or cannot be written.
+        If the file holds other notes (:class:`DifferentError`), is damaged or cannot be written, or if
+        it has been removed and a table has not.
     """
     remedy = "choose a new --output folder"
     if path.exists():
@@ -114,6 +119,11 @@ def claim(path: Path, wanted: Mapping[str, Any], what: str, indent: int = 2) -> 
         words = f"holds {what} of another task, setting or version ({{name}} {{old}}, now {{new}})"
         compare(str(path.parent), words, found, wanted, remedy)
         return found
+    for name in tables:
+        if (path.parent / name).exists():
+            raise ServegymError(
+                f"{path.parent}: holds {name}, but no {path.name} that says of which task; {remedy}"
+            )
     make_folder(path.parent)
     text = json.dumps(wanted, indent=indent, default=str)
     write_file(path, text + "\n")
@@ -129,15 +139,9 @@ def claim_task(task: TaskConfig, output: Path) -> TaskConfig:
         If the folder holds episodes of another task, of another content of its workload file, or of
         another version, or tables of what is not noted.
     """
-    if not (output / "task.json").exists():
-        # The note is written before either table, so it has been removed.
-        for name in ("episodes.csv", "optima.csv"):
-            if (output / name).exists():
-                raise ServegymError(
-                    f"{output}: holds {name}, but no task.json that says of which task; choose a new "
-                    "--output folder"
-                )
-    notes = claim(output / "task.json", asdict(task) | hash_of(task), "episodes")
+    wanted = asdict(task) | hash_of(task)
+    tables = ("episodes.csv", "optima.csv")
+    notes = claim(output / "task.json", wanted, "episodes", tables=tables)
     return replace(task, name=notes["name"])
 
 

@@ -104,8 +104,8 @@ class Collection:
 
     def _claim(self, task: TaskConfig) -> None:
         asked = {"task": asdict(task), **self.asked, **hash_of(task)}
-        path = self.output / f"{short_name(task)}.json"
-        claim(path, asked, "rows", indent=1)
+        name = short_name(task)
+        claim(self.output / f"{name}.json", asked, "rows", indent=1, tables=[f"{name}.csv"])
 
     def rows(
         self, task: TaskConfig, seeds: range, play_case: PlayCase, jobs: int, part: str = ""

@@ -178,7 +178,7 @@ def open_rows(
     asked |= hash_of(task)
     if weights:
         asked["weights"] = dict(weights)
-    notes = claim(args.output / "search.json", asked, "cases")
+    notes = claim(args.output / "search.json", asked, "cases", tables=[FILE])
     path = args.output / FILE
     policies = parse_policies(args.policies, task.name)
     schema = replace(BEST_KNOWN, columns=[*COLUMNS, *policies], others=False, optional=policies)

@@ -86,3 +86,15 @@ def test_a_committed_schedule_is_what_the_table_says() -> None:
     stages = json.loads((COMMITTED / f"{row['seed']}.json").read_text())["stages"]
     schedule = [Stage(stage["clock"], np.array(stage["requests"])) for stage in stages]
     assert replay(requests, clients, costs, schedule) == pytest.approx(row["searched_s"])
+
+
+def test_a_table_without_its_note_is_refused(tmp_path: Path) -> None:
+    """It would be taken for this task's and this workload's."""
+    options = [*OPTIONS, "--time-limit", "0.000001", "--output", str(tmp_path)]
+    assert best_known.main(options) == 0
+    before = (tmp_path / "best_known.csv").read_bytes()
+    (tmp_path / "search.json").unlink()
+    with pytest.raises(ServegymError, match=r"holds best_known\.csv, but no search\.json"):
+        best_known.main(options)
+    assert (tmp_path / "best_known.csv").read_bytes() == before
+    assert not (tmp_path / "search.json").exists()
