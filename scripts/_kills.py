@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from _cli import parse, read_list, run
 
@@ -282,12 +282,9 @@ class _Trial:
 
     def _wait_for_all(self, process: subprocess.Popen[bytes], what: str, output: Path) -> None:
         """Note it as a fault if a process of the run is still there some seconds later."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            if process.poll() is not None and not processes_of_session(process.pid):
-                return
-            time.sleep(0.01)
-        left = processes_of_session(process.pid)
+        left = left_of_session(process)
+        if not left:
+            return
         self.outcome.faults.append(f"{output}: after {what} {len(left)} processes are still there")
         for pid in left:
             os.kill(pid, signal.SIGKILL)
@@ -321,6 +318,16 @@ def _tensors(data: bytes) -> str:
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
     return json.dumps(header, sort_keys=True) + data[8 + length :].hex()
+
+
+def left_of_session(process: subprocess.Popen[Any]) -> list[int]:
+    """Return which processes of a session are still there ``PATIENCE_S`` after its leader was to end."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None and not processes_of_session(process.pid):
+            return []
+        time.sleep(0.01)
+    return processes_of_session(process.pid)
 
 
 def processes_of_session(session: int) -> list[int]:

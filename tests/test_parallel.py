@@ -15,7 +15,7 @@ from pathlib import Path
 import joblib
 import pandas as pd
 import pytest
-from _kills import processes_of_session
+from _kills import left_of_session, processes_of_session
 
 from scripts import (
     best_known,
@@ -160,10 +160,7 @@ def check_kills(
         assert len(processes_of_session(process.pid)) >= min(3, 1 + joblib.cpu_count())
         process.send_signal(number)
         process.wait(timeout=20)
-        ended = time.monotonic()
-        while processes_of_session(process.pid) and time.monotonic() - ended < 5:
-            time.sleep(0.02)
-        assert processes_of_session(process.pid) == []
+        assert left_of_session(process) == []
         kept = pd.read_csv(folders[number] / "episodes.csv").set_index(["policy", "seed"])
         policy, seed = kept.index[0][0], int(kept.index[0][1])
         options = ["--task", "GSM8K-v0", "--policies", policy, "--seeds", str(seed), "--jobs", "1"]

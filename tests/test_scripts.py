@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from _cli import run
-from _kills import processes_of_session
+from _kills import left_of_session
 
 from scripts import evaluate, paper, tune
 
@@ -149,7 +149,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     finished = pd.read_csv(path)
     assert 0 < len(finished) < 8000
     assert not list(tmp_path.glob(".*"))
-    assert processes_of_session(running.pid) == []
+    assert left_of_session(running) == []
 
 
 def test_paper_and_tune_on_few_cases(tmp_path: Path) -> None:
