@@ -67,12 +67,12 @@ def outcomes_of(part: str, args: Args) -> Iterator[Outcome]:
     if part == "kills":
         yield from _killed(count, args.seed)
         return
-    rooms: dict[str, tuple[Callable[[int, int], Sequence[Any]], Callable[[Any], Outcome]]] = {
+    generators: dict[str, tuple[Callable[[int, int], Sequence[Any]], Callable[[Any], Outcome]]] = {
         "arguments": (_robust_arguments.trials, _robust_arguments.try_one),
         "files": (_robust_files.trials, _robust_files.try_one),
         "terminals": (_robust_terminals.trials, _robust_terminals.try_one),
     }
-    draw, try_one = rooms[part]
+    draw, try_one = generators[part]
     trials = draw(count, args.seed)
     found = run_parallel(try_one, [(trial,) for trial in trials], args.jobs)
     with closing(found), tqdm(found, total=len(trials), desc=part, unit="trial") as bar:
