@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from servegym.envs import Requests, ServingEnv
+from tests.hand_solved_helpers import Player, play_env, play_reference
 from tests.helpers import instance, make_env
 
 # The same examples in every run, and no deadline: the first example may load the kernels.
@@ -54,3 +55,10 @@ def three_on_two() -> Requests:
 def lone_rule_env() -> ServingEnv:
     """One client and one rule: there is never a choice, an episode is over when it begins."""
     return make_env(1, rules=("fcfs",))
+
+
+@pytest.fixture(params=[play_env, play_reference], ids=["env", "reference"])
+def play(request: pytest.FixtureRequest) -> Player:
+    """Both simulators: a wrong hand solution fails twice, a wrong simulator once."""
+    player: Player = request.param
+    return player

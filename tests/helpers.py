@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pytest
 
-from servegym.envs import Requests, ServingEnv, make_requests
+from servegym.envs import Requests, ServegymError, ServingEnv, make_requests
 from servegym.envs.config import ClusterConfig, InformationConfig, ProcessConfig, TaskConfig
 from servegym.envs.cost_models import (
     AffineDecode,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # the simulator's tests do without torch
 
 UNIT_COSTS = StageCosts(AffineDecode(1.0), AffinePrefill(2.0, 0.0))
 """A round is 1 s, a prefill stage 2 s, whatever they hold: traces can be added up in the head."""
+
+HUGE = "1" + "0" * 400  # a TOML integer may be that long
 
 
 def instance(
@@ -195,3 +198,13 @@ def changed(task: TaskConfig, **parts: Mapping[str, Any]) -> TaskConfig:
 def weights(model: OnPolicyAlgorithm) -> dict[str, bytes]:
     """All weights of an agent, to the last bit."""
     return {name: value.numpy().tobytes() for name, value in model.policy.state_dict().items()}
+
+
+def refused(call: Callable[[], Any], words: str) -> None:
+    """It is refused in one line that a terminal shows, and these words are in it."""
+    with pytest.raises(ServegymError) as error:
+        call()
+    message = str(error.value)
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 250

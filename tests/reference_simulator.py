@@ -11,96 +11,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from servegym.envs.cost_models import AffinePrefill, StageCosts, TableDecode
+from servegym.envs.cost_models import StageCosts
 from servegym.envs.requests import Requests
+from tests.reference_costs import decode_round_s, prefill_s, prefill_stage_s
+from tests.reference_requests import Request, greedy_queues, make_requests_list
+
+__all__ = [  # also what a stage costs and its requests
+    "RULES",
+    "ReferenceSimulator",
+    "Request",
+    "decode_round_s",
+    "greedy_queues",
+    "make_reference",
+    "make_requests_list",
+    "optimal_makespan",
+    "prefill_s",
+    "prefill_stage_s",
+]
 
 RULES = ("plan", "steal", "longest", "shortest", "fcfs", "aligned")
-
-
-def decode_round_s(costs: StageCosts, active: int, cached_tokens: int) -> float:
-    """Seconds of one decode round of `active` clients that starts with `cached_tokens`."""
-    decode, overhead = costs.decode, costs.engine_overhead
-    if isinstance(decode, TableDecode):
-        seconds = interpolated(active, decode.batch, decode.seconds)
-    else:
-        seconds = decode.base + decode.per_client * active
-    seconds += decode.per_kv_token * cached_tokens
-    return seconds + overhead.base + overhead.per_client * active
-
-
-def interpolated(x: int, xs: Sequence[int], ys: Sequence[float]) -> float:
-    """The straight line between the two neighbours of `x`; beyond the ends, the end."""
-    if x <= xs[0]:
-        return ys[0]
-    for place in range(1, len(xs)):
-        if x <= xs[place]:
-            share = (x - xs[place - 1]) / (xs[place] - xs[place - 1])
-            return ys[place - 1] + share * (ys[place] - ys[place - 1])
-    return ys[-1]
-
-
-def prefill_stage_s(costs: StageCosts, prompts: Sequence[int]) -> float:
-    """Seconds of one prefill stage that admits requests with these prompt lengths."""
-    return prefill_s(costs, sum(prompts), sum(p * p for p in prompts), len(prompts))
-
-
-def prefill_s(costs: StageCosts, tokens: int, squares: float, requests: int) -> float:
-    """Seconds of a prefill stage with so many prompt tokens, Σp² and requests."""
-    prefill, overhead = costs.prefill, costs.engine_overhead
-    if isinstance(prefill, AffinePrefill):
-        line = prefill.base + prefill.per_token * tokens + prefill.per_token_squared * squares
-        seconds = max(line, prefill.floor)
-    else:
-        seconds = 0.0
-        while tokens > prefill.level_tokens[-1]:  # beyond the top level: whole top levels first
-            seconds += prefill.level_seconds[-1]
-            tokens -= prefill.level_tokens[-1]
-        levels = zip(prefill.level_tokens, prefill.level_seconds, strict=True)
-        seconds += next(cost for holds, cost in levels if tokens <= holds)
-    return seconds + overhead.base + overhead.per_client * requests
-
-
-@dataclass(eq=False)
-class Request:
-    """One request and what has happened to it."""
-
-    id: int
-    arrival_s: float
-    prompt: int
-    output: int
-    believed: int | None = None  # output tokens the scheduler expects by now; None: it knows them
-    compared: int | None = None  # output tokens that it is compared by; None: the true ones
-    phase: str = "future"  # future, waiting, running, finished
-    emitted: int = 0  # output tokens so far
-    client: int | None = None
-    admitted_s: float | None = None  # start of its prefill stage
-    first_token_s: float | None = None  # end of its prefill stage
-    finished_s: float | None = None
-
-    @property
-    def rounds(self) -> int:
-        """Decode rounds it needs in all: the prefill stage emits the first token."""
-        return self.output - 1
-
-    @property
-    def rounds_left(self) -> int:
-        """Decode rounds a running request needs still, truly: nobody is told."""
-        return self.output - self.emitted
-
-    @property
-    def expected_rounds(self) -> int:
-        """Decode rounds that the scheduler believes it needs in all."""
-        return (self.output if self.believed is None else self.believed) - 1
-
-    @property
-    def expected_left(self) -> int:
-        """Decode rounds that the scheduler believes a running request needs still."""
-        return self.expected_rounds + 1 - self.emitted
-
-    @property
-    def compared_rounds(self) -> int:
-        """What says whether it is longer than another that waits."""
-        return (self.output if self.compared is None else self.compared) - 1
 
 
 @dataclass(eq=False)
@@ -354,32 +283,6 @@ class ReferenceSimulator:
             if best_score is None or score > best_score:
                 best, best_score = request, score
         return best
-
-
-def make_requests_list(requests: Requests) -> list[Request]:
-    """Requests of an instance as objects, in id order."""
-    rows = zip(requests.arrival_s, requests.prompt_tokens, requests.output_tokens, strict=True)
-    return [Request(i, float(a), int(p), int(o)) for i, (a, p, o) in enumerate(rows)]
-
-
-def greedy_queues(requests: list[Request], clients: int) -> list[list[Request]]:
-    """Those present at t = 0, longest first, each to the least loaded client.
-
-    One without rounds adds no load; it goes to the client with the fewest requests.
-    """
-    queues: list[list[Request]] = [[] for _ in range(clients)]
-    present = [request for request in requests if request.arrival_s == 0]
-    present.sort(key=lambda request: (-request.compared_rounds, request.id))
-    for request in sorted(present, key=lambda request: request.expected_rounds == 0):
-        loads = [sum(other.expected_rounds for other in queue) for queue in queues]
-        if request.expected_rounds == 0:
-            held = [len(queue) for queue in queues]
-            queues[min(range(clients), key=lambda c: (held[c], loads[c]))].append(request)
-        else:
-            queues[loads.index(min(loads))].append(request)
-    for queue in queues:
-        queue.sort(key=present.index)
-    return queues
 
 
 def make_reference(

@@ -1,0 +1,141 @@
+"""The script train.py: its options, what it refuses, Ctrl-C and being killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from _cli import run as run_script
+
+from scripts import train as script
+from servegym.agents import training
+from servegym.agents.checkpoints import checkpoints, load_checkpoint
+from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
+from servegym.agents.record import identity
+from servegym.agents.training import make_model
+from servegym.envs import ServegymError
+from servegym.envs.config import with_overrides
+from servegym.envs.tasks import TASKS
+from tests.training_helpers import TINY, StopAt, refusal
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [
+        *("--task", "Tiny-v0", "--environments", "4", "--steps", "16", "--batch-size", "64"),
+        *("--validation-cases", "0", "--output", str(folder), *more),
+    ]
+
+
+def test_train_and_resume_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert script.main(arguments(folder, "--timesteps", "128", "--epochs", "2")) == 0
+    record = json.loads((folder / "run.json").read_text())
+    assert record["hyperparameters"]["epochs"] == 2
+    assert record["hyperparameters"]["width"] == default_hyperparameters(TINY.name).width
+    assert "--epochs 2" in record["command"]
+    assert list((folder / "tensorboard").glob("events.*"))
+    # Options that are not given are those of the run.
+    assert script.main(["--output", str(folder), "--resume"]) == 0
+    assert "128 timesteps" in capsys.readouterr().out
+    with pytest.raises(ServegymError, match="epochs 2, this one has 3"):
+        script.main(["--output", str(folder), "--resume", "--epochs", "3"])
+
+
+@pytest.mark.parametrize(
+    ("bad", "words", "good"),
+    [
+        (("--algorithm", "maskableppo"), "did you mean 'maskable-ppo'", ("--algorithm", "ppo")),
+        (("--algorithm", "dqn"), "choose from maskable-ppo, ppo", ("--algorithm", "maskable-ppo")),
+        (("--task", "GSM8k"), "did you mean 'GSM8K-v0'", ("--task", "GSM8K-v0")),
+        (("--task", "missing.toml"), "no such task file", ("--task", "servegym/Tiny-v0")),
+        (("--learning-rat", "1"), "did you mean '--learning-rate'", ("--learning-rate", "1")),
+        (("--learning-rate", "nan"), "learning_rate must be a number", ("--learning-rate", "0")),
+        (("--timesteps", "many"), "many", ("--timesteps", "1")),
+        (("--timesteps", "1e6"), "not a whole number: '1e6'", ("--timesteps", "1000000")),
+        (("--timesteps", "0"), "timesteps must be a whole number in 1", ("--timesteps", "1")),
+        (("--seed", "800"), "seed must be a whole number in 0 … 799", ("--seed", "799")),
+        (("--evaluate-every", "0"), "--evaluate-every must be", ("--evaluate-every", "1")),
+        (("--validation-cases", "-1"), "--validation-cases must", ("--validation-cases", "0")),
+        (("--checkpoint-every", "0"), "checkpoint_every must be", ("--checkpoint-every", "1")),
+        (("--max-minutes", "nan"), "--max-minutes must be a finite number", ("--max-minutes", "0")),
+        (("--threads", "0"), "threads must lie", ("--threads", "1")),
+        (("--expert", "algined"), "did you mean 'aligned'", ("--expert", "lookahead-0.7")),
+        (("--resume",), "holds no run to resume", ()),
+    ],
+)
+def test_bad_options(
+    bad: Sequence[str],
+    words: str,
+    good: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused before torch is imported, with nothing written; the nearest valid option is taken."""
+    common = ["--validation-cases", "0", "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "servegym.agents.training", None)  # importing it fails
+        assert words in refusal([*common, *bad])
+    assert not (tmp_path / "run").exists()
+    begun = Mock()
+    monkeypatch.setattr(training, "train", begun)
+    assert script.main([*common, *good]) == 0
+    begun.assert_called_once()
+
+
+def test_ctrl_c_leaves_with_a_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt = StopAt(20)
+    monkeypatch.setattr(script, "make_callbacks", lambda *_: [interrupt])
+    with pytest.raises(SystemExit) as caught:
+        run_script(script.main, arguments(tmp_path / "run"))
+    assert caught.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(
+        f"go on from the last checkpoint with --output {tmp_path / 'run'} --resume"
+    )
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "000000000000.safetensors"
+    ]
+
+
+def test_killed_training_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    more = ("--timesteps", "100000000", "--checkpoint-every", "1")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments(folder, *more)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    patience = time.monotonic() + 60
+    while _steps(folder) < 256 and process.poll() is None:
+        assert time.monotonic() < patience
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -9
+    saved = checkpoints(folder / "checkpoints")
+    # A temporary file may be left, and one checkpoint more if it was killed before forgetting it.
+    assert 2 <= len(saved) <= 3
+    h = Hyperparameters(**json.loads((folder / "run.json").read_text())["hyperparameters"])
+    model = make_model(TINY, h)
+    load_checkpoint(model, identity(TINY, h), saved[-1])
+    assert model.num_timesteps == int(saved[-1].stem) >= 256
+
+
+def _steps(folder: Path) -> int:
+    found = checkpoints(folder / "checkpoints")
+    return int(found[-1].stem) if found else -1
+
+
+def test_references_admit_by_rules_that_the_agent_lacks() -> None:
+    task = with_overrides(TASKS["servegym/Tiny-v0"], {"process": {"rules": ["fcfs"]}})
+    names = list(script.references(task, [900_000]))
+    assert names[0] == "hybrid"
+    assert names[1].startswith("threshold-")
