@@ -83,7 +83,7 @@ $(DEV): $(CORE)
 	@rm $(UNFINISHED)
 	@touch $@
 
-$(KERNELS): $(CORE) $(wildcard envs/*.py envs/simulator/*.py baselines/*.py)
+$(KERNELS): $(CORE) $(wildcard envs/*.py envs/*/*.py baselines/*.py baselines/*/*.py)
 	@echo "servegym: compiling the simulator kernels (first run only, cached afterwards)"
 	@$(RUN) -m servegym.baselines.warmup
 	@touch $@

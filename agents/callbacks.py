@@ -21,12 +21,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from servegym.agents.export import export_agent, policy_network
 from servegym.agents.validation import Trace, Validation, ValidationResult
-from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.metrics import METRICS
-from servegym.envs.rendering import draw_gantt, draw_values, to_image
-from servegym.envs.tables import Schema, read_rows
+from servegym.envs.pictures import draw_gantt, draw_values, to_image
+from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.process.metrics import METRICS
+from servegym.envs.task.config import TaskConfig
 
 CHARTED: Final = (
     "gap",

@@ -14,9 +14,9 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from servegym.agents.policy import Network, save_agent
-from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.observation import OBSERVATION_SIZE
+from servegym.envs.process.observation import OBSERVATION_SIZE
+from servegym.envs.task.config import TaskConfig
 
 _LIBRARIES: Final = ("servegym", "numpy", "torch", "stable_baselines3", "sb3_contrib")
 

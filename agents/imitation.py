@@ -18,8 +18,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
 from servegym.agents.hyperparameters import Hyperparameters
-from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
 
 Expert = Callable[[ServingVectorEnv], NDArray[np.float64]]

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from servegym.agents.hyperparameters import Hyperparameters
-from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_json, shortened, write_file
-from servegym.envs.identity import compare, hash_of
-from servegym.envs.locks import LOCK_FILE
-from servegym.envs.observation import OBSERVATION_VERSION
+from servegym.envs.play.identity import compare, hash_of
+from servegym.envs.play.locks import LOCK_FILE
+from servegym.envs.process.observation import OBSERVATION_VERSION
+from servegym.envs.task.config import TaskConfig
 
 _PACKAGES: Final = ("numpy", "torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numba")
 RECORD: Final = "run.json"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.metrics import METRICS
+from servegym.envs.process.metrics import METRICS
 from servegym.envs.vector_env import ServingVectorEnv
 
 Infos = list[dict[str, Any]]
@@ -23,7 +23,7 @@ class ServingSB3VecEnv(VecEnv):
 
     What a row's ``info`` holds: ``illegal_action`` where its action was replaced; of a row whose
     episode ended also ``terminal_observation``, ``TimeLimit.truncated`` and ``serving``, the
-    episode's metrics (``servegym.envs.metrics.METRICS``). sb3-contrib finds the legal actions by
+    episode's metrics (``servegym.envs.process.metrics.METRICS``). sb3-contrib finds the legal actions by
     ``env_method("action_masks")``.
 
     Raises

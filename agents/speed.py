@@ -11,7 +11,7 @@ import torch
 
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.agents.training import make_model
-from servegym.envs.config import TaskConfig
+from servegym.envs.task.config import TaskConfig
 
 _UPDATES: Final = 2  # rollouts and updates of one repeat
 

@@ -33,11 +33,11 @@ from servegym.agents.hyperparameters import Hyperparameters, Options, linear_dec
 from servegym.agents.imitation import Expert, imitate
 from servegym.agents.record import begin_run, check_run, identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
-from servegym.envs.cases import Case
-from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.identity import HASH, check_unchanged
-from servegym.envs.locks import locked
+from servegym.envs.play.identity import HASH, check_unchanged
+from servegym.envs.play.locks import locked
+from servegym.envs.task.cases import Case
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
 
 _CLASSES: Final[dict[str, Callable[..., OnPolicyAlgorithm]]] = {

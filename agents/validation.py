@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from servegym.agents.side_by_side import Predict, SideBySide
-from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import make_case
-from servegym.envs.metrics import Records, episode_metrics, records
+from servegym.envs.play.evaluation import make_case
+from servegym.envs.play.side_by_side import Predict, SideBySide
+from servegym.envs.process.metrics import Records, episode_metrics, records
+from servegym.envs.task.config import TaskConfig
 
 
 @dataclass(frozen=True)

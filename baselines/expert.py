@@ -9,17 +9,17 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
+from servegym.baselines.lookahead.rollout import Base, action_values, make_base
 from servegym.baselines.registry import make_trigger_policy
-from servegym.baselines.rollout import Base, action_values, make_base
-from servegym.envs.config import TaskConfig
-from servegym.envs.cost_models import CostTables
-from servegym.envs.decision_process import Settings
 from servegym.envs.errors import ServegymError
-from servegym.envs.policy import Briefing, Situation
+from servegym.envs.jit import kernel, parallel_kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.play.policy import Briefing, Situation
+from servegym.envs.process.steps import Settings
 from servegym.envs.serving_env import make_settings
-from servegym.envs.simulator.jit import kernel, parallel_kernel
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import view
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
 
 Expert = Callable[[ServingVectorEnv], NDArray[np.float64]]

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-from servegym.baselines import triggers
-from servegym.baselines.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
-from servegym.baselines.policies import RandomPolicy, TriggerPolicy
-from servegym.baselines.rollout import RolloutPolicy
-from servegym.baselines.sampled_plan import MAX_SCENARIOS
+from servegym.baselines.lookahead.rollout import RolloutPolicy
+from servegym.baselines.planning.sampled import MAX_SCENARIOS
+from servegym.baselines.rules import triggers
+from servegym.baselines.rules.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
+from servegym.baselines.rules.policies import RandomPolicy, TriggerPolicy
 from servegym.envs.errors import ServegymError, unknown
-from servegym.envs.policy import Policy
+from servegym.envs.play.policy import Policy
 
 MAX_NUMBER: Final = 1_000_000
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numba
 
-from servegym.baselines.episodes import play_compiled
-from servegym.baselines.exact import exact_optimum
+from servegym.baselines.calendar.planner import plan_jointly
+from servegym.baselines.exact.optimum import exact_optimum
 from servegym.baselines.expert import make_rollout_expert
-from servegym.baselines.joint_plan import plan_jointly
-from servegym.baselines.policies import TriggerPolicy
 from servegym.baselines.registry import REGISTRY, make_policy
-from servegym.envs.evaluation import make_case, play
-from servegym.envs.tasks import TASKS
+from servegym.baselines.rules.compiled import play_compiled
+from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
 
 

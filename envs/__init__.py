@@ -10,12 +10,12 @@ Importing this package registers the tasks with Gymnasium::
 
 from gymnasium.envs.registration import register, registry
 
-from servegym.envs.config import TaskConfig
 from servegym.envs.errors import ServegymError
-from servegym.envs.plan import Plan
-from servegym.envs.requests import Requests, make_requests, read_requests
 from servegym.envs.serving_env import ServingEnv
-from servegym.envs.tasks import TASKS, load_task
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.registered import TASKS, load_task
+from servegym.envs.workload.plan import Plan
+from servegym.envs.workload.requests import Requests, make_requests, read_requests
 
 __all__ = [
     "TASKS",

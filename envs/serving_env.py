@@ -15,8 +15,17 @@ from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
 from servegym.envs.arguments import plain, whole_number
-from servegym.envs.bounds import LowerBound
-from servegym.envs.cases import (
+from servegym.envs.bounds.batch import LowerBound
+from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.process.metrics import Records, episode_metrics, records
+from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE
+from servegym.envs.process.reward import REWARDS
+from servegym.envs.process.steps import Settings, begin_row, make_rows, step_row
+from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.simulator.imagination import imagine_row
+from servegym.envs.simulator.state import State, make_state
+from servegym.envs.simulator.view import DecisionView, view
+from servegym.envs.task.cases import (
     Case,
     bound_case,
     inform,
@@ -24,20 +33,11 @@ from servegym.envs.cases import (
     make_task_state,
     sample_requests,
 )
-from servegym.envs.config import TaskConfig, with_overrides
-from servegym.envs.decision_process import Settings, begin_row, make_rows, step_row
-from servegym.envs.errors import ServegymError, shown, unknown
-from servegym.envs.metrics import Records, episode_metrics, records
-from servegym.envs.observation import FEATURES, OBSERVATION_SIZE
-from servegym.envs.plan import Plan
-from servegym.envs.requests import Requests
-from servegym.envs.reward import REWARDS
-from servegym.envs.simulator.admission import ADMISSION_RULES
-from servegym.envs.simulator.imagination import imagine_row
-from servegym.envs.simulator.state import State, make_state
-from servegym.envs.simulator.view import DecisionView, view
-from servegym.envs.tasks import load_task
-from servegym.envs.workloads import check_readable
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.registered import load_task
+from servegym.envs.workload.plan import Plan
+from servegym.envs.workload.presets import check_readable
+from servegym.envs.workload.requests import Requests
 
 _RESET_OPTIONS: Final = {"requests": Requests, "plan": Plan, "bound": LowerBound}
 
@@ -113,7 +113,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     The shares are 0%, 1%, 2%, 5%, 10%, 20%, 35%, 50%, 75%, 100%; 0% is the next finish.
     Idle time is held against ¼, ½, 1, 2 and 4 times the fixed cost of a stage.
     The histograms' buckets begin at 0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048 rounds.
-    ``servegym.envs.observation.FEATURES`` names every entry.
+    ``servegym.envs.process.observation.FEATURES`` names every entry.
 
     Rounds to a finish are expected ones: true where ``information.output_lengths`` is "known", else
     by the prediction, revised when a request outlives it. No entry depends on a true length before a
@@ -130,7 +130,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     :class:`Requests`), its ``bound`` where that is already known, and ``plan`` (a :class:`Plan` of
     the requests present at t = 0; without it the greedy longest-first plan is used). Terminated when
     all requests have finished; truncated at ``process.max_decisions`` or ``process.max_seconds``.
-    The last ``info`` holds every metric (``servegym.envs.metrics.METRICS``), also where
+    The last ``info`` holds every metric (``servegym.envs.process.metrics.METRICS``), also where
     ``gymnasium.make(…, max_episode_steps=…)`` or a ``TimeLimit`` cuts the episode; ``makespan_s`` and
     ``gap`` are NaN where requests are left. :meth:`metrics` returns the metrics at any time.
 
@@ -210,7 +210,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         if self.render_mode is None:
             gym.logger.warn("render() needs render_mode='rgb_array'")
             return None
-        from servegym.envs.rendering import draw_gantt, to_image
+        from servegym.envs.pictures import draw_gantt, to_image
 
         return to_image(draw_gantt(self.records(), self.task.cluster.clients, self.task.name))
 
@@ -237,7 +237,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         return self._imagined
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics of the episode so far (``servegym.envs.metrics.METRICS``).
+        """Return the metrics of the episode so far (``servegym.envs.process.metrics.METRICS``).
 
         What the last ``info`` holds. As long as requests are unfinished, ``makespan_s`` and ``gap`` are
         NaN.

@@ -15,12 +15,12 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from servegym.envs.arguments import as_array, whole_number
-from servegym.envs.cases import Case, bound_case, load_case, make_task_state, sample_requests
-from servegym.envs.config import TaskConfig
-from servegym.envs.decision_process import begin_row, make_rows, step_rows, step_rows_in_parallel
 from servegym.envs.errors import ServegymError, shown, unknown
-from servegym.envs.metrics import episode_metrics, records
+from servegym.envs.process.metrics import episode_metrics, records
+from servegym.envs.process.steps import begin_row, make_rows, step_rows, step_rows_in_parallel
 from servegym.envs.serving_env import ServingEnv
+from servegym.envs.task.cases import Case, bound_case, load_case, make_task_state, sample_requests
+from servegym.envs.task.config import TaskConfig
 
 MAX_ENVIRONMENTS = 1_000_000
 
@@ -160,7 +160,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
             return None
         if not self._started:
             raise ServegymError("call reset() first")
-        from servegym.envs.rendering import draw_gantt, to_image
+        from servegym.envs.pictures import draw_gantt, to_image
 
         clients, name = self.task.cluster.clients, self.task.name
         logs = [records(self.state, e) for e in range(self.num_envs)]

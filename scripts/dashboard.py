@@ -1,52 +1,6 @@
 """Draw a training run as one picture, from its event files."""
 
-from __future__ import annotations
-
-if __name__ == "__main__":  # first of all: see _start.py
-    import sys
-
-    sys.path.insert(0, __file__.rpartition("/")[0] or ".")
-    import _start
-
-    _start.begin()
-
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-from _cli import parse, run
-
-from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
-from servegym.envs.rendering import to_png
-
-
-@dataclass(frozen=True)
-class Args:
-    """Draw a training run as one picture, from its event files."""
-
-    run: Path = Path("runs/agent")
-    """Folder of the run, as scripts/train.py was given; it may still be training."""
-    output: Path = Path("dashboard.png")
-    """The picture, a PNG file."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw."""
-    args = parse(Args, argv)
-    if args.output.suffix.lower() != ".png":
-        raise ServegymError(f"--output must end in .png, got {args.output}")
-    # TensorBoard reports on stderr what a resumed run has overwritten.
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    from servegym.agents.dashboard import draw_training_dashboard  # takes seconds to import
-
-    picture = to_png(draw_training_dashboard(args.run))
-    make_folder(args.output.parent)
-    write_file(args.output, picture)
-    print(f"wrote {args.output}")
-    return 0
-
+from servegym.studies.start import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("dashboard")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from servegym.envs import TaskConfig
-from servegym.envs.cases import Case, bound_case
-from servegym.envs.config import with_overrides
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.cases import Case, bound_case
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.registered import TASKS
 from tests.helpers import instance, make_env
 
 SMALL = with_overrides(

@@ -7,13 +7,10 @@ from the project's root folder. `make test` plays a few hundred of the same epis
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # first of all: see scripts/_start.py
-    import sys
+if __name__ == "__main__":  # first of all: the imports below take seconds
+    from servegym.studies.terminal import begin
 
-    sys.path.insert(0, f"{__file__.rpartition('/')[0]}/../scripts")
-    import _start
-
-    _start.begin()
+    begin()
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _cli import check_number, parse, run
 from tqdm import tqdm
 
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.parallel import USUAL_JOBS, check_jobs, run_parallel
+from servegym.envs.play.parallel import USUAL_JOBS, check_jobs, run_parallel
+from servegym.studies.cli import check_number, parse, run
 from tests.against_reference import INFORMATION, Information, play_one
 
 CHUNK = 100  # episodes of a job

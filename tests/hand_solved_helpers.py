@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from servegym.envs import Requests
-from servegym.envs.cost_models import StageCosts
-from servegym.envs.metrics import Records
+from servegym.envs.machine.costs import StageCosts
+from servegym.envs.process.metrics import Records
 from tests.helpers import UNIT_COSTS, make_env, start, trace
 from tests.reference_simulator import RULES, ReferenceSimulator, make_reference
 

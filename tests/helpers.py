@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from servegym.envs import Requests, ServegymError, ServingEnv, make_requests
-from servegym.envs.config import ClusterConfig, InformationConfig, ProcessConfig, TaskConfig
-from servegym.envs.cost_models import (
+from servegym.envs.machine.costs import (
     AffineDecode,
     AffinePrefill,
     EngineOverhead,
@@ -19,8 +18,9 @@ from servegym.envs.cost_models import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.metrics import Records
-from servegym.envs.plan import Plan, plan_from_queues
+from servegym.envs.process.metrics import Records
+from servegym.envs.task.config import ClusterConfig, InformationConfig, ProcessConfig, TaskConfig
+from servegym.envs.workload.plan import Plan, plan_from_queues
 
 if TYPE_CHECKING:  # the simulator's tests do without torch
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from servegym.envs import Requests, make_requests
-from servegym.envs.config import TaskConfig, with_overrides
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.registered import TASKS
 
 SMALL = with_overrides(
     TASKS["servegym/GSM8KPredicted-v0"], {"cluster": {"clients": 8}, "workload": {"requests": 40}}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from scipy.special import log_ndtr
 
-from servegym.envs.requests import MAX_TOKENS
+from servegym.envs.workload.requests import MAX_TOKENS
 from tests.reference_simulator import ReferenceSimulator, Request
 
 Comparison = Literal["mean", "quantile", "mean-sd"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from servegym.envs.cost_models import AffinePrefill, StageCosts, TableDecode
+from servegym.envs.machine.costs import AffinePrefill, StageCosts, TableDecode
 
 
 def decode_round_s(costs: StageCosts, active: int, cached_tokens: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servegym.envs.requests import Requests
+from servegym.envs.workload.requests import Requests
 
 
 @dataclass(eq=False)

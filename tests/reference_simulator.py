@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from servegym.envs.cost_models import StageCosts
-from servegym.envs.requests import Requests
+from servegym.envs.machine.costs import StageCosts
+from servegym.envs.workload.requests import Requests
 from tests.reference_costs import decode_round_s, prefill_s, prefill_stage_s
 from tests.reference_requests import Request, greedy_queues, make_requests_list
 

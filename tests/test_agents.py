@@ -10,28 +10,28 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-import _policies
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _cli import run
 from safetensors.numpy import save
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from scripts import evaluate
 from servegym.agents.export import export_agent, policy_network
 from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, LearnedPolicy, load_agent
 from servegym.agents.validation import Validation
 from servegym.envs import ServegymError, ServingEnv, TaskConfig, load_task
-from servegym.envs.config import with_overrides
-from servegym.envs.evaluation import make_case, play
-from servegym.envs.metrics import METRICS
-from servegym.envs.observation import FEATURES, OBSERVATION_SIZE, OBSERVATION_VERSION
-from servegym.envs.policy import Situation
+from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.play.policy import Situation
+from servegym.envs.process.metrics import METRICS
+from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE, OBSERVATION_VERSION
+from servegym.envs.task.config import with_overrides
+from servegym.studies import policies
+from servegym.studies.cli import run
+from servegym.studies.commands import evaluate
 from tests.test_packaging import run_outside
 
 TINY = load_task("Tiny-v0")
@@ -334,7 +334,7 @@ def test_folders_of_agents_and_of_runs(
 def test_ppo_is_the_shipped_agent_of_the_task(
     agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_policies, "AGENTS", tmp_path / "agents")
+    monkeypatch.setattr(policies, "AGENTS", tmp_path / "agents")
     agent.rename(tmp_path / "moved")
     with pytest.raises(ServegymError, match=r"train\.py --task Tiny-v0") as refusal:
         evaluate_with("ppo", tmp_path / "out")

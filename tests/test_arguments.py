@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 from servegym.envs import Requests, ServegymError, ServingEnv, TaskConfig, load_task
-from servegym.envs.config import ClusterConfig, ProcessConfig, with_overrides
-from servegym.envs.cost_models import (
+from servegym.envs.errors import shown
+from servegym.envs.machine.costs import (
     AffineDecode,
     AffinePrefill,
     EngineOverhead,
@@ -24,7 +24,7 @@ from servegym.envs.cost_models import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.errors import shown
+from servegym.envs.task.config import ClusterConfig, ProcessConfig, with_overrides
 from servegym.envs.vector_env import ServingVectorEnv
 from tests.helpers import make_env, refused, start
 

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scripts import best_known
-from scripts.best_known import COLUMNS, report
-from servegym.baselines.joint_plan import Stage, replay
+from servegym.baselines.calendar.planner import Stage, replay
+from servegym.envs.bounds.padding import joint_bound
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import HELD_OUT_SEED, make_case
-from servegym.envs.joint_bound import joint_bound
-from servegym.envs.tasks import TASKS
+from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.task.registered import TASKS
+from servegym.studies.commands import best_known
+from servegym.studies.commands.best_known import COLUMNS, report
 
 COMMITTED = Path(__file__).parents[1] / "results" / "best_known"
 OPTIONS = ["--task", "Tiny-v0", "--policies", "random,rollout", "--seeds", "0:4"]

@@ -10,8 +10,9 @@ import pytest
 from scipy.optimize import linprog
 
 from servegym.envs import Requests, ServegymError, make_requests
-from servegym.envs.bounds import LowerBound, _cover, lower_bound
-from servegym.envs.cost_models import (
+from servegym.envs.bounds.batch import LowerBound, _cover, lower_bound
+from servegym.envs.bounds.rounds import rounds_lower_bound
+from servegym.envs.machine.costs import (
     AffineDecode,
     AffinePrefill,
     EngineOverhead,
@@ -19,7 +20,6 @@ from servegym.envs.cost_models import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.makespan_bound import rounds_lower_bound
 from tests.helpers import UNIT_COSTS, instance, random_costs
 from tests.reference_simulator import optimal_makespan
 

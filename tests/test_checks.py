@@ -10,15 +10,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from _checks import TUNED, Collection, held_out, load_tasks, short_name
 
-from scripts import check_estimates, check_iteration_rule, check_stealing
-from servegym.baselines.estimates import estimated_task
-from servegym.baselines.plans import plan_expected
 from servegym.baselines.registry import make_trigger_policy
+from servegym.baselines.rules.plans import plan_expected
 from servegym.envs import ServegymError, TaskConfig, load_task
-from servegym.envs.cases import Case
-from servegym.envs.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.task.cases import Case
+from servegym.envs.task.estimates import estimated_task
+from servegym.studies.checks.common import TUNED, Collection, held_out, load_tasks, short_name
+from servegym.studies.commands import check_estimates, check_iteration_rule, check_stealing
 from tests.checks_helpers import SMALL, unit_case
 from tests.helpers import instance
 from tests.test_scripts import refused

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from servegym.envs import TASKS, ServegymError, ServingEnv, TaskConfig, load_task
-from servegym.envs.config import (
+from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
+from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.task.config import (
     ClusterConfig,
     InformationConfig,
     ProcessConfig,
     WorkloadConfig,
     with_overrides,
 )
-from servegym.envs.cost_models import AffineDecode, AffinePrefill, StageCosts
-from servegym.envs.simulator.admission import ADMISSION_RULES
 from tests.helpers import HUGE
 
 Write = Callable[[str, str], Path]

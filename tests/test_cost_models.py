@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from servegym.envs import ServegymError
-from servegym.envs.cost_models import (
+from servegym.envs.machine.costs import (
     MAX_COST_S,
     MIN_COST_S,
     AffineDecode,
@@ -21,8 +21,8 @@ from servegym.envs.cost_models import (
     TableDecode,
     geometric_levels,
 )
-from servegym.envs.cost_presets import COST_PRESETS, cost_preset
-from servegym.envs.simulator.physics import decode_seconds, prefill_seconds
+from servegym.envs.machine.presets import COST_PRESETS, cost_preset
+from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
 from tests.helpers import random_costs
 from tests.reference_simulator import decode_round_s, prefill_stage_s
 

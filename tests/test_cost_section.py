@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from servegym.envs import ServegymError, load_task
-from servegym.envs.cost_models import (
+from servegym.envs.machine.costs import (
     AffineDecode,
     AffinePrefill,
     EngineOverhead,
@@ -16,7 +16,7 @@ from servegym.envs.cost_models import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.cost_presets import cost_preset
+from servegym.envs.machine.presets import cost_preset
 from tests.helpers import HUGE
 
 Write = Callable[[str, str], Path]

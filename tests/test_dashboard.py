@@ -13,13 +13,13 @@ from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts import dashboard as script
 from servegym.agents.dashboard import draw_training_dashboard
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.agents.record import begin_run
 from servegym.envs import ServegymError
-from servegym.envs.rendering import to_png
-from servegym.envs.tasks import TASKS
+from servegym.envs.pictures import to_png
+from servegym.envs.task.registered import TASKS
+from servegym.studies.commands import dashboard as script
 
 REFERENCES = {"hybrid": 6.0, "threshold-15": 3.0}
 GAPS = {0: 40.0, 1000: 5.0, 2000: 2.0}

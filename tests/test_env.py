@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from servegym.envs import TASKS, Requests, ServegymError, ServingEnv
-from servegym.envs.metrics import METRICS
+from servegym.envs.process.metrics import METRICS
 from tests.helpers import (
     inside,
     instance,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scripts import check_estimates
-from servegym.baselines.distributions import OUTPUTS, check_outputs, make_constructed_case
-from servegym.baselines.episodes import play_compiled
-from servegym.baselines.estimates import (
+from servegym.baselines.registry import make_trigger_policy
+from servegym.baselines.rules.compiled import play_compiled
+from servegym.envs import Requests, ServegymError
+from servegym.envs.play.evaluation import make_case
+from servegym.envs.task.cases import Case
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.distributions import OUTPUTS, check_outputs, make_constructed_case
+from servegym.envs.task.estimates import (
     ESTIMATES,
     estimated_task,
     noisy,
@@ -16,12 +20,8 @@ from servegym.baselines.estimates import (
     scaled,
     taken_as_exact,
 )
-from servegym.baselines.registry import make_trigger_policy
-from servegym.envs import Requests, ServegymError
-from servegym.envs.cases import Case
-from servegym.envs.config import with_overrides
-from servegym.envs.evaluation import make_case
-from servegym.envs.workloads import output_lengths
+from servegym.envs.workload.presets import output_lengths
+from servegym.studies.commands import check_estimates
 from tests.checks_helpers import SMALL
 from tests.helpers import instance
 

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from servegym.baselines.registry import make_policy
-from servegym.envs.config import with_overrides
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import COLUMNS, evaluate, make_case, play
-from servegym.envs.policy import Policy
+from servegym.envs.play.evaluation import COLUMNS, evaluate, make_case, play
+from servegym.envs.play.policy import Policy
 from servegym.envs.serving_env import ServingEnv
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.registered import TASKS
 
 TASK = TASKS["servegym/Tiny-v0"]
 TIMED = ["decision_ms_p50", "decision_ms_p99", "prepare_s"]

@@ -14,7 +14,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scripts import train as script
 from servegym.agents import callbacks
 from servegym.agents.callbacks import EVALUATION_COLUMNS, ServingCallback
 from servegym.agents.evolution import Evolution
@@ -22,8 +21,9 @@ from servegym.agents.hyperparameters import Hyperparameters, Options, default_hy
 from servegym.agents.policy import Network, load_agent
 from servegym.agents.training import make_model, train
 from servegym.agents.validation import Validation
-from servegym.envs.config import TaskConfig
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.registered import TASKS
+from servegym.studies.commands import train as script
 from tests.helpers import changed
 
 TINY = TASKS["servegym/Tiny-v0"]

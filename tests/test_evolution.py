@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from scripts import train as script
 from servegym.agents import evolution as module
 from servegym.agents.checkpoints import checkpoints
 from servegym.agents.evolution import Evolution
@@ -24,7 +23,8 @@ from servegym.agents.hyperparameters import Hyperparameters, Options, default_hy
 from servegym.agents.training import make_model, train
 from servegym.agents.validation import Validation
 from servegym.envs import ServegymError
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.registered import TASKS
+from servegym.studies.commands import train as script
 from tests.helpers import changed, weights
 
 TINY = TASKS["servegym/Tiny-v0"]

@@ -9,24 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servegym.baselines.exact import METHODS, ExactOptimum, exact_optimum
-from servegym.baselines.exact_problem import JointProblem, Schedule, replay
-from servegym.baselines.exact_search import search
+from servegym.baselines.exact.optimum import METHODS, ExactOptimum, exact_optimum
+from servegym.baselines.exact.problem import JointProblem, Schedule, replay
+from servegym.baselines.exact.search import search
 from servegym.baselines.registry import REGISTRY, make_policy
 from servegym.envs import Requests, make_requests
-from servegym.envs.bounds import lower_bound
-from servegym.envs.config import with_overrides
-from servegym.envs.cost_models import (
+from servegym.envs.bounds.batch import lower_bound
+from servegym.envs.errors import ServegymError
+from servegym.envs.machine.costs import (
     AffineDecode,
     AffinePrefill,
     LevelledPrefill,
     StageCosts,
     TableDecode,
 )
-from servegym.envs.cost_presets import cost_preset
-from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import make_case, play
-from servegym.envs.tasks import TASKS
+from servegym.envs.machine.presets import cost_preset
+from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.registered import TASKS
 from tests.helpers import UNIT_COSTS, instance, random_costs
 from tests.reference_simulator import optimal_makespan
 
@@ -128,7 +128,7 @@ def test_waiting_can_pay(method: str) -> None:
 
 @pytest.mark.parametrize(("clients", "longest"), [(3, 9), (3, 30), (4, 9)])
 def test_larger_cases_are_proven(clients: int, longest: int) -> None:
-    """The bound of ``servegym.envs.bounds`` is below, and the search closes what it leaves open."""
+    """The bound of ``servegym.envs.bounds.batch`` is below, and the search closes what it leaves open."""
     for seed in range(3):
         requests = tiny_requests(10, longest, seed)
         found = solve(requests, clients, TINY.cost)

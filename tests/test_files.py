@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from servegym.envs import load_task
-from servegym.envs.config import _line_of, _statement_ends
 from servegym.envs.errors import ServegymError, shown
 from servegym.envs.files import read_json, read_text
-from servegym.envs.requests import read_requests
+from servegym.envs.task.config import _line_of, _statement_ends
+from servegym.envs.workload.requests import read_requests
 
 Write = Callable[[str, str], Path]
 HEADER = "prompt_tokens,output_tokens\n"

@@ -15,24 +15,32 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from _checks import Collection
-from _policies import make_policy as make_any_policy
-from _policies import weights_of
-from _study_play import settings
 
-from scripts import best_known, check_stealing, evaluate, paper, study_agents, train, tune
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.agents.record import begin_run, check_run
-from servegym.baselines.optima import find_optima
+from servegym.baselines.exact.optima import find_optima
 from servegym.baselines.registry import make_policy
-from servegym.envs import locks
-from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import evaluate as play_all
-from servegym.envs.identity import claim_task
-from servegym.envs.locks import LOCK_FILE, locked
-from servegym.envs.policy import Policy
-from servegym.envs.tasks import TASKS
+from servegym.envs.play import locks
+from servegym.envs.play.evaluation import evaluate as play_all
+from servegym.envs.play.identity import claim_task
+from servegym.envs.play.locks import LOCK_FILE, locked
+from servegym.envs.play.policy import Policy
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.registered import TASKS
+from servegym.studies.agents.play import settings
+from servegym.studies.checks.common import Collection
+from servegym.studies.commands import (
+    best_known,
+    check_stealing,
+    evaluate,
+    paper,
+    study_agents,
+    train,
+    tune,
+)
+from servegym.studies.policies import make_policy as make_any_policy
+from servegym.studies.policies import weights_of
 
 TINY = TASKS["servegym/Tiny-v0"]
 RESULTS = Path(__file__).parents[1] / "results"
@@ -44,7 +52,7 @@ OTHER = "prompt_tokens,output_tokens\n5,3\n7,2\n4,8\n"
 HOLD = """
 import sys
 from pathlib import Path
-from servegym.envs.locks import locked
+from servegym.envs.play.locks import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

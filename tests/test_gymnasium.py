@@ -19,7 +19,7 @@ from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit, TransformRewa
 
 import servegym.envs
 from servegym.envs import TASKS, Requests, ServegymError, ServingEnv
-from servegym.envs.metrics import METRICS
+from servegym.envs.process.metrics import METRICS
 from tests.helpers import make_env, play_randomly, start
 
 

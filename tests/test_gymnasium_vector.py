@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import vector as wrappers
 
 from servegym.envs import ServegymError
-from servegym.envs.metrics import METRICS
+from servegym.envs.process.metrics import METRICS
 from servegym.envs.vector_env import ServingVectorEnv
 
 ROWS = 3

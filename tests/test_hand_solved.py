@@ -1,7 +1,8 @@
 """Stages, arrivals, costs and metrics of tiny instances solved by hand.
 
 They are played by the environment and by the reference. Every time is a sum of powers of two, so all
-comparisons are exact. Unless said otherwise a decode round takes 1 s and a prefill stage 2 s. Requests are (prompt, output[, arrival]).
+comparisons are exact. Unless said otherwise a decode round takes 1 s and a prefill stage 2 s.
+Requests are (prompt, output[, arrival]).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from servegym.envs import Requests
-from servegym.envs.cost_models import (
+from servegym.envs.machine.costs import (
     AffineDecode,
     AffinePrefill,
     EngineOverhead,

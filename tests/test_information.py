@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_ndtr
 
-from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_policy, make_trigger_policy
+from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv, load_task
-from servegym.envs.cases import sample_requests
-from servegym.envs.config import TaskConfig, with_overrides
-from servegym.envs.evaluation import make_case, play
-from servegym.envs.metrics import METRICS
-from servegym.envs.predictors import expect_alike
-from servegym.envs.requests import MAX_TOKENS
+from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.process.metrics import METRICS
 from servegym.envs.simulator.beliefs import expected_output_tokens
 from servegym.envs.simulator.state import FINISHED, FUTURE, RUNNING, WAITING
+from servegym.envs.task.cases import sample_requests
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.vector_env import ServingVectorEnv
+from servegym.envs.workload.predictors import expect_alike
+from servegym.envs.workload.requests import MAX_TOKENS
 from tests.helpers import instance, make_env, random_legal_action, start
 from tests.information_helpers import KNOWN, ROWS, SMALL, UNKNOWN, informed, make
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servegym.baselines.exact import exact_optimum
+from servegym.baselines.exact.optimum import exact_optimum
 from servegym.envs import Requests, make_requests
-from servegym.envs.bounds import LowerBound, lower_bound
-from servegym.envs.cost_models import AffineDecode, AffinePrefill, StageCosts, TableDecode
-from servegym.envs.joint_bound import joint_bound, least_padding
+from servegym.envs.bounds.batch import LowerBound, lower_bound
+from servegym.envs.bounds.padding import joint_bound, least_padding
+from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts, TableDecode
 from tests.helpers import UNIT_COSTS, instance, random_costs
 from tests.reference_simulator import optimal_makespan
 

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servegym.baselines.calendar_search import anneal, make_calendar, misfit
-from servegym.baselines.episodes import play_compiled
-from servegym.baselines.joint_plan import JointPlan, Stage, plan_jointly, replay
+from servegym.baselines.calendar.planner import JointPlan, Stage, plan_jointly, replay
+from servegym.baselines.calendar.search import anneal, make_calendar, misfit
 from servegym.baselines.registry import make_trigger_policy
+from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, make_requests
-from servegym.envs.cost_models import StageCosts
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import make_case
-from servegym.envs.tasks import TASKS
+from servegym.envs.machine.costs import StageCosts
+from servegym.envs.play.evaluation import make_case
+from servegym.envs.task.registered import TASKS
 from tests.helpers import UNIT_COSTS, changed, instance, random_costs
 from tests.reference_simulator import decode_round_s, optimal_makespan, prefill_stage_s
 

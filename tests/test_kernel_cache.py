@@ -11,19 +11,19 @@ from pathlib import Path
 import numba
 import pytest
 
-from servegym.envs.simulator import kernel_cache
-from servegym.envs.simulator.kernel_cache import cache_folders, is_trusted, make_private_folder
+from servegym.envs import kernel_cache
+from servegym.envs.kernel_cache import cache_folders, is_trusted, make_private_folder
 
 # A kernel and its callee in another file, as small as can be.
 CALLEE = """
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.jit import kernel
 
 @kernel
 def double(x):
     return {factor} * x
 """
 CALLER = """
-from servegym.envs.simulator.jit import rare_kernel
+from servegym.envs.jit import rare_kernel
 from callee import double
 
 @rare_kernel
@@ -210,7 +210,7 @@ def test_new_folders_have_their_mode_whatever_the_umask(tmp_path: Path) -> None:
 def test_the_hash_covers_every_module_that_is_imported() -> None:
     """So that no machine code outlives a change of what was compiled into it."""
     script = (
-        "import sys, servegym.baselines.rollout\n"
+        "import sys, servegym.baselines.lookahead.rollout\n"
         "for name, found in sys.modules.items():\n"
         "    if name.startswith('servegym.') and getattr(found, '__file__', None):\n"
         "        print(found.__file__)\n"
@@ -219,11 +219,10 @@ def test_the_hash_covers_every_module_that_is_imported() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     loaded = {Path(line).resolve() for line in done.stdout.splitlines()}
-    root = Path(kernel_cache.__file__).resolve().parents[2]
-    covered = kernel_cache._imported_by(root / "baselines" / "rollout.py")
-    assert (
-        root / "envs" / "decision_process.py" in covered
-    )  # its kernels are compiled into rollout's
+    root = Path(kernel_cache.__file__).resolve().parents[1]
+    covered = kernel_cache._imported_by(root / "baselines" / "lookahead" / "rollout.py")
+    # Its kernels are compiled into rollout's.
+    assert root / "envs" / "process" / "steps.py" in covered
     assert {path for path in loaded if path.name != "__init__.py"} <= covered
 
 

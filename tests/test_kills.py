@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import _kills
 import pytest
-from _kills import Outcome, Scenario, run_kills
 
 from servegym.envs.errors import ServegymError
+from servegym.studies.robustness import kills
+from servegym.studies.robustness.kills import Outcome, Scenario, run_kills
 
 COUNTS = """
 import os, subprocess, sys, time
@@ -30,9 +30,9 @@ def kill(begin: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Outcome:
     """Kill a stub four times; ``begin`` is what it does at its start."""
     folder.mkdir(exist_ok=True)
     (folder / "stub.py").write_text(COUNTS.format(begin=begin))
-    monkeypatch.setattr(_kills, "SCRIPTS", folder)
-    monkeypatch.setattr(_kills, "PATIENCE_S", 0.5)
-    monkeypatch.setattr(_kills, "scenarios", lambda: [Scenario("stub", "stub", [])])
+    monkeypatch.setattr(kills, "SCRIPTS", folder)
+    monkeypatch.setattr(kills, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(kills, "scenarios", lambda: [Scenario("stub", "stub", [])])
     lines: list[str] = []
     [outcome] = run_kills(4, 0, folder / "runs", say=lines.append)
     assert lines[0].startswith(f"stub: {outcome.kills} kills")
@@ -72,4 +72,4 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         (["--output", str(tmp_path)], "is there already"),
     ):
         with pytest.raises(ServegymError, match=message):
-            _kills.main(options)
+            kills.main(options)

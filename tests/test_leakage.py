@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from servegym.baselines.registry import REGISTRY, make_policy
 from servegym.envs import Requests, ServingEnv
-from servegym.envs.cases import sample_requests
-from servegym.envs.evaluation import brief, make_case
-from servegym.envs.policy import Situation
+from servegym.envs.play.evaluation import brief, make_case
+from servegym.envs.play.policy import Situation
+from servegym.envs.task.cases import sample_requests
 from tests.helpers import instance, make_env, random_legal_action, start
 from tests.information_helpers import KNOWN, ROWS, SMALL, UNKNOWN, informed, make
 

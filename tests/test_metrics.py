@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from servegym.envs.metrics import _percentiles
+from servegym.envs.process.metrics import _percentiles
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 50, 100, 101, 102, 1319])

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from servegym.baselines.milp import FORMULATIONS, MAX_CELLS, solve_mip
-from servegym.baselines.planner import plan_offline
+from servegym.baselines.planning.milp import FORMULATIONS, MAX_CELLS, solve_mip
+from servegym.baselines.planning.planner import plan_offline
+from servegym.envs.bounds.rounds import rounds_lower_bound
 from servegym.envs.errors import ServegymError
-from servegym.envs.makespan_bound import rounds_lower_bound
 
 
 def whole(*numbers: int) -> NDArray[np.int64]:

@@ -13,14 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from servegym.baselines.estimates import noisy, scaled
-from servegym.baselines.joint_plan import plan_jointly
-from servegym.baselines.plans import plan_at_risk
+from servegym.baselines.calendar.planner import plan_jointly
+from servegym.baselines.rules.plans import plan_at_risk
 from servegym.envs import Requests, ServegymError, ServingEnv, load_task, make_requests
-from servegym.envs.bounds import dual_vertices, lower_bound, lower_hull
-from servegym.envs.cases import bound_case
-from servegym.envs.config import ClusterConfig, TaskConfig, WorkloadConfig
-from servegym.envs.cost_models import (
+from servegym.envs.bounds.batch import dual_vertices, lower_bound, lower_hull
+from servegym.envs.bounds.padding import least_padding
+from servegym.envs.machine.costs import (
     AffineDecode,
     AffinePrefill,
     CostTables,
@@ -28,11 +26,13 @@ from servegym.envs.cost_models import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.evaluation import brief
-from servegym.envs.joint_bound import least_padding
-from servegym.envs.requests import MAX_ARRIVAL_S, MAX_REQUESTS, MAX_TOKENS
-from servegym.envs.simulator.physics import decode_seconds, prefill_seconds
-from servegym.envs.workloads import make_workload
+from servegym.envs.play.evaluation import brief
+from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
+from servegym.envs.task.cases import bound_case
+from servegym.envs.task.config import ClusterConfig, TaskConfig, WorkloadConfig
+from servegym.envs.task.estimates import noisy, scaled
+from servegym.envs.workload.presets import make_workload
+from servegym.envs.workload.requests import MAX_ARRIVAL_S, MAX_REQUESTS, MAX_TOKENS
 from tests.helpers import UNIT_COSTS, instance, make_env, start
 
 # ---- products beyond 64 bits ----------------------------------------------------------------

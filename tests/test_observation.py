@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from servegym.envs import ServingEnv
-from servegym.envs.cost_models import AffinePrefill, LevelledPrefill, StageCosts
-from servegym.envs.observation import FEATURES
+from servegym.envs.machine.costs import AffinePrefill, LevelledPrefill, StageCosts
+from servegym.envs.process.observation import FEATURES
 from tests.helpers import (
     UNIT_COSTS,
     instance,

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts import evaluate as script
-from servegym.baselines import optima as module
-from servegym.baselines.optima import COLUMNS, find_optima
+from servegym.baselines.exact import optima as module
+from servegym.baselines.exact.optima import COLUMNS, find_optima
 from servegym.baselines.registry import REGISTRY, make_policy
-from servegym.envs.config import with_overrides
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import evaluate, make_case, play, read_best_known
-from servegym.envs.summary import best_known_by_case, summarise
-from servegym.envs.tasks import TASKS
+from servegym.envs.play.evaluation import evaluate, make_case, play, read_best_known
+from servegym.envs.play.summary import best_known_by_case, summarise
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.registered import TASKS
+from servegym.studies.commands import evaluate as script
 from tests.test_summary import episodes
 
 TINY = TASKS["servegym/Tiny-v0"]

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("agents", "baselines", "envs")
+ROOMS = {
+    "agents": "agents",
+    "baselines": "baselines",
+    "envs": "envs",
+    "studies": "scripts/studies",
+}
 HEAVY = {"torch", "stable_baselines3", "sb3_contrib", "tensorboard"}
 
 
@@ -56,14 +61,17 @@ def file_of(name: str) -> str:
 
 def test_packages_listed_are_the_folders() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = {path.parent.relative_to(ROOT) for path in python_files(*ROOMS)}
-    found = {".".join(("servegym", *folder.parts)) for folder in folders}
+    found = {
+        ".".join(("servegym", room, *path.parent.relative_to(ROOT / folder).parts))
+        for room, folder in ROOMS.items()
+        for path in python_files(folder)
+    }
     assert set(config["tool"]["setuptools"]["packages"]) == found
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_name_resolves_to_the_checkout(room: str) -> None:
-    assert Path(file_of(f"servegym.{room}")).resolve() == ROOT / room / "__init__.py"
+    assert Path(file_of(f"servegym.{room}")).resolve() == ROOT / ROOMS[room] / "__init__.py"
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -73,7 +81,7 @@ def test_room_is_marked_as_typed(room: str) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_type_checker_symlink_leads_to_the_room(room: str) -> None:
-    assert (ROOT / ".typing" / "servegym" / room).resolve() == ROOT / room
+    assert (ROOT / ".typing" / "servegym" / room).resolve() == ROOT / ROOMS[room]
 
 
 def test_name_resolves_in_spawned_worker() -> None:
@@ -92,7 +100,7 @@ def test_nothing_generic_is_installed(tmp_path: Path) -> None:
     code = f"""
 from importlib.util import find_spec
 assert find_spec("servegym.envs") is not None
-print([name for name in {ROOMS!r} if find_spec(name) is not None])
+print([name for name in {list(ROOMS)!r} if find_spec(name) is not None])
 """
     assert run_outside(code, tmp_path).strip() == "[]"
 
@@ -106,9 +114,9 @@ def test_envs_import_light(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [
-        ("envs", {"servegym.baselines", "servegym.agents"}),
-        ("baselines", {"servegym.agents"}),
-        ("agents", {"servegym.baselines"}),
+        ("envs", {"servegym.baselines", "servegym.agents", "servegym.studies"}),
+        ("baselines", {"servegym.agents", "servegym.studies"}),
+        ("agents", {"servegym.baselines", "servegym.studies"}),
     ],
 )
 def test_room_imports_only_what_it_may(room: str, forbidden: set[str]) -> None:
@@ -116,7 +124,7 @@ def test_room_imports_only_what_it_may(room: str, forbidden: set[str]) -> None:
 
 
 def test_rooms_never_import_scripts_or_tests() -> None:
-    assert offences(python_files(*ROOMS), {"scripts", "tests"}) == []
+    assert offences(python_files(*ROOMS.values()), {"scripts", "tests"}) == []
 
 
 def test_only_agents_import_torch() -> None:
@@ -124,7 +132,7 @@ def test_only_agents_import_torch() -> None:
 
 
 def test_bare_room_names_are_never_imported() -> None:
-    assert offences(python_files(*ROOMS, "scripts", "tests"), set(ROOMS)) == []
+    assert offences(python_files(*ROOMS.values(), "scripts", "tests"), set(ROOMS)) == []
 
 
 def test_an_offence_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,15 @@ from pathlib import Path
 import joblib
 import pandas as pd
 import pytest
-from _kills import left_of_session, processes_of_session
 
-from scripts import (
+from servegym.baselines.registry import make_policy
+from servegym.envs.errors import ServegymError
+from servegym.envs.play import parallel
+from servegym.envs.play.evaluation import make_case, play, read_episodes
+from servegym.envs.play.parallel import MAX_JOBS, run_parallel, useful_jobs
+from servegym.envs.task.registered import TASKS
+from servegym.studies.cli import SCRIPTS
+from servegym.studies.commands import (
     best_known,
     check_estimates,
     check_iteration_rule,
@@ -29,14 +35,8 @@ from scripts import (
     study_uncertainty,
     tune,
 )
-from servegym.baselines.registry import make_policy
-from servegym.envs import parallel
-from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import make_case, play, read_episodes
-from servegym.envs.parallel import MAX_JOBS, run_parallel, useful_jobs
-from servegym.envs.tasks import TASKS
+from servegym.studies.robustness.kills import left_of_session, processes_of_session
 
-SCRIPTS = Path(evaluate.__file__).parent
 TASK = TASKS["servegym/GSM8K-v0"]
 
 
@@ -119,7 +119,9 @@ def test_absurd_jobs_are_refused_by_every_script(
 
 def test_every_script_with_jobs_is_in_the_list_above() -> None:
     with_jobs = {
-        path.stem for path in SCRIPTS.glob("*.py") if "\n    jobs: int" in path.read_text()
+        path.stem
+        for path in (SCRIPTS / "studies" / "commands").glob("*.py")
+        if "\n    jobs: int" in path.read_text()
     }
     listed = {"evaluate", "tune", "paper", "study_agents", "study_uncertainty", "check_robustness"}
     assert with_jobs == listed | {"check_estimates", "check_iteration_rule", "check_stealing"}

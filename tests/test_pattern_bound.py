@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from servegym.baselines.knapsack import Knapsack
-from servegym.baselines.pattern_bound import PatternBound, Verdict
-from servegym.envs.makespan_bound import rounds_lower_bound
-from servegym.envs.requests import MAX_TOKENS
+from servegym.baselines.planning.knapsack import Knapsack
+from servegym.baselines.planning.pattern_bound import PatternBound, Verdict
+from servegym.envs.bounds.rounds import rounds_lower_bound
+from servegym.envs.workload.requests import MAX_TOKENS
 from tests.planner_helpers import least_load, tiny, whole
 
 

@@ -1,4 +1,4 @@
-"""scripts/plan.py and what all scripts share in scripts/_cli.py."""
+"""scripts/plan.py and what all scripts share in scripts/studies/cli.py."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _cli import parse, run
 
-from scripts import plan
 from servegym.envs.errors import ServegymError
-from servegym.envs.plan import plan_from_queues
-from servegym.envs.requests import read_requests
+from servegym.envs.workload.plan import plan_from_queues
+from servegym.envs.workload.requests import read_requests
+from servegym.studies.cli import SCRIPTS, parse, run
+from servegym.studies.commands import plan
 from tests.helpers import make_env
 
-SCRIPT = Path(plan.__file__)
+SCRIPT = SCRIPTS / "plan.py"
 CSV = "prompt_tokens,output_tokens\n9,6\n9,5\n9,4\n9,4\n9,4\n"
 """Decode rounds 5, 4, 3, 3 and 3: on two clients 5 + 4 and 3 + 3 + 3."""
 

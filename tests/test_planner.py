@@ -16,14 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from servegym.baselines import walk as walk_module
-from servegym.baselines.planner import SOLVERS, CertifiedPlan, plan_offline, rebalanced_plan
-from servegym.baselines.walk import Walk
-from servegym.envs.config import MAX_CLIENTS
+from servegym.baselines.planning import walk as walk_module
+from servegym.baselines.planning.planner import (
+    SOLVERS,
+    CertifiedPlan,
+    plan_offline,
+    rebalanced_plan,
+)
+from servegym.baselines.planning.walk import Walk
+from servegym.envs.bounds.rounds import rounds_lower_bound
 from servegym.envs.errors import ServegymError
-from servegym.envs.makespan_bound import rounds_lower_bound
-from servegym.envs.plan import Plan, plan_from_queues
-from servegym.envs.requests import MAX_TOKENS
+from servegym.envs.task.config import MAX_CLIENTS
+from servegym.envs.workload.plan import Plan, plan_from_queues
+from servegym.envs.workload.requests import MAX_TOKENS
 from tests.planner_helpers import least_load, lengths, tiny, whole
 
 
@@ -205,7 +210,7 @@ class TestReproducibility:
         """The same kernels as plain Python find the same plan."""
         program = (
             "import json, numpy as np\n"
-            "from servegym.baselines.planner import rebalanced_plan\n"
+            "from servegym.baselines.planning.planner import rebalanced_plan\n"
             "rounds = np.arange(1, 100, 7) ** 2\n"
             "print(json.dumps(rebalanced_plan(rounds, 4, tries=40).plan.order.tolist()))\n"
         )

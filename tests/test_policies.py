@@ -7,23 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from servegym.baselines import triggers
-from servegym.baselines.episodes import play_compiled
-from servegym.baselines.policies import RandomPolicy, TriggerPolicy
 from servegym.baselines.registry import (
     REGISTRY,
     make_policy,
     make_trigger_policy,
     policy_descriptions,
 )
-from servegym.envs.config import with_overrides
-from servegym.envs.cost_models import AffineDecode, AffinePrefill, StageCosts
+from servegym.baselines.rules import triggers
+from servegym.baselines.rules.compiled import play_compiled
+from servegym.baselines.rules.policies import RandomPolicy, TriggerPolicy
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import make_case, play
-from servegym.envs.metrics import METRICS
-from servegym.envs.policy import Briefing
+from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
+from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.play.policy import Briefing
+from servegym.envs.process.metrics import METRICS
 from servegym.envs.simulator.view import DecisionView
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.registered import TASKS
 from tests.helpers import UNIT_COSTS, instance, make_env, start
 
 VIEW = DecisionView(
@@ -180,7 +180,7 @@ def trace(name: str, clients: int, rows: list[tuple[int, int]]) -> list[tuple[fl
     observation, _ = env.reset(options={"requests": requests, "plan": plan})
     ended = False
     while not ended:
-        from servegym.envs.policy import Situation
+        from servegym.envs.play.policy import Situation
 
         action = policy.act(Situation(env.view(), observation, env.action_masks()))
         observation, _, ended, _, _ = env.step(action)

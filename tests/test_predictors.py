@@ -11,11 +11,11 @@ import pytest
 from scipy import stats
 
 from servegym.envs import Requests, ServegymError, ServingEnv, make_requests
-from servegym.envs.cases import inform, sample_requests
-from servegym.envs.config import TaskConfig, with_overrides
-from servegym.envs.evaluation import brief, make_case
-from servegym.envs.predictors import PREDICTORS, predict
-from servegym.envs.workloads import output_lengths
+from servegym.envs.play.evaluation import brief, make_case
+from servegym.envs.task.cases import inform, sample_requests
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.workload.predictors import PREDICTORS, predict
+from servegym.envs.workload.presets import output_lengths
 from tests.information_helpers import KNOWN, SMALL, UNKNOWN, informed
 
 Write = Callable[[str, str], Path]

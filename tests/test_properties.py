@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from servegym.envs import Requests, ServingEnv
-from servegym.envs.cost_models import (
+from servegym.envs.machine.costs import (
     AffineDecode,
     AffinePrefill,
     EngineOverhead,
@@ -20,7 +20,7 @@ from servegym.envs.cost_models import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.metrics import Records
+from servegym.envs.process.metrics import Records
 from servegym.envs.simulator.state import FINISHED, RUNNING, WAITING
 from tests.helpers import inside, instance, make_env, start
 

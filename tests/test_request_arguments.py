@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from servegym.envs import Plan, Requests
-from servegym.envs.plan import plan_from_queues
-from servegym.envs.requests import make_requests
+from servegym.envs.workload.plan import plan_from_queues
+from servegym.envs.workload.requests import make_requests
 from tests.helpers import refused
 
 WHOLE = "must be whole numbers, got "

@@ -11,7 +11,7 @@ import pytest
 
 from servegym.envs import Requests, ServegymError, make_requests, read_requests
 from servegym.envs.errors import shown
-from servegym.envs.requests import MAX_ARRIVAL_S, MAX_TOKENS
+from servegym.envs.workload.requests import MAX_ARRIVAL_S, MAX_TOKENS
 
 Write = Callable[[str, str], Path]
 HEADER = "prompt_tokens,output_tokens\n"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from servegym.envs import Plan, Requests, ServegymError, ServingEnv, make_requests
-from servegym.envs.bounds import lower_bound
-from servegym.envs.plan import plan_from_queues
+from servegym.envs.bounds.batch import lower_bound
+from servegym.envs.workload.plan import plan_from_queues
 from tests.helpers import instance, make_env, play_randomly, start
 
 THREE = instance((5, 2), (5, 3), (5, 4, 1.0))  # the last one comes later

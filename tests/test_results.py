@@ -8,14 +8,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from scripts.calibrate import PAPER_BASELINE_S
-from scripts.paper import LEARNED, OTHERS, PUBLISHED, STEPS, report
-from scripts.readme import with_tables
 from servegym.baselines.registry import make_policy
-from servegym.envs.cost_presets import PAPER_ROUND_S
-from servegym.envs.evaluation import HELD_OUT_SEED, make_case, play
-from servegym.envs.summary import summarise, to_markdown
-from servegym.envs.tasks import PAPER_CASE_SEED, TASKS
+from servegym.envs.machine.presets import PAPER_ROUND_S
+from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case, play
+from servegym.envs.play.summary import summarise, to_markdown
+from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
+from servegym.studies.commands.calibrate import PAPER_BASELINE_S
+from servegym.studies.commands.paper import LEARNED, OTHERS, PUBLISHED, STEPS, report
+from servegym.studies.commands.readme import with_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -21,7 +21,7 @@ from servegym.agents.checkpoints import checkpoints, load_checkpoint, save_check
 from servegym.agents.record import identity
 from servegym.agents.training import make_model, train
 from servegym.envs import ServegymError
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
 from tests.helpers import changed, weights
 from tests.training_helpers import (

@@ -5,8 +5,9 @@ And what the generators themselves would hide: that they see a traceback, a hang
 
 from __future__ import annotations
 
+import ast
+import codecs
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,31 +16,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import _cli
-import _robust_arguments
-import _robust_files
-import _robust_terminals
-import _start
 import pytest
-from _robust import FINE, HANG, ONE_LINE, STATUS, TRACEBACK, Ended, call, scripts
 
-from scripts import check_robustness, plan
 from servegym.envs.errors import ServegymError
+from servegym.studies import cli, terminal
+from servegym.studies.cli import SCRIPTS
+from servegym.studies.commands import check_robustness
+from servegym.studies.robustness import damaged_files, odd_terminals, wrong_arguments
+from servegym.studies.robustness.outcomes import (
+    FINE,
+    HANG,
+    ONE_LINE,
+    STATUS,
+    TRACEBACK,
+    Ended,
+    call,
+    scripts,
+)
 
-SCRIPTS = Path(plan.__file__).parent
 CSV = "prompt_tokens,output_tokens\n5,3\n7,2\n"
 QUICK_BENCHES = ("workload", "task", "agent", "readme")
 
 
 def test_wrong_arguments_are_refused() -> None:
     """Of every script, another seed than that of the results."""
-    outcomes = [_robust_arguments.try_one(trial) for trial in _robust_arguments.trials(84, 11)]
+    outcomes = [wrong_arguments.try_one(trial) for trial in wrong_arguments.trials(84, 11)]
     assert [outcome for outcome in outcomes if outcome.verdict != ONE_LINE] == []
 
 
 def test_damaged_files_are_refused() -> None:
-    trials = _robust_files.trials(36, 12, QUICK_BENCHES)
-    outcomes = [_robust_files.try_one(trial) for trial in trials]
+    trials = damaged_files.trials(36, 12, QUICK_BENCHES)
+    outcomes = [damaged_files.try_one(trial) for trial in trials]
     assert [outcome for outcome in outcomes if outcome.verdict not in (ONE_LINE, FINE)] == []
     assert {outcome.verdict for outcome in outcomes} == {ONE_LINE, FINE}
 
@@ -47,44 +54,42 @@ def test_damaged_files_are_refused() -> None:
 @pytest.mark.parametrize(
     "trial",
     [
-        _robust_terminals.Trial("the C locale", "listing"),
-        _robust_terminals.Trial("1 column", "help"),
-        _robust_terminals.Trial("a full stdout", "help"),
-        _robust_terminals.Trial("python -P", "refusal"),
+        odd_terminals.Trial("the C locale", "listing"),
+        odd_terminals.Trial("1 column", "help"),
+        odd_terminals.Trial("a full stdout", "help"),
+        odd_terminals.Trial("python -P", "refusal"),
     ],
 )
-def test_odd_terminals(trial: _robust_terminals.Trial) -> None:
-    outcome = _robust_terminals.try_one(trial)
+def test_odd_terminals(trial: odd_terminals.Trial) -> None:
+    outcome = odd_terminals.try_one(trial)
     assert outcome.verdict in (ONE_LINE, FINE), outcome
 
 
 def test_trials_are_the_same_for_a_seed() -> None:
-    for room in (_robust_arguments, _robust_terminals):
+    for room in (wrong_arguments, odd_terminals):
         assert list(room.trials(50, 3)) == list(room.trials(50, 3))
         assert list(room.trials(50, 3)) != list(room.trials(50, 4))
 
 
 def test_every_script_is_tried() -> None:
-    tried = {trial.script for trial in _robust_arguments.trials(len(scripts()), 0)}
+    tried = {trial.script for trial in wrong_arguments.trials(len(scripts()), 0)}
     assert tried == set(scripts())
-    assert tried == {path.stem for path in SCRIPTS.glob("[!_]*.py")}
+    assert tried == {path.stem for path in SCRIPTS.glob("*.py")}
 
 
-@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("[!_]*.py")), ids=lambda path: path.stem)
-def test_every_script_begins_alike(path: Path) -> None:
-    """Before any import but that of the future: see _start.py."""
-    begin = (
-        'if __name__ == "__main__":  # first of all: see _start.py\n'
-        "    import sys\n\n"
-        '    sys.path.insert(0, __file__.rpartition("/")[0] or ".")\n'
-        "    import _start\n\n"
-        "    _start.begin()\n"
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_runs_the_command_of_its_name(path: Path) -> None:
+    """The imports of a command take seconds; a script makes signals and streams ready before them."""
+    command = ast.get_docstring(
+        ast.parse((SCRIPTS / "studies" / "commands" / path.name).read_text(encoding="utf-8"))
     )
-    head, found, _ = path.read_text(encoding="utf-8").partition(begin)
-    assert found
-    assert re.findall(r"^(?:from|import) .*", head, re.MULTILINE) == [
-        "from __future__ import annotations"
-    ]
+    assert command is not None
+    assert path.read_text(encoding="utf-8") == (
+        f'"""{command.splitlines()[0]}"""\n\n'
+        "from servegym.studies.start import run_command\n\n"
+        'if __name__ == "__main__":\n'
+        f'    run_command("{path.stem}")\n'
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +116,10 @@ class TestCall:
 
     @staticmethod
     def ended(monkeypatch: pytest.MonkeyPatch, main: Callable[[Sequence[str]], int]) -> Ended:
-        monkeypatch.setattr("_robust.importlib.import_module", lambda name: Script(main))
+        monkeypatch.setattr(
+            "servegym.studies.robustness.outcomes.importlib.import_module",
+            lambda name: Script(main),
+        )
         return call("any", [], 1)
 
     def test_a_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +148,7 @@ class Script:
 
 def test_faults_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A script that does not refuse: counted in the table, named in the list, status 1."""
-    monkeypatch.setattr(_robust_arguments, "call", lambda *_: Ended(0, "", ""))
+    monkeypatch.setattr(wrong_arguments, "call", lambda *_: Ended(0, "", ""))
     options = ["--parts", "arguments", "--arguments", "3", "--jobs", "1", "--output", str(tmp_path)]
     assert check_robustness.main(options) == 1
     cells = (tmp_path / "robustness.md").read_text().splitlines()[-1].replace(" ", "")
@@ -161,19 +169,17 @@ def test_faults_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_letters_that_an_output_lacks(text: str, encoding: str, plain: str) -> None:
-    import codecs
-
-    codecs.register_error("plain", _start.plainly)
+    codecs.register_error("plain", terminal.plainly)
     assert text.encode(encoding, "plain").decode(encoding) == plain
 
 
 def test_lines_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    _start.say("a\x1b[2Jb\nc\u2028d\x00\r\u202ee")
+    terminal.say("a\x1b[2Jb\nc\u2028d\x00\r\u202ee")
     assert capsys.readouterr().err.partition(": ")[2] == "a\\x1b[2Jb c d\\x00 \\u202ee\n"
 
 
 def test_commands_in_notes_can_be_pasted() -> None:
-    found = _cli.command_line(
+    found = cli.command_line(
         "tune", task="a b.toml", policies="x,y", time_limit=0.5, workload="", jobs=2
     )
     assert (
@@ -184,7 +190,7 @@ def test_commands_in_notes_can_be_pasted() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 11])
 def test_numbers_out_of_range(value: float) -> None:
     with pytest.raises(ServegymError, match="--x must lie in 0 … 10, got "):
-        _cli.check_number("--x", value, 0, 10)
+        cli.check_number("--x", value, 0, 10)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "loop/below", "/proc/none"])
@@ -192,8 +198,8 @@ def test_folders_that_cannot_be(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ServegymError, match="cannot be made"):
-        _cli.check_folder(tmp_path / place)
-    _cli.check_folder(tmp_path / "new" / "one")
+        cli.check_folder(tmp_path / place)
+    cli.check_folder(tmp_path / "new" / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
@@ -246,7 +252,7 @@ def test_stopped_in_the_middle(
 
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
-        _cli.run(main, [])
+        cli.run(main, [])
     assert (stop.value.code, cleaned) == (status, [True])
     assert capsys.readouterr().err.endswith(f": {word}\n")
     assert signal.getsignal(number) is before
@@ -267,7 +273,7 @@ def test_what_the_system_refuses_is_a_line(
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        _cli.run(main, [])
+        cli.run(main, [])
     assert stop.value.code in (2, 74)
     said = capsys.readouterr().err
     assert said.count("\n") == 1

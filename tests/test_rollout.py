@@ -9,18 +9,18 @@ import numba
 import numpy as np
 import pytest
 
-from servegym.baselines.episodes import play_compiled
 from servegym.baselines.expert import make_rollout_expert, make_rule_expert
+from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.registry import make_policy, make_trigger_policy
-from servegym.baselines.rollout import RolloutPolicy
+from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv
-from servegym.envs.config import TaskConfig, with_overrides
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import brief, make_case, play
-from servegym.envs.metrics import METRICS
-from servegym.envs.policy import Briefing, Policy, Situation
+from servegym.envs.play.evaluation import brief, make_case, play
+from servegym.envs.play.policy import Briefing, Policy, Situation
+from servegym.envs.process.metrics import METRICS
 from servegym.envs.simulator.state import RUNNING, WAITING, State
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
 from tests.helpers import instance, make_env, start
 

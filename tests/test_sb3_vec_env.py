@@ -12,7 +12,7 @@ from servegym.agents.hyperparameters import Hyperparameters, Options
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.agents.training import make_model, train
 from servegym.envs import ServegymError, load_task
-from servegym.envs.metrics import METRICS
+from servegym.envs.process.metrics import METRICS
 from servegym.envs.vector_env import ServingVectorEnv
 
 TINY = load_task("Tiny-v0")

@@ -14,18 +14,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from _cli import run
-from _kills import left_of_session
 
-from scripts import evaluate, paper, tune
+from servegym.studies.cli import SCRIPTS, run
+from servegym.studies.commands import evaluate, paper, tune
+from servegym.studies.robustness.kills import left_of_session
 
-SCRIPTS = Path(evaluate.__file__).parent
 CSV = "prompt_tokens,output_tokens\n5,3\n7,2\n4,9\n"
 
 
 def refused(script: str, output: Path, *options: str) -> str:
     """Run a script that must refuse: status 2, one line, nothing written. Returns the line."""
-    main = importlib.import_module(f"scripts.{script}").main
+    main = importlib.import_module(f"servegym.studies.commands.{script}").main
     shown, errors = io.StringIO(), io.StringIO()
     with redirect_stdout(shown), redirect_stderr(errors), pytest.raises(SystemExit) as stop:
         run(main, [*options, "--output", str(output)])

@@ -10,23 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _cli import run as run_script
-from _robust_files import _BYTES, _PLACES, _TENSORS, damage
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from scripts import train as script
 from servegym.agents.checkpoints import load_checkpoint, save_checkpoint
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
 from servegym.agents.record import begin_run, identity
 from servegym.agents.training import make_model
 from servegym.envs.errors import ServegymError
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.registered import TASKS
+from servegym.studies.cli import SCRIPTS
+from servegym.studies.cli import run as run_script
+from servegym.studies.commands import train as script
+from servegym.studies.robustness.damaged_files import _BYTES, _PLACES, _TENSORS, damage
 
 TINY = TASKS["servegym/Tiny-v0"]
 SMALL = Hyperparameters(environments=2, steps=16, batch_size=16, epochs=1, width=4, timesteps=32)
-SHIPPED = Path(script.__file__).parents[1] / "results" / "agents" / "Tiny-v0"
+SHIPPED = SCRIPTS.parent / "results" / "agents" / "Tiny-v0"
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from servegym.agents.policy import load_agent
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.agents.training import train
 from servegym.envs import ServegymError
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
 from tests.helpers import changed
 

@@ -9,13 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
 
-import _study_runs
 import numpy as np
 import pandas as pd
 import pytest
-from _cli import run
-from _study_play import CURVE_COLUMNS, evaluate_agents, settings, tuned_threshold
-from _study_report import (
+
+from servegym.agents.policy import Network, load_agent, save_agent
+from servegym.envs import ServegymError, load_task
+from servegym.envs.process.observation import FEATURES
+from servegym.studies.agents import runs
+from servegym.studies.agents.play import CURVE_COLUMNS, evaluate_agents, settings, tuned_threshold
+from servegym.studies.agents.report import (
     ablation_table,
     closed_by,
     minutes_to_pass,
@@ -25,12 +28,9 @@ from _study_report import (
     transfer_table,
     verdict,
 )
-from _study_runs import Run, arguments, grid, train_all
-
-from scripts import study_agents, train
-from servegym.agents.policy import Network, load_agent, save_agent
-from servegym.envs import ServegymError, load_task
-from servegym.envs.observation import FEATURES
+from servegym.studies.agents.runs import Run, arguments, grid, train_all
+from servegym.studies.cli import run
+from servegym.studies.commands import study_agents, train
 from tests.test_summary import episodes
 
 TINY = load_task("Tiny-v0")
@@ -98,14 +98,14 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "if words[words.index('--seed') + 1] == '1': sys.exit('no luck')\n"
         "(folder / 'final' / 'agent.json').write_text('')\n"
     )
-    monkeypatch.setattr(_study_runs, "_TRAIN", script)
+    monkeypatch.setattr(runs, "_TRAIN", script)
     return script
 
 
 def test_a_stop_ends_what_runs_and_starts_no_more(stub: Path, tmp_path: Path) -> None:
     stub.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
     one = Run("Tiny-v0", "main", 0, 100)
-    crew = _study_runs.Crew(tmp_path)
+    crew = runs.Crew(tmp_path)
     log = tmp_path / "Tiny-v0" / "main" / "0.log"
     with ThreadPoolExecutor(1) as executor:
         status = executor.submit(crew.train, one)

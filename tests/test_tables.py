@@ -9,12 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from servegym.baselines.optima import find_optima
+from servegym.baselines.exact.optima import find_optima
 from servegym.baselines.registry import make_policy
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import COLUMNS, evaluate, read_best_known, read_episodes
-from servegym.envs.tables import Schema, read_rows
-from servegym.envs.tasks import TASKS
+from servegym.envs.play.evaluation import COLUMNS, evaluate, read_best_known, read_episodes
+from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.task.registered import TASKS
 
 TINY = TASKS["servegym/Tiny-v0"]
 RESULTS = Path(__file__).parents[1] / "results"

@@ -25,8 +25,8 @@ from servegym.agents.policy import load_agent
 from servegym.agents.record import identity
 from servegym.agents.validation import Validation
 from servegym.envs import ServegymError, load_task
-from servegym.envs.metrics import METRICS
-from servegym.envs.rendering import draw_learning_curves, draw_values, to_image
+from servegym.envs.pictures import draw_learning_curves, draw_values, to_image
+from servegym.envs.process.metrics import METRICS
 from servegym.envs.vector_env import ServingVectorEnv
 
 TINY = load_task("Tiny-v0")

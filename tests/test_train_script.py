@@ -11,17 +11,17 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from _cli import run as run_script
 
-from scripts import train as script
 from servegym.agents import training
 from servegym.agents.checkpoints import checkpoints, load_checkpoint
 from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
 from servegym.agents.record import identity
 from servegym.agents.training import make_model
 from servegym.envs import ServegymError
-from servegym.envs.config import with_overrides
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.registered import TASKS
+from servegym.studies.cli import run as run_script
+from servegym.studies.commands import train as script
 from tests.training_helpers import TINY, StopAt, refusal
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from servegym.agents.imitation import imitate
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.agents.training import make_model, train
 from servegym.envs import ServegymError, ServingEnv
-from servegym.envs.metrics import METRICS
-from servegym.envs.tasks import TASKS
+from servegym.envs.process.metrics import METRICS
+from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
 from tests.helpers import changed, weights
 from tests.training_helpers import QUIET, SMALL, TINY, prefer_prefill, some_reference

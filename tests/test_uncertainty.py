@@ -13,22 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from scripts import study_uncertainty as study
-from servegym.baselines import triggers
-from servegym.baselines.episodes import play_compiled
-from servegym.baselines.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
-from servegym.baselines.policies import TriggerPolicy
+from servegym.baselines.planning.sampled import mean_largest_load, plan_by_samples, sample_rounds
 from servegym.baselines.registry import make_policy, make_trigger_policy
-from servegym.baselines.sampled_plan import mean_largest_load, plan_by_samples, sample_rounds
+from servegym.baselines.rules import triggers
+from servegym.baselines.rules.compiled import play_compiled
+from servegym.baselines.rules.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
+from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs import Requests, ServegymError, ServingEnv, make_requests
-from servegym.envs.comparison import compared_tokens, standard_deviations
-from servegym.envs.config import with_overrides
-from servegym.envs.evaluation import brief, make_case, play
-from servegym.envs.metrics import METRICS
-from servegym.envs.plan import plan_from_queues
-from servegym.envs.policy import Briefing
-from servegym.envs.tasks import TASKS
-from servegym.envs.workloads import make_workload
+from servegym.envs.play.evaluation import brief, make_case, play
+from servegym.envs.play.policy import Briefing
+from servegym.envs.process.metrics import METRICS
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.registered import TASKS
+from servegym.envs.workload.comparison import compared_tokens, standard_deviations
+from servegym.envs.workload.plan import plan_from_queues
+from servegym.envs.workload.presets import make_workload
+from servegym.studies.commands import study_uncertainty as study
 from tests.helpers import make_env, start
 
 MIXED = with_overrides(

@@ -8,19 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from _checks import load_tasks
-from _study_play import tuned_threshold
 
-from scripts import best_known, evaluate, paper, tune
-from scripts._study_report import best_of, policy_table
-from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_policy, make_trigger_policy
-from servegym.envs.config import with_overrides
+from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs.errors import ServegymError
-from servegym.envs.evaluation import evaluate as play_all
-from servegym.envs.evaluation import make_case, play, read_episodes
-from servegym.envs.metrics import METRICS
-from servegym.envs.summary import (
+from servegym.envs.play.evaluation import evaluate as play_all
+from servegym.envs.play.evaluation import make_case, play, read_episodes
+from servegym.envs.play.summary import (
     best_known_by_case,
     fixed,
     mean_gaps,
@@ -29,7 +23,13 @@ from servegym.envs.summary import (
     summarise,
     with_interval,
 )
-from servegym.envs.tasks import TASKS
+from servegym.envs.process.metrics import METRICS
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.registered import TASKS
+from servegym.studies.agents.play import tuned_threshold
+from servegym.studies.agents.report import best_of, policy_table
+from servegym.studies.checks.common import load_tasks
+from servegym.studies.commands import best_known, evaluate, paper, tune
 from tests.test_summary import episodes
 
 TINY = TASKS["servegym/Tiny-v0"]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from servegym.baselines.episodes import play_compiled
 from servegym.baselines.registry import make_trigger_policy
+from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import ServegymError, ServingEnv, load_task
-from servegym.envs.metrics import METRICS
+from servegym.envs.process.metrics import METRICS
 from servegym.envs.vector_env import ServingVectorEnv
 
 SMALL: dict[str, Any] = {"cluster": {"clients": 6}, "workload": {"requests": 25}}

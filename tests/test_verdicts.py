@@ -5,15 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scripts import check_iteration_rule
-from servegym.baselines import triggers
-from servegym.baselines.episodes import play_compiled
-from servegym.baselines.estimates import estimated_task, scaled
+from servegym.baselines.lookahead.verdicts import (
+    JudgedPolicy,
+    Verdict,
+    balance,
+    judge_episode,
+    tally,
+)
 from servegym.baselines.registry import make_trigger_policy
-from servegym.baselines.verdicts import JudgedPolicy, Verdict, balance, judge_episode, tally
+from servegym.baselines.rules import triggers
+from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import ServegymError
-from servegym.envs.cases import Case
-from servegym.envs.evaluation import make_case
+from servegym.envs.play.evaluation import make_case
+from servegym.envs.task.cases import Case
+from servegym.envs.task.estimates import estimated_task, scaled
+from servegym.studies.commands import check_iteration_rule
 from tests.checks_helpers import SMALL, unit_case
 from tests.test_policies import VIEW
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from servegym.baselines.episodes import play_compiled
-from servegym.baselines.planner import SOLVERS, plan_offline
+from servegym.baselines.planning.planner import SOLVERS, plan_offline
 from servegym.baselines.registry import make_policy, make_trigger_policy
+from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv, make_requests
-from servegym.envs.cases import bound_case
-from servegym.envs.config import ClusterConfig, TaskConfig
-from servegym.envs.evaluation import brief
-from servegym.envs.plan import Plan
-from servegym.envs.simulator.dealing import deal
+from servegym.envs.play.evaluation import brief
+from servegym.envs.simulator.heap import deal
+from servegym.envs.task.cases import bound_case
+from servegym.envs.task.config import ClusterConfig, TaskConfig
+from servegym.envs.workload.plan import Plan
 from tests.helpers import UNIT_COSTS, inside, instance, make_env, start
 
 PLANNING = ("offline", "offline-saa-8", "offline-risk", "round-robin", "hybrid-plan")

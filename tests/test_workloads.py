@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from servegym.envs import ServegymError
-from servegym.envs.workloads import WORKLOAD_PRESETS, check_source, make_workload
+from servegym.envs.workload.presets import WORKLOAD_PRESETS, check_source, make_workload
 
 GSM8K = 1319
 SEEDS = 200

@@ -8,15 +8,15 @@ from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
-from _cli import run as run_script
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
-from scripts import train as script
 from servegym.agents.hyperparameters import Hyperparameters, Options
-from servegym.envs.cases import Case
-from servegym.envs.tasks import TASKS
+from servegym.envs.task.cases import Case
+from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
+from servegym.studies.cli import run as run_script
+from servegym.studies.commands import train as script
 
 TINY = TASKS["servegym/Tiny-v0"]
 SMALL = Hyperparameters(

@@ -12,9 +12,9 @@ from typing import Final
 
 import numpy as np
 
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.jit import kernel
 from servegym.envs.simulator.order import count_below, select
-from servegym.envs.simulator.physics import client_work, pick, sort_idle
+from servegym.envs.simulator.stages import client_work, pick, sort_idle
 from servegym.envs.simulator.state import NOBODY, WAITING, State
 
 ADMISSION_RULES: Final = ("plan", "steal", "longest", "shortest", "fcfs", "aligned")

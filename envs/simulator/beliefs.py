@@ -14,10 +14,10 @@ from typing import Final
 
 import numpy as np
 
-from servegym.envs.requests import MAX_TOKENS
+from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.simulator.finishes import find, insert, merge, remove
-from servegym.envs.simulator.jit import kernel, rare_kernel
 from servegym.envs.simulator.state import State
+from servegym.envs.workload.requests import MAX_TOKENS
 
 _FAR: Final = 8.0
 """Standard deviations from where on a tail's ratio is its asymptote, before both parts underflow."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.simulator.jit import allocating_kernel, kernel
+from servegym.envs.jit import allocating_kernel, kernel
 
 Finishes = Any
 """An array of FINISH records, as ``State.finishes[e, r]``."""

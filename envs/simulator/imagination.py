@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.jit import kernel
 from servegym.envs.simulator.order import add
 from servegym.envs.simulator.state import WAITING, Records, State
 

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.simulator.jit import kernel
+from servegym.envs.jit import kernel
 
 Tree = NDArray[np.int64]
 

@@ -16,11 +16,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.plan import Plan
-from servegym.envs.requests import Requests
-from servegym.envs.simulator.dealing import deal
-from servegym.envs.simulator.jit import allocating_kernel, kernel
+from servegym.envs.jit import allocating_kernel, kernel
+from servegym.envs.simulator.heap import deal
 from servegym.envs.simulator.order import Tree, tree_size
+from servegym.envs.workload.plan import Plan
+from servegym.envs.workload.requests import Requests
 
 # Phases of a request, in the order it goes through them.
 FUTURE: Final = 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from servegym.envs.cost_models import CostTables
-from servegym.envs.simulator.jit import kernel
-from servegym.envs.simulator.physics import decode_seconds, prefill_seconds
+from servegym.envs.jit import kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
 from servegym.envs.simulator.state import State
 
 

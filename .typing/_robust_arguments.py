@@ -1,1 +1,0 @@
-../scripts/_robust_arguments.py

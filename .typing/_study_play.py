@@ -1,1 +1,0 @@
-../scripts/_study_play.py

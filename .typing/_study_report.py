@@ -1,1 +1,0 @@
-../scripts/_study_report.py

@@ -1,1 +1,0 @@
-../scripts/_study_runs.py

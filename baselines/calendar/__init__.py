@@ -1,0 +1,1 @@
+"""The joint planner: stages and assignments of a whole batch at once."""

@@ -1,0 +1,459 @@
+"""A clairvoyant planner of the joint schedule: when prefill stages happen and whom each admits.
+
+It sees all lengths, which no policy does in practice, and takes minutes; its schedules say how much
+of a policy's gap to the lower bound could be won. All requests are present at t = 0.
+
+The search begins with the best of some rules. Annealing (``calendar_search``) then looks for a
+calendar of a given number of stages and a given end that holds every request; an end that proves too
+early is put off a little at a time. About how many stages and what end are good is estimated from the
+least padding of the lengths (``joint_bound``); short trials around that choose the stages, further
+searches start anew with an end somewhat before the best one so far, and the best calendar is polished:
+heated a little and cooled with its end a round earlier. What is compared is always the true makespan,
+replayed by the simulator's kernels.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.baselines.calendar.search import Calendar, Whole, anneal, make_calendar
+from servegym.baselines.rules.compiled import run_episode
+from servegym.baselines.rules.triggers import LOOKAHEAD
+from servegym.envs.bounds.batch import decode_bound, lower_bound, prefill_bound
+from servegym.envs.bounds.padding import least_padding
+from servegym.envs.bounds.rounds import rounds_lower_bound
+from servegym.envs.errors import ServegymError
+from servegym.envs.jit import kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.process.metrics import records
+from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.simulator.stages import (
+    pick,
+    receive_arrivals,
+    rounds_to_next_finish,
+    run_decode,
+    run_prefill,
+    sort_idle,
+)
+from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.workload.requests import Requests
+
+MOVES_PER_REQUEST: Final = 2_000_000
+"""Moves of a search without a time limit: about five minutes on one core for GSM8K-v0."""
+
+_RULES: Final = ("aligned", "longest")
+_PARAMETERS: Final = (0.05, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0)  # λ of the rules tried first
+
+# From training seeds 2, 5 and 9 of GSM8K-v0; two searches differ by luck as much as by these.
+_DIFFERENCES: Final = 1.65  # a good calendar pads like so many lengths a stage, see _estimate
+_STAGE_SHARES: Final = (0.8, 0.9, 1.0)  # of the stages estimated, a short search each
+_TRIAL_SHARE: Final = 0.05  # of what is left of the budget, for each of them
+_STAGE_FACTORS: Final = (0.94, 1.0, 1.06)  # stages of the searches that follow
+_RESTARTS: Final = 10  # searches that follow at most; the best of ten short ones beats a long one
+_RESTART_MOVES: Final = 20_000  # of each for each request, at least, unless there is but one
+_RESTARTS_SHARE: Final = 0.85  # of the budget left by the trials; polishing spends the rest
+_LATER_ENDS: Final = (0.7, 0.85)  # theirs lie so far between the bound and the best end
+_FAR: Final = (
+    2.0  # an end is too early if what comes of it lies so many times farther from the bound
+)
+_HOT: Final = 2.0  # temperatures, in mean rounds between stages
+_WARM: Final = 0.05
+_REHEATED: Final = (0.01, 0.1)  # polishing begins between these
+_COLD: Final = 0.02
+_COLDEST: Final = 0.003  # of what follows the first anneal
+_COOLING_SHARE: Final = 0.8  # of a search's budget; the rest is for putting off the end
+_STEPS: Final = 5  # times that the end is put off
+_FARTHEST_STEP: Final = 20  # a step is what is left over, shared by so many times the clients
+_POLISHES: Final = 10
+_PIECE: Final = 1_000_000  # moves between two looks at the clock
+_MOST_LATENESS: Final = 1 << 61  # requests × rounds²
+_NOWHERE: Final = -1  # the decode clock of a request without a place
+
+
+class Stage(NamedTuple):
+    """A prefill stage: the decode clock at which it runs and the requests that it admits."""
+
+    clock: int  # decode rounds run before it
+    requests: NDArray[np.int64]  # ids
+
+
+@dataclass(frozen=True, eq=False)
+class JointPlan:
+    """A whole schedule, carried out by ``replay``."""
+
+    stages: tuple[Stage, ...]
+    makespan_s: float
+    lower_bound_s: float
+
+    @property
+    def gap(self) -> float:
+        """Makespan / lower bound − 1."""
+        return self.makespan_s / self.lower_bound_s - 1
+
+
+def plan_jointly(
+    requests: Requests,
+    clients: int,
+    costs: CostTables,
+    time_limit_s: float = math.inf,
+    seed: int = 0,
+    moves: int | None = None,
+) -> JointPlan:
+    """Search for the joint schedule of least makespan.
+
+    Parameters
+    ----------
+    requests
+        All present at t = 0; their true lengths are used.
+    clients
+        Concurrency slots of the one replica, ≥ 1.
+    costs
+        Tables of the cost model for as many clients.
+    time_limit_s
+        Seconds after which the best schedule so far is returned; at least some rules are played.
+        Where the limit is not reached, equal arguments give equal plans.
+    seed
+        Of the search's random numbers.
+    moves
+        Budget of the search; None: ``MOVES_PER_REQUEST`` for each request, 0: the rules alone.
+
+    Raises
+    ------
+    ServegymError
+        If a request arrives later than t = 0 or an argument is out of range.
+    """
+    if moves is None:
+        moves = MOVES_PER_REQUEST * len(requests)
+    _check(requests, clients, time_limit_s, moves)
+    bound_s = lower_bound(requests, clients, costs).seconds
+    search = _Search(requests, clients, costs, time_limit_s, np.random.default_rng(seed))
+    search.try_rules()
+    search.run(moves)
+    return JointPlan(tuple(search.best), search.best_s, bound_s)
+
+
+def _check(requests: Requests, clients: int, time_limit_s: float, moves: int) -> None:
+    if clients < 1:
+        raise ServegymError(f"clients must be ≥ 1, got {clients}")
+    if not time_limit_s >= 0:
+        raise ServegymError(f"the time limit must be ≥ 0 seconds, got {time_limit_s}")
+    if moves < 0:
+        raise ServegymError(f"moves must be ≥ 0, got {moves}")
+    if len(requests) == 0:
+        raise ServegymError("a joint plan needs at least one request")
+    late = int(np.count_nonzero(requests.arrival_s))
+    if late:
+        raise ServegymError(f"a joint plan needs all requests at t = 0; {late} arrive later")
+    longest = int(requests.decode_rounds.max())
+    if len(requests) * longest**2 > _MOST_LATENESS:
+        raise ServegymError(
+            f"a joint plan can do {_MOST_LATENESS // max(longest**2, 1)} requests of up to {longest} "
+            f"decode rounds, got {len(requests)}: its sums of squares have 64 bits"
+        )
+
+
+# ---- carrying out a schedule ----------------------------------------------------------------
+
+
+def replay(requests: Requests, clients: int, costs: CostTables, stages: Sequence[Stage]) -> float:
+    """Return the makespan of a schedule, carried out by the simulator's kernels.
+
+    Raises
+    ------
+    ServegymError
+        If a stage cannot happen when it should (its clock is past, or nobody is left to decode until
+        then), admits nobody, more than are idle or a request a second time, or a request is left out.
+    """
+    state = make_state(1, len(requests), clients)
+    load(state, 0, requests, None)
+    receive_arrivals(state, 0, 0)
+    replica = state.replicas[0, 0]
+    waiting = np.ones(len(requests), np.bool_)
+    for place, stage in enumerate(stages):
+        ids = np.asarray(stage.requests, np.int64)
+        where = f"stage {place} at decode clock {stage.clock}"
+        known = np.unique(ids[(ids >= 0) & (ids < len(requests))])
+        if len(ids) == 0 or len(known) < len(ids) or not waiting[known].all():
+            raise ServegymError(
+                f"{where} must admit requests that wait, each once, and at least one"
+            )
+        waiting[known] = False
+        if not _decode_until(state, costs, stage.clock):
+            raise ServegymError(
+                f"{where} cannot happen: decoding stands at {int(replica.rounds)} with "
+                f"{int(replica.active)} active clients"
+            )
+        idle = clients - int(replica.active)
+        if len(ids) > idle:
+            raise ServegymError(f"{where} admits {len(ids)} requests, but {idle} clients are idle")
+        _admit_these(state, costs, ids)
+    if waiting.any():
+        first = int(np.argmax(waiting))
+        raise ServegymError(f"no stage admits request {first}, and {waiting.sum() - 1} others")
+    _decode_until(state, costs, np.iinfo(np.int64).max)
+    return float(replica.clock_s)
+
+
+@kernel
+def _decode_until(state: State, costs: CostTables, clock: int) -> bool:
+    """Decode until the decode clock shows ``clock`` or nobody is active; return whether it does."""
+    replica = state.replicas[0, 0]
+    while replica.active > 0 and replica.rounds < clock:
+        rounds = min(rounds_to_next_finish(state, 0, 0), clock - replica.rounds)
+        run_decode(state, costs, 0, 0, rounds)
+    return replica.rounds == clock
+
+
+@kernel
+def _admit_these(state: State, costs: CostTables, ids: Whole) -> None:
+    """Run a stage that gives the first idle clients these waiting requests."""
+    sort_idle(state, 0, 0)
+    idle = state.idle[0, 0]
+    for k in range(ids.size):
+        pick(state, 0, 0, idle[k], ids[k])
+        state.picked[0, k] = ids[k]
+    for k in range(ids.size, state.clients.shape[2] - state.replicas[0, 0].active):
+        idle[k - ids.size] = idle[k]
+    run_prefill(state, costs, 0, 0, ids.size)
+
+
+# ---- the search -----------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """A calendar and the schedule made of it: its makespan and the decode clock at its end."""
+
+    seconds: float
+    end: int
+    calendar: Calendar
+
+
+def _best(found: Sequence[_Found]) -> _Found:
+    return min(found, key=lambda one: one.seconds)
+
+
+def _aim(spare: float, made: int, nearer: float) -> float:
+    """Return the spare rounds to try next; between both if what was made is far from what was tried."""
+    return math.sqrt(spare * made) if made > _FAR * spare else nearer
+
+
+def _until(calendar: Calendar, end: int) -> Calendar:
+    """Return a copy that ends at another clock, behind its last stage."""
+    times = calendar.times.copy()
+    times[-1] = end
+    return make_calendar(calendar.lengths, calendar.start, times)
+
+
+class _Search:
+    """One instance, the best schedule so far, and the budget."""
+
+    def __init__(
+        self,
+        requests: Requests,
+        clients: int,
+        costs: CostTables,
+        time_limit_s: float,
+        rng: np.random.Generator,
+    ) -> None:
+        self._requests, self._clients, self._costs = requests, clients, costs
+        self._time_limit_s, self._rng = time_limit_s, rng
+        self._deadline = perf_counter() + time_limit_s
+        self._by_length = np.argsort(requests.decode_rounds, kind="stable")
+        # A request without rounds needs an idle client, too: it is taken to hold one for a round.
+        self._lengths = np.maximum(requests.decode_rounds[self._by_length], 1)
+        self._least_end = max(rounds_lower_bound(requests.decode_rounds, clients), 1)
+        self.best: list[Stage] = []
+        self.best_s = math.inf
+        self._rule_end = 0  # decode clock at the end of the best rule's schedule
+        self._moves = 0  # left of the budget
+
+    def try_rules(self) -> None:
+        """Play some rules and keep the best schedule."""
+        rounds = self._requests.decode_rounds
+        state = make_state(1, len(self._requests), self._clients)
+        for rule in _RULES:
+            for parameter in _PARAMETERS:
+                load(state, 0, self._requests, None)
+                rule_id = ADMISSION_RULES.index(rule)
+                run_episode(state, self._costs, 0, rule_id, LOOKAHEAD, parameter, False, 0)
+                stage_s = records(state, 0).admitted_s  # a stage's requests share its start
+                self._offer([np.flatnonzero(stage_s == start) for start in np.unique(stage_s)])
+        self._rule_end = max(stage.clock + int(rounds[stage.requests].max()) for stage in self.best)
+
+    def run(self, moves: int) -> None:
+        """Spend the budget: trials of some numbers of stages, searches around the best, polishing."""
+        self._moves = moves
+        if moves == 0 or len(self._requests) == 1:
+            return
+        stages, spare = self._estimate()
+        least = -(-len(self._requests) // self._clients)
+        counts = {max(least, round(share * stages)) for share in _STAGE_SHARES}
+        tried: list[_Found] = []
+        for count in sorted(counts, reverse=True):
+            tried.append(self._search(count, self._end_at(spare), _TRIAL_SHARE))
+            spare = _aim(spare, self._spare_of(_best(tried)), spare)
+        found = self._restart(_best(tried), spare, least)
+        for left in range(_POLISHES, 0, -1):
+            found = _best([found, self._polish(found, 1 / left)])
+
+    def _restart(self, found: _Found, spare: float, least: int) -> _Found:
+        """Search anew some times, around the best so far; return the best."""
+        affordable = _RESTARTS_SHARE * self._moves / (_RESTART_MOVES * len(self._requests))
+        restarts = max(1, min(_RESTARTS, round(affordable)))
+        for left in range(restarts, 0, -1):
+            made = self._spare_of(found)
+            spare = _aim(spare, made, self._rng.uniform(*_LATER_ENDS) * made)
+            share = _RESTARTS_SHARE / (_RESTARTS_SHARE * left + (1 - _RESTARTS_SHARE) * restarts)
+            stages = len(found.calendar.times) - 1
+            count = max(least, round(self._rng.choice(_STAGE_FACTORS) * stages))
+            found = _best([found, self._search(count, self._end_at(spare), share)])
+        return found
+
+    def _spare_of(self, found: _Found) -> int:
+        """Return the rounds between the lower bound and the end, or the best rule's if that is sooner."""
+        return min(found.end, self._rule_end) - self._least_end
+
+    def _estimate(self) -> tuple[int, float]:
+        """Return about how many stages are best and how many rounds clients then lose by idling.
+
+        What S stages lose is taken to be the least padding to so many lengths a stage.
+        """
+        lengths, counts = np.unique(self._lengths, return_counts=True)
+        prompts, rounds = self._requests.prompt_tokens, self._requests.decode_rounds
+        tried = []
+        for stages in range(-(-len(rounds) // self._clients), len(rounds) + 1):
+            padding = least_padding(lengths, counts, max(1, round(_DIFFERENCES * stages)))
+            spare = padding / self._clients
+            end = self._least_end + round(spare)
+            decode_s = decode_bound(prompts, rounds, end, self._costs, alone=True)
+            tried.append((decode_s + prefill_bound(prompts, stages, self._costs), stages, spare))
+            if padding == 0:
+                break
+        _, stages, spare = min(tried)
+        return stages, spare
+
+    def _end_at(self, spare: float) -> int:
+        return self._least_end + max(1, round(spare))
+
+    def _rounds(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._requests.decode_rounds[ids]
+
+    def _search(self, stages: int, end: int, share: float) -> _Found:
+        """Anneal from nothing, then put the end off step by step until all fits.
+
+        Spends at most a share of what is left of the budget.
+        """
+        moves, time_s = self._slice(share)
+        times = np.unique(np.rint(np.linspace(0, end, stages + 1)).astype(np.int64))
+        start = self._rng.integers(0, len(times) - 1, len(self._lengths))
+        calendar = make_calendar(self._lengths, start, times)
+        left = self._anneal(calendar, _HOT, _COLD, _COOLING_SHARE * moves, _COOLING_SHARE * time_s)
+        found = [self._carry_out(calendar)]
+        step = (1 - _COOLING_SHARE) / _STEPS
+        for _ in range(_STEPS):
+            if left == 0 or perf_counter() >= self._deadline:
+                break
+            later = int(calendar.times[-1]) + max(1, left // (_FARTHEST_STEP * self._clients))
+            calendar = _until(calendar, later)
+            left = self._anneal(calendar, _WARM, _COLDEST, step * moves, step * time_s)
+            found.append(self._carry_out(calendar))
+        return _best(found)
+
+    def _polish(self, found: _Found, share: float) -> _Found:
+        """Heat a calendar a little and let it cool with the end a round before its own."""
+        earliest = int(found.calendar.times[-2]) + 1
+        calendar = _until(found.calendar, max(earliest, self._least_end, found.end - 1))
+        low, high = _REHEATED
+        hot = low * (high / low) ** self._rng.random()
+        self._anneal(calendar, hot, _COLDEST, *self._slice(share))
+        return self._carry_out(calendar)
+
+    def _slice(self, share: float) -> tuple[float, float]:
+        """Return a share of the moves and the seconds that are left."""
+        return share * self._moves, share * max(self._deadline - perf_counter(), 0.0)
+
+    def _anneal(
+        self, calendar: Calendar, hot: float, cold: float, moves: float, time_s: float
+    ) -> int:
+        """Anneal in pieces; where time is short, the temperature falls faster. Return what is left.
+
+        Temperatures are in mean rounds between stages.
+        """
+        spacing = calendar.times[-1] / (len(calendar.times) - 1)
+        started = perf_counter()
+        moves = max(1.0, moves)
+        done, left = 0.0, 1
+        while done < 1.0 and left > 0:
+            until = min(1.0, done + _PIECE / moves)
+            warm, cool = (spacing * hot * (cold / hot) ** share for share in (done, until))
+            count = math.ceil(moves * (until - done))
+            left = anneal(calendar, self._clients, warm, cool, count, self._rng)
+            self._moves = max(0, self._moves - count)
+            done = until
+            if perf_counter() - started > done * time_s:
+                done = (perf_counter() - started) / time_s if time_s > 0 else 1.0
+        return left
+
+    def _carry_out(self, calendar: Calendar) -> _Found:
+        """Offer the schedule, with whom finds no client moved to where one is free long enough.
+
+        Where too many clients are held the shortest requests give way. Each then goes to where it
+        makes the end no later if it can; a stage of its own costs it little.
+        """
+        clients, lengths = self._clients, self._lengths
+        end = int((calendar.times[calendar.start] + lengths).max())
+        held, clock_of = calendar.held.copy(), calendar.times[calendar.start]
+        for stage in np.flatnonzero(held[:-1] > clients):
+            during = (calendar.start <= stage) & (calendar.stop > stage) & (clock_of >= 0)
+            for i in np.flatnonzero(during)[: max(held[stage] - clients, 0)]:
+                held[calendar.start[i] : calendar.stop[i]] -= 1
+                clock_of[i] = _NOWHERE
+        homeless = np.flatnonzero(clock_of == _NOWHERE)
+        running = np.zeros(end + int(lengths[homeless].sum()) + 1, np.int64)
+        placed = clock_of != _NOWHERE
+        np.add.at(running, clock_of[placed], 1)
+        np.add.at(running, clock_of[placed] + lengths[placed], -1)
+        running = np.cumsum(running)
+        is_stage = np.isin(np.arange(len(running)), clock_of[placed])
+        for i in homeless[::-1]:
+            full = np.concatenate(([0], np.cumsum(running >= clients)))
+            clocks = np.flatnonzero(full[lengths[i] :] == full[: len(full) - lengths[i]])
+            late = np.maximum(clocks + lengths[i] - end, 0)
+            best = clocks[np.argmin(2 * late + ~is_stage[clocks])]
+            clock_of[i] = best
+            is_stage[best] = True
+            running[best : best + lengths[i]] += 1
+            end = max(end, int(best + lengths[i]))
+        batches = [self._by_length[clock_of == clock] for clock in np.unique(clock_of)]
+        return _Found(self._offer(batches), end, calendar)
+
+    def _offer(self, batches: list[NDArray[np.int64]]) -> float:
+        """Return the makespan of stages that happen as soon as their requests find idle clients."""
+        stages: list[Stage] = []
+        running: list[int] = []
+        clock = 0
+        # Requests without rounds may let one stage follow another at once: more than J in a batch.
+        fitting = [
+            batch[np.argsort(self._rounds(batch), kind="stable")][first : first + self._clients]
+            for batch in batches
+            for first in range(0, len(batch), self._clients)
+        ]
+        for batch in fitting:
+            while running and (len(running) + len(batch) > self._clients or running[0] <= clock):
+                clock = max(clock, heapq.heappop(running))
+            stages.append(Stage(clock, np.sort(batch)))
+            for rounds in self._rounds(batch):
+                if rounds > 0:
+                    heapq.heappush(running, clock + int(rounds))
+        seconds = replay(self._requests, self._clients, self._costs, stages)
+        if seconds < self.best_s:
+            self.best, self.best_s = stages, seconds
+        return seconds

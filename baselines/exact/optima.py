@@ -1,0 +1,126 @@
+"""The exact optima of a small task's cases, kept in a file beside the episodes they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from servegym.baselines.exact.optimum import exact_optimum
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import write_file
+from servegym.envs.play.evaluation import make_case
+from servegym.envs.play.identity import check_unchanged, claim_task, hash_of
+from servegym.envs.play.locks import locked
+from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.workload.requests import Requests
+
+COLUMNS: Final = ("seed", "optimum_s", "bound_s", "proven", "time_limit_s", "search_s")
+"""Columns of ``optima.csv``: of each case the best schedule's makespan, which is the optimum where
+``proven``; what no schedule is below (the same where proven); the limit, and the seconds it took."""
+
+OPTIMA: Final = Schema(COLUMNS, key=("seed",), flags=("proven",))
+"""What ``optima.csv`` must be."""
+
+FILE: Final = "optima.csv"
+
+MAX_REQUESTS: Final = 12
+"""Larger cases are not tried: they may take minutes, and most are more than the search can hold."""
+
+
+class TooLargeError(ServegymError):
+    """A case of few requests is more than the search can hold."""
+
+
+def is_small(requests: Requests) -> bool:
+    """Whether a case's optimum is looked for: few requests, all present at t = 0."""
+    return len(requests) <= MAX_REQUESTS and not np.any(requests.arrival_s > 0)
+
+
+def find_optima(
+    task: TaskConfig,
+    seeds: Iterable[int],
+    output: Path,
+    time_limit_s: float,
+    *,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Return the optima of those cases that are small, a row of ``COLUMNS`` each, by seed.
+
+    The optimum is of the true lengths, whatever the task's scheduler knows of them.
+
+    Parameters
+    ----------
+    task, seeds
+        The cases.
+    output
+        Folder for ``optima.csv`` and ``task.json``; what stands there is not searched again, unless it
+        is not proven and the limit has been raised.
+    time_limit_s
+        Seconds of search for a case, > 0.
+
+    Raises
+    ------
+    ServegymError
+        If the folder holds another task's results or a damaged file, or is written to by another
+        process; :class:`TooLargeError` if a case has few requests and still is more than the search
+        can hold: the message says what it can, and a lower bound.
+    """
+    path = output / FILE
+    if path.exists():
+        claim_task(task, output)
+    rows = {int(row["seed"]): row for row in _read(path)}
+    wanted = sorted(set(seeds))
+    missing = [seed for seed in wanted if seed not in rows or _try_again(rows[seed], time_limit_s)]
+    if not missing or not is_small(make_case(task, missing[0]).requests):
+        return _table([rows[seed] for seed in wanted if seed in rows])
+    with locked(output):
+        claim_task(task, output)
+        known = hash_of(task)
+        rows |= {int(row["seed"]): row for row in _read(path)}  # what was added until it was locked
+        for seed in tqdm(missing, desc="optima", disable=not progress):
+            row = _search(task, seed, time_limit_s)
+            check_unchanged(task, known)
+            if row is not None:
+                rows[seed] = row
+                write_file(path, _table([rows[seed] for seed in sorted(rows)]).to_csv(index=False))
+    return _table([rows[seed] for seed in wanted if seed in rows])
+
+
+def _try_again(row: dict[str, Any], time_limit_s: float) -> bool:
+    return not row["proven"] and time_limit_s > row["time_limit_s"]
+
+
+def _search(task: TaskConfig, seed: int, time_limit_s: float) -> dict[str, Any] | None:
+    """Return the row of a case; None where it is not small."""
+    requests, cluster = make_case(task, seed).requests, task.cluster
+    if not is_small(requests):
+        return None
+    started = perf_counter()
+    try:
+        found = exact_optimum(
+            requests,
+            cluster.clients,
+            task.cost.tables(cluster.clients),
+            cluster.max_prefill_tokens,
+            time_limit_s=time_limit_s,
+        )
+    except ServegymError as error:
+        raise TooLargeError(str(error)) from None
+    values = (seed, found.makespan_s, found.lower_bound_s, found.proven, time_limit_s)
+    return dict(zip(COLUMNS, (*values, perf_counter() - started), strict=True))
+
+
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    table = read_rows(path, OPTIMA, "remove it")
+    return [dict(zip(COLUMNS, row, strict=True)) for row in table.itertuples(index=False)]

@@ -1,0 +1,1 @@
+"""Policies and verdicts that finish the episode in imagination."""

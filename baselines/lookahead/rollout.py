@@ -1,0 +1,278 @@
+"""Rollout: try a decision by finishing the episode in imagination, and take the best.
+
+One-step policy improvement (Bertsekas, Tsitsiklis and Wu, 1997): each action is followed by a base
+policy to the end of the episode as the scheduler believes it to be, in compiled code. It is
+*fortified*: the best way to the end found so far is kept and followed until a better one is found, so
+that with known lengths an episode never ends later than under the base policy.
+
+The way to the end is a *schedule*: the base trigger with an admission rule and a parameter of its own
+for each prefill stage to come. *Variations* change one of the next stages of the kept schedule at
+random and replace it where they end earlier: a local search that each decision continues.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.baselines.rules.compiled import run_episode, take_turn
+from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.baselines.rules.triggers import fires
+from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.jit import kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.play.policy import Briefing, Situation
+from servegym.envs.process.steps import Settings, apply
+from servegym.envs.serving_env import make_settings
+from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.simulator.events import DECODE, advance
+from servegym.envs.simulator.imagination import copy_row, imagine_row
+from servegym.envs.simulator.state import State, make_state
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.workload.plan import Plan
+
+RULES: Final = ("aligned", "longest")
+"""Rules tried by default besides the base's own: on GSM8K-v0 the others' stages hardly ever win."""
+
+FOLLOW: Final = -1
+"""In the place of a first action: whatever the schedule does."""
+
+# The local search's settings, from seeds 0 … 5 of GSM8K-v0; results hardly depend on them.
+_STAGES_AHEAD: Final = 2  # a variation begins at one of so many next stages
+_SPREAD: Final = 0.5  # standard deviation of the change of a parameter's logarithm
+_RULE_SHARE: Final = 0.3  # of the variations, change a stage's rule
+_ONWARD_SHARE: Final = 0.5  # of the variations, change the parameter of all later stages, too
+_LEAST_GAIN: Final = 1e-9  # share of the makespan; less is rounding, and the kept schedule stays
+
+
+class Base(NamedTuple):
+    """What kernels read of the base policy."""
+
+    rule: int
+    trigger: int
+    parameter: float
+    every_round: bool
+
+
+class Schedule(NamedTuple):
+    """How to go on: what the k-th prefill stage of the episode admits by and waits for."""
+
+    rules: NDArray[np.int64]  # (stages,) admission rule
+    parameters: NDArray[np.float64]  # (stages,) of the trigger
+
+
+def make_base(policy: TriggerPolicy, settings: Settings) -> Base:
+    """Lower a trigger policy to what kernels read."""
+    rule = ADMISSION_RULES.index(policy.rule)
+    every_round = policy.every_round or settings.every_round
+    return Base(rule, policy.trigger, policy.parameter, every_round)
+
+
+@kernel
+def run_schedule(
+    state: State, costs: CostTables, e: int, base: Base, schedule: Schedule, max_prefill_tokens: int
+) -> None:
+    """Run row ``e`` to its end under the base trigger, as ``schedule`` says for each stage."""
+    while advance(state, costs, e, 0):
+        stage = state.replicas[e, 0].prefill_stages
+        take_turn(
+            state,
+            costs,
+            e,
+            schedule.rules[stage],
+            base.trigger,
+            schedule.parameters[stage],
+            base.every_round,
+            max_prefill_tokens,
+        )
+
+
+@kernel
+def final_clock(
+    imagined: State,
+    costs: CostTables,
+    settings: Settings,
+    base: Base,
+    schedule: Schedule,
+    first: int,
+    scratch: State,
+) -> float:
+    """Return the clock at which row 0 ends if ``first`` is done now and the schedule goes on."""
+    copy_row(imagined, 0, scratch, 0)
+    if first != FOLLOW:
+        apply(scratch, costs, settings, 0, 0, first)
+    run_schedule(scratch, costs, 0, base, schedule, settings.max_prefill_tokens)
+    return float(scratch.replicas[0, 0].clock_s)
+
+
+@kernel
+def action_values(
+    state: State,
+    costs: CostTables,
+    settings: Settings,
+    base: Base,
+    e: int,
+    mask: NDArray[np.bool_],
+    scratch: State,
+    t: int,
+    values: NDArray[np.float64],
+) -> None:
+    """Write minus the gap in percent at which row ``e`` ends, for each action done now.
+
+    The base policy goes on after it, in the episode as the scheduler believes it to be. ``mask`` and
+    ``values`` have shape (actions,); an illegal action's value is −∞. Rows 2 · ``t`` and 2 · ``t`` + 1
+    of ``scratch`` are overwritten.
+    """
+    bound_s = state.episodes[e].bound_s
+    imagined, trial = 2 * t, 2 * t + 1
+    imagine_row(state, e, scratch, imagined)
+    episode = scratch.episodes[imagined]
+    ended = episode.finished == episode.requests
+    for action in range(mask.size):
+        values[action] = -np.inf
+        if not mask[action]:
+            continue
+        copy_row(scratch, imagined, scratch, trial)
+        if not ended:
+            apply(scratch, costs, settings, trial, 0, action)
+        run_episode(
+            scratch,
+            costs,
+            trial,
+            base.rule,
+            base.trigger,
+            base.parameter,
+            base.every_round,
+            settings.max_prefill_tokens,
+        )
+        values[action] = 100.0 * (1.0 - scratch.replicas[trial, 0].clock_s / bound_s)
+
+
+@dataclass
+class RolloutPolicy:
+    """The action that leads to the earliest end if ``base`` goes on, as the scheduler believes.
+
+    Parameters
+    ----------
+    base
+        The policy to improve on.
+    variations
+        Random changes of the kept schedule tried at each decision; 0: first actions only.
+    rules
+        Admission rules that are tried besides the base's own, where the task has them.
+    budget_s
+        Seconds after which a decision tries nothing more, checked before each trial; what is left
+        is the best so far, or the kept schedule's own action. None: no limit. Only without a limit
+        are results the same in every run.
+    """
+
+    base: TriggerPolicy
+    variations: int = 0
+    rules: tuple[str, ...] = RULES
+    budget_s: float | None = None
+    _briefing: Briefing | None = field(default=None, init=False, repr=False)
+    _search: _Search | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.variations < 0:
+            raise ServegymError(f"a rollout's variations must be ≥ 0, got {self.variations}")
+        for rule in self.rules:
+            if rule not in ADMISSION_RULES:
+                raise unknown("admission rule", rule, ADMISSION_RULES)
+        if self.budget_s is not None and not self.budget_s >= 0:
+            raise ServegymError(f"a rollout's budget must be ≥ 0 seconds, got {self.budget_s}")
+
+    def adapt(self, task: TaskConfig) -> TaskConfig:
+        """Return the task as the base wants to be asked."""
+        return self.base.adapt(task)
+
+    def prepare(self, briefing: Briefing) -> Plan | None:
+        """Forget the last episode's schedule; plan if the base does."""
+        self._briefing, self._search = briefing, None
+        return self.base.prepare(briefing)
+
+    def act(self, situation: Situation) -> int:
+        """Return the first action of the best way to the end that is found."""
+        if self._briefing is None:
+            raise ServegymError("call prepare() before act()")
+        deadline = np.inf if self.budget_s is None else perf_counter() + self.budget_s
+        imagined = situation.imagine()
+        if self._search is None:
+            self._search = _Search(self.base, self.rules, self._briefing, imagined)
+        return self._search.act(situation, imagined, self.variations, deadline)
+
+
+class _Search:
+    """One episode's kept schedule and what trying others needs."""
+
+    def __init__(
+        self, base: TriggerPolicy, rules: tuple[str, ...], briefing: Briefing, imagined: State
+    ) -> None:
+        task = briefing.task
+        self._costs = task.cost.tables(task.cluster.clients)
+        self._settings = make_settings(task)
+        self._base = make_base(base, self._settings)
+        self._rng = briefing.rng
+        tried = [rule for rule in task.process.rules if rule in (base.rule, *rules)]
+        self._rules = [ADMISSION_RULES.index(rule) for rule in tried]
+        self._actions = [DECODE, *(1 + task.process.rules.index(rule) for rule in tried)]
+        _, requests = imagined.requests.shape
+        self._scratch = make_state(1, requests, task.cluster.clients)
+        stages = requests + 1  # each admits someone; the last entry is looked at, never used
+        self._schedule = Schedule(
+            np.full(stages, self._base.rule), np.full(stages, self._base.parameter)
+        )
+
+    def act(self, situation: Situation, imagined: State, variations: int, deadline: float) -> int:
+        """Try candidates until the deadline, keep the best schedule, return its first action."""
+        stage = int(imagined.replicas[0, 0].prefill_stages)
+        best_action = own = self._own_action(situation, stage)
+        if perf_counter() >= deadline:
+            return own
+        best_s = self._try(imagined, self._schedule, FOLLOW)
+        for action in self._actions:
+            if action == own or not situation.mask[action]:
+                continue
+            if perf_counter() >= deadline:
+                return best_action
+            seconds = self._try(imagined, self._schedule, action)
+            if seconds < best_s * (1 - _LEAST_GAIN):
+                best_action, best_s = action, seconds
+        for _ in range(variations):
+            if perf_counter() >= deadline:
+                break
+            schedule = self._vary(stage)
+            seconds = self._try(imagined, schedule, FOLLOW)
+            if seconds < best_s * (1 - _LEAST_GAIN):
+                self._schedule, best_s = schedule, seconds
+                best_action = self._own_action(situation, stage)
+        return best_action
+
+    def _try(self, imagined: State, schedule: Schedule, first: int) -> float:
+        costs, settings, base = self._costs, self._settings, self._base
+        return final_clock(imagined, costs, settings, base, schedule, first, self._scratch)
+
+    def _own_action(self, situation: Situation, stage: int) -> int:
+        """Return what the kept schedule does now."""
+        rules = self._settings.rules
+        action = 1 + int(np.flatnonzero(rules == self._schedule.rules[stage])[0])
+        if not situation.mask[action]:
+            return DECODE
+        if not situation.mask[DECODE]:
+            return action
+        parameter = self._schedule.parameters[stage]
+        return action if fires(self._base.trigger, parameter, situation.view) else DECODE
+
+    def _vary(self, stage: int) -> Schedule:
+        """Return the kept schedule with one of the next stages changed at random."""
+        rules, parameters = self._schedule.rules.copy(), self._schedule.parameters.copy()
+        changed = min(stage + int(self._rng.integers(_STAGES_AHEAD)), rules.size - 1)
+        if self._rng.random() < _RULE_SHARE:
+            rules[changed] = self._rng.choice(self._rules)
+        end = rules.size if self._rng.random() < _ONWARD_SHARE else changed + 1
+        parameters[changed:end] *= np.exp(_SPREAD * self._rng.standard_normal())
+        return Schedule(rules, parameters)

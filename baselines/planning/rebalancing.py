@@ -1,0 +1,311 @@
+"""Longest-first loads and the random walk that evens them out, compiled.
+
+The walk makes one move: take two clients, pool their requests and split the pool anew. Which sums
+a share of the pool can have is computed exactly, as a bitset (subset sum), so a pair that can be
+evened out is. Lengths are small integers, so a split costs about a microsecond.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.jit import allocating_kernel
+from servegym.envs.simulator.heap import sift_down
+
+# numpy's integers stand where int is written; numba converts, the checker does not.
+# mypy: disable-error-code="arg-type,assignment,return-value"
+
+Whole = NDArray[np.int64]
+
+MAX_FREE: Final = 64
+"""Requests of a pair that are split exactly; with more, the rest is first dealt out greedily."""
+
+MAX_BITS: Final = 1 << 17
+"""Bits of a subset-sum row; longer sums are kept in units of the least power of two that fits."""
+
+OVERLOADED_FIRST: Final = 0.75
+"""Share of the moves that begin at an overloaded client; the others stir the clients that fit."""
+
+SHUFFLED: Final = 0.25
+"""Share of the moves that shuffle the pool first: among requests that sum to the same, others are
+taken. That helps with many requests a client and hinders with three; this serves both."""
+
+PARTNERS: Final = 4
+"""Clients drawn as partner of a move; the least loaded is taken."""
+
+
+class Loads(NamedTuple):
+    """Which client holds which request, as linked lists, with the walk's scratch space."""
+
+    rounds: Whole  # (requests,) decode rounds
+    first: Whole  # (clients,) a request of each client, −1: none
+    after: Whole  # (requests,) next request of the same client, −1: none
+    load: Whole  # (clients,) decode rounds
+    over: Whole  # (clients,) the clients above the target, then garbage
+    place: Whole  # (clients,) where each of them stands in ``over``, −1: nowhere
+    overloaded: Whole  # (1,) how many clients are above the target
+    pool: Whole  # (requests,) scratch: the requests of a pair
+    mine: NDArray[np.bool_]  # (requests,) scratch: which of the pool go to the pair's first client
+    reach: NDArray[np.uint64]  # (MAX_FREE + 1, words) scratch: bit s of row k is set if some of the
+    #                            first k requests of the pool sum to s, all in units of 2^shift
+
+
+def longest_first(rounds: Whole, clients: int) -> Loads:
+    """Give every request, longest first, to the client with the least work (ties: lowest id).
+
+    Requests without rounds weigh nothing and are left out.
+
+    Parameters
+    ----------
+    rounds
+        Decode rounds of each request, shape (requests,), ≥ 0.
+    clients
+        Number of clients, ≥ 1.
+    """
+    first = np.full(clients, -1)
+    after = np.full(len(rounds), -1)
+    load = np.zeros(clients, dtype=np.int64)
+    order = np.argsort(-rounds, kind="stable")
+    _deal_longest_first(rounds, order[: np.count_nonzero(rounds)], first, after, load)
+    words = min(int(load.max()), MAX_BITS) // 64 + 1
+    return Loads(
+        rounds=rounds,
+        first=first,
+        after=after,
+        load=load,
+        over=np.zeros(clients, dtype=np.int64),
+        place=np.full(clients, -1),
+        overloaded=np.zeros(1, dtype=np.int64),
+        pool=np.zeros(len(rounds), dtype=np.int64),
+        mine=np.zeros(len(rounds), dtype=np.bool_),
+        reach=np.zeros((MAX_FREE + 1, words), dtype=np.uint64),
+    )
+
+
+@allocating_kernel
+def _deal_longest_first(
+    rounds: Whole, order: Whole, first: Whole, after: Whole, load: Whole
+) -> None:
+    heap = np.arange(load.size)  # clients, the least loaded on top
+    for request in order:
+        client = heap[0]
+        after[request] = first[client]
+        first[client] = request
+        load[client] += rounds[request]
+        sift_down(heap, load)
+
+
+@allocating_kernel
+def set_target(loads: Loads, target: int) -> None:
+    """List the clients whose load is above ``target``."""
+    loads.overloaded[0] = 0
+    for client in range(loads.load.size):
+        loads.place[client] = -1
+        _list_if_over(loads, client, target)
+
+
+@allocating_kernel
+def _list_if_over(loads: Loads, client: int, target: int) -> None:
+    over = loads.load[client] > target
+    listed = loads.place[client] >= 0
+    if over and not listed:
+        loads.over[loads.overloaded[0]] = client
+        loads.place[client] = loads.overloaded[0]
+        loads.overloaded[0] += 1
+    elif listed and not over:
+        loads.overloaded[0] -= 1
+        moved = loads.over[loads.overloaded[0]]
+        loads.over[loads.place[client]] = moved
+        loads.place[moved] = loads.place[client]
+        loads.place[client] = -1
+
+
+@allocating_kernel
+def walk(loads: Loads, target: int, tries: int, rng: np.random.Generator) -> int:
+    """Split pairs anew until no load is above ``target``; return how many of the tries are left.
+
+    A move never adds to the pair's excess over the target, nor to its larger load unless that
+    stays within the target; among the splits with the least excess it takes a random one. Most
+    moves take an overloaded client, the others keep the rest from freezing. ``set_target`` goes
+    first. At least two clients are needed.
+    """
+    clients = loads.load.size
+    while tries > 0 and loads.overloaded[0] > 0:
+        tries -= 1
+        if rng.random() < OVERLOADED_FIRST:
+            one = loads.over[rng.integers(0, loads.overloaded[0])]
+        else:
+            one = rng.integers(0, clients)
+        other = _lightest_of_some(loads.load, one, rng)
+        _split_anew(loads, one, other, target, rng)
+    return tries
+
+
+@allocating_kernel
+def _lightest_of_some(load: Whole, one: int, rng: np.random.Generator) -> int:
+    """Draw ``PARTNERS`` clients other than ``one``; return the least loaded."""
+    best = -1
+    for _ in range(PARTNERS):
+        drawn = rng.integers(0, load.size - 1)
+        if drawn >= one:
+            drawn += 1
+        if best < 0 or load[drawn] < load[best]:
+            best = drawn
+    return best
+
+
+@allocating_kernel
+def _split_anew(loads: Loads, one: int, other: int, target: int, rng: np.random.Generator) -> None:
+    """Pool the requests of two clients and share them out anew, unless that does harm."""
+    size = _pool(loads, one, other)
+    if size > MAX_FREE or rng.random() < SHUFFLED:
+        _shuffle(loads.pool, size, rng)
+    free = min(size, MAX_FREE)
+    light = _deal_rest(loads, free, size)
+    total = loads.load[one] + loads.load[other]
+    worst = max(loads.load[one], loads.load[other], target)
+    shift = 0
+    while (total // 2 - light) >> shift >= 64 * loads.reach.shape[1]:
+        shift += 1
+    limit = (total // 2 - light) >> shift
+    _fill_reach(loads, free, limit, shift)
+    wanted = _highest(loads.reach[free], limit)
+    # Shares between the two ends of the window all leave the same excess over the target.
+    lowest = (max(min(target, total - target), total - worst) - light) >> shift
+    if lowest < wanted:
+        wanted = _highest(loads.reach[free], rng.integers(max(lowest, 0), wanted + 1))
+    share = light + _mark_share(loads, free, wanted, shift)
+    excess = max(0, share - target) + max(0, total - share - target)
+    before = max(0, loads.load[one] - target) + max(0, loads.load[other] - target)
+    if excess <= before and max(share, total - share) <= worst:
+        _hand_out(loads, one, other, size)
+        _list_if_over(loads, one, target)
+        _list_if_over(loads, other, target)
+
+
+@allocating_kernel
+def _pool(loads: Loads, one: int, other: int) -> int:
+    """Write the requests of both clients into ``pool``; return how many there are."""
+    size = 0
+    for client in (one, other):
+        request = loads.first[client]
+        while request >= 0:
+            loads.pool[size] = request
+            size += 1
+            request = loads.after[request]
+    return size
+
+
+@allocating_kernel
+def _shuffle(pool: Whole, size: int, rng: np.random.Generator) -> None:
+    for last in range(size - 1, 0, -1):
+        other = rng.integers(0, last + 1)
+        pool[last], pool[other] = pool[other], pool[last]
+
+
+@allocating_kernel
+def _deal_rest(loads: Loads, free: int, size: int) -> int:
+    """Deal what is not free to the lighter share in turn; the first share ends as the lighter."""
+    ours = theirs = 0
+    for k in range(free, size):
+        loads.mine[k] = ours <= theirs
+        if loads.mine[k]:
+            ours += loads.rounds[loads.pool[k]]
+        else:
+            theirs += loads.rounds[loads.pool[k]]
+    if ours > theirs:
+        for k in range(free, size):
+            loads.mine[k] = not loads.mine[k]
+    return min(ours, theirs)
+
+
+@allocating_kernel
+def _fill_reach(loads: Loads, free: int, limit: int, shift: int) -> None:
+    """Row k + 1 of ``reach`` is row k, or row k moved up by the length of the k-th free request."""
+    reach = loads.reach
+    words = limit // 64 + 1
+    reach[0, :words] = 0
+    reach[0, 0] = 1
+    for k in range(free):
+        length = loads.rounds[loads.pool[k]] >> shift
+        whole = min(length >> 6, words)
+        part = np.uint64(length & 63)
+        back = np.uint64(63) - part
+        below = np.uint64(0)
+        for word in range(whole):
+            reach[k + 1, word] = reach[k, word]
+        for word in range(whole, words):
+            moved = reach[k, word - whole]
+            # Two shifts: by 64 at once is undefined, and happens where part is 0.
+            carry = (below >> back) >> np.uint64(1)
+            reach[k + 1, word] = reach[k, word] | (moved << part) | carry
+            below = moved
+
+
+@allocating_kernel
+def _highest(row: NDArray[np.uint64], limit: int) -> int:
+    """Return the highest bit of ``row`` that is set and ≤ ``limit``, −1 if there is none."""
+    word = limit >> 6
+    bits = row[word] & (~np.uint64(0) >> np.uint64(63 - (limit & 63)))
+    while bits == 0:
+        word -= 1
+        if word < 0:
+            return -1
+        bits = row[word]
+    bit = 63
+    while not (bits >> np.uint64(bit)) & np.uint64(1):
+        bit -= 1
+    return 64 * word + bit
+
+
+@allocating_kernel
+def _mark_share(loads: Loads, free: int, wanted: int, shift: int) -> int:
+    """Mark free requests that sum to ``wanted``, a sum that is reached; return their rounds."""
+    rounds = 0
+    for k in range(free - 1, -1, -1):
+        request = loads.pool[k]
+        word, bit = wanted >> 6, np.uint64(wanted & 63)
+        loads.mine[k] = not (loads.reach[k, word] >> bit) & np.uint64(1)
+        if loads.mine[k]:
+            wanted -= loads.rounds[request] >> shift
+            rounds += loads.rounds[request]
+    return rounds
+
+
+@allocating_kernel
+def _hand_out(loads: Loads, one: int, other: int, size: int) -> None:
+    """Link the marked requests of the pool to ``one``, the others to ``other``."""
+    for client in (one, other):
+        loads.first[client] = -1
+        loads.load[client] = 0
+    for k in range(size):
+        request = loads.pool[k]
+        client = one if loads.mine[k] else other
+        loads.after[request] = loads.first[client]
+        loads.first[client] = request
+        loads.load[client] += loads.rounds[request]
+
+
+@allocating_kernel
+def kick(loads: Loads, pairs: int, rng: np.random.Generator) -> None:
+    """Split some pairs at random, whatever the harm: a way out of a corner."""
+    for _ in range(pairs):
+        one = rng.integers(0, loads.load.size)
+        other = _lightest_of_some(loads.load, one, rng)
+        size = _pool(loads, one, other)
+        for k in range(size):
+            loads.mine[k] = rng.random() < 0.5
+        _hand_out(loads, one, other, size)
+
+
+@allocating_kernel
+def write_clients(loads: Loads, client_of: Whole) -> None:
+    """Write the client of each request that has rounds."""
+    for client in range(loads.first.size):
+        request = loads.first[client]
+        while request >= 0:
+            client_of[request] = client
+            request = loads.after[request]

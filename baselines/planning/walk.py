@@ -1,0 +1,92 @@
+"""The walk through plans, portioned so that it heeds the clock and Ctrl-C."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.baselines.planning.rebalancing import (
+    kick,
+    longest_first,
+    set_target,
+    walk,
+    write_clients,
+)
+
+KICKED_PAIRS: Final = 2
+"""Pairs of clients that a kick disturbs."""
+
+PORTION_S: Final = 0.002
+"""Seconds that the compiled walk runs between two looks at the clock, roughly."""
+
+
+def load_walk() -> None:
+    """Compile the kernels or load them from disk, once, on an instance that needs them all."""
+    loads = longest_first(np.array([5, 4, 3, 3, 3]), 2)  # 10 and 8; 9 and 9 is possible
+    set_target(loads, 9)
+    walk(loads, 9, 100, np.random.default_rng(0))
+    kick(loads, 1, np.random.default_rng(0))
+    write_clients(loads, np.zeros(5, dtype=np.int64))
+
+
+class Walk:
+    """Longest-first loads, the walk that evens them out, and the best it has come by.
+
+    Parameters
+    ----------
+    rounds
+        Decode rounds of each request, shape (requests,), ≥ 0.
+    clients
+        Number of clients, ≥ 1.
+    rng
+        Chooses the moves.
+    deadline
+        Reading of ``time.perf_counter`` at which the walk stops.
+    """
+
+    def __init__(
+        self,
+        rounds: NDArray[np.int64],
+        clients: int,
+        rng: np.random.Generator,
+        deadline: float,
+    ) -> None:
+        self._loads = longest_first(rounds, clients)
+        self._rng = rng
+        self._deadline = deadline
+        self._client_of = np.full(len(rounds), -1)
+        self._keep()
+
+    def client_of(self) -> NDArray[np.int64]:
+        """Client of each request in the best plan, shape (requests,); −1 without rounds."""
+        return self._client_of
+
+    def aim(self, target: int, tries: int) -> bool:
+        """Walk until no load is above ``target`` or the tries or the time are used up.
+
+        Returns whether the target was met. How the tries are portioned does not show in the result.
+        """
+        set_target(self._loads, target)
+        if len(self._loads.load) < 2:
+            tries = 0  # no pair to split
+        portion = 64
+        while tries > 0 and self._loads.overloaded[0] > 0 and time.perf_counter() < self._deadline:
+            started = time.perf_counter()
+            portion = min(portion, tries)
+            tries += walk(self._loads, target, portion, self._rng) - portion
+            if time.perf_counter() - started < PORTION_S:
+                portion *= 2
+        if self._loads.load.max() < self.best:
+            self._keep()
+        return self._loads.overloaded[0] == 0
+
+    def kick(self) -> None:
+        """Disturb the loads, the best plan aside, before another ``aim``."""
+        kick(self._loads, KICKED_PAIRS, self._rng)
+
+    def _keep(self) -> None:
+        self.best = int(self._loads.load.max())
+        write_clients(self._loads, self._client_of)

@@ -1,0 +1,89 @@
+"""A whole episode under one rule, in compiled code: for studies, tuning and speed."""
+
+from __future__ import annotations
+
+from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.baselines.rules.triggers import fires
+from servegym.envs.jit import kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.play.evaluation import brief, play
+from servegym.envs.process.metrics import METRICS, episode_metrics
+from servegym.envs.simulator.admission import ADMISSION_RULES, admits
+from servegym.envs.simulator.events import advance, decode, prefill
+from servegym.envs.simulator.state import State
+from servegym.envs.simulator.view import view
+from servegym.envs.task.cases import Case, load_case, make_task_state
+from servegym.envs.task.config import TaskConfig
+
+
+@kernel
+def take_turn(
+    state: State,
+    costs: CostTables,
+    e: int,
+    rule: int,
+    trigger: int,
+    parameter: float,
+    every_round: bool,
+    max_prefill_tokens: int,
+) -> None:
+    """Do what a trigger and a rule say at the decision point of row ``e``: prefill or decode on."""
+    chosen = admits(state, e, 0, rule)
+    if chosen and state.replicas[e, 0].active > 0:
+        state.episodes[e].decisions += 1
+        chosen = fires(trigger, parameter, view(state, costs, e, 0))
+    if chosen:
+        prefill(state, costs, e, 0, rule, max_prefill_tokens)
+    else:
+        decode(state, costs, e, 0, every_round)
+
+
+@kernel
+def run_episode(
+    state: State,
+    costs: CostTables,
+    e: int,
+    rule: int,
+    trigger: int,
+    parameter: float,
+    every_round: bool,
+    max_prefill_tokens: int,
+) -> None:
+    """Run the loaded episode of row ``e`` to its end: a trigger says when, a rule whom to admit."""
+    while advance(state, costs, e, 0):
+        take_turn(state, costs, e, rule, trigger, parameter, every_round, max_prefill_tokens)
+
+
+def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:
+    """Return the metrics of one episode under a trigger policy, played in compiled code.
+
+    The same numbers as ``servegym.envs.play.evaluation.play``, without decision times. By that function
+    where the task cuts episodes short: compiled code counts only decisions of which the rule has a
+    choice.
+    """
+    if task.process.max_decisions > 0 or task.process.max_seconds > 0:
+        row = play(task, "compiled", policy, case, seed=0).row
+        return {metric: row[metric] for metric in METRICS}
+    task = policy.adapt(task)
+    clients = task.cluster.clients
+    state = make_task_state(task, 1, len(case.requests))
+    load_case(task, state, 0, case, policy.prepare(brief(task, case, seed=0)))
+    play_loaded(state, task.cost.tables(clients), task, policy)
+    return episode_metrics(state, 0)
+
+
+def play_loaded(state: State, costs: CostTables, task: TaskConfig, policy: TriggerPolicy) -> None:
+    """Play the episode loaded into row 0 to its end; ``costs`` are the task's tables.
+
+    ``task`` must be what ``policy.adapt`` has made of it.
+    """
+    run_episode(
+        state,
+        costs,
+        0,
+        ADMISSION_RULES.index(policy.rule),
+        policy.trigger,
+        policy.parameter,
+        task.process.decisions == "rounds",
+        task.cluster.max_prefill_tokens,
+    )

@@ -1,0 +1,44 @@
+"""Offline plans of policies: from what they are told before an episode to who serves what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from servegym.baselines.planning.planner import rebalanced_plan
+from servegym.baselines.planning.sampled import plan_by_samples, sample_rounds
+from servegym.envs.play.policy import Briefing
+from servegym.envs.workload.comparison import standard_deviations
+from servegym.envs.workload.plan import Plan, plan_from_queues
+from servegym.envs.workload.requests import MAX_TOKENS, Requests
+
+Planner = Callable[[Requests, Briefing], Plan]
+"""Plans the requests that are present at t = 0."""
+
+
+def plan_expected(requests: Requests, briefing: Briefing) -> Plan:
+    """Make the largest load as small as can be, by expected lengths (paper, section IV.B)."""
+    # By moves, not by the clock: the same episode on every machine.
+    return rebalanced_plan(requests.decode_rounds, briefing.task.cluster.clients).plan
+
+
+def plan_at_risk(requests: Requests, briefing: Briefing, deviations: float) -> Plan:
+    """Make the same plan by lengths that are some standard deviations above their means."""
+    longer = deviations * standard_deviations(requests)
+    rounds = requests.decode_rounds + np.rint(np.minimum(longer, MAX_TOKENS)).astype(np.int64)
+    rounds = np.minimum(rounds, MAX_TOKENS - 1)
+    return rebalanced_plan(rounds, briefing.task.cluster.clients).plan
+
+
+def plan_sampled(requests: Requests, briefing: Briefing, scenarios: int) -> Plan:
+    """Make the mean largest load over scenarios small (``sampled_plan``)."""
+    clients, rng = briefing.task.cluster.clients, briefing.rng
+    rounds = sample_rounds(requests, scenarios, rng)
+    return plan_by_samples(requests, clients, rounds, rng).plan
+
+
+def deal_in_turn(requests: Requests, briefing: Briefing) -> Plan:
+    """Deal the requests to the clients in turn, in order of arrival: nothing is predicted."""
+    clients = briefing.task.cluster.clients
+    return plan_from_queues([range(client, len(requests), clients) for client in range(clients)])

@@ -1,0 +1,100 @@
+"""Baseline policies: a trigger (when to prefill) paired with an admission rule (whom to admit)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from servegym.baselines.rules import triggers
+from servegym.baselines.rules.plans import Planner
+from servegym.envs.errors import ServegymError
+from servegym.envs.play.policy import Briefing, Situation
+from servegym.envs.simulator.events import DECODE
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.workload.plan import Plan
+
+
+@dataclass
+class TriggerPolicy:
+    """Prefill under one admission rule whenever a trigger fires.
+
+    Parameters
+    ----------
+    rule, trigger, parameter
+        Whom to admit, when, and the trigger's one number.
+    every_round
+        Ask at every decode round: the trigger may fire between finishes.
+    planner
+        Makes an offline plan, which is handed to the environment; None: no plan.
+    comparison
+        Keys of the task's ``[information]``: by what waiting requests are compared.
+    """
+
+    rule: str
+    trigger: int
+    parameter: float = 0.0
+    every_round: bool = False
+    planner: Planner | None = None
+    comparison: Mapping[str, Any] = field(default_factory=dict)
+    _action: int = field(default=DECODE, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.parameter) and self.parameter >= 0):
+            raise ServegymError(f"a trigger's parameter must be ≥ 0, got {self.parameter}")
+
+    def adapt(self, task: TaskConfig) -> TaskConfig:
+        """Return the task with decisions at every round and the comparison, where they are wanted."""
+        sections: dict[str, Mapping[str, Any]] = {}
+        if self.every_round:
+            sections["process"] = {"decisions": "rounds"}
+        if self.comparison:
+            sections["information"] = self.comparison
+        return with_overrides(task, sections) if sections else task
+
+    def prepare(self, briefing: Briefing) -> Plan | None:
+        """Find the rule's action in this task; plan if the policy does."""
+        rules = briefing.task.process.rules
+        if self.rule not in rules:
+            raise ServegymError(
+                f"this policy admits by {self.rule!r}, which process.rules of "
+                f"{briefing.task.name} leaves out; add it there"
+            )
+        self._action = 1 + rules.index(self.rule)
+        if self.planner is None or briefing.requests is None:
+            return None
+        return self.planner(briefing.requests, briefing)
+
+    def act(self, situation: Situation) -> int:
+        """Return the rule's action where it is forced or the trigger fires, else decode."""
+        mask = situation.mask
+        if not mask[self._action]:
+            return DECODE
+        if not mask[DECODE]:
+            return self._action
+        fires = triggers.fires(self.trigger, self.parameter, situation.view)
+        return self._action if fires else DECODE
+
+
+@dataclass
+class RandomPolicy:
+    """A legal action chosen uniformly, from the briefing's random generator."""
+
+    _rng: np.random.Generator | None = field(default=None, init=False, repr=False)
+
+    def adapt(self, task: TaskConfig) -> TaskConfig:
+        """Return the task as it is."""
+        return task
+
+    def prepare(self, briefing: Briefing) -> Plan | None:
+        """Take the episode's random generator."""
+        self._rng = briefing.rng
+        return None
+
+    def act(self, situation: Situation) -> int:
+        """Return one of the legal actions."""
+        if self._rng is None:
+            raise ServegymError("call prepare() before act()")
+        return int(self._rng.choice(np.flatnonzero(situation.mask)))

@@ -1,0 +1,1 @@
+"""Proven lower bounds on the makespan of a batch on one replica."""

@@ -1,0 +1,305 @@
+"""A proven lower bound on the makespan of an instance, whatever the scheduler.
+
+At one replica stages never overlap, so the makespan is at least the time of all decode rounds plus
+the time of all prefill stages, and each sum is bounded by itself.
+
+**Decode.** Write d_i for the decode rounds of request i and D = Σ d_i. Let x_n be the number of
+rounds with n active clients, n = 1 … J. Any schedule has Σ n·x_n = D and Σ x_n ≥ R, where R is the
+largest of ⌈D/J⌉, the longest request and the pigeonhole bound (``rounds_lower_bound``: the rounds of
+one client are disjoint). So Σ b(n)·x_n, with b(n) the round's time, is at least the optimum of that
+linear program. The cache adds c per token and round: request i holds p_i + k tokens at the start of
+its k-th round, so in any schedule this is exactly c·Σ (d_i·p_i + d_i(d_i + 1)/2).
+
+**Prefill.** A stage admits at most J requests, so there are S ≥ ⌈I/J⌉ stages; under a token budget B a
+stage holds at most B tokens when each prompt is counted as min(p, B), so S ≥ ⌈Σ min(p, B)/B⌉, too.
+Affine cost max(floor, base + a·T + q·Σp²): summed over the stages it is at least S·floor, and at least
+S·base + a·ΣT + q·Σp². Levelled cost: let z_l be the number of stages at level l (a stage beyond the top
+level counts as several); Σ cap_l·z_l ≥ ΣT and Σ z_l ≥ S, and the linear program minimises the cost.
+
+**Arrivals.** Requests that arrive at a or later cannot start before a, so a + (the bound of these
+requests alone) holds for every a. Other requests may share their rounds and stages, which only adds to
+Σ n·x_n; the program then has ≥ in place of =.
+
+Each linear program has two constraints, so its dual has two variables, and the vertices of the dual
+depend on the costs alone: they are found once per cost model, and a bound is the best of them (weak
+duality: every vertex proves a bound by itself, no solver tolerance enters). The tests compare with
+HiGHS.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.bounds.rounds import rounds_lower_bound
+from servegym.envs.errors import ServegymError
+from servegym.envs.jit import allocating_kernel, kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.workload.requests import Requests
+
+_RELEASE_POINTS: Final = 16  # arrival times tried; more cost time and gain little
+_TOLERANCE: Final = 1e-13  # relative, of a bound's rounding
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """A lower bound on the makespan and the parts that prove it. Times in seconds."""
+
+    seconds: float
+    release_s: float  # no request counted in the bound arrives before
+    decode_s: float
+    prefill_s: float
+    decode_rounds: int
+    prefill_stages: int
+
+    @property
+    def decode_share(self) -> float:
+        """Share of the work part that is decoding, 0 … 1."""
+        return self.decode_s / (self.decode_s + self.prefill_s)
+
+
+def lower_bound(
+    requests: Requests, clients: int, costs: CostTables, max_prefill_tokens: int = 0
+) -> LowerBound:
+    """Return the best bound over release times; see the module docstring for the proof.
+
+    Raises
+    ------
+    ServegymError
+        If the shortest stage would not advance a clock that shows the bound, a 64-bit float.
+    """
+    releases = np.unique(requests.arrival_s)
+    if len(releases) > _RELEASE_POINTS:
+        places = np.linspace(0, len(releases) - 1, _RELEASE_POINTS).round().astype(int)
+        releases = releases[places]
+    bounds = [
+        _bound_from(requests, float(release), clients, costs, max_prefill_tokens)
+        for release in releases
+    ]
+    best = max(bounds, key=lambda bound: bound.seconds)
+    _refuse_standstill(best.seconds, requests, costs)
+    return best
+
+
+def _refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> None:
+    """Refuse an instance whose clock, a float, a stage would not advance once it shows the bound."""
+    step_s = math.ulp(bound_s)
+    if _shortest_stage_s(costs, 1.0, decodes=True) >= step_s:
+        return  # the usual case, without a look at the requests
+    prompt = float(requests.prompt_tokens.min())
+    stage_s = _shortest_stage_s(costs, prompt, decodes=bool(requests.output_tokens.max() > 1))
+    if stage_s < step_s:
+        raise ServegymError(
+            f"stages of {stage_s:.3g} s would not advance a clock that shows {bound_s:.3g} s, as this "
+            f"episode's will: its 64-bit number has steps of {step_s:.3g} s there, which is the "
+            "shortest stage possible"
+        )
+
+
+def _shortest_stage_s(costs: CostTables, prompt: float, *, decodes: bool) -> float:
+    """Return the seconds of the shortest stage with prompts of at least so many tokens."""
+    _, base_s, token_s, square_s, floor_s, overhead_s, client_s = costs.rates[0].item()
+    stage_s = max(base_s + token_s * prompt + square_s * prompt**2, floor_s)
+    if costs.prefill_level_s.shape[1] > 0:
+        stage_s = float(costs.prefill_level_s[0, 0])
+    stage_s += overhead_s + client_s
+    return min(stage_s, float(costs.decode_base_s[0, 1:].min())) if decodes else stage_s
+
+
+def _bound_from(
+    requests: Requests, release_s: float, clients: int, costs: CostTables, max_prefill_tokens: int
+) -> LowerBound:
+    counted = requests.arrival_s >= release_s
+    prompts = requests.prompt_tokens[counted]
+    rounds = requests.decode_rounds[counted]
+    alone = bool(counted.all())
+    least_rounds = rounds_lower_bound(rounds, clients)
+    stages = least_stages(prompts, clients, max_prefill_tokens)
+    decode_s = decode_bound(prompts, rounds, least_rounds, costs, alone)
+    prefill_s = prefill_bound(prompts, stages, costs)
+    total = release_s + decode_s + prefill_s
+    return LowerBound(total, release_s, decode_s, prefill_s, least_rounds, stages)
+
+
+def least_stages(prompts: NDArray[np.int64], clients: int, max_prefill_tokens: int) -> int:
+    """Return the fewest prefill stages that can admit these prompts (token budget 0: none)."""
+    by_clients = -(-len(prompts) // clients)
+    if max_prefill_tokens == 0:
+        return by_clients
+    counted = int(np.minimum(prompts, max_prefill_tokens).sum())
+    return max(by_clients, -(-counted // max_prefill_tokens))
+
+
+def decode_bound(
+    prompts: NDArray[np.int64],
+    rounds: NDArray[np.int64],
+    least_rounds: int,
+    costs: CostTables,
+    alone: bool,
+) -> float:
+    """Return the least seconds of decoding in at least so many rounds.
+
+    ``alone``: no other requests share these rounds. See the module docstring for the proof.
+    """
+    d = rounds.astype(float)  # the sum may be beyond 64 bits
+    cached = float((d * prompts + d * (d + 1.0) / 2.0).sum())
+    base_s = costs.decode_base_s[0, 1:]
+    sizes = np.arange(1.0, len(base_s) + 1.0)
+    run_s = _cover(base_s, sizes, float(rounds.sum()), least_rounds, exact=alone)
+    return run_s + float(costs.rates[0].decode_per_kv_token_s) * cached
+
+
+def prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) -> float:
+    """Return the least seconds that prefilling these prompts in at least so many stages takes."""
+    rates = costs.rates[0]
+    tokens = float(prompts.sum())
+    if costs.prefill_level_tokens.shape[1] > 0:
+        capacities = costs.prefill_level_tokens[0].astype(float)
+        work_s = _cover(costs.prefill_level_s[0], capacities, tokens, stages, exact=False)
+    else:
+        squares = float((prompts.astype(float) ** 2).sum())
+        line_s = (
+            stages * rates.prefill_base_s
+            + rates.prefill_per_token_s * tokens
+            + rates.prefill_per_token_squared_s * squares
+        )
+        work_s = float(max(stages * rates.prefill_floor_s, line_s))
+    overhead_s = stages * rates.overhead_base_s + len(prompts) * rates.overhead_per_client_s
+    return work_s + float(overhead_s)
+
+
+def _cover(
+    cost: NDArray[np.float64],
+    size: NDArray[np.float64],
+    total: float,
+    count: int,
+    *,
+    exact: bool,
+) -> float:
+    """Return min cost·x subject to size·x = total (≥ unless ``exact``), Σx ≥ count, x ≥ 0.
+
+    By duality the largest total·u + count·v over size·u + v ≤ cost, v ≥ 0 (and u ≥ 0 unless
+    ``exact``). The vertices of that set depend on the costs alone and are found once.
+    """
+    if total == 0:
+        return float(count * cost.min())
+    vertices = dual_vertices(cost, size, exact=exact)
+    return float((vertices @ np.array([total, float(count)])).max())
+
+
+def dual_vertices(
+    cost: NDArray[np.float64], size: NDArray[np.float64], *, exact: bool
+) -> NDArray[np.float64]:
+    """Return the vertices (u, v) of the dual, shape (vertices, 2).
+
+    They are slope and intercept of each edge of the lower convex hull of the points (size, cost),
+    where these are allowed, and the corners on the axes v = 0 and u = 0. What they prove holds for sums
+    in floats, too, up to 10⁻¹³ of it: an edge whose rounding would claim more is lowered.
+
+    Parameters
+    ----------
+    cost
+        Seconds, > 0, shape (points,).
+    size
+        Strictly ascending whole numbers, 1 … 2⁵³, shape (points,).
+    exact
+        u may be negative.
+    """
+    return _dual_vertices(cost.tobytes(), size.tobytes(), exact)
+
+
+@lru_cache(maxsize=64)
+def _dual_vertices(cost_bytes: bytes, size_bytes: bytes, exact: bool) -> NDArray[np.float64]:
+    cost, size = np.frombuffer(cost_bytes), np.frombuffer(size_bytes)
+    hull = lower_hull(size, cost)
+    slopes = np.diff(cost[hull]) / np.diff(size[hull])
+    edges = np.stack([slopes, cost[hull[:-1]] - slopes * size[hull[:-1]]], axis=1)
+    for edge in edges:
+        edge[1] -= _excess(edge[0], edge[1], cost[hull], size[hull])
+    allowed = (edges[:, 1] >= 0) & (exact | (edges[:, 0] >= 0))
+    corners = [[(cost / size).min(), 0.0]]
+    if not exact:
+        corners.append([0.0, cost.min()])
+    return np.vstack([edges[allowed], corners])
+
+
+def _excess(u: float, v: float, cost: NDArray[np.float64], size: NDArray[np.float64]) -> float:
+    """Return what the line v + u · size must be lowered by to prove what it claims; mostly 0.
+
+    ``cost`` and ``size`` are the hull's: between them a line is no farther above the points.
+    """
+    rounding = 4.0 * np.finfo(float).eps * (size * abs(u) + abs(v) + cost)
+    above = size * u + v - cost + rounding
+    return float(above.max()) if np.any(above > _TOLERANCE * cost) else 0.0
+
+
+@allocating_kernel
+def lower_hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the places of the lower convex hull of points whose ``x`` strictly ascends."""
+    hull = np.empty(x.size, np.int64)
+    parts = np.empty(6)
+    count = 0
+    for place in range(x.size):
+        while count >= 2:
+            a, b = hull[count - 2], hull[count - 1]
+            # Drop b if it lies on or above the line from a to this point.
+            left, right = x[b] - x[a], x[place] - x[b]
+            if _weighted_sum_sign(y[a], -right, y[b], left + right, y[place], -left, parts) < 0:
+                break
+            count -= 1
+        hull[count] = place
+        count += 1
+    return hull[:count]
+
+
+@kernel
+def _weighted_sum_sign(
+    a: float, u: float, b: float, v: float, c: float, w: float, parts: NDArray[np.float64]
+) -> float:
+    """Return a·u + b·v + c·w to its exact sign; ``parts`` (6,) is scratch.
+
+    On a nearly straight line of a million points rounding decides which of them are corners, and slopes
+    between wrong ones prove bounds that do not hold. Where rounding could decide, each product is taken
+    as the sum of two floats, and the six are added without loss (Shewchuk 1997, "Adaptive precision
+    floating-point arithmetic and fast robust geometric predicates").
+    """
+    one, two, three = a * u, b * v, c * w
+    total = one + two + three
+    if abs(total) > 1e-15 * (abs(one) + abs(two) + abs(three)):
+        return total
+    parts[0], parts[1] = _product_error(a, u, one), one
+    parts[2], parts[3] = _product_error(b, v, two), two
+    parts[4], parts[5] = _product_error(c, w, three), three
+    for k in range(1, 6):
+        carry = parts[k]
+        for i in range(k):
+            both = carry + parts[i]
+            gained = both - carry
+            parts[i] = (carry - (both - gained)) + (parts[i] - gained)
+            carry = both
+        parts[k] = carry
+    for k in range(5, -1, -1):
+        if parts[k] != 0.0:
+            return parts[k]
+    return 0.0
+
+
+@kernel
+def _product_error(a: float, b: float, product: float) -> float:
+    """Return a·b − ``product`` exactly, where that is the rounded product (Dekker)."""
+    a_high, b_high = _high_half(a), _high_half(b)
+    a_low, b_low = a - a_high, b - b_high
+    rest = product - a_high * b_high - a_low * b_high - a_high * b_low
+    return a_low * b_low - rest
+
+
+@kernel
+def _high_half(a: float) -> float:
+    """Return the upper 26 bits of a float."""
+    scaled = a * 134217729.0  # 2²⁷ + 1
+    return scaled - (scaled - a)

@@ -1,0 +1,238 @@
+"""Machine code of kernels on disk: which folders may hold it, and files that damage cannot hurt.
+
+Numba keys its cache by the file that defines a function, so a cached caller would keep an old callee
+of another file. Here the folder's name carries a hash of the kernel's module and of every module that
+it imports from servegym or from its own folder, directly or not.
+
+Numba unpickles what it finds, and unpickling runs code. Here a folder counts only if it belongs to
+this user, to root or to the owner of the sources, and nobody else may write to it. A file counts only
+if the hash in front of its content fits: what is damaged is compiled anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import stat
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import llvmlite
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+from numba.misc.appdirs import AppDirs
+
+_ROOT: Final = Path(__file__).resolve().parents[1]
+"""The folder that holds ``envs`` and ``baselines``, in a checkout and in an installed package."""
+
+_IMPORT: Final = re.compile(rb"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
+
+_WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+class KernelCache(FunctionCache):
+    """Numba's cache of one function, in folders of our own.
+
+    Parameters
+    ----------
+    function
+        The kernel. Its machine code is read from the first folder of ``cache_folders`` that holds it
+        and written to the first that can be written.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._name = repr(function)
+        self._py_func = function
+        self._impl = _Implementation(function)
+        code = function.__code__
+        source = Path(code.co_filename).resolve()
+        base = f"{source.stem}.{function.__qualname__}-{code.co_firstlineno}"
+        base = base.replace("<", "").replace(">", "")
+        version = f"py{sys.version_info[0]}{sys.version_info[1]}{getattr(sys, 'abiflags', '')}"
+        folders = cache_folders(source)
+        self._cache_file = _Files(folders, source, f"{base}.{version}")
+        self._cache_path = str(folders[0])
+        self.enable()
+
+
+class _Implementation(CompileResultCacheImpl):
+    """How numba turns compiled code into bytes and back, without its search for a folder."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._lineno = function.__code__.co_firstlineno
+        # Numba asks the locator to make its folder before it saves; ``_Files`` does that.
+        self._locator = SimpleNamespace(
+            _py_file=function.__code__.co_filename, ensure_cache_path=lambda: None
+        )
+
+
+class _Files:
+    """The files of one kernel in several folders; a folder that cannot be used is passed over."""
+
+    def __init__(self, folders: Iterable[Path], source: Path, base: str) -> None:
+        self._source = source
+        self._places = [(folder, _CheckedFiles(str(folder), base, None)) for folder in folders]
+
+    def load(self, key: Any) -> Any:
+        """Return what was saved under ``key``; None where no folder has it."""
+        for folder, files in self._places:
+            if is_trusted(folder, self._source):
+                found = files.load(key)
+                if found is not None:
+                    return found
+        return None
+
+    def save(self, key: Any, data: Any) -> None:
+        """Save in the first folder that can be written; warn once where none can."""
+        for folder, files in self._places:
+            try:
+                make_private_folder(folder, _mode_of_new(folder, self._source))
+                if is_trusted(folder, self._source):
+                    files.save(key, data)
+                    return
+            except OSError:
+                continue
+        _warn_of_no_folder(self._places[-1][0].parent)
+
+    def flush(self) -> None:
+        """Forget what was saved, where that can be written."""
+        for folder, files in self._places:
+            if is_trusted(folder, self._source):
+                files.flush()
+
+
+class _CheckedFiles(IndexDataCacheFile):
+    """Numba's index and data files, each behind the hash of its content.
+
+    A file that is damaged, or was written for another key by a process that ran at the same time,
+    counts as missing.
+    """
+
+    def load(self, key: Any) -> Any:
+        name = self._load_index().get(key)
+        content = None if name is None else _read_checked(self._data_path(name))
+        if content is None:
+            return None
+        saved_key, data = pickle.loads(content)
+        return data if saved_key == key else None
+
+    def save(self, key: Any, data: Any) -> None:
+        super().save(key, (key, data))
+
+    def _load_index(self) -> dict[Any, str]:
+        content = _read_checked(self._index_path)
+        return {} if content is None else pickle.loads(content)
+
+    def _save_index(self, overloads: dict[Any, str]) -> None:
+        self._write_checked(self._index_path, overloads)
+
+    def _save_data(self, name: str, data: Any) -> None:
+        self._write_checked(self._data_path(name), data)
+
+    def _write_checked(self, path: str, content: Any) -> None:
+        data = self._dump(content)
+        with self._open_for_write(path) as file:
+            file.write(hashlib.sha256(data).digest() + data)
+
+
+def _read_checked(path: str) -> bytes | None:
+    """Return what stands behind the hash; None if there is no such file or the hash does not fit."""
+    file = Path(path)
+    try:
+        if not file.is_file():
+            return None  # reading a pipe may never end
+        content = file.read_bytes()
+    except OSError:
+        return None
+    size = hashlib.sha256().digest_size
+    digest, data = content[:size], content[size:]
+    return data if hashlib.sha256(data).digest() == digest else None
+
+
+def cache_folders(source: Path) -> tuple[Path, ...]:
+    """Return the folders for machine code of the kernels of a source file, the first choice first.
+
+    ``NUMBA_CACHE_DIR`` where it is set; else beside the sources, then the user's cache folder.
+    """
+    name = f"kernels-{_digest(source)}"
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        return (Path(os.environ["NUMBA_CACHE_DIR"]) / name,)
+    users = Path(AppDirs("servegym", appauthor=False).user_cache_dir)
+    folders = (source.parent / "__pycache__" / name, users / name)
+    return folders if users.is_absolute() else folders[:1]
+
+
+@cache
+def _digest(source: Path) -> str:
+    """Hash the sources that a kernel's machine code depends on, and what compiles them."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for path in sorted(_imported_by(source)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _imported_by(source: Path) -> set[Path]:
+    """Return the file and all it imports, directly or not, of servegym or of the file's folder."""
+    found: set[Path] = set()
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting.extend(_direct_imports(path))
+    return found
+
+
+@cache
+def _direct_imports(source: Path) -> tuple[Path, ...]:
+    files = []
+    for match in _IMPORT.findall(source.read_bytes()):
+        package, *rest = match.decode().split(".")
+        parts = rest if package == "servegym" else [package, *rest]
+        folder = _ROOT if package == "servegym" else source.parent
+        files.append(folder.joinpath(*parts).with_suffix(".py"))
+    return tuple(path for path in files if path.is_file())
+
+
+def is_trusted(folder: Path, source: Path) -> bool:
+    """Return whether a folder exists and only this user, root or the sources' owner writes to it."""
+    try:
+        status = folder.stat()
+        owners = {os.getuid(), 0, source.stat().st_uid} if hasattr(os, "getuid") else None
+    except OSError:
+        return False
+    if not stat.S_ISDIR(status.st_mode):
+        return False
+    # Windows knows neither owners nor modes of this kind; its user folders are private.
+    return owners is None or (status.st_uid in owners and not status.st_mode & _WRITABLE_BY_OTHERS)
+
+
+def make_private_folder(folder: Path, mode: int) -> None:
+    """Make a folder with what leads to it, each new one with the given mode."""
+    for path in (*reversed(folder.parents), folder):
+        if not path.exists():
+            path.mkdir(mode=mode, exist_ok=True)
+
+
+def _mode_of_new(folder: Path, source: Path) -> int:
+    """Return 0o755 beside the sources, which whoever uses the checkout may read, else 0o700."""
+    return 0o755 if folder.is_relative_to(source.parent) else 0o700
+
+
+@cache
+def _warn_of_no_folder(last: Path) -> None:
+    """Warn once; ``last`` is the folder that was tried after all others."""
+    warnings.warn(
+        "compiled kernels cannot be kept, so every start compiles them for a minute or two: "
+        f"{last} cannot be written, or another user may write there; set NUMBA_CACHE_DIR to a folder "
+        "of your own",
+        RuntimeWarning,
+        stacklevel=2,
+    )

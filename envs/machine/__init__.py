@@ -1,0 +1,1 @@
+"""What a stage costs: cost models, lowered to tables, and presets of them."""

@@ -1,0 +1,206 @@
+"""Pictures of episodes. The only module of this package that imports matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from servegym.envs.play.summary import fixed
+from servegym.envs.process.metrics import Records
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure
+except ImportError as error:  # pragma: no cover - matplotlib is a core dependency
+    raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
+
+PREFILL_COLOUR = "#d1495b"
+DECODE_COLOURS = ("#9ecae1", "#2171b5")
+
+_REFERENCE_STYLES: Final[tuple[Any, ...]] = ("--", ":", "-.", (0, (7, 1, 1, 1, 1, 1)))
+
+
+def draw_gantt_rows(axes: Axes, log: Records, clients: int) -> None:
+    """Draw clients over time: decoding in blue (two shades in turn), prefill stages as red bands.
+
+    Everyone stalls in a prefill stage, so a stage is a band over all clients; white is idle.
+    """
+    started = np.isfinite(log.admitted_s)
+    last_s = _last_seconds(log)
+    ends_s = np.where(np.isfinite(log.finished_s), log.finished_s, last_s)
+    for shade, colour in enumerate(DECODE_COLOURS):
+        chosen = started & (_turn(log) % 2 == shade)
+        bars = _rectangles(log.first_token_s[chosen], ends_s[chosen], log.client[chosen])
+        axes.add_collection(
+            PolyCollection(list(bars), facecolors=colour, linewidths=0, antialiased=False)
+        )
+    stages = np.unique(np.stack([log.admitted_s[started], log.first_token_s[started]]), axis=1)
+    for begin, end in stages.T:
+        axes.axvspan(begin, end, color=PREFILL_COLOUR, linewidth=0)
+    axes.set_ylim(-0.5, clients - 0.5)
+    axes.set_ylabel("client")
+
+
+def _rectangles(
+    begin_s: NDArray[np.float64], end_s: NDArray[np.float64], client: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """Return one rectangle a request, as high as a client, shape (requests, 4 corners, 2)."""
+    left = np.stack([begin_s, begin_s, end_s, end_s], axis=1)
+    height = client[:, None] + np.array([-0.5, 0.5, 0.5, -0.5])
+    return np.stack([left, height], axis=2)
+
+
+def draw_gantt(log: Records, clients: int, title: str) -> Figure:
+    """Return one episode's clients over time."""
+    return draw_gantts([(title, log)], clients)
+
+
+def draw_gantts(episodes: Sequence[tuple[str, Records]], clients: int) -> Figure:
+    """Return several episodes of the same clients under each other, on one time axis."""
+    figure = Figure(figsize=(10, 0.6 + 2.7 * len(episodes)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(episodes), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, log) in zip(rows, episodes, strict=True):
+        axes.set_title(title, loc="left", fontsize=10)
+        draw_gantt_rows(axes, log, clients)
+    end_s = max(_last_seconds(log) for _, log in episodes)
+    rows[-1].set_xlim(0, end_s * 1.005 if end_s > 0 else 1.0)
+    rows[-1].set_xlabel("simulated seconds")
+    handles = [
+        mpl.patches.Patch(color=DECODE_COLOURS[1], label="decoding (shade changes with request)"),
+        mpl.patches.Patch(color=PREFILL_COLOUR, label="prefill stage: all clients stall"),
+        mpl.patches.Patch(facecolor="white", edgecolor="grey", label="idle"),
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_makespans(episodes: pd.DataFrame) -> Figure:
+    """Return makespan against lower bound, one dot an episode, one colour a policy."""
+    figure = Figure(figsize=(7, 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    groups = list(episodes.groupby("policy", sort=False))
+    for k, (policy, group) in enumerate(groups):
+        axes.scatter(
+            group["lower_bound_s"],
+            group["makespan_s"],
+            # Hollow marks, later ones smaller: policies that do the same stay visible.
+            s=60 * (1 - k / len(groups)) + 8,
+            marker="osD^vP"[k % 6],
+            facecolors="none",
+            edgecolors=f"C{k}",
+            linewidths=1.2,
+            label=f"{policy} (mean gap {fixed(100 * group['gap'].mean(), 1)} %)",
+        )
+    ends = [episodes["lower_bound_s"].min(), episodes["lower_bound_s"].max()]
+    axes.plot(ends, ends, color="black", linewidth=1, label="lower bound")
+    axes.set_xlabel("proven lower bound of the case (s)")
+    axes.set_ylabel("makespan (s)")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def draw_values(
+    clock_s: NDArray[np.float64], estimates: NDArray[np.float64], returns: NDArray[np.float64]
+) -> Figure:
+    """Return a critic's value estimates beside what the episode then returned, over its time.
+
+    All of shape (decisions,): simulated seconds, and estimate and return in the reward's units.
+    """
+    figure = Figure(figsize=(10, 3.3), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(clock_s, returns, color="black", linewidth=1.2, label="actual return to go")
+    axes.plot(clock_s, estimates, color=DECODE_COLOURS[1], linewidth=1.2, label="critic's estimate")
+    axes.set_xlabel("simulated seconds")
+    axes.set_ylabel("return to go")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def draw_learning_curves(curves: pd.DataFrame, references: Mapping[str, float]) -> Figure:
+    """Return the gap over minutes of training, a line and a band a run, dashed lines to compare with.
+
+    Parameters
+    ----------
+    curves
+        One row an evaluation: ``label`` (which line), ``seed`` (the training run), ``training_s`` and
+        ``gap_percent``, as ``evaluations.csv`` has them. The line is the mean over seeds, the band
+        reaches from the best seed to the worst, over the time that all of them trained.
+    references
+        Gap in percent by policy name. What lies above three times the largest is cut off: an
+        untrained agent's gap would press all that matters flat.
+    """
+    figure = Figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for k, (label, group) in enumerate(curves.groupby("label", sort=False)):
+        minutes, gaps = _on_one_grid(group)
+        axes.plot(minutes, gaps.mean(axis=0), color=f"C{k}", linewidth=1.8, label=label)
+        if len(gaps) > 1:
+            axes.fill_between(
+                minutes, gaps.min(axis=0), gaps.max(axis=0), color=f"C{k}", alpha=0.2, linewidth=0
+            )
+    for k, (name, gap) in enumerate(references.items()):
+        style = _REFERENCE_STYLES[k % len(_REFERENCE_STYLES)]
+        text = f"{name} ({fixed(gap)} %)"
+        axes.axhline(gap, color="dimgrey", linewidth=1.2, linestyle=style, label=text)
+    axes.set_xlim(left=0)
+    highest = 3.0 * max(references.values(), default=np.inf)
+    axes.set_ylim(top=min(axes.get_ylim()[1], highest))
+    if axes.get_ylim()[0] > 0:  # what is gained late is small beside what is gained early
+        lowest = min([curves["gap_percent"].min(), *references.values()])
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.8 * lowest)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("gap to the lower bound (%)")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _on_one_grid(runs: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return minutes, shape (points,), and each seed's gap at them, shape (seeds, points)."""
+    seeds = [run.sort_values("training_s") for _, run in runs.groupby("seed", sort=False)]
+    begin_s = max(run["training_s"].iloc[0] for run in seeds)
+    end_s = min(run["training_s"].iloc[-1] for run in seeds)
+    grid = np.unique(np.concatenate([run["training_s"].to_numpy(float) for run in seeds]))
+    grid = grid[(grid >= begin_s) & (grid <= end_s)]
+    gaps = [np.interp(grid, run["training_s"], run["gap_percent"]) for run in seeds]
+    return grid / 60.0, np.stack(gaps)
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def to_image(figure: Figure) -> NDArray[np.uint8]:
+    """Rasterise a figure, shape (height, width, 3)."""
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def _last_seconds(log: Records) -> float:
+    times = np.concatenate([log.finished_s, log.first_token_s, [0.0]])
+    return float(np.nanmax(times))
+
+
+def _turn(log: Records) -> NDArray[np.int64]:
+    """Return the how-manieth request of its client each one is, shape (requests,)."""
+    turn = np.zeros(len(log.client), dtype=np.int64)
+    order = np.lexsort((log.admitted_s, log.client))
+    first = np.flatnonzero(np.diff(log.client[order], prepend=-2))
+    counts = np.diff(np.append(first, len(order)))
+    turn[order] = np.arange(len(order)) - np.repeat(first, counts)
+    return turn

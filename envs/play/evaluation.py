@@ -1,0 +1,283 @@
+"""Play policies on the same cases and tabulate what came of it.
+
+One row per episode in ``DIR/episodes.csv``; finished episodes are never run again, so an interrupted
+evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, perf_counter_ns
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from gymnasium.utils import seeding
+from tqdm import tqdm
+
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import write_file
+from servegym.envs.play.identity import check_unchanged, claim_task, hash_of
+from servegym.envs.play.locks import locked
+from servegym.envs.play.parallel import run_parallel
+from servegym.envs.play.policy import Briefing, Policy, Situation
+from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.process.metrics import METRICS, Records
+from servegym.envs.serving_env import ServingEnv
+from servegym.envs.task.cases import Case, bound_case, sample_requests
+from servegym.envs.task.config import TaskConfig
+
+UNFINISHED: Final = "unfinished_requests"
+
+COLUMNS: Final = (
+    "task",
+    "policy",
+    "seed",
+    *(metric for metric in METRICS if metric != UNFINISHED),
+    "decision_ms_p50",
+    "decision_ms_p99",
+    "decision_points",
+    "prepare_s",
+    UNFINISHED,
+)
+"""Columns of ``episodes.csv``."""
+
+EPISODES: Final = Schema(
+    COLUMNS,
+    key=("policy", "seed"),
+    whole=("seed", UNFINISHED),
+    texts=("task", "policy", "decision_points"),
+    optional=("makespan_s", "gap", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s"),
+    defaults={UNFINISHED: 0},  # came with the second version of the table
+)
+"""What ``episodes.csv`` must be."""
+
+BEST_KNOWN: Final = Schema(
+    ("task", "seed", "best_known_s"),
+    others=True,
+    key=("task", "seed"),
+    texts=("task", "found_by"),
+    optional=None,
+)
+"""What ``best_known.csv`` must be; a policy's makespan is NaN where it was cut short."""
+
+HELD_OUT_SEED: Final = 1_000_000
+"""Seeds below are for training and tuning, seeds from here on for held-out evaluation."""
+
+_SAVE_EVERY_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One policy on one case: its row of the table and its per-request records."""
+
+    row: dict[str, Any]
+    records: Records
+
+
+def make_case(task: TaskConfig, seed: int) -> Case:
+    """Return the case that ``env.reset(seed=seed)`` of the task plays."""
+    requests = sample_requests(task, seeding.np_random(seed)[0])
+    return bound_case(task, task.cost.tables(task.cluster.clients), requests)
+
+
+def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> Episode:
+    """Play one episode and time every decision.
+
+    The policy adapts the task to how it is to be asked; the column ``decision_points`` says so.
+    """
+    task = policy.adapt(task)
+    env = ServingEnv(task)
+    started = perf_counter_ns()
+    plan = policy.prepare(brief(task, case, seed))
+    prepare_s = (perf_counter_ns() - started) / 1e9
+    options = {"requests": case.requests, "bound": case.bound, "plan": plan}
+    observation, _ = env.reset(seed=seed, options=options)
+    nanoseconds: list[int] = []
+    ended = False
+    info: dict[str, Any] = {}
+    while not ended:
+        started = perf_counter_ns()
+        action = policy.act(Situation(env.view(), observation, env.action_masks(), env.imagine))
+        nanoseconds.append(perf_counter_ns() - started)
+        observation, _, terminated, truncated, info = env.step(action)
+        if "illegal_action" in info:
+            raise ServegymError(f"policy {name} chose illegal action {action}")
+        ended = terminated or truncated
+    row = {"task": task.name, "policy": name, "seed": seed}
+    row |= {metric: info[metric] for metric in METRICS}
+    row["decision_ms_p50"], row["decision_ms_p99"] = np.percentile(nanoseconds, [50, 99]) / 1e6
+    row["decision_points"] = task.process.decisions
+    row["prepare_s"] = prepare_s
+    return Episode(row, env.records())
+
+
+def brief(task: TaskConfig, case: Case, seed: int) -> Briefing:
+    """Return what a policy is told before it plays a case: expected, never true, output lengths."""
+    known = task.information.output_lengths == "known"
+    requests = case.requests if known else case.requests.as_predicted()
+    present = int(np.searchsorted(requests.arrival_s, 0.0, side="right"))
+    # Apart from the workload's stream, so that a policy's luck and the instance are independent.
+    rng = np.random.default_rng([seed, 1])
+    return Briefing(task, requests.first(present), rng)
+
+
+def evaluate(
+    task: TaskConfig,
+    make_policy: Callable[[str], Policy],
+    names: Sequence[str],
+    seeds: Iterable[int],
+    output: Path,
+    *,
+    jobs: int = 1,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Play every policy on every seed and return these episodes, sorted by policy and seed.
+
+    Parameters
+    ----------
+    task, names, seeds
+        What to play. Policies meet the same instance under the same seed.
+    make_policy
+        Makes a policy by name; must be picklable, as it runs in worker processes.
+    output
+        Folder for ``episodes.csv`` and ``task.json``; made if missing. Episodes that stand in it are
+        kept there, also those of policies and seeds not asked for now.
+    jobs
+        Worker processes; no more are started than can be busy.
+
+    Raises
+    ------
+    ServegymError
+        If a policy is unknown, the folder cannot be written, holds another task's episodes or is
+        written to by another process, or if the task's workload file changes meanwhile.
+    """
+    # Refuse an unknown policy or a bad workload file before anything is written.
+    for name in names:
+        make_policy(name)
+    sample_requests(task, np.random.default_rng(0))
+    names, seeds = list(dict.fromkeys(names)), list(dict.fromkeys(seeds))
+    with locked(output):
+        return _evaluate(
+            claim_task(task, output), make_policy, names, seeds, output, jobs, progress
+        )
+
+
+def _evaluate(
+    task: TaskConfig,
+    make_policy: Callable[[str], Policy],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    jobs: int,
+    progress: bool,
+) -> pd.DataFrame:
+    table = read_episodes(output / "episodes.csv")
+    done = set(zip(table["policy"], table["seed"], strict=True))
+    wanted = [(seed, [name for name in names if (name, seed) not in done]) for seed in seeds]
+    missing = [(seed, pending) for seed, pending in wanted if pending]
+    rows: list[dict[str, Any]] = [dict(row) for row in table.to_dict("records")]  # type: ignore[arg-type]
+    known = hash_of(task)
+    cases = [(task, known, make_policy, seed, pending) for seed, pending in missing]
+    results = run_parallel(_play_case, cases, jobs)
+    bar = tqdm(total=sum(len(pending) for _, pending in missing), disable=not progress)
+    with bar, closing(results):
+        saved = monotonic()
+        try:
+            for new in results:
+                rows += new
+                bar.update(len(new))
+                if monotonic() - saved > _SAVE_EVERY_S:
+                    _save_table(rows, names, output)
+                    saved = monotonic()
+        finally:
+            if missing:
+                _save_table(rows, names, output)
+    asked = {(name, seed) for seed, _ in wanted for name in names}
+    return _as_table([row for row in rows if (row["policy"], row["seed"]) in asked], names)
+
+
+def _play_case(
+    task: TaskConfig,
+    known: Mapping[str, str],
+    make_policy: Callable[[str], Policy],
+    seed: int,
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Return a row a policy; refuse a workload file that is not the one of the other rows."""
+    check_unchanged(task, known)
+    case = make_case(task, seed)
+    rows = [play(task, name, make_policy(name), case, seed).row for name in names]
+    check_unchanged(task, known)
+    return rows
+
+
+def read_episodes(path: Path) -> pd.DataFrame:
+    """Return an ``episodes.csv``, without rows where there is no file.
+
+    Raises
+    ------
+    ServegymError
+        One line naming file and line of what is damaged or of another version.
+    """
+    table = read_rows(path, EPISODES, "remove it or choose a new folder")
+    cut_short = table[UNFINISHED] > 0
+    wrong = (table["gap"].isna() != cut_short) | (table["makespan_s"].isna() != cut_short)
+    # No schedule is below the bound, rounding apart: such an episode was cut short.
+    wrong |= table["gap"] < -1e-6
+    if wrong.any():
+        row = table.iloc[int(np.argmax(wrong))]
+        raise ServegymError(
+            f"{path}: the row of policy {row['policy']}, seed {row['seed']}: a gap of {row['gap']:.4g} "
+            f"with {row[UNFINISHED]} unfinished requests cannot be; delete it, and it is played again"
+        )
+    return table
+
+
+def read_best_known(path: Path, task_name: str, episodes: pd.DataFrame) -> pd.DataFrame | None:
+    """Return a ``best_known.csv`` for :func:`servegym.envs.play.summary.summarise`; None without the file.
+
+    Parameters
+    ----------
+    path
+        As ``scripts/best_known.py`` writes it; the columns ``task``, ``seed`` and ``best_known_s`` are
+        enough. ``lower_bound_s`` is compared with the episodes', if it is there.
+    task_name, episodes
+        What it must be of.
+
+    Raises
+    ------
+    ServegymError
+        If the file is no such table, or of another task or version.
+    """
+    if not path.exists():
+        return None
+    table = read_rows(path, BEST_KNOWN, "remove it")
+    if not (table["task"] == task_name).all() or not table["seed"].is_unique:
+        raise ServegymError(f"{path}: must hold every case of {task_name} once and no other task")
+    ours = episodes.groupby("seed")["lower_bound_s"].first()
+    both = table[table["seed"].isin(ours.index)]
+    bounds_s = ours.loc[both["seed"]].to_numpy()
+    theirs_s = both["lower_bound_s"] if "lower_bound_s" in table.columns else bounds_s
+    if (
+        not np.allclose(theirs_s, bounds_s, rtol=1e-9)
+        or (both["best_known_s"] < (1 - 1e-9) * bounds_s).any()
+    ):
+        raise ServegymError(f"{path}: best-known schedules of another task or version")
+    return table
+
+
+def _as_table(rows: list[dict[str, Any]], names: Sequence[str]) -> pd.DataFrame:
+    """Return the rows in the order of ``names``, then by seed; other policies come last."""
+    place = {name: k for k, name in enumerate(names)}
+    rows = sorted(
+        rows, key=lambda row: (place.get(row["policy"], len(place)), row["policy"], row["seed"])
+    )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _save_table(rows: list[dict[str, Any]], names: Sequence[str], output: Path) -> None:
+    write_file(output / "episodes.csv", _as_table(rows, names).to_csv(index=False))

@@ -1,0 +1,160 @@
+"""What results depend on: noted beside them, compared before more are added to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import make_folder, read_json, write_file
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.workload.presets import workload_sha256
+
+HASH: Final = "workload_sha256"
+"""Key of the hash of the task's workload file, where it has one."""
+
+
+def hash_of(task: TaskConfig) -> dict[str, str]:
+    """Return the hash of the task's workload file by its key; nothing where the workload is a preset."""
+    found = workload_sha256(task.workload.source)
+    return {} if found is None else {HASH: found}
+
+
+class DifferentError(ServegymError):
+    """What a result depends on has changed."""
+
+
+def compare(place: str, words: str, found: Any, wanted: Mapping[str, Any], remedy: str) -> None:
+    """Refuse notes of other things than are wanted, naming the first difference.
+
+    A workload file or a task file counts by what is in it: the same under another path is the same.
+
+    Parameters
+    ----------
+    place, words
+        Where the notes are, and how a difference is put, with ``{name}``, ``{old}`` and ``{new}``.
+    found, wanted
+        The notes as read from JSON, and what they ought to be.
+    remedy
+        What to do about a difference.
+
+    Raises
+    ------
+    DifferentError
+        If they differ.
+    """
+    known = json.loads(json.dumps(wanted, default=str))  # as it was written: tuples are lists
+    if not isinstance(found, dict):
+        raise DifferentError(f"{place}: of another version; {remedy}")
+    difference = _difference(found, known)
+    if difference is None:
+        return
+    name, old, new = difference
+    if name == HASH:
+        source = known.get("task", known)["workload"]["source"]
+        problem = f"the workload file {source} has changed since"
+        if old is None:
+            problem = f"what was in the workload file {source} was not noted"
+    else:
+        problem = words.format(name=name, old=_short(old), new=_short(new))
+    raise DifferentError(f"{place}: {problem}; {remedy}")
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first key with other values, and these; None where there is none."""
+    for name in wanted | found:
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if difference := _difference(old, new):
+                return difference
+        elif old != new and not _same_file(name, old, new):
+            return name, old, new
+    return None
+
+
+def _same_file(key: str, old: Any, new: Any) -> bool:
+    """Return whether two values name a file that is compared by its content instead."""
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    end = {"name": ".toml", "source": ".csv"}.get(key)
+    if end is None or not (old.lower().endswith(end) and new.lower().endswith(end)):
+        return False
+    return key == "source" or Path(old).name == Path(new).name
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]} … {text[-15:]}"
+
+
+def claim(
+    path: Path, wanted: Mapping[str, Any], what: str, indent: int = 2, tables: Sequence[str] = ()
+) -> Any:
+    """Note in a JSON file what results depend on; return the notes, those that stood there if any did.
+
+    Parameters
+    ----------
+    path, wanted, indent
+        The file, what is to stand in it, and its indentation.
+    what
+        What the folder of the file holds, such as ``episodes``.
+    tables
+        Names of what stands beside the file and depends on it; it is written after the notes.
+
+    Raises
+    ------
+    ServegymError
+        If the file holds other notes (:class:`DifferentError`), is damaged or cannot be written, or if
+        it has been removed and a table has not.
+    """
+    remedy = "choose a new --output folder"
+    if path.exists():
+        try:
+            found = read_json(path)
+        except ServegymError as error:
+            raise ServegymError(f"{error}; damaged; {remedy}") from None
+        words = f"holds {what} of another task, setting or version ({{name}} {{old}}, now {{new}})"
+        compare(str(path.parent), words, found, wanted, remedy)
+        return found
+    for name in tables:
+        if (path.parent / name).exists():
+            raise ServegymError(
+                f"{path.parent}: holds {name}, but no {path.name} that says of which task; {remedy}"
+            )
+    make_folder(path.parent)
+    text = json.dumps(wanted, indent=indent, default=str)
+    write_file(path, text + "\n")
+    return json.loads(text)
+
+
+def claim_task(task: TaskConfig, output: Path) -> TaskConfig:
+    """Note a task in ``task.json`` of a folder of episodes; return it under the name it has there.
+
+    Raises
+    ------
+    ServegymError
+        If the folder holds episodes of another task, of another content of its workload file, or of
+        another version, or tables of what is not noted.
+    """
+    wanted = asdict(task) | hash_of(task)
+    tables = ("episodes.csv", "optima.csv")
+    notes = claim(output / "task.json", wanted, "episodes", tables=tables)
+    return replace(task, name=notes["name"])
+
+
+def check_unchanged(task: TaskConfig, known: Mapping[str, str]) -> None:
+    """Refuse to go on where the task's workload file is not what it was.
+
+    Parameters
+    ----------
+    task, known
+        The task and what :func:`hash_of` said of it before.
+    """
+    if hash_of(task) != known:
+        raise DifferentError(
+            f"{task.workload.source}: the workload file has changed while it was in use; what had "
+            "been made before is kept, restore the file to go on"
+        )

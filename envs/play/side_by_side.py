@@ -1,0 +1,65 @@
+"""Given cases of a task, played side by side in compiled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.process.steps import begin_row, make_rows, step_rows
+from servegym.envs.serving_env import make_settings
+from servegym.envs.task.cases import Case, load_case, make_task_state
+from servegym.envs.task.config import TaskConfig
+
+Predict = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.int64]]
+"""Observations (cases, OBSERVATION_SIZE) and masks (cases, actions) to legal actions (cases,)."""
+
+
+class Step(NamedTuple):
+    """What one step of all rows has done."""
+
+    actions: NDArray[np.int64]  # (cases,)
+    played: NDArray[np.bool_]  # (cases,) the case was not over before it
+    ended: NDArray[np.bool_]  # (cases,) … and is now
+    rewards: NDArray[np.float64]  # (cases,)
+
+
+class SideBySide:
+    """Rows of one task; row e plays the e-th of the cases that are given. Draws nothing at random.
+
+    Parameters
+    ----------
+    task
+        Of the cases.
+    cases
+        At most so many cases are played at once.
+    requests
+        Requests of the largest case.
+    """
+
+    def __init__(self, task: TaskConfig, cases: int, requests: int) -> None:
+        self.task = task
+        self.state = make_task_state(task, cases, requests)
+        self._costs = task.cost.tables(task.cluster.clients)
+        self._settings = make_settings(task)
+
+    def play(self, cases: Sequence[Case], predict: Predict) -> Iterator[Step]:
+        """Play every case once to its end; yield after each step.
+
+        ``predict`` is asked for rows that have ended, too; what it says of them is not heeded. Those
+        that have terminated stand still, those that were truncated play on unheard.
+        """
+        state, n = self.state, len(cases)
+        rows = make_rows(n, 1 + len(self.task.process.rules))
+        for e, case in enumerate(cases):
+            load_case(self.task, state, e, case)
+            begin_row(state, self._costs, self._settings, rows, e)
+        alive = np.ones(n, np.bool_)
+        while alive.any():
+            actions = np.ascontiguousarray(predict(rows.observations, rows.masks), np.int64)
+            step_rows(state, self._costs, self._settings, rows, actions)
+            ended = alive & (rows.terminated | rows.truncated)
+            yield Step(actions, alive, ended, rows.rewards)
+            alive = alive & ~ended  # a new array: the old one is the caller's

@@ -1,0 +1,1 @@
+"""The Markov decision process over the simulator: actions, observation, reward, metrics."""

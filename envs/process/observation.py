@@ -1,0 +1,190 @@
+"""The observation: a float32 vector in [0, 1] whose size does not depend on the number of clients.
+
+It holds shares, logarithms and histograms, so that one policy runs on 50 or 5,000 clients, and only
+what a scheduler can know: expected, never true, output lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.jit import kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.simulator.order import select
+from servegym.envs.simulator.state import LENGTH_BUCKETS, State
+from servegym.envs.simulator.view import view
+
+OBSERVATION_VERSION: Final = 2
+"""Raised whenever the meaning of an entry changes; agents name the version they were trained on."""
+
+FINISH_SHARES: Final = np.array([0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0])
+"""Shares of all clients whose next finish the observation holds."""
+
+STAGE_COSTS: Final = np.array([0.25, 0.5, 1.0, 2.0, 4.0])
+"""Idle client-time from now on, in fixed costs of a stage, at which the observation looks ahead."""
+
+_BUCKETS: Final = len(LENGTH_BUCKETS)
+
+FEATURES: Final = (
+    "active clients / clients",
+    "clients a stage could fill now / clients",
+    "waiting / arrived",
+    "waiting per client, log-scaled",
+    "finished / arrived",
+    "cached tokens' share of the next decode round's seconds",
+    "expected rounds waiting / rounds of all arrived",
+    "expected rounds running / rounds of all arrived",
+    "stage seconds / (stage + seconds until the next finish)",
+    "idle time waited against the fixed cost of a stage, a / (a + b)",
+    "idle time until the next finish against the fixed cost of a stage, a / (a + b)",
+    "both idle times against the whole cost of a stage, a / (a + b)",
+    "fixed share of a stage that fills the idle clients",
+    "stage seconds / (stage + decode round seconds)",
+    "longest waiting, log-scaled rounds",
+    "median waiting, log-scaled rounds",
+    "shortest waiting, log-scaled rounds",
+    *(f"rounds until {share:.0%} of clients are done, log-scaled" for share in FINISH_SHARES),
+    *(f"running with ≥ {low} rounds left / clients, in this bucket" for low in LENGTH_BUCKETS),
+    *(f"waiting with ≥ {low} rounds / waiting, in this bucket" for low in LENGTH_BUCKETS),
+    *(f"idle / clients once idling on costs {cost:g} stages" for cost in STAGE_COSTS),
+    *(f"rounds until idling on costs {cost:g} stages, log-scaled" for cost in STAGE_COSTS),
+)
+"""What each entry means, in order; the environment's specification."""
+
+OBSERVATION_SIZE: Final = len(FEATURES)
+
+_ROUND_DOUBLINGS: Final = 14.0  # rounds beyond 16,384 read as 1
+_QUEUE_DOUBLINGS: Final = 8.0  # requests per client beyond 256 read as 1
+
+
+@kernel
+def _log(x: float, doublings: float) -> float:
+    """Return log₂(1 + x) / doublings, at most 1, linear between powers of two.
+
+    Exact arithmetic only: a library's logarithm may differ in the last bit between machines.
+    """
+    mantissa, exponent = math.frexp(1.0 + max(x, 0.0))  # ½ ≤ mantissa < 1
+    return min((exponent + 2.0 * mantissa - 2.0) / doublings, 1.0)
+
+
+@kernel
+def _balance(a: float, b: float) -> float:
+    """Return a / (a + b): ½ where both are equal, 0 where neither is positive."""
+    return a / (a + b) if a + b > 0 else 0.0
+
+
+@kernel
+def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.float32]) -> None:
+    """Write the observation of replica ``r`` in environment ``e`` into ``out`` (OBSERVATION_SIZE,)."""
+    episode = state.episodes[e]
+    now = view(state, costs, e, r)
+    running = state.replicas[e, r].due_sum - now.active * now.round
+    total = max(episode.arrived_rounds, 1)
+    cached_s = costs.rates[r].decode_per_kv_token_s * state.replicas[e, r].cached_tokens
+    fixed_cost = now.active * now.prefill_fixed_s
+    expected_wait = now.idle * now.seconds_to_finish
+    out[0] = now.active / now.clients
+    out[1] = min(now.idle, now.waiting) / now.clients
+    out[2] = now.waiting / now.arrived
+    out[3] = _log(now.waiting / now.clients, _QUEUE_DOUBLINGS)
+    out[4] = episode.finished / now.arrived
+    out[5] = cached_s / now.round_s
+    out[6] = episode.waiting_rounds / total
+    out[7] = running / total
+    out[8] = _balance(now.prefill_s, now.seconds_to_finish)
+    out[9] = _balance(now.idle_wait_s, fixed_cost)
+    out[10] = _balance(expected_wait, fixed_cost)
+    out[11] = _balance(now.idle_wait_s + expected_wait, now.active * now.prefill_s)
+    out[12] = min(now.prefill_fixed_s / now.prefill_s, 1.0) if now.prefill_s > 0 else 0.0
+    out[13] = _balance(now.prefill_s, now.round_s)
+    _observe_waiting(state, e, out)
+    _observe_running(state, e, r, out)
+    _observe_patience(state, e, r, fixed_cost / now.round_s, out)
+
+
+@kernel
+def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
+    waiting = state.episodes[e].waiting
+    histogram = 17 + FINISH_SHARES.size + _BUCKETS
+    if waiting == 0:
+        out[14:17] = 0.0
+        out[histogram : histogram + _BUCKETS] = 0.0
+        return
+    for k in range(3):
+        place = (2 - k) * (waiting - 1) // 2
+        rounds = state.lengths[e, select(state.waiting_tree[e], place)]
+        out[14 + k] = _log(rounds, _ROUND_DOUBLINGS)
+    for bucket in range(_BUCKETS):
+        out[histogram + bucket] = state.waiting_lengths[e, bucket] / waiting
+
+
+@kernel
+def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> None:
+    clients = state.clients.shape[2]
+    active = state.replicas[e, r].active
+    finishes = state.expected[e, r]
+    now = state.replicas[e, r].rounds
+    first = 17
+    for k in range(FINISH_SHARES.size):
+        # The idle clients count as done; the next to finish is the first of those still active.
+        done = max(int(np.ceil(FINISH_SHARES[k] * clients)) - (clients - active), 1)
+        place = active - done
+        out[first + k] = _log(finishes[place].due - now, _ROUND_DOUBLINGS) if place >= 0 else 0.0
+    histogram = first + FINISH_SHARES.size
+    longer = active  # how many run for at least as long as the bucket's first length
+    for bucket in range(_BUCKETS - 1):
+        still = _due_from(state, e, r, now + LENGTH_BUCKETS[bucket + 1])
+        out[histogram + bucket] = (longer - still) / clients
+        longer = still
+    out[histogram + _BUCKETS - 1] = longer / clients
+
+
+@kernel
+def _due_from(state: State, e: int, r: int, due: int) -> int:
+    """Return how many running requests should finish at round ``due`` of the decode clock or later.
+
+    A binary search whose number of steps depends on the active clients only and that chooses without
+    branching: a processor runs the searches of all buckets side by side.
+    """
+    finishes = state.expected[e, r]
+    first = 0
+    size = state.replicas[e, r].active
+    while size > 0:
+        half = (size + 1) // 2
+        first += half if finishes[first + half - 1].due >= due else 0
+        size -= half
+    return first
+
+
+@kernel
+def _observe_patience(
+    state: State, e: int, r: int, stage_rounds: float, out: NDArray[np.float32]
+) -> None:
+    """Write what waiting on would bring: clients idle, and rounds gone, by the time it has a cost.
+
+    ``stage_rounds``: client-rounds that the fixed cost of one stage is worth.
+    """
+    clients = state.clients.shape[2]
+    finishes = state.expected[e, r]
+    place = state.replicas[e, r].active - 1
+    idle = clients - 1 - place
+    passed = 0  # rounds from now
+    cost = 0  # idle client-rounds until then
+    first = OBSERVATION_SIZE - 2 * STAGE_COSTS.size
+    for k in range(STAGE_COSTS.size):
+        limit = STAGE_COSTS[k] * stage_rounds
+        while place >= 0:
+            rounds = finishes[place].due - state.replicas[e, r].rounds - passed
+            if cost + idle * rounds > limit:
+                break
+            cost += idle * rounds
+            passed += rounds
+            place -= 1
+            idle += 1
+        out[first + k] = idle / clients
+        spent = passed + (limit - cost) / idle if place >= 0 else passed
+        out[first + STAGE_COSTS.size + k] = _log(spent, _ROUND_DOUBLINGS)

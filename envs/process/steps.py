@@ -1,0 +1,154 @@
+"""The Markov decision process over the simulator: apply an action, run to the next choice.
+
+One implementation for one environment and for many: every function works on row ``e``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from servegym.envs.jit import kernel, parallel_kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.process.observation import OBSERVATION_SIZE, observe
+from servegym.envs.process.reward import loss
+from servegym.envs.simulator.admission import admits
+from servegym.envs.simulator.events import DECODE, advance, decode, prefill
+from servegym.envs.simulator.state import State
+
+
+class Settings(NamedTuple):
+    """The task's choices that kernels read."""
+
+    rules: NDArray[np.int64]  # (actions − 1,) admission rule of action 1 + k
+    every_round: bool  # ask at every decode round, not only where the choice has changed
+    max_prefill_tokens: int  # prompt tokens of one prefill stage, 0: no limit
+    reward: int
+    max_decisions: int  # truncate after so many, 0: never
+    max_seconds: float  # truncate once the clock has passed it, 0: never
+
+
+@kernel
+def legal_actions(state: State, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]) -> int:
+    """Write which actions are legal; return how many. After the end, decode counts as legal."""
+    episode = state.episodes[e]
+    ended = episode.finished == episode.requests
+    mask[DECODE] = ended or state.replicas[e, r].active > 0
+    count = int(mask[DECODE])
+    for k in range(settings.rules.size):
+        mask[1 + k] = admits(state, e, r, settings.rules[k])
+        count += int(mask[1 + k])
+    return count
+
+
+@kernel
+def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> None:
+    """Carry out a legal action."""
+    if action == DECODE:
+        decode(state, costs, e, r, settings.every_round)
+    else:
+        prefill(state, costs, e, r, settings.rules[action - 1], settings.max_prefill_tokens)
+
+
+@kernel
+def run_to_choice(
+    state: State, costs: CostTables, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]
+) -> bool:
+    """Run to the next decision point with a choice and write its mask; False at the end."""
+    while advance(state, costs, e, r):
+        if legal_actions(state, settings, e, r, mask) > 1:
+            return True
+        apply(state, costs, settings, e, r, int(np.argmax(mask)))
+    legal_actions(state, settings, e, r, mask)
+    return False
+
+
+@kernel
+def step(
+    state: State,
+    costs: CostTables,
+    settings: Settings,
+    e: int,
+    action: int,
+    observation: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+) -> tuple[float, bool, bool]:
+    """Carry out a legal action; write observation and mask; return reward, terminated, truncated.
+
+    ``mask`` holds the legal actions on entry, too.
+    """
+    episode = state.episodes[e]
+    alive = False
+    if episode.finished < episode.requests:  # an episode without any choice is over at once
+        episode.decisions += 1
+        apply(state, costs, settings, e, 0, action)
+        alive = run_to_choice(state, costs, settings, e, 0, mask)
+    observe(state, costs, e, 0, observation)
+    late = 0 < settings.max_seconds < state.replicas[e, 0].clock_s
+    many = 0 < settings.max_decisions <= episode.decisions
+    now_lost = loss(state, e, settings.reward)
+    reward = episode.reported_loss - now_lost
+    episode.reported_loss = now_lost
+    return reward, not alive, alive and (late or many)
+
+
+class Rows(NamedTuple):
+    """What a step writes for each of E environments."""
+
+    observations: NDArray[np.float32]  # (E, OBSERVATION_SIZE)
+    masks: NDArray[np.bool_]  # (E, actions); on entry of a step the legal actions
+    rewards: NDArray[np.float64]  # (E,)
+    terminated: NDArray[np.bool_]  # (E,)
+    truncated: NDArray[np.bool_]  # (E,)
+    illegal: NDArray[np.bool_]  # (E,) the action was replaced by the first legal one
+
+
+def make_rows(environments: int, actions: int) -> Rows:
+    """Allocate what steps of ``environments`` environments write."""
+    return Rows(
+        np.zeros((environments, OBSERVATION_SIZE), np.float32),
+        np.zeros((environments, actions), np.bool_),
+        np.zeros(environments),
+        *(np.zeros(environments, np.bool_) for _ in range(3)),
+    )
+
+
+@kernel
+def begin_row(state: State, costs: CostTables, settings: Settings, rows: Rows, e: int) -> None:
+    """Start the episode loaded into environment ``e``; write its first observation and mask."""
+    run_to_choice(state, costs, settings, e, 0, rows.masks[e])
+    observe(state, costs, e, 0, rows.observations[e])
+
+
+@kernel
+def step_row(
+    state: State, costs: CostTables, settings: Settings, rows: Rows, e: int, action: int
+) -> None:
+    """Step environment ``e``; an illegal action is replaced by the first legal one."""
+    rows.illegal[e] = not rows.masks[e, action]
+    if rows.illegal[e]:
+        action = int(np.argmax(rows.masks[e]))
+    rows.rewards[e], rows.terminated[e], rows.truncated[e] = step(
+        state, costs, settings, e, action, rows.observations[e], rows.masks[e]
+    )
+
+
+@kernel
+def step_rows(
+    state: State, costs: CostTables, settings: Settings, rows: Rows, actions: NDArray[np.int64]
+) -> None:
+    """Step every environment once."""
+    for e in range(actions.size):
+        step_row(state, costs, settings, rows, e, actions[e])
+
+
+@parallel_kernel
+def step_rows_in_parallel(
+    state: State, costs: CostTables, settings: Settings, rows: Rows, actions: NDArray[np.int64]
+) -> None:
+    """Step every environment once, on numba's threads; the same results, as rows are independent."""
+    for e in prange(actions.size):
+        step_row(state, costs, settings, rows, e, actions[e])

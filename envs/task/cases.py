@@ -1,0 +1,96 @@
+"""A case: the requests of one episode with the lower bound on their makespan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from servegym.envs.bounds.batch import LowerBound, lower_bound
+from servegym.envs.errors import ServegymError
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.process.reward import write_credits
+from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.workload.comparison import compared_tokens
+from servegym.envs.workload.plan import Plan
+from servegym.envs.workload.predictors import PREDICTORS, expect_alike, predict
+from servegym.envs.workload.presets import make_workload, output_lengths
+from servegym.envs.workload.requests import Requests
+
+
+@dataclass(frozen=True)
+class Case:
+    """One instance, the same for all policies that are compared on it."""
+
+    requests: Requests
+    bound: LowerBound
+
+
+def sample_requests(task: TaskConfig, rng: np.random.Generator) -> Requests:
+    """Return the requests of one episode of ``task``, predicted as its ``[information]`` says.
+
+    Raises
+    ------
+    ServegymError
+        If the workload is a file that cannot be read or lacks the predictions that the task wants.
+    """
+    workload = task.workload
+    requests = make_workload(workload.source, workload.requests, workload.arrival_rate_per_s, rng)
+    own = requests.predicted_spread is not None
+    if own and task.information.predictor != "column":
+        requests = replace(requests, predicted_spread=None)  # the file's own are not asked for
+    return inform(task, requests, rng)
+
+
+def inform(task: TaskConfig, requests: Requests, rng: np.random.Generator) -> Requests:
+    """Return requests with what the scheduler of ``task`` is to know of their output lengths.
+
+    Where lengths are known: unchanged. ``unknown``: the workload's mean and spread for everyone.
+    ``predicted``: those that the requests carry, else those of the task's predictor. Apart from that
+    predictor's own errors nothing is drawn from ``rng``.
+
+    Raises
+    ------
+    ServegymError
+        If the task wants the requests' own predictions and they have none.
+    """
+    information = task.information
+    if information.output_lengths == "known":
+        return requests
+    if information.output_lengths == "unknown":
+        return expect_alike(requests, output_lengths(task.workload.source))
+    if requests.predicted_spread is not None:
+        return requests
+    if information.predictor == "column":
+        raise ServegymError(
+            "information.predictor 'column' needs a workload with the column "
+            f"'predicted_output_tokens'; {task.workload.source!r} has none"
+        )
+    lengths = output_lengths(task.workload.source)
+    if information.predictor == "calibrated":
+        return predict(requests, information.kendall_tau, lengths, rng)
+    return PREDICTORS[information.predictor].predict(requests, lengths, rng)
+
+
+def make_task_state(task: TaskConfig, environments: int, requests: int) -> State:
+    """Allocate the state of ``environments`` episodes of ``task``, of up to ``requests`` each."""
+    known = task.information.output_lengths == "known"
+    return make_state(environments, requests, task.cluster.clients, lengths_known=known)
+
+
+def bound_case(task: TaskConfig, costs: CostTables, requests: Requests) -> Case:
+    """Return the case of given requests; ``costs`` are the task's tables."""
+    cluster = task.cluster
+    return Case(requests, lower_bound(requests, cluster.clients, costs, cluster.max_prefill_tokens))
+
+
+def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | None = None) -> None:
+    """Put a case of ``task`` into row ``e`` of the state, at its start."""
+    information = task.information
+    compared = None
+    if information.output_lengths != "known" and information.compare_by != "mean":
+        by, quantile = information.compare_by, information.quantile
+        compared = compared_tokens(case.requests, by, quantile, information.deviations) - 1
+    load(state, e, case.requests, plan, compared)
+    write_credits(state, e, case.requests, case.bound)

@@ -1,0 +1,380 @@
+"""A task's configuration: frozen dataclasses that cannot be built wrong, and their TOML form.
+
+Every key has a documented default; README shows an example.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from servegym.envs.arguments import as_annotated, check_fields, field_types
+from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.files import beyond_limits, read_text
+from servegym.envs.machine.costs import (
+    AffineDecode,
+    AffinePrefill,
+    CostModel,
+    LevelledPrefill,
+    StageCosts,
+    TableDecode,
+)
+from servegym.envs.machine.presets import cost_preset
+from servegym.envs.process.reward import REWARDS
+from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.workload.comparison import COMPARISONS
+from servegym.envs.workload.predictors import PREDICTOR_NAMES
+from servegym.envs.workload.presets import (
+    MAX_ARRIVAL_RATE_PER_S,
+    WORKLOAD_PRESETS,
+    check_arrival_rate,
+    check_source,
+    is_csv,
+)
+from servegym.envs.workload.requests import MAX_REQUESTS
+
+MAX_CLIENTS: Final = 1_000_000
+
+
+def _check_whole(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ServegymError(
+            f"{name} must be a whole number in {least} … {most}, got {shown(value)}"
+        )
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """``[cluster]``: the machines."""
+
+    replicas: int = 1
+    """Copies of the model. Only 1 so far."""
+    clients: int = 200
+    """Concurrency slots of a replica, 1 … 1,000,000."""
+    kv_capacity_tokens: int = 0
+    """KV-cache capacity; 0: not limiting, the only value so far."""
+    max_prefill_tokens: int = 0
+    """Token budget of one prefill stage; 0: none. A stage always admits at least one request."""
+
+    def __post_init__(self) -> None:
+        check_fields("cluster", self)
+        _check_whole("cluster.clients", self.clients, 1, MAX_CLIENTS)
+        _check_whole("cluster.replicas", self.replicas, 1, 1)
+        _check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 0)
+        _check_whole("cluster.max_prefill_tokens", self.max_prefill_tokens, 0, 10**12)
+
+
+@dataclass(frozen=True)
+class WorkloadConfig:
+    """``[workload]``: the requests."""
+
+    source: str = "gsm8k-lognormal"
+    """A preset (see ``WORKLOAD_PRESETS``) or the path of a CSV file."""
+    requests: int = 1319
+    """How many requests a preset samples; a CSV file brings its own."""
+    arrival_rate_per_s: float = 0.0
+    """Poisson arrivals of a preset per second; 0: all requests are present at t = 0. Else high enough
+    that they have arrived within 10⁹ s, and at most 10⁹."""
+
+    def __post_init__(self) -> None:
+        check_fields("workload", self)
+        check_source(self.source)
+        _check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
+        if self.source in WORKLOAD_PRESETS:
+            check_arrival_rate(self.requests, self.arrival_rate_per_s)
+        elif not 0 <= self.arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S:  # without meaning there
+            raise ServegymError(
+                f"workload.arrival_rate_per_s must lie in 0 … {MAX_ARRIVAL_RATE_PER_S:g}, got "
+                f"{self.arrival_rate_per_s}"
+            )
+
+
+@dataclass(frozen=True)
+class InformationConfig:
+    """``[information]``: what the scheduler knows."""
+
+    output_lengths: Literal["known", "predicted", "unknown"] = "known"
+    """``known`` in advance, as in the paper; ``predicted``: each request's mean and spread; or
+    ``unknown``: only the workload's. The lower bound is always that of true lengths."""
+    predictor: str = "calibrated"
+    """Who predicts: ``calibrated``, a preset of ``PREDICTORS``, or ``column``, the workload's own
+    ``predicted_output_tokens``, of a file or of ``gsm8k-mixed``. Without meaning unless lengths are
+    ``predicted``."""
+    kendall_tau: float = 0.55
+    """Rank correlation of the ``calibrated`` predictor with the truth, 0 … 1."""
+    compare_by: str = "mean"
+    """What makes one waiting request longer than another where lengths are uncertain: its ``mean``, a
+    ``quantile``, or ``mean-sd``, the mean plus some standard deviations."""
+    quantile: float = 0.99
+    """Of ``compare_by = "quantile"``, > 0 and < 1."""
+    deviations: float = 1.0
+    """Standard deviations of ``compare_by = "mean-sd"``, 0 … 100."""
+
+    def __post_init__(self) -> None:
+        check_fields("information", self)
+        if self.predictor not in PREDICTOR_NAMES:
+            raise unknown("predictor", self.predictor, PREDICTOR_NAMES)
+        if not 0 <= self.kendall_tau <= 1:
+            raise ServegymError(
+                f"information.kendall_tau must lie in 0 … 1, got {self.kendall_tau}"
+            )
+        if self.compare_by not in COMPARISONS:
+            raise unknown("value of information.compare_by:", self.compare_by, COMPARISONS)
+        if not 0 < self.quantile < 1:
+            raise ServegymError(
+                f"information.quantile must lie between 0 and 1, got {self.quantile}"
+            )
+        if not 0 <= self.deviations <= 100:
+            raise ServegymError(
+                f"information.deviations must lie in 0 … 100, got {self.deviations}"
+            )
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """``[process]``: the decision process."""
+
+    rules: tuple[str, ...] = ADMISSION_RULES
+    """Admission rules on offer: action 1 + k prefills under the k-th."""
+    decisions: Literal["events", "rounds"] = "events"
+    """Ask where the choice has changed (a finish, an arrival), or at every decode round."""
+    reward: str = "gap"
+    """``gap`` (the return is minus the gap in percent) or ``latency`` (minus mean latency, s)."""
+    max_decisions: int = 0
+    """Truncate after so many decisions; 0: never."""
+    max_seconds: float = 0.0
+    """Truncate when the simulated clock has passed this; 0: never."""
+
+    def __post_init__(self) -> None:
+        check_fields("process", self)
+        if not self.rules or len(set(self.rules)) != len(self.rules):
+            raise ServegymError("process.rules must name at least one rule, each once")
+        for rule in self.rules:
+            if rule not in ADMISSION_RULES:
+                raise unknown("admission rule", rule, ADMISSION_RULES)
+        if self.reward not in REWARDS:
+            raise unknown("reward", self.reward, REWARDS)
+        _check_whole("process.max_decisions", self.max_decisions, 0, 10**12)
+        if not 0 <= self.max_seconds < np.inf:
+            raise ServegymError(f"process.max_seconds must be ≥ 0, got {self.max_seconds}")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task: what is served, on what, at what cost, and what may be decided."""
+
+    name: str
+    cluster: ClusterConfig = ClusterConfig()
+    cost: StageCosts = field(default_factory=lambda: cost_preset("llama2-70b-a100x4").costs)
+    workload: WorkloadConfig = WorkloadConfig()
+    information: InformationConfig = InformationConfig()
+    process: ProcessConfig = ProcessConfig()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", as_annotated("name", self.name, str))
+        for section, kind in field_types(TaskConfig).items():
+            kind = CostModel if section == "cost" else kind  # whatever has tables of costs
+            if not isinstance(getattr(self, section), kind):
+                raise ServegymError(
+                    f"{section} must be a {kind.__name__}, got {shown(getattr(self, section))}"
+                )
+
+
+_COST_MODELS: Final = {
+    "affine": (AffineDecode, AffinePrefill),
+    "table": (TableDecode, AffinePrefill),
+    "levelled": (AffineDecode, LevelledPrefill),
+}
+"""``[cost] model``: the classes of its ``decode`` and ``prefill`` tables."""
+
+_SECTIONS: Final = {"cluster", "cost", "workload", "information", "process"}
+
+
+def with_overrides(task: TaskConfig, sections: Mapping[str, Any]) -> TaskConfig:
+    """Return ``task`` with keys replaced, given as ``{"cluster": {"clients": 50}, …}``.
+
+    numpy's numbers, texts and arrays and paths are taken where Python's own are.
+
+    Raises
+    ------
+    ServegymError
+        If ``sections`` is not such a table, or a key or value is none that the task may have.
+    """
+    if not isinstance(sections, Mapping):
+        raise ServegymError(
+            f"overrides must be a table of sections, as {{'cluster': {{'clients': 50}}}}, "
+            f"got {shown(sections)}"
+        )
+    changed: dict[str, Any] = {}
+    for section, values in sections.items():
+        if section not in _SECTIONS:
+            raise unknown("section", section, sorted(_SECTIONS))
+        if not isinstance(values, Mapping):
+            raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
+        if section == "cost":
+            changed["cost"] = _cost_model(values, task.cost)
+        else:
+            changed[section] = _build(section, getattr(task, section), values)
+    return replace(task, **changed)
+
+
+def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
+    """Read a task TOML; keys it leaves out keep ``base``'s values.
+
+    A relative CSV path in ``workload.source`` is looked up beside the TOML file.
+
+    Raises
+    ------
+    ServegymError
+        One line naming file, line and key.
+    """
+    path = Path(path)
+    text = read_text(path, "task file")
+    try:
+        sections = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ServegymError(f"{path}: not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ServegymError(f"{path}: not TOML that can be read: {beyond_limits(error)}") from None
+    workload = sections.get("workload")
+    if isinstance(workload, dict) and is_csv(str(workload.get("source", ""))):
+        workload["source"] = str(path.parent / workload["source"])
+    task = replace(base, name=str(path))
+    for section, values in sections.items():
+        for part in _parts(section, values):
+            try:
+                task = with_overrides(task, part)
+            except ServegymError as error:
+                line = _line_of(text, (section, *error.key))
+                raise ServegymError(f"{path}: line {line}: {error}") from None
+    return task
+
+
+def _parts(section: str, values: Any) -> list[dict[str, Any]]:
+    """Take a section apart key by key, so that an error has one key to blame; [cost] is one piece."""
+    if section == "cost" or not isinstance(values, dict) or not values:
+        return [{section: values}]
+    # Which arrival rates are possible depends on the number of requests: that is read first.
+    keys = sorted(values, key=lambda key: key == "arrival_rate_per_s")
+    return [{section: {key: values[key]}} for key in keys]
+
+
+def _line_of(text: str, key: tuple[str, ...]) -> int:
+    """Return the 1-based line where a key of a TOML text is set, or the table nearest around it.
+
+    The parser itself is asked, so that quotes, dotted keys, inline tables and tables of tables mean
+    here what they meant in reading: a key is set by the statement with which the text's beginning
+    comes to hold it.
+    """
+    lines, ends = text.split("\n"), _statement_ends(text)
+    while key and not _holds(tomllib.loads(text), key):
+        key = key[:-1]
+    first = bisect_left(
+        ends, True, key=lambda end: _holds(tomllib.loads("\n".join(lines[:end])), key)
+    )
+    return ends[first - 1] + 1 if first else 1
+
+
+def _holds(table: Any, key: tuple[str, ...]) -> bool:
+    for part in key:
+        if not isinstance(table, dict) or part not in table:
+            return False
+        table = table[part]
+    return True
+
+
+_TOML_TOKENS: Final = re.compile(
+    r'''"""(?:\\.|[^\\])*?"{3,5}|\'{3}.*?\'{3,5}'''  # texts over several lines
+    r"""|"(?:\\.|[^"\\])*"|\'[^\']*\'|#[^\n]*|[\[{\]}\n]""",
+    re.DOTALL,
+)
+"""All that may hold a bracket or an end of a line, and these themselves."""
+
+
+def _statement_ends(text: str) -> list[int]:
+    """Return after how many lines each statement of a valid TOML text ends; blank lines are some, too."""
+    ends, line, depth = [], 0, 0
+    for token in _TOML_TOKENS.findall(text + "\n"):
+        line += token.count("\n")
+        depth += (token in ("[", "{")) - (token in ("]", "}"))
+        if token == "\n" and depth == 0:
+            ends.append(line)
+    return ends
+
+
+@contextmanager
+def _blaming(*key: str) -> Iterator[None]:
+    """Name the key to blame in errors that do not name one themselves."""
+    try:
+        yield
+    except ServegymError as error:
+        error.key = error.key or key
+        raise
+
+
+def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
+    """Build ``[cost]``: a preset and what replaces parts of it, or a model given in full."""
+    known = ("preset", "model", "decode", "prefill", "engine_overhead")
+    for key in values:
+        if key not in known:
+            options = [f"cost.{name}" for name in known]
+            raise ServegymError(str(unknown("key", f"cost.{key}", options)), (key,))
+    costs = base
+    if "preset" in values:
+        with _blaming("preset"):
+            costs = cost_preset(as_annotated("cost.preset", values["preset"], str)).costs
+    if "model" in values:
+        with _blaming("model"):
+            costs = _replace_parts(values, costs)
+    elif "decode" in values or "prefill" in values:
+        raise ServegymError(f"cost.model is missing; choose from {', '.join(_COST_MODELS)}")
+    if "engine_overhead" in values:
+        with _blaming("engine_overhead"):
+            table = values["engine_overhead"]
+            overhead = _build("cost.engine_overhead", costs.engine_overhead, table)
+            costs = replace(costs, engine_overhead=overhead)
+    return costs
+
+
+def _replace_parts(values: Mapping[str, Any], costs: StageCosts) -> StageCosts:
+    """Replace ``decode`` and ``prefill`` by those of the model that ``values`` names."""
+    model = as_annotated("cost.model", values["model"], str)
+    if model not in _COST_MODELS:
+        raise unknown("cost model", model, _COST_MODELS)
+    for part, cls in zip(("decode", "prefill"), _COST_MODELS[model], strict=True):
+        if part in values:
+            with _blaming(part):
+                costs = replace(costs, **{part: _build(f"cost.{part}", cls, values[part])})
+        elif not isinstance(getattr(costs, part), cls):
+            raise ServegymError(f"cost.{part} is missing for model {model!r}")
+    return costs
+
+
+def _build(section: str, base: Any, values: Any) -> Any:
+    """Make a dataclass from a table of keys; ``base`` is the class, or an instance to change."""
+    cls = base if isinstance(base, type) else type(base)
+    if not isinstance(values, Mapping):
+        raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
+    hints = field_types(cls)
+    names = [item.name for item in fields(cls)]
+    checked: dict[str, Any] = {}
+    above = section.split(".")[1:]
+    for key, value in values.items():
+        with _blaming(*above, key):
+            if key not in names:
+                raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in names])
+            checked[key] = as_annotated(f"{section}.{key}", value, hints[key])
+    try:
+        with _blaming(*above, *(values if len(values) == 1 else ())):
+            return replace(base, **checked) if not isinstance(base, type) else cls(**checked)
+    except TypeError as error:
+        missing = str(error).split("argument")[-1].lstrip("s: ")
+        raise ServegymError(f"{section} lacks {missing}") from None

@@ -1,0 +1,1 @@
+"""What is served: requests, workloads, predictions of their lengths, offline plans."""

@@ -1,0 +1,1 @@
+"""What the scripts run: commands, studies and the checks behind the tables of results/."""

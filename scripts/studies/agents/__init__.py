@@ -1,0 +1,1 @@
+"""The study of trained agents: runs, play on held-out cases, report."""

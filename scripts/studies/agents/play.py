@@ -1,0 +1,203 @@
+"""What the study of agents plays: held-out cases of each task, and settings no agent has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from servegym.agents.hyperparameters import default_hyperparameters
+from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import make_folder, write_file
+from servegym.envs.play.evaluation import HELD_OUT_SEED, evaluate
+from servegym.envs.play.parallel import run_parallel
+from servegym.envs.play.summary import mean_gaps
+from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.registered import load_task
+from servegym.studies.agents.runs import ABLATED, MAIN, Run, is_finished
+from servegym.studies.commands.train import VALIDATION_SEED, usual_validation_cases
+from servegym.studies.commands.tune import THRESHOLDS, gaps
+from servegym.studies.policies import BEST, SHIPPED, make_listed_policy, note_weights
+
+BASELINES: Final[dict[str, tuple[str, ...]]] = {
+    "GSM8K-v0": (
+        *("random", "fcfs", "hybrid", "hybrid-0.2", "lpt", "threshold-12", "lookahead"),
+        *("lookahead-0.7", "aligned", "aligned-lookahead-0.5", "rollout"),
+    ),
+    "Paper-v0": (
+        *("fcfs", "random", "hybrid", "hybrid-0.01", "offline", "threshold-1", "lookahead"),
+        *("aligned", "aligned-lookahead-0.01", "rollout"),
+    ),
+    "GSM8KPredicted-v0": (
+        *("random", "fcfs", "feedback-0.3", "hybrid", "hybrid-0.3", "lpt-0.5", "threshold-12"),
+        *("lookahead", "aligned-1.5", "aligned-lookahead-1.5", "quantile", "rollout"),
+    ),
+}
+"""Whom the agents are compared with; the tuned numbers are from results/tuning/."""
+
+OTHER_BASELINES: Final = ("random", "fcfs", "hybrid", "threshold-1", "lookahead", "aligned")
+"""… on any other task."""
+
+REFERENCES: Final = ("hybrid", "threshold", "aligned", "rollout")
+"""Policies, or the families they belong to, that learning curves are drawn with."""
+
+TUNING_CASES: Final = 20
+FEW_CASES: Final = 100
+"""Of more cases of validation, learning curves are drawn without the rollout."""
+
+LARGE_SETTING: Final = "clients-2000"
+"""The setting that is played on a third of the cases."""
+
+CURVE_COLUMNS: Final = ("variant", "seed", "timesteps", "training_s", "gap_percent")
+CURVES: Final = Schema(
+    CURVE_COLUMNS,
+    key=("variant", "seed", "timesteps"),
+    whole=("seed", "timesteps"),
+    texts=("variant",),
+    optional=("gap_percent",),
+)
+EVALUATIONS: Final = Schema(
+    CURVE_COLUMNS[2:], others=True, key=("timesteps",), whole=("timesteps",), optional=None
+)
+"""What ``curves.csv`` and a run's ``evaluations.csv`` must be."""
+
+
+def baselines(task: str) -> tuple[str, ...]:
+    """Return the baselines of a task."""
+    return BASELINES.get(task, OTHER_BASELINES)
+
+
+def evaluate_agents(
+    task: str, grid: Sequence[Run], runs: Path, output: Path, cases: int, jobs: int
+) -> None:
+    """Copy a task's finished agents and learning curves; play them and the baselines.
+
+    Writes into ``output/<task>/``: the best agent, ``seeds/<seed>/``, ``curves.csv``,
+    ``episodes.csv`` on held-out cases and ``validation/episodes.csv``, the references on the cases of
+    validation.
+
+    Raises
+    ------
+    ServegymError
+        If no run is finished, or episodes of other weights stand in the folder.
+    """
+    own = [run for run in grid if run.task == task]
+    finished = [run for run in own if is_finished(run, runs)]
+    if not finished:
+        raise ServegymError(f"{runs}: holds no finished run of {task}; begin with --parts train")
+    if len(finished) < len(own):
+        left = ", ".join(run.name for run in own if run not in finished)
+        print(f"not finished, left out: {left}")
+    folder = output / task
+    folders = {run.policy: runs / run.name / BEST for run in finished}
+    weights = note_weights(folders, folder)
+    curves = _keep_curves(finished, runs, folder)
+    _ship([run for run in finished if run.variant == MAIN], runs, curves, folder)
+    config, policies = load_task(task), baselines(task)
+    policy_of = partial(make_listed_policy, folders=folders, weights=weights)
+    count = usual_validation_cases(default_hyperparameters(config.name))
+    lines = [name for name in policies if name.split("-")[0] in REFERENCES]
+    if count > FEW_CASES:  # a rollout takes seconds a case
+        lines = [name for name in lines if name != "rollout"]
+    seeds = range(VALIDATION_SEED, VALIDATION_SEED + count)
+    evaluate(config, policy_of, lines, seeds, folder / "validation", jobs=jobs)
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
+    evaluate(config, policy_of, [*policies, *folders], seeds, folder, jobs=jobs)
+
+
+def _keep_curves(finished: Sequence[Run], runs: Path, folder: Path) -> pd.DataFrame:
+    """Write the learning curves of these runs; those of other runs stay in the file."""
+    path = folder / "curves.csv"
+    tables = []
+    known = read_rows(path, CURVES, "remove it and play again")
+    if len(known):
+        ours = {(run.variant, run.seed) for run in finished}
+        is_ours = [pair in ours for pair in zip(known["variant"], known["seed"], strict=True)]
+        tables.append(known[[not one for one in is_ours]])
+    for run in finished:
+        table = read_rows(runs / run.name / "evaluations.csv", EVALUATIONS, "train this run anew")
+        tables.append(table.assign(variant=run.variant, seed=run.seed)[list(CURVE_COLUMNS)])
+    curves = pd.concat([table for table in tables if len(table)], ignore_index=True)
+    write_file(path, curves.round(6).to_csv(index=False))
+    return curves
+
+
+def _ship(main: Sequence[Run], runs: Path, curves: pd.DataFrame, folder: Path) -> None:
+    """Copy the best agent of every main run, and the best of these by validation as the task's."""
+    if not main:
+        return
+    best = curves[curves["variant"] == MAIN].groupby("seed")["gap_percent"].min()
+    winner = min(main, key=lambda run: float(best[run.seed]))
+    for run in main:
+        _copy_agent(runs / run.name / BEST, folder / "seeds" / str(run.seed))
+    _copy_agent(runs / winner.name / BEST, folder)
+
+
+def _copy_agent(source: Path, target: Path) -> None:
+    load_agent(source)  # refuses one that is damaged
+    make_folder(target)
+    for name in (WEIGHTS_FILE, CARD_FILE):
+        write_file(target / name, (source / name).read_bytes())
+
+
+def settings() -> dict[str, TaskConfig]:
+    """Return what the agent of ``ABLATED`` is played on without having seen it, by name."""
+    home = load_task(ABLATED)
+    requests = home.workload.requests / home.cluster.clients
+    overrides: dict[str, Mapping[str, Any]] = {
+        f"clients-{clients}": {
+            "cluster": {"clients": clients},
+            "workload": {"requests": round(requests * clients)},
+        }
+        for clients in (50, 500, 2000)
+    }
+    overrides["outputs-cap512"] = {"workload": {"source": "gsm8k-cap512"}}
+    for preset in ("llama2-70b-h100x8", "llama3-8b-a100x1"):
+        overrides[f"cost-{preset}"] = {"cost": {"preset": preset}}
+    return {
+        name: replace(with_overrides(home, sections), name=f"{home.name} {name}")
+        for name, sections in overrides.items()
+    }
+
+
+def tuned_threshold(task: TaskConfig, cases: int, jobs: int) -> str:
+    """Return the best ``threshold-K`` on training cases; K in proportion to the clients."""
+    share = task.cluster.clients / load_task(ABLATED).cluster.clients
+    names = [f"threshold-{k}" for k in sorted({max(1, round(share * k)) for k in THRESHOLDS})]
+    rounds = run_parallel(gaps, [(task, seed, names) for seed in range(cases)], jobs)
+    with closing(rounds):
+        means = mean_gaps(pd.DataFrame([row for rows in rounds for row in rows]))
+    if np.isinf(means.min()):
+        raise ServegymError(
+            f"{task.name}: no threshold serves all requests; raise process.max_decisions or max_seconds"
+        )
+    return str(means.idxmin())
+
+
+def play_transfer(output: Path, cases: int, jobs: int) -> None:
+    """Play the shipped agent of ``ABLATED`` and rules in every setting.
+
+    Writes ``output/transfer/<setting>/episodes.csv``.
+    """
+    agent = output / ABLATED
+    if not (agent / CARD_FILE).is_file():
+        raise ServegymError(f"{agent}: holds no agent; begin with --parts train,evaluate")
+    folders = {SHIPPED: agent}
+    for name, task in settings().items():
+        folder = output / "transfer" / name
+        weights = note_weights(folders, folder)
+        threshold = tuned_threshold(task, TUNING_CASES, jobs)
+        names = ["hybrid", threshold, "lookahead-0.7", "aligned-lookahead-0.7", SHIPPED]
+        some = max(1, cases // 3) if name == LARGE_SETTING else cases
+        seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + some)
+        print(f"{name}: {some} cases, {', '.join(names)}")
+        policy_of = partial(make_listed_policy, folders=folders, weights=weights)
+        evaluate(task, policy_of, names, seeds, folder, jobs=jobs)

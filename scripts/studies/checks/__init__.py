@@ -1,0 +1,1 @@
+"""What the checks of the paper's rules share."""

@@ -1,0 +1,204 @@
+"""What the three checks of the method share: cases of several tasks, resumed; cells; a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import write_file
+from servegym.envs.pictures import to_png
+from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.play.identity import check_unchanged, claim, hash_of
+from servegym.envs.play.locks import locked
+from servegym.envs.play.parallel import check_jobs, run_parallel
+from servegym.envs.play.summary import mean_interval
+from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.registered import NAMESPACE, load_task
+from servegym.studies.cli import check_number, split_names
+
+TUNED: Final[dict[str, dict[str, float]]] = {
+    "GSM8K-v0": {"hybrid": 0.2, "lookahead": 0.7, "aligned-lookahead": 0.5},
+    "Paper-v0": {"hybrid": 0.01, "lookahead": 0.01, "aligned-lookahead": 0.01},
+}
+"""λ of rules by task, from results/tuning/; of any other task λ is 1."""
+
+TAUS: Final = (0.0, 0.2, 0.4, 0.55, 0.69, 0.9, 1.0)
+"""Kendall's τ of predictions with the true lengths, where a study goes through qualities."""
+
+PlayCase = Callable[[TaskConfig, int], list[dict[str, Any]]]
+"""Plays all of a check on one case; picklable. Its rows hold the case's ``seed``."""
+
+
+def short_name(task: TaskConfig) -> str:
+    """Return a task's name without the namespace; of a TOML file its stem."""
+    name = task.name.removeprefix(f"{NAMESPACE}/")
+    return Path(name).stem if name.lower().endswith(".toml") else name
+
+
+def tuned_multiplier(task: TaskConfig, family: str) -> float:
+    """Return a rule's λ tuned on the task, 1 where nobody has tuned it."""
+    return TUNED.get(short_name(task), {}).get(family, 1.0)
+
+
+def numbered(family: str, multiplier: float) -> str:
+    """Return a policy's name with its λ, without where that is 1."""
+    return family if multiplier == 1 else f"{family}-{multiplier:g}"
+
+
+def load_tasks(text: str) -> list[TaskConfig]:
+    """Return the tasks of a comma-separated list, each once; all requests present at t = 0."""
+    names = split_names(text)
+    if not names:
+        raise ServegymError("--tasks names no task; give one, such as GSM8K-v0")
+    tasks = [load_task(name) for name in names]
+    for name, task in zip(names, tasks, strict=True):
+        if task.information.output_lengths != "known":
+            raise ServegymError(f"--tasks {name}: the check itself says what is known of lengths")
+        if task.workload.arrival_rate_per_s > 0:
+            raise ServegymError(f"--tasks {name} has arrivals; the checks need all at t = 0")
+        if task.process.max_decisions > 0 or task.process.max_seconds > 0:
+            raise ServegymError(
+                f"--tasks {name} cuts episodes short (process.max_decisions, max_seconds); the checks "
+                "need whole ones"
+            )
+    if len({short_name(task) for task in tasks}) < len(tasks):
+        raise ServegymError(f"--tasks {text}: two tasks would write the same file")
+    return tasks
+
+
+def held_out(cases: int, jobs: int) -> range:
+    """Return the held-out seeds of so many cases, after a look at the two numbers given."""
+    check_number("--cases", cases, 2, HELD_OUT_SEED)
+    check_jobs(jobs)
+    return range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Where the rows of a check lie: a CSV file a task, and what they were asked for."""
+
+    output: Path
+    asked: Mapping[str, Any]
+    """What rows depend on besides task and seed; a folder holds rows of one value only."""
+    texts: Sequence[str] = ()
+    """Columns of texts; all others are of numbers."""
+
+    def open(self, tasks: Sequence[TaskConfig]) -> None:
+        """Make the folder; refuse one that holds rows of something else."""
+        for task in tasks:
+            make_case(task, 0)  # refuse a workload file before anything is written
+        with locked(self.output):
+            for task in tasks:
+                self._claim(task)
+
+    def _claim(self, task: TaskConfig) -> None:
+        asked = {"task": asdict(task), **self.asked, **hash_of(task)}
+        name = short_name(task)
+        claim(self.output / f"{name}.json", asked, "rows", indent=1, tables=[f"{name}.csv"])
+
+    def rows(
+        self, task: TaskConfig, seeds: range, play_case: PlayCase, jobs: int, part: str = ""
+    ) -> pd.DataFrame:
+        """Play the cases that are missing and return the rows of all, by seed.
+
+        ``part`` names a file of its own, for a check that has several tables a task.
+        Finished cases are kept in the file, so that an interrupted check goes on where it stopped;
+        what is returned is read from the file, the same after any number of interruptions.
+        """
+        path = self._path(task, part)
+        with locked(self.output):
+            self._claim(task)
+            known, tables = hash_of(task), [self._read(path)]
+            done = set(tables[0]["seed"])
+            missing = [seed for seed in seeds if seed not in done]
+            found = run_parallel(play_case, [(task, seed) for seed in missing], jobs)
+            with closing(found):
+                for new in tqdm(found, total=len(missing), desc=path.stem, unit="case"):
+                    check_unchanged(task, known)
+                    tables.append(pd.DataFrame(new))
+                    played = [table for table in tables if len(table)]
+                    table = pd.concat(played, ignore_index=True).sort_values("seed", kind="stable")
+                    write_file(path, table.to_csv(index=False, float_format="%.7g"))
+            table = self._read(path)
+        return table[table["seed"].isin(seeds)].reset_index(drop=True)
+
+    def _read(self, path: Path) -> pd.DataFrame:
+        """Return a table, without rows where there is no file; several rows a case, as many for each."""
+        schema = Schema(("seed",), others=True, texts=self.texts, optional=None)
+        table = read_rows(path, schema, "remove it or choose a new --output folder")
+        counts = table["seed"].value_counts()
+        if counts.nunique() > 1:
+            seed = counts.idxmin()
+            raise ServegymError(
+                f"{path}: seed {seed} has {counts.min()} rows where others have {counts.max()}; delete "
+                "its rows, and the case is played again"
+            )
+        return table
+
+    def _path(self, task: TaskConfig, part: str) -> Path:
+        name = f"{short_name(task)}-{part}" if part else short_name(task)
+        return self.output / f"{name}.csv"
+
+
+class Line(NamedTuple):
+    """One line of a picture: means and half intervals over x."""
+
+    label: str
+    x: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    half: NDArray[np.float64]
+    colour: str
+    style: str
+
+
+def line(
+    label: str,
+    x: Sequence[float],
+    values: Sequence[NDArray[np.float64]],
+    colour: str,
+    style: str,
+) -> Line:
+    """Return the line of the means of ``values``, an array of cases for each x."""
+    cells = [mean_interval(some) for some in values]
+    means, halves = np.array(cells, dtype=float).T
+    return Line(label, np.asarray(x, dtype=float), means, halves, colour, style)
+
+
+def picture(panels: Mapping[str, Sequence[Line]], x_label: str) -> bytes:
+    """Return a PNG of gaps over something, panels beside each other by title; bands are 95 % intervals.
+
+    One legend serves all, so the panels' lines go by the same labels.
+    """
+    figure = Figure(figsize=(1.2 + 4.6 * max(len(panels), 2), 4.8), dpi=110, layout="constrained")
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for one in lines:
+            low, high = one.mean - one.half, one.mean + one.half
+            axes.plot(
+                *(one.x, one.mean, one.style),
+                color=one.colour, label=one.label, linewidth=1.6, markersize=4,
+            )  # fmt: skip
+            axes.fill_between(one.x, low, high, color=one.colour, alpha=0.2, linewidth=0)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel(x_label)
+        axes.set_ylim(bottom=0.0)
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("gap to the lower bound (%)")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        *(handles, labels), loc="outside lower center", ncols=3, fontsize=8, frameon=False,
+        handlelength=4,
+    )  # fmt: skip
+    return to_png(figure)

@@ -1,0 +1,1 @@
+"""One module for each script: its options and what it does."""

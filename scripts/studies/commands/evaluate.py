@@ -1,0 +1,201 @@
+"""Play policies on the same held-out cases; write one row per episode and a summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from servegym.baselines.exact.optima import TooLargeError, find_optima
+from servegym.baselines.registry import policy_descriptions
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import write_file
+from servegym.envs.machine.presets import COST_PRESETS
+from servegym.envs.play.evaluation import evaluate, make_case, read_best_known
+from servegym.envs.play.identity import claim_task
+from servegym.envs.play.locks import locked
+from servegym.envs.play.parallel import USUAL_JOBS, check_jobs
+from servegym.envs.play.summary import summarise, to_markdown
+from servegym.envs.task.config import TaskConfig, WorkloadConfig
+from servegym.envs.task.registered import TASKS, load_task
+from servegym.envs.workload.presets import is_csv
+from servegym.studies.cli import command_line, parse, split_names
+from servegym.studies.policies import DESCRIPTIONS, make_policy, note_agents
+
+MAX_SEEDS = 1_000_000
+MAX_SEED = 2**62
+
+
+@dataclass(frozen=True)
+class Args:
+    """Play policies on the same cases; writes episodes.csv and summary.md."""
+
+    task: str = "GSM8K-v0"
+    """A registered task or a task TOML."""
+    policies: str = "random,fcfs,offline-steal,hybrid,threshold-12,lookahead,aligned"
+    """Comma-separated names or folders of trained agents; see --list-policies."""
+    seeds: str = "1000000:1000010"
+    """FIRST:AFTER_LAST, or one seed. Held-out seeds begin at 1000000."""
+    output: Path = Path("results/evaluation")
+    """Folder for the results; episodes that stand in it are not played again."""
+    workload: str = ""
+    """A workload CSV to play in place of the task's own."""
+    reference: str = "hybrid"
+    """Policy that the summary's paired differences are taken from."""
+    optimum_limit: float = 10.0
+    """Seconds to look for the exact optimum of a case, where a task is small; 0: not at all."""
+    jobs: int = USUAL_JOBS
+    """Worker processes."""
+    list_policies: bool = False
+    """List the policies and stop."""
+    list_costs: bool = False
+    """List the cost presets with their fit and source and stop."""
+    list_tasks: bool = False
+    """List the registered tasks and stop."""
+
+
+def parse_seeds(text: str) -> range:
+    """Return the seeds of ``FIRST:AFTER_LAST`` or of one number."""
+    match = re.fullmatch(r"(\d{1,19})(?::(\d{1,19}))?", text)
+    if match is None:
+        raise ServegymError(f"--seeds must be FIRST:AFTER_LAST, such as 0:100, got {text!r}")
+    first = int(match[1])
+    seeds = range(first, int(match[2]) if match[2] else first + 1)
+    if len(seeds) == 0:
+        raise ServegymError(f"--seeds {text} is empty; did you mean {first}:{first + 1}?")
+    if len(seeds) > MAX_SEEDS or seeds[-1] > MAX_SEED:
+        raise ServegymError(
+            f"--seeds {text} is too much: at most {MAX_SEEDS} seeds up to {MAX_SEED}"
+        )
+    return seeds
+
+
+def parse_policies(text: str, task_name: str) -> list[str]:
+    """Return the names of a comma-separated list, each once; refuse what is no policy of the task."""
+    names = split_names(text)
+    if not names:
+        raise ServegymError("--policies names no policy; see --list-policies")
+    for name in names:
+        make_policy(name, task_name)
+    return names
+
+
+def resolve_task(args: Args) -> TaskConfig:
+    """Return the task, on the CSV workload if one is given."""
+    task = load_task(args.task)
+    if args.workload:
+        if not is_csv(args.workload):
+            raise ServegymError(f"{args.workload}: a workload file ends in .csv")
+        task = replace(task, workload=WorkloadConfig(source=str(Path(args.workload))))
+    return task
+
+
+def list_costs() -> str:
+    """Return the cost presets with provenance, R² and worst errors."""
+    rows = [
+        {
+            "preset": name,
+            "decode R²": "" if preset.decode_r_squared is None else preset.decode_r_squared,
+            "decode worst error": _percent(preset.decode_worst_error),
+            "prefill worst error": _percent(preset.prefill_worst_error),
+            "source": preset.source,
+        }
+        for name, preset in COST_PRESETS.items()
+    ]
+    return pd.DataFrame(rows).to_string(index=False)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def list_policies() -> str:
+    """Return the policies with their descriptions."""
+    descriptions = policy_descriptions() | DESCRIPTIONS
+    return "\n".join(f"{name:22} {text}" for name, text in descriptions.items())
+
+
+def list_tasks() -> str:
+    """Return the registered tasks."""
+    return "\n".join(
+        f"{name:24} {task.workload.requests} requests ({task.workload.source}), "
+        f"{task.cluster.clients} clients"
+        for name, task in TASKS.items()
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate and write the tables."""
+    args = parse(Args, argv)
+    listings = [
+        text()
+        for wanted, text in (
+            (args.list_policies, list_policies),
+            (args.list_costs, list_costs),
+            (args.list_tasks, list_tasks),
+        )
+        if wanted
+    ]
+    if listings:
+        print("\n\n".join(listings))
+        return 0
+    check_jobs(args.jobs)
+    if args.optimum_limit < 0:
+        raise ServegymError(f"--optimum-limit must be ≥ 0 seconds, got {args.optimum_limit}")
+    task, seeds = resolve_task(args), parse_seeds(args.seeds)
+    names = parse_policies(args.policies, task.name)
+    if args.reference not in names:
+        args = replace(args, reference=names[0])
+    make_case(task, seeds[0])  # refuse a workload file before anything is written
+    with locked(args.output):
+        text = play_and_tabulate(task, names, seeds, args)
+    print(text)
+    print(f"wrote {args.output / 'episodes.csv'} and {args.output / 'summary.md'}")
+    return 0
+
+
+def play_and_tabulate(task: TaskConfig, names: Sequence[str], seeds: range, args: Args) -> str:
+    """Play what is missing, write summary.md and return its table."""
+    task = claim_task(task, args.output)
+    weights = note_agents(names, task.name, args.output)
+    policy_of = partial(make_policy, task_name=task.name, weights=weights)
+    episodes = evaluate(task, policy_of, names, seeds, args.output, jobs=args.jobs)
+    optima, note = look_for_optima(task, seeds, args)
+    best_known = read_best_known(args.output / "best_known.csv", task.name, episodes)
+    table = to_markdown(summarise(episodes, args.reference, optima, best_known))
+    write_file(args.output / "summary.md", summary_text(task.name, args, table + note))
+    return table + note
+
+
+def look_for_optima(task: TaskConfig, seeds: range, args: Args) -> tuple[pd.DataFrame | None, str]:
+    """Return the optima of a small task's cases, and what must be said of them."""
+    if args.optimum_limit == 0:
+        return None, ""
+    try:
+        optima = find_optima(task, seeds, args.output, args.optimum_limit)
+    except TooLargeError as error:
+        return None, f"\nNo optimum: {error}.\n"
+    open_cases = len(optima) - int(optima["proven"].sum())
+    if open_cases == 0:
+        return optima, ""
+    return optima, (
+        f"\n{open_cases} of {len(optima)} optima are not proven within {args.optimum_limit:g} s; "
+        "there the search's proven bound\nstands in, and the gap to it is no smaller than that to the "
+        "optimum.\n"
+    )
+
+
+def summary_text(task: str, args: Args, table: str) -> str:
+    """Return summary.md: the command that makes it, then the table."""
+    asked = {
+        name: getattr(args, name) for name in ("task", "policies", "seeds", "output", "workload")
+    }
+    command = command_line("evaluate", **asked)
+    return (
+        f"# {task}\n\n`{command}`\n\nMeans over seeds with 95 % Student-t intervals; decision p99 is "
+        f"the median over episodes.\n\n{table}"
+    )

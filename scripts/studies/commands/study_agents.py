@@ -1,0 +1,141 @@
+"""The study of trained agents: train, play held-out cases, transfer, tables and pictures."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from servegym.agents.hyperparameters import MAX_SEED
+from servegym.envs.play.evaluation import HELD_OUT_SEED
+from servegym.envs.play.locks import locked
+from servegym.envs.play.parallel import USUAL_JOBS, check_jobs
+from servegym.envs.task.registered import NAMESPACE, TASKS
+from servegym.studies.agents.play import evaluate_agents, play_transfer
+from servegym.studies.agents.report import write_task, write_transfer
+from servegym.studies.agents.runs import ABLATED, MAIN, Run, ablations, grid, train_all
+from servegym.studies.cli import check_folder, check_number, parse, read_list
+
+PAPER = "Paper-v0"
+TINY = "Tiny-v0"
+PREDICTED = "GSM8KPredicted-v0"
+MAX_TIMESTEPS = 10**12
+PARTS = ("train", "evaluate", "transfer", "report")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Study trained agents; goes on where it was interrupted."""
+
+    parts: str = ",".join(PARTS)
+    """Comma-separated: train (hours; into --runs), evaluate, transfer (both play agents; into
+    --output), report (tables and pictures from what the two have left)."""
+    tasks: str = f"{ABLATED},{PAPER},{TINY},{PREDICTED}"
+    """Comma-separated tasks."""
+    variants: str = "all"
+    """Comma-separated: main (the agent itself) and ablations, which are of GSM8K-v0 only: short,
+    imitation, every-round, without-RULE, ppo-unmasked; or all."""
+    seeds: int = 5
+    """Main runs of each task, agent seeds 0 …."""
+    timesteps: int = 8_000_000
+    """Timesteps of a main run, but for the three tasks below."""
+    paper_timesteps: int = 3_000_000
+    """Timesteps of a main run on Paper-v0."""
+    tiny_timesteps: int = 300_000
+    """Timesteps of a main run on Tiny-v0."""
+    predicted_timesteps: int = 3_000_000
+    """Timesteps of a main run on GSM8KPredicted-v0."""
+    ablation_seeds: int = 1
+    """Runs of each ablation, agent seeds 0 …."""
+    ablation_timesteps: int = 2_000_000
+    """Timesteps of an ablation's run."""
+    cases: int = 100
+    """Held-out cases, seeds 1000000 …."""
+    transfer_cases: int = 30
+    """Held-out cases of each setting of transfer; a third of them with 2000 clients."""
+    runs: Path = Path("runs/study")
+    """Folder of the training runs."""
+    output: Path = Path("results/agents")
+    """Folder for agents, episodes, tables and pictures."""
+    jobs: int = USUAL_JOBS
+    """Training runs, or worker processes, at a time."""
+
+
+def read_tasks(text: str) -> list[str]:
+    """Return the short names of registered tasks."""
+    short = [name.removeprefix(f"{NAMESPACE}/") for name in TASKS]
+    return read_list("--tasks", text, short)
+
+
+def make_grid(args: Args, tasks: Sequence[str]) -> list[Run]:
+    """Return the training runs that the options ask for."""
+    every = [MAIN, *ablations()]
+    variants = every if args.variants == "all" else read_list("--variants", args.variants, every)
+    own = {
+        PAPER: args.paper_timesteps,
+        TINY: args.tiny_timesteps,
+        PREDICTED: args.predicted_timesteps,
+    }
+    timesteps = {task: own.get(task, args.timesteps) for task in tasks}
+    return grid(
+        tasks, variants, timesteps, args.seeds, args.ablation_timesteps, args.ablation_seeds
+    )
+
+
+def check(args: Args) -> None:
+    """Refuse numbers out of range."""
+    check_jobs(args.jobs)
+    limits = {
+        "seeds": (1, MAX_SEED + 1),
+        "ablation_seeds": (1, MAX_SEED + 1),
+        "cases": (2, HELD_OUT_SEED),  # a single one has no interval
+        "transfer_cases": (2, HELD_OUT_SEED),
+        "timesteps": (1, MAX_TIMESTEPS),
+        "paper_timesteps": (1, MAX_TIMESTEPS),
+        "tiny_timesteps": (1, MAX_TIMESTEPS),
+        "predicted_timesteps": (1, MAX_TIMESTEPS),
+        "ablation_timesteps": (1, MAX_TIMESTEPS),
+    }
+    for name, (least, most) in limits.items():
+        check_number(f"--{name.replace('_', '-')}", getattr(args, name), least, most)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts that are asked for."""
+    args = parse(Args, argv)
+    check(args)
+    parts, tasks = read_list("--parts", args.parts, PARTS), read_tasks(args.tasks)
+    runs = make_grid(args, tasks)
+    check_folder(args.runs)
+    check_folder(args.output)
+    if "train" in parts:
+        with locked(args.runs):
+            failed = train_all(runs, args.runs, args.jobs)
+        if failed:
+            print("\n".join(failed), file=sys.stderr)
+            return 1
+    if parts != ["train"]:
+        words = sys.argv[1:] if argv is None else argv
+        command = shlex.join(["python", "scripts/study_agents.py", *words])
+        with locked(args.output):
+            play_and_report(args, parts, tasks, runs, command)
+    return 0
+
+
+def play_and_report(
+    args: Args, parts: Sequence[str], tasks: Sequence[str], runs: Sequence[Run], command: str
+) -> None:
+    """Do the parts that come after training."""
+    if "evaluate" in parts:
+        for task in tasks:
+            print(f"{task}: {args.cases} held-out cases")
+            with locked(args.output / task):
+                evaluate_agents(task, runs, args.runs, args.output, args.cases, args.jobs)
+    if "transfer" in parts:
+        play_transfer(args.output, args.transfer_cases, args.jobs)
+    if "report" in parts:
+        written = [path for task in tasks for path in write_task(task, args.output, command)]
+        written += write_transfer(args.output, command)
+        print("wrote", ", ".join(str(path) for path in written))

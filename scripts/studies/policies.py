@@ -1,0 +1,134 @@
+"""What a policy's name on a command line stands for: a baseline, a trained agent, or its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from servegym.agents.policy import CARD_FILE, load_agent, read_card
+from servegym.baselines import registry
+from servegym.envs.errors import ServegymError
+from servegym.envs.files import make_folder, read_json, write_file
+from servegym.envs.play.policy import Policy
+from servegym.envs.task.registered import NAMESPACE
+from servegym.studies.cli import command_line
+
+SHIPPED = "ppo"
+"""The agent that is shipped for the task."""
+
+AGENTS = Path(__file__).resolve().parents[2] / "results" / "agents"
+
+BEST = "agent"
+"""Where a training run keeps its best agent, within its folder."""
+
+DESCRIPTIONS = {
+    SHIPPED: "the trained agent that is shipped for the task, in results/agents/<task>/",
+    "FOLDER": f"a trained agent: a folder that holds {CARD_FILE}, or that of a training run",
+}
+
+
+def make_policy(name: str, task_name: str, weights: Mapping[str, str] | None = None) -> Policy:
+    """Return a new policy for a task.
+
+    Parameters
+    ----------
+    name
+        A baseline's name, ``ppo``, or a folder: anything with a ``/``, or what holds ``agent.json``.
+        The folder of a training run stands for the best agent of that run.
+    task_name
+        Of the task to be played, which decides what ``ppo`` is.
+    weights
+        What :func:`note_agents` said: hashes of agents' weights by name, which must not change.
+
+    Raises
+    ------
+    ServegymError
+        If there is no such policy, or the agent's files are missing, refused or not those noted.
+    """
+    folder = agent_folder(name, task_name)
+    if folder is None:
+        return registry.make_policy(name)
+    return _load_noted(name, folder, weights or {})
+
+
+def agent_folder(name: str, task_name: str) -> Path | None:
+    """Return the folder of a trained agent; None for the name of a baseline."""
+    if name == SHIPPED:
+        return _shipped(task_name.removeprefix(f"{NAMESPACE}/"))
+    for folder in (Path(name), Path(name) / BEST):
+        if (folder / CARD_FILE).is_file():
+            return folder
+    return Path(name) if "/" in name else None
+
+
+def make_listed_policy(
+    name: str, folders: Mapping[str, Path], weights: Mapping[str, str] | None = None
+) -> Policy:
+    """Return the agent whose folder is listed under the name, or the baseline of that name."""
+    if name not in folders:
+        return registry.make_policy(name)
+    return _load_noted(name, folders[name], weights or {})
+
+
+def _load_noted(name: str, folder: Path, weights: Mapping[str, str]) -> Policy:
+    agent = load_agent(folder)
+    digest = agent.card.weights_sha256
+    if weights.get(name, digest) != digest:
+        raise ServegymError(
+            f"{folder}: the weights of {name!r} have changed while it played; choose a new --output folder"
+        )
+    return agent
+
+
+def weights_of(names: Sequence[str], task_name: str) -> dict[str, str]:
+    """Return the hashes of the weights of those names that are agents."""
+    return _hashes(_agent_folders(names, task_name))
+
+
+def note_agents(names: Sequence[str], task_name: str, output: Path) -> dict[str, str]:
+    """Note the weights of those names that are agents; see :func:`note_weights`."""
+    return note_weights(_agent_folders(names, task_name), output)
+
+
+def _agent_folders(names: Sequence[str], task_name: str) -> dict[str, Path]:
+    folders = {name: agent_folder(name, task_name) for name in names}
+    return {name: folder for name, folder in folders.items() if folder is not None}
+
+
+def _hashes(folders: Mapping[str, Path]) -> dict[str, str]:
+    return {name: read_card(folder / CARD_FILE).weights_sha256 for name, folder in folders.items()}
+
+
+def note_weights(folders: Mapping[str, Path], output: Path) -> dict[str, str]:
+    """Keep which weights play under which name in ``output``; refuse a name whose weights changed.
+
+    Finished episodes are not played again, so an agent that was trained anew under the same name
+    would get the rows of the old one. Returns the hashes of these names.
+    """
+    hashes = _hashes(folders)
+    if not hashes:
+        return {}
+    path = output / "agents.json"
+    try:
+        known = dict(read_json(path)) if path.exists() else {}
+    except (TypeError, ValueError):
+        raise ServegymError(f"{path}: damaged; choose a new --output folder") from None
+    for name, digest in hashes.items():
+        if known.get(name, digest) != digest:
+            raise ServegymError(
+                f"{output} holds episodes of other weights of {name!r}; choose a new --output folder"
+            )
+    make_folder(output)
+    write_file(path, json.dumps(known | hashes, indent=2) + "\n")
+    return hashes
+
+
+def _shipped(task: str) -> Path:
+    folder = AGENTS / task
+    if not (folder / CARD_FILE).is_file():
+        raise ServegymError(
+            f"policy {SHIPPED!r}: no agent is shipped for {task}; train one with "
+            f"`{command_line('train', task=task)}` and give its folder instead"
+        )
+    return folder

@@ -1,0 +1,1 @@
+"""Wrong arguments, damaged files, odd terminals and kills, tried on every script."""
