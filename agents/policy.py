@@ -23,8 +23,8 @@ from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.files import WRONG_VALUES, make_folder, read_bytes, read_json, write_file
 from servegym.envs.play.policy import Briefing, Situation
 from servegym.envs.process.observation import FEATURES, OBSERVATION_VERSION
-from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.plan import Plan
 
 AGENT_FORMAT: Final = "servegym-agent-1"

@@ -15,7 +15,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.jit import kernel, parallel_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.play.policy import Briefing, Situation
-from servegym.envs.process.steps import Settings
+from servegym.envs.process.actions import Settings
 from servegym.envs.serving_env import make_settings
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import view

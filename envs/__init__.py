@@ -14,8 +14,9 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import TASKS, load_task
+from servegym.envs.workload.csv import read_requests
 from servegym.envs.workload.plan import Plan
-from servegym.envs.workload.requests import Requests, make_requests, read_requests
+from servegym.envs.workload.requests import Requests, make_requests
 
 __all__ = [
     "TASKS",

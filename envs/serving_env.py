@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from servegym.envs.arguments import plain, whole_number
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.process.actions import Settings
 from servegym.envs.process.metrics import Records, episode_metrics, records
 from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE
-from servegym.envs.process.reward import REWARDS
-from servegym.envs.process.steps import Settings, begin_row, make_rows, step_row
-from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.process.steps import begin_row, make_rows, step_row
 from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import DecisionView, view
@@ -35,6 +34,7 @@ from servegym.envs.task.cases import (
 )
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
+from servegym.envs.vocabulary import ADMISSION_RULES, REWARDS
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.presets import check_readable
 from servegym.envs.workload.requests import Requests

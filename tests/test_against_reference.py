@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.vocabulary import ADMISSION_RULES
 from tests.against_reference import INFORMATION, Information, play_one
 from tests.reference_simulator import RULES
 

@@ -11,7 +11,6 @@ import pytest
 
 from servegym.envs import TASKS, ServegymError, ServingEnv, TaskConfig, load_task
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
-from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.task.config import (
     ClusterConfig,
     InformationConfig,
@@ -19,6 +18,7 @@ from servegym.envs.task.config import (
     WorkloadConfig,
     with_overrides,
 )
+from servegym.envs.vocabulary import ADMISSION_RULES
 from tests.helpers import HUGE
 
 Write = Callable[[str, str], Path]

@@ -12,8 +12,8 @@ import pytest
 from servegym.envs import load_task
 from servegym.envs.errors import ServegymError, shown
 from servegym.envs.files import read_json, read_text
-from servegym.envs.task.config import _line_of, _statement_ends
-from servegym.envs.workload.requests import read_requests
+from servegym.envs.task.toml import _line_of, _statement_ends
+from servegym.envs.workload.csv import read_requests
 
 Write = Callable[[str, str], Path]
 HEADER = "prompt_tokens,output_tokens\n"

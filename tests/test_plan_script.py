@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from servegym.envs.errors import ServegymError
+from servegym.envs.workload.csv import read_requests
 from servegym.envs.workload.plan import plan_from_queues
-from servegym.envs.workload.requests import read_requests
 from servegym.studies.cli import SCRIPTS, parse, run
 from servegym.studies.commands import plan
 from tests.helpers import make_env

@@ -34,7 +34,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.metrics import records
-from servegym.envs.simulator.admission import ADMISSION_RULES
+from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.stages import (
     pick,
     receive_arrivals,
@@ -43,7 +43,8 @@ from servegym.envs.simulator.stages import (
     run_prefill,
     sort_idle,
 )
-from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.simulator.state import State, make_state
+from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.requests import Requests
 
 MOVES_PER_REQUEST: Final = 2_000_000

@@ -26,13 +26,13 @@ from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.play.policy import Briefing, Situation
-from servegym.envs.process.steps import Settings, apply
+from servegym.envs.process.actions import Settings, apply
 from servegym.envs.serving_env import make_settings
-from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.simulator.events import DECODE, advance
 from servegym.envs.simulator.imagination import copy_row, imagine_row
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.plan import Plan
 
 RULES: Final = ("aligned", "longest")

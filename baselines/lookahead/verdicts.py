@@ -32,7 +32,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.play.evaluation import play
 from servegym.envs.play.policy import Briefing, Situation
-from servegym.envs.process.steps import Settings
+from servegym.envs.process.actions import Settings
 from servegym.envs.serving_env import make_settings
 from servegym.envs.simulator.events import DECODE
 from servegym.envs.simulator.state import State, make_state

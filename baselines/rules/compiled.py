@@ -8,12 +8,13 @@ from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.play.evaluation import brief, play
 from servegym.envs.process.metrics import METRICS, episode_metrics
-from servegym.envs.simulator.admission import ADMISSION_RULES, admits
+from servegym.envs.simulator.admission import admits
 from servegym.envs.simulator.events import advance, decode, prefill
 from servegym.envs.simulator.state import State
 from servegym.envs.simulator.view import view
 from servegym.envs.task.cases import Case, load_case, make_task_state
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.vocabulary import ADMISSION_RULES
 
 
 @kernel

@@ -12,17 +12,11 @@ seconds.
 
 from __future__ import annotations
 
-from typing import Final
-
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.jit import kernel
 from servegym.envs.simulator.state import State
+from servegym.envs.vocabulary import GAP
 from servegym.envs.workload.requests import Requests
-
-REWARDS: Final = ("gap", "latency")
-"""Names of the rewards; a reward's id in kernels is its place here."""
-
-GAP: Final = 0
 
 
 @kernel

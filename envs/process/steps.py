@@ -13,44 +13,11 @@ from numpy.typing import NDArray
 
 from servegym.envs.jit import kernel, parallel_kernel
 from servegym.envs.machine.costs import CostTables
+from servegym.envs.process.actions import Settings, apply, legal_actions
 from servegym.envs.process.observation import OBSERVATION_SIZE, observe
 from servegym.envs.process.reward import loss
-from servegym.envs.simulator.admission import admits
-from servegym.envs.simulator.events import DECODE, advance, decode, prefill
+from servegym.envs.simulator.events import advance
 from servegym.envs.simulator.state import State
-
-
-class Settings(NamedTuple):
-    """The task's choices that kernels read."""
-
-    rules: NDArray[np.int64]  # (actions − 1,) admission rule of action 1 + k
-    every_round: bool  # ask at every decode round, not only where the choice has changed
-    max_prefill_tokens: int  # prompt tokens of one prefill stage, 0: no limit
-    reward: int
-    max_decisions: int  # truncate after so many, 0: never
-    max_seconds: float  # truncate once the clock has passed it, 0: never
-
-
-@kernel
-def legal_actions(state: State, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]) -> int:
-    """Write which actions are legal; return how many. After the end, decode counts as legal."""
-    episode = state.episodes[e]
-    ended = episode.finished == episode.requests
-    mask[DECODE] = ended or state.replicas[e, r].active > 0
-    count = int(mask[DECODE])
-    for k in range(settings.rules.size):
-        mask[1 + k] = admits(state, e, r, settings.rules[k])
-        count += int(mask[1 + k])
-    return count
-
-
-@kernel
-def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> None:
-    """Carry out a legal action."""
-    if action == DECODE:
-        decode(state, costs, e, r, settings.every_round)
-    else:
-        prefill(state, costs, e, r, settings.rules[action - 1], settings.max_prefill_tokens)
 
 
 @kernel

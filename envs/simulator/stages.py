@@ -17,13 +17,13 @@ from servegym.envs.simulator.beliefs import expect_admitted, reveal, revise
 from servegym.envs.simulator.finishes import merge, sort_keys
 from servegym.envs.simulator.heap import play_again, tournament
 from servegym.envs.simulator.order import add
+from servegym.envs.simulator.queues import enqueue
 from servegym.envs.simulator.state import (
     FINISHED,
     NOBODY,
     RUNNING,
     WAITING,
     State,
-    enqueue,
 )
 
 _MANY_ARRIVALS: Final = 8

@@ -10,7 +10,8 @@ from servegym.envs.bounds.batch import LowerBound, lower_bound
 from servegym.envs.errors import ServegymError
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.reward import write_credits
-from servegym.envs.simulator.state import State, load, make_state
+from servegym.envs.simulator.loading import load
+from servegym.envs.simulator.state import State, make_state
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.workload.comparison import compared_tokens
 from servegym.envs.workload.plan import Plan

@@ -14,8 +14,8 @@ from servegym.envs.task.config import (
     InformationConfig,
     TaskConfig,
     WorkloadConfig,
-    read_task,
 )
+from servegym.envs.task.toml import read_task
 
 NAMESPACE: Final = "servegym"
 

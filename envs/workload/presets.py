@@ -27,7 +27,8 @@ from scipy.special import ndtr, ndtri
 
 from servegym.envs.errors import ServegymError, nearest, shown
 from servegym.envs.files import read_bytes
-from servegym.envs.workload.requests import MAX_ARRIVAL_S, Requests, make_requests, read_requests
+from servegym.envs.workload.csv import read_requests
+from servegym.envs.workload.requests import MAX_ARRIVAL_S, Requests, make_requests
 
 Generator = np.random.Generator
 Tokens = NDArray[np.int64]

@@ -16,7 +16,7 @@ import numpy as np
 
 from servegym.baselines.planning.planner import CertifiedPlan, plan_offline
 from servegym.envs.files import write_file
-from servegym.envs.workload.requests import read_requests
+from servegym.envs.workload.csv import read_requests
 from servegym.studies.cli import check_output, parse
 
 

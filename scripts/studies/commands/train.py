@@ -25,10 +25,10 @@ from servegym.envs.play.evaluation import make_case
 from servegym.envs.play.locks import locked
 from servegym.envs.play.parallel import end_with_parent
 from servegym.envs.process.metrics import METRICS
-from servegym.envs.simulator.admission import ADMISSION_RULES
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
+from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.studies.cli import check_number, parse
 
 if TYPE_CHECKING:

@@ -1,0 +1,135 @@
+"""Write an instance into a row of the state, with the plan that its clients follow."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.jit import allocating_kernel, kernel
+from servegym.envs.simulator.heap import deal
+from servegym.envs.simulator.queues import enqueue
+from servegym.envs.simulator.state import EPISODE, FUTURE, LENGTH_BUCKETS, NOBODY, REPLICA, State
+from servegym.envs.workload.plan import Plan
+from servegym.envs.workload.requests import Requests
+
+
+def load(
+    state: State,
+    e: int,
+    requests: Requests,
+    plan: Plan | None,
+    compared_rounds: NDArray[np.int64] | None = None,
+) -> None:
+    """Write an instance into row ``e`` and put its clock to 0.
+
+    Without a plan the requests present at t = 0 go longest first to the least loaded client (``deal``).
+    The bound and the reward's credits are the caller's to write. ``compared_rounds`` (requests,) say who
+    is longer than whom; None: the expected ones.
+
+    Raises
+    ------
+    ServegymError
+        If the state is for unknown lengths and nobody has predicted those of the requests.
+    """
+    known = state.expected is state.finishes
+    n, rounds = len(requests), requests.decode_rounds
+    expected = rounds if known else requests.as_predicted().decode_rounds
+    spread = requests.predicted_spread
+    state.episodes[e] = np.zeros((), EPISODE)
+    state.replicas[e] = np.zeros((), REPLICA)
+    state.waiting_lengths[e] = 0
+    state.waiting_tree[e] = 0
+    state.episodes[e].lengths_known = known
+    if not known and spread is not None:
+        state.beliefs[e, :n].spread = spread
+        state.beliefs[e, :n].log_median = np.log(requests.predicted_output_tokens) - spread**2 / 2
+    compared = expected if compared_rounds is None else compared_rounds
+    # Among equal lengths the later request is "shorter", so that longest-first serves in order.
+    order = n - 1 - np.sort(compared * n + np.arange(n)[::-1]) % n  # faster than argsort
+    arrival_s, prompts = requests.arrival_s, requests.prompt_tokens
+    _free_clients(state, e)
+    _write_requests(state, e, arrival_s, prompts, rounds, expected, compared, order)
+    if plan is None:
+        plan_greedily(state, e, 0)
+    else:
+        _enqueue_plan(state, e, 0, plan.order, plan.offsets)
+
+
+@kernel
+def _free_clients(state: State, e: int) -> None:
+    """Give every client an empty queue and nothing to do."""
+    for r in range(state.clients.shape[1]):
+        for client in range(state.clients.shape[2]):
+            own = state.clients[e, r, client]
+            own.queue_head = NOBODY
+            own.queue_tail = NOBODY
+            own.queue_rounds = 0
+            own.queue_requests = 0
+            own.expected_end = 0
+            state.idle[e, r, client] = client
+
+
+@kernel
+def _write_requests(
+    state: State,
+    e: int,
+    arrival_s: NDArray[np.float64],
+    prompt_tokens: NDArray[np.int64],
+    decode_rounds: NDArray[np.int64],
+    expected_rounds: NDArray[np.int64],
+    compared_rounds: NDArray[np.int64],
+    order: NDArray[np.int64],
+) -> None:
+    """Write the requests, none of them arrived; ``order``: the fewest compared rounds first."""
+    state.episodes[e].requests = order.size
+    bucket = 0
+    for rank in range(order.size):
+        i = order[rank]
+        rounds = expected_rounds[i]
+        while LENGTH_BUCKETS[bucket] > rounds:  # only where they are compared by something else
+            bucket -= 1
+        while bucket + 1 < LENGTH_BUCKETS.size and LENGTH_BUCKETS[bucket + 1] <= rounds:
+            bucket += 1
+        state.by_length[e, rank] = i
+        state.lengths[e, rank] = compared_rounds[i]
+        request = state.requests[e, i]
+        request.arrival_s = arrival_s[i]
+        request.prompt_tokens = prompt_tokens[i]
+        request.decode_rounds = decode_rounds[i]
+        request.expected_rounds = rounds
+        request.rank = rank
+        request.bucket = bucket
+        request.phase = FUTURE
+        request.plan_client = NOBODY
+        request.plan_next = NOBODY
+        request.client = NOBODY
+        request.admitted_s = np.nan
+        request.first_token_s = np.nan
+        request.finished_s = np.nan
+
+
+@kernel
+def _enqueue_plan(
+    state: State, e: int, r: int, order: NDArray[np.int64], offsets: NDArray[np.int64]
+) -> None:
+    for client in range(offsets.size - 1):
+        for place in range(offsets[client], offsets[client + 1]):
+            enqueue(state, e, r, client, order[place])
+
+
+@allocating_kernel
+def plan_greedily(state: State, e: int, r: int) -> None:
+    """Queue the requests present at t = 0 longest first, as ``deal`` says."""
+    requests = state.episodes[e].requests
+    order = np.empty(requests, np.int64)
+    rounds = np.empty(requests, np.int64)
+    present = 0
+    for place in range(requests - 1, -1, -1):
+        request = state.by_length[e, place]
+        if state.requests[e, request].arrival_s == 0:
+            order[present] = request
+            rounds[present] = state.requests[e, request].expected_rounds
+            present += 1
+    clients = deal(rounds[:present], state.clients.shape[2])
+    for place in range(present):
+        enqueue(state, e, r, clients[place], order[place])

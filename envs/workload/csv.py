@@ -1,0 +1,129 @@
+"""Workload files: one request a row, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.files import decode_text, read_bytes
+from servegym.envs.workload.requests import (
+    MAX_ARRIVAL_S,
+    MAX_SPREAD,
+    MAX_TOKENS,
+    Requests,
+    make_requests,
+)
+
+_REQUIRED: Final = ("prompt_tokens", "output_tokens")
+_OPTIONAL: Final = ("arrival_s", "predicted_output_tokens", "predicted_spread")
+
+
+def read_requests(path: str | Path) -> Requests:
+    """Read a workload CSV of ``prompt_tokens`` and ``output_tokens``.
+
+    Optional columns: ``arrival_s``, ``predicted_output_tokens`` and, beside it, ``predicted_spread``,
+    the standard deviation of log(true / predicted); see ``make_requests`` for what is missing.
+
+    Raises
+    ------
+    ServegymError
+        One line naming the file, the line and the column: missing file, no rows, unknown or missing
+        columns, a value that is not a whole number in 1 … 10 million (not a finite time ≥ 0 for
+        ``arrival_s``, not a number in 0 … 5 for ``predicted_spread``).
+    """
+    path = Path(path)
+    table = _read_table(path)
+    for name in _REQUIRED:
+        if name not in table.columns:
+            raise ServegymError(
+                f"{path}: line 1: column {name!r} is missing; a workload has "
+                f"{', '.join(_REQUIRED)} and optionally {', '.join(_OPTIONAL)}"
+            )
+    for name in table.columns:
+        if name not in _REQUIRED + _OPTIONAL:
+            error = unknown("column", name, _REQUIRED + _OPTIONAL)
+            raise ServegymError(f"{path}: line 1: {error}")
+    if "predicted_spread" in table.columns and "predicted_output_tokens" not in table.columns:
+        raise ServegymError(
+            f"{path}: line 1: column 'predicted_spread' needs 'predicted_output_tokens' beside it"
+        )
+    if len(table) == 0:
+        raise ServegymError(f"{path}: the file has a header but no request; add at least one row")
+    columns = {name: _column(path, table[name]) for name in table.columns}
+    return make_requests(
+        columns["prompt_tokens"],
+        columns["output_tokens"],
+        columns.get("arrival_s"),
+        columns.get("predicted_output_tokens"),
+        columns.get("predicted_spread"),
+    )
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """Return the file's cells as texts, labelled by line; each row must have as many as the header."""
+    text = decode_text(path, read_bytes(path, "workload file"))
+    _check_separator(path, text)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[list[str]] = []
+    lines: list[int] = []  # where each row begins: a quoted field may run over several lines
+    try:
+        line = 1
+        for row in reader:
+            rows.append(row)
+            lines.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ServegymError(f"{path}: line {line}: not a CSV file: {error}") from None
+    while rows and not any(rows[-1]):
+        rows.pop()  # blank lines at the end
+    if not rows:
+        raise ServegymError(f"{path}: the file is empty; a header and one row are needed")
+    header = [name.strip() for name in rows[0]]
+    for name in header:
+        if header.count(name) > 1:
+            raise ServegymError(f"{path}: line 1: column {shown(name)} stands there twice")
+    for line, row in zip(lines[1:], rows[1:], strict=False):
+        if len(row) != len(header):
+            raise ServegymError(
+                f"{path}: line {line}: {len(row)} fields where the header has {len(header)}"
+            )
+    return pd.DataFrame(rows[1:], index=lines[1 : len(rows)], columns=header, dtype=str)
+
+
+def _check_separator(path: Path, text: str) -> None:
+    """Refuse a header between whose names something else than a comma stands."""
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    if "," in header:
+        return
+    for separator, name in {";": "';'", "\t": "a tab", "|": "'|'", " ": "a space"}.items():
+        if {part.strip(" \"'") for part in header.split(separator)}.issuperset(_REQUIRED):
+            raise ServegymError(f"{path}: line 1: uses {name} between fields; a workload uses ','")
+
+
+def _column(path: Path, texts: pd.Series[str]) -> NDArray[np.float64]:
+    """Parse one column; the first bad value is named with its line."""
+    values = pd.to_numeric(texts, errors="coerce").to_numpy(dtype=float)
+    if texts.name == "arrival_s":
+        rule = f"a time in seconds, 0 … {MAX_ARRIVAL_S:g}"
+        good = np.isfinite(values) & (values >= 0) & (values <= MAX_ARRIVAL_S)
+    elif texts.name == "predicted_spread":
+        rule = f"a number in 0 … {MAX_SPREAD:g}"
+        good = (values >= 0) & (values <= MAX_SPREAD)
+    else:
+        rule = f"a whole number in 1 … {MAX_TOKENS}"
+        good = (values >= 1) & (values <= MAX_TOKENS) & (np.floor(values) == values)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise ServegymError(
+            f"{path}: line {texts.index[row]}: {texts.name} must be {rule}, "
+            f"got {shown(texts.iloc[row])}"
+        )
+    return values
