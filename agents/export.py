@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +14,7 @@ from torch import nn
 
 from servegym.agents.policy import Network, save_agent
 from servegym.envs.errors import ServegymError
+from servegym.envs.play.identity import notes_of
 from servegym.envs.process.observation import OBSERVATION_SIZE
 from servegym.envs.task.config import TaskConfig
 
@@ -77,7 +77,7 @@ def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folde
         "versions": {"python": platform.python_version()} | _versions(),
     }
     process = task.process
-    save_agent(network, folder, process.rules, process.decisions, asdict(task), training)
+    save_agent(network, folder, process.rules, process.decisions, notes_of(task), training)
 
 
 def _versions() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_json, shortened, write_file
-from servegym.envs.play.identity import compare, hash_of
+from servegym.envs.play.identity import compare, hash_of, notes_of
 from servegym.envs.play.locks import LOCK_FILE
 from servegym.envs.process.observation import OBSERVATION_VERSION
 from servegym.envs.task.config import TaskConfig
@@ -29,7 +29,7 @@ def identity(task: TaskConfig, hyperparameters: Hyperparameters) -> dict[str, An
     And the hash of the task's workload file, where it has one.
     """
     return {
-        "task": asdict(task),
+        "task": notes_of(task),
         "hyperparameters": asdict(hyperparameters),
         "observation_version": OBSERVATION_VERSION,
     } | hash_of(task)

@@ -16,10 +16,10 @@ from servegym.envs.jit import kernel, parallel_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.play.policy import Briefing, Situation
 from servegym.envs.process.actions import Settings
-from servegym.envs.serving_env import make_settings
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import view
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
 from servegym.envs.vector_env import ServingVectorEnv
 
 Expert = Callable[[ServingVectorEnv], NDArray[np.float64]]
@@ -60,7 +60,7 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
         raise ServegymError(
             f"{base_name} admits by {policy.rule!r}, which process.rules of {task.name} leaves out"
         )
-    base = make_base(policy, make_settings(task))
+    base = make_base(policy, lower(task).settings)
     scratch: State | None = None
 
     def value_actions(env: ServingVectorEnv) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ from servegym.baselines.registry import REGISTRY, make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
 
@@ -25,9 +26,9 @@ def warm_up() -> None:
         play(task, name, policy, case, seed=0)
         if isinstance(policy, TriggerPolicy):
             play_compiled(task, policy, case)
-    clients = task.cluster.clients
-    exact_optimum(case.requests, clients, task.cost.tables(clients))
-    plan_jointly(case.requests, clients, task.cost.tables(clients), moves=1000)
+    machine = lower(task)
+    exact_optimum(case.requests, machine.clients, machine.costs)
+    plan_jointly(case.requests, machine.clients, machine.costs, moves=1000)
     env = ServingVectorEnv(2, task)
     env.reset(seed=0)
     for threads in range(1, min(2, numba.config.NUMBA_NUM_THREADS) + 1):

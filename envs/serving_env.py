@@ -17,42 +17,21 @@ from numpy.typing import NDArray
 from servegym.envs.arguments import plain, whole_number
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError, shown, unknown
-from servegym.envs.process.actions import Settings
 from servegym.envs.process.metrics import Records, episode_metrics, records
 from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE
 from servegym.envs.process.steps import begin_row, make_rows, step_row
 from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import DecisionView, view
-from servegym.envs.task.cases import (
-    Case,
-    bound_case,
-    inform,
-    load_case,
-    make_task_state,
-    sample_requests,
-)
+from servegym.envs.task.cases import Case, inform, sample_requests
 from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
 from servegym.envs.task.registered import load_task
-from servegym.envs.vocabulary import ADMISSION_RULES, REWARDS
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.presets import check_readable
 from servegym.envs.workload.requests import Requests
 
 _RESET_OPTIONS: Final = {"requests": Requests, "plan": Plan, "bound": LowerBound}
-
-
-def make_settings(task: TaskConfig) -> Settings:
-    """Lower a task's decision process to what the kernels read."""
-    process = task.process
-    return Settings(
-        rules=np.array([ADMISSION_RULES.index(rule) for rule in process.rules]),
-        every_round=process.decisions == "rounds",
-        max_prefill_tokens=task.cluster.max_prefill_tokens,
-        reward=REWARDS.index(process.reward),
-        max_decisions=process.max_decisions,
-        max_seconds=process.max_seconds,
-    )
 
 
 class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
@@ -158,8 +137,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.task = with_overrides(load_task(task), {} if overrides is None else overrides)
         check_readable(self.task.workload.source)
         self.render_mode = render_mode
-        self.costs = self.task.cost.tables(self.task.cluster.clients)
-        self.settings = make_settings(self.task)
+        self.machine = lower(self.task)
+        self.costs = self.machine.costs
+        self.settings = self.machine.settings
         self._last_action = len(self.task.process.rules)
         self.action_space = spaces.Discrete(1 + self._last_action)
         self.observation_space = spaces.Box(0.0, 1.0, (OBSERVATION_SIZE,), np.float32)
@@ -282,7 +262,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         check_plan(plan, requests, clients)
         if self.state is None or self.state.requests.shape[1] != len(requests):
             self.state = make_task_state(self.task, 1, len(requests))
-        case = Case(requests, bound) if bound else bound_case(self.task, self.costs, requests)
+        case = Case(requests, bound) if bound else bound_case(self.machine, requests)
         load_case(self.task, self.state, 0, case, plan)
 
 

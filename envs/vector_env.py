@@ -19,8 +19,9 @@ from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.process.metrics import episode_metrics, records
 from servegym.envs.process.steps import begin_row, make_rows, step_rows, step_rows_in_parallel
 from servegym.envs.serving_env import ServingEnv
-from servegym.envs.task.cases import Case, bound_case, load_case, make_task_state, sample_requests
+from servegym.envs.task.cases import Case, sample_requests
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import bound_case, load_case, make_task_state
 
 MAX_ENVIRONMENTS = 1_000_000
 
@@ -83,6 +84,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.task = single.task
         self.costs = single.costs
         self.settings = single.settings
+        self.machine = single.machine
         self.render_mode = render_mode
         self.single_observation_space = single.observation_space
         self.single_action_space = single.action_space
@@ -201,7 +203,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
 
     def _begin_episode(self, e: int) -> None:
         requests = sample_requests(self.task, self._rngs[e])
-        case = bound_case(self.task, self.costs, requests)
+        case = bound_case(self.machine, requests)
         load_case(self.task, self.state, e, case)
         if self.reference is not None:
             self.reference_gaps[e] = self.reference(case)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from servegym.envs import TaskConfig
-from servegym.envs.task.cases import Case, bound_case
+from servegym.envs.task.cases import Case
 from servegym.envs.task.config import with_overrides
+from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.task.registered import TASKS
 from tests.helpers import instance, make_env
 
@@ -17,4 +18,4 @@ def unit_case(clients: int, *rounds: int) -> tuple[TaskConfig, Case]:
     """A round is 1 s, a stage 2 s; requests of these decode rounds, all known."""
     task = make_env(clients).task
     requests = instance(*((5, 1 + count) for count in rounds))
-    return task, bound_case(task, task.cost.tables(clients), requests)
+    return task, bound_case(lower(task), requests)

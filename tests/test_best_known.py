@@ -13,6 +13,7 @@ from servegym.baselines.calendar.planner import Stage, replay
 from servegym.envs.bounds.padding import joint_bound
 from servegym.envs.errors import ServegymError
 from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import TASKS
 from servegym.studies.commands import best_known
 from servegym.studies.commands.best_known import COLUMNS, report
@@ -80,7 +81,7 @@ def test_the_committed_table_is_in_order_and_follows_from_its_rows() -> None:
 def test_a_committed_schedule_is_what_the_table_says() -> None:
     row = pd.read_csv(COMMITTED / "best_known.csv").iloc[0]
     task = TASKS[row["task"]]
-    clients, costs = task.cluster.clients, task.cost.tables(task.cluster.clients)
+    clients, costs = task.cluster.clients, lower(task).costs
     requests = make_case(task, int(row["seed"])).requests
     assert joint_bound(requests, clients, costs).seconds == pytest.approx(row["joint_bound_s"])
     stages = json.loads((COMMITTED / f"{row['seed']}.json").read_text())["stages"]

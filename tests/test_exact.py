@@ -19,6 +19,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.machine.costs import (
     AffineDecode,
     AffinePrefill,
+    CostModel,
     LevelledPrefill,
     StageCosts,
     TableDecode,
@@ -47,7 +48,7 @@ COSTS = (
 
 
 def solve(
-    requests: Requests, clients: int, costs: StageCosts, budget: int = 0, **how: Any
+    requests: Requests, clients: int, costs: CostModel, budget: int = 0, **how: Any
 ) -> ExactOptimum:
     return exact_optimum(requests, clients, costs.tables(clients), budget, **how)
 

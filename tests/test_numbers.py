@@ -28,9 +28,9 @@ from servegym.envs.machine.costs import (
 )
 from servegym.envs.play.evaluation import brief
 from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
-from servegym.envs.task.cases import bound_case
 from servegym.envs.task.config import ClusterConfig, TaskConfig, WorkloadConfig
 from servegym.envs.task.estimates import noisy, scaled
+from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.workload.presets import make_workload
 from servegym.envs.workload.requests import MAX_ARRIVAL_S, MAX_REQUESTS, MAX_TOKENS
 from tests.helpers import UNIT_COSTS, instance, make_env, start
@@ -115,7 +115,7 @@ def test_a_plan_at_risk_of_the_longest_lengths() -> None:
     requests = make_requests([1, 1], [9, 9], predicted_output_tokens=[MAX_TOKENS, 5])
     requests = Requests(*vars(requests).values())
     task = TaskConfig("test", cluster=ClusterConfig(clients=2), cost=UNIT_COSTS)
-    case = bound_case(task, UNIT_COSTS.tables(2), requests)
+    case = bound_case(lower(task), requests)
     told = brief(task, case, seed=0)
     assert plan_at_risk(requests.as_predicted(), told, deviations=100.0).clients == 2
 

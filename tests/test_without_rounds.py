@@ -13,8 +13,8 @@ from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv, make_requests
 from servegym.envs.play.evaluation import brief
 from servegym.envs.simulator.heap import deal
-from servegym.envs.task.cases import bound_case
 from servegym.envs.task.config import ClusterConfig, TaskConfig
+from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.workload.plan import Plan
 from tests.helpers import UNIT_COSTS, inside, instance, make_env, start
 
@@ -27,7 +27,7 @@ def task_of(clients: int) -> TaskConfig:
 
 def plan_by(policy: str, requests: Requests, clients: int) -> Plan:
     task = task_of(clients)
-    case = bound_case(task, task.cost.tables(clients), requests)
+    case = bound_case(lower(task), requests)
     plan = make_policy(policy).prepare(brief(task, case, seed=0))
     assert plan is not None
     return plan
@@ -53,7 +53,7 @@ def test_dealt_to_those_who_hold_nothing() -> None:
 def test_all_of_one_token_take_one_stage(policy: str) -> None:
     requests = make_requests(np.ones(50, int), np.ones(50, int))
     task = task_of(200)
-    case = bound_case(task, task.cost.tables(200), requests)
+    case = bound_case(lower(task), requests)
     metrics = play_compiled(task, make_trigger_policy(policy), case)
     assert metrics["prefill_stages"] == 1
     assert metrics["gap"] == 0.0

@@ -19,6 +19,7 @@ from servegym.envs.play.identity import check_unchanged, claim_task, hash_of
 from servegym.envs.play.locks import locked
 from servegym.envs.play.tables import Schema, read_rows
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
 from servegym.envs.workload.requests import Requests
 
 COLUMNS: Final = ("seed", "optimum_s", "bound_s", "proven", "time_limit_s", "search_s")
@@ -99,16 +100,16 @@ def _try_again(row: dict[str, Any], time_limit_s: float) -> bool:
 
 def _search(task: TaskConfig, seed: int, time_limit_s: float) -> dict[str, Any] | None:
     """Return the row of a case; None where it is not small."""
-    requests, cluster = make_case(task, seed).requests, task.cluster
+    requests, machine = make_case(task, seed).requests, lower(task)
     if not is_small(requests):
         return None
     started = perf_counter()
     try:
         found = exact_optimum(
             requests,
-            cluster.clients,
-            task.cost.tables(cluster.clients),
-            cluster.max_prefill_tokens,
+            machine.clients,
+            machine.costs,
+            machine.settings.max_prefill_tokens,
             time_limit_s=time_limit_s,
         )
     except ServegymError as error:

@@ -27,11 +27,11 @@ from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.play.policy import Briefing, Situation
 from servegym.envs.process.actions import Settings, apply
-from servegym.envs.serving_env import make_settings
 from servegym.envs.simulator.events import DECODE, advance
 from servegym.envs.simulator.imagination import copy_row, imagine_row
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
 from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.plan import Plan
 
@@ -213,8 +213,7 @@ class _Search:
         self, base: TriggerPolicy, rules: tuple[str, ...], briefing: Briefing, imagined: State
     ) -> None:
         task = briefing.task
-        self._costs = task.cost.tables(task.cluster.clients)
-        self._settings = make_settings(task)
+        _, self._costs, self._settings = lower(task)
         self._base = make_base(base, self._settings)
         self._rng = briefing.rng
         tried = [rule for rule in task.process.rules if rule in (base.rule, *rules)]

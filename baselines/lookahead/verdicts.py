@@ -29,16 +29,14 @@ from servegym.baselines.rules import triggers
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.errors import ServegymError
-from servegym.envs.machine.costs import CostTables
 from servegym.envs.play.evaluation import play
 from servegym.envs.play.policy import Briefing, Situation
-from servegym.envs.process.actions import Settings
-from servegym.envs.serving_env import make_settings
 from servegym.envs.simulator.events import DECODE
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import DecisionView
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
 from servegym.envs.workload.plan import Plan
 
 COMPARING: Final = (triggers.LAGRANGIAN, triggers.LOOKAHEAD)
@@ -161,9 +159,7 @@ class _Court:
     """The judges of one task, and what finishing an episode needs."""
 
     def __init__(self, task: TaskConfig, judges: Sequence[TriggerPolicy]) -> None:
-        self._clients = task.cluster.clients
-        self._costs: CostTables = task.cost.tables(self._clients)
-        self._settings: Settings = make_settings(task)
+        self._clients, self._costs, self._settings = lower(task)
         self._bases: list[Base] = [make_base(judge, self._settings) for judge in judges]
         self._scratch: State | None = None
         self._schedules: list[Schedule] = []

@@ -12,8 +12,9 @@ from servegym.envs.simulator.admission import admits
 from servegym.envs.simulator.events import advance, decode, prefill
 from servegym.envs.simulator.state import State
 from servegym.envs.simulator.view import view
-from servegym.envs.task.cases import Case, load_case, make_task_state
+from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.vocabulary import ADMISSION_RULES
 
 
@@ -66,10 +67,9 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
         row = play(task, "compiled", policy, case, seed=0).row
         return {metric: row[metric] for metric in METRICS}
     task = policy.adapt(task)
-    clients = task.cluster.clients
     state = make_task_state(task, 1, len(case.requests))
     load_case(task, state, 0, case, policy.prepare(brief(task, case, seed=0)))
-    play_loaded(state, task.cost.tables(clients), task, policy)
+    play_loaded(state, lower(task).costs, task, policy)
     return episode_metrics(state, 0)
 
 

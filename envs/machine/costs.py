@@ -84,11 +84,63 @@ class CostTables(NamedTuple):
 
 @runtime_checkable
 class CostModel(Protocol):
-    """A cost model is anything that can be lowered to tables for a number of clients."""
+    """A cost model is anything that can be lowered to tables for a number of clients.
+
+    ``StageCosts`` is one; a user's own class with this method is another.
+    """
 
     def tables(self, clients: int) -> CostTables:
         """Return the tables of one replica with ``clients`` clients."""
         ...
+
+
+def checked_tables(tables: CostTables, clients: int) -> CostTables:
+    """Return a user's tables of one replica as kernels read them, or refuse them in one line.
+
+    Raises
+    ------
+    ServegymError
+        If they are no ``CostTables``, an array has another shape, a duration is not in
+        ``MIN_COST_S`` … ``MAX_COST_S``, or a rate is not in 0 … ``MAX_COST_S``.
+    """
+    if not isinstance(tables, CostTables):
+        raise ServegymError(f"tables() of a cost model must return CostTables, got {shown(tables)}")
+    try:
+        rounds = np.array(tables.decode_base_s, dtype=float)
+        tokens = np.array(tables.prefill_level_tokens, dtype=np.int64)
+        seconds = np.array(tables.prefill_level_s, dtype=float)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ServegymError(f"the tables of a cost model must hold numbers: {error}") from None
+    rates = np.asarray(tables.rates)
+    if rounds.shape != (1, clients + 1):
+        raise ServegymError(
+            f"decode_base_s must have the shape (1, clients + 1) = (1, {clients + 1}), got "
+            f"{rounds.shape}"
+        )
+    if rates.shape != (1,) or rates.dtype != RATES:
+        raise ServegymError(
+            "rates must be one record of the type servegym.envs.machine.costs.RATES"
+        )
+    if tokens.shape != seconds.shape or tokens.ndim != 2 or len(tokens) != 1:
+        raise ServegymError(
+            "prefill_level_tokens and prefill_level_s must both have the shape (1, levels), got "
+            f"{tokens.shape} and {seconds.shape}"
+        )
+    _refuse_sizes("prefill_level_tokens", tokens[0].tolist())
+    _refuse_unsorted("prefill_level_tokens", tokens[0].tolist())
+    if np.any(np.diff(seconds[0]) < 0):
+        raise ServegymError("prefill_level_s must not decrease")
+    for name, durations in (("decode_base_s", rounds[0, 1:]), ("prefill_level_s", seconds[0])):
+        for place, duration in enumerate(durations.tolist()):
+            _refuse_durations(name, **{str(place): duration})
+    _refuse_costs("rates", **{name: float(rates[name][0]) for name in RATES.names or ()})
+    stage_s = [
+        float(rates[name][0])
+        for name in ("prefill_base_s", "prefill_per_token_s", "prefill_floor_s")
+    ]
+    if not seconds.size and max(stage_s) < MIN_COST_S:
+        raise ServegymError("a prefill stage must take time: all of its rates are 0")
+    return CostTables(rounds, rates.view(np.recarray), tokens, seconds)
 
 
 @dataclass(frozen=True)

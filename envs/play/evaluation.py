@@ -27,8 +27,9 @@ from servegym.envs.play.policy import Briefing, Policy, Situation
 from servegym.envs.play.tables import Schema, read_rows
 from servegym.envs.process.metrics import METRICS, Records
 from servegym.envs.serving_env import ServingEnv
-from servegym.envs.task.cases import Case, bound_case, sample_requests
+from servegym.envs.task.cases import Case, sample_requests
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import bound_case, lower
 
 UNFINISHED: Final = "unfinished_requests"
 
@@ -81,7 +82,7 @@ class Episode:
 def make_case(task: TaskConfig, seed: int) -> Case:
     """Return the case that ``env.reset(seed=seed)`` of the task plays."""
     requests = sample_requests(task, seeding.np_random(seed)[0])
-    return bound_case(task, task.cost.tables(task.cluster.clients), requests)
+    return bound_case(lower(task), requests)
 
 
 def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> Episode:

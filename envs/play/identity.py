@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -10,11 +11,31 @@ from typing import Any, Final
 
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_json, write_file
+from servegym.envs.machine.costs import StageCosts
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
 from servegym.envs.workload.presets import workload_sha256
 
 HASH: Final = "workload_sha256"
 """Key of the hash of the task's workload file, where it has one."""
+
+
+def notes_of(task: TaskConfig) -> dict[str, Any]:
+    """Return what a task is, for JSON: its sections.
+
+    A user's own cost model is noted by its class and by the hash of the tables that it makes.
+    """
+    if isinstance(task.cost, StageCosts):
+        return asdict(task)
+    digest = hashlib.sha256()
+    for table in lower(task).costs:
+        digest.update(table.tobytes())
+    model = type(task.cost)
+    cost = {
+        "class": f"{model.__module__}:{model.__qualname__}",
+        "tables_sha256": digest.hexdigest(),
+    }
+    return asdict(replace(task, cost=TaskConfig(task.name).cost)) | {"cost": cost}
 
 
 def hash_of(task: TaskConfig) -> dict[str, str]:
@@ -139,7 +160,7 @@ def claim_task(task: TaskConfig, output: Path) -> TaskConfig:
         If the folder holds episodes of another task, of another content of its workload file, or of
         another version, or tables of what is not noted.
     """
-    wanted = asdict(task) | hash_of(task)
+    wanted = notes_of(task) | hash_of(task)
     tables = ("episodes.csv", "optima.csv")
     notes = claim(output / "task.json", wanted, "episodes", tables=tables)
     return replace(task, name=notes["name"])

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.process.steps import begin_row, make_rows, step_rows
-from servegym.envs.serving_env import make_settings
-from servegym.envs.task.cases import Case, load_case, make_task_state
+from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import load_case, lower, make_task_state
 
 Predict = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.int64]]
 """Observations (cases, OBSERVATION_SIZE) and masks (cases, actions) to legal actions (cases,)."""
@@ -42,8 +42,7 @@ class SideBySide:
     def __init__(self, task: TaskConfig, cases: int, requests: int) -> None:
         self.task = task
         self.state = make_task_state(task, cases, requests)
-        self._costs = task.cost.tables(task.cluster.clients)
-        self._settings = make_settings(task)
+        _, self._costs, self._settings = lower(task)
 
     def play(self, cases: Sequence[Case], predict: Predict) -> Iterator[Step]:
         """Play every case once to its end; yield after each step.

@@ -30,7 +30,7 @@ def forget_targets(state: State, e: int) -> None:
 
 @kernel
 def _target(state: State, e: int, r: int, k: int) -> int:
-    """Return the rounds to the k-th target of ``longest_aligned``, the latest first; ``_NO_TARGET`` behind the last.
+    """Return the rounds to the k-th target of ``longest_aligned``, the latest first, or ``_NO_TARGET``.
 
     A stage's candidates share a list of them in ``keys``, which is read on as far as one of them asks.
     Fewer than half as many targets as clients leave the two last places for the counts.

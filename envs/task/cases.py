@@ -1,4 +1,4 @@
-"""A case: the requests of one episode with the lower bound on their makespan."""
+"""Cases: the requests that a seed draws, what is known of them, and their lower bound."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from servegym.envs.bounds.batch import LowerBound, lower_bound
+from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError
-from servegym.envs.machine.costs import CostTables
-from servegym.envs.process.reward import write_credits
-from servegym.envs.simulator.loading import load
-from servegym.envs.simulator.state import State, make_state
 from servegym.envs.task.config import TaskConfig
-from servegym.envs.workload.comparison import compared_tokens
-from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.predictors import PREDICTORS, expect_alike, predict
 from servegym.envs.workload.presets import make_workload, output_lengths
 from servegym.envs.workload.requests import Requests
@@ -72,26 +66,3 @@ def inform(task: TaskConfig, requests: Requests, rng: np.random.Generator) -> Re
     if information.predictor == "calibrated":
         return predict(requests, information.kendall_tau, lengths, rng)
     return PREDICTORS[information.predictor].predict(requests, lengths, rng)
-
-
-def make_task_state(task: TaskConfig, environments: int, requests: int) -> State:
-    """Allocate the state of ``environments`` episodes of ``task``, of up to ``requests`` each."""
-    known = task.information.output_lengths == "known"
-    return make_state(environments, requests, task.cluster.clients, lengths_known=known)
-
-
-def bound_case(task: TaskConfig, costs: CostTables, requests: Requests) -> Case:
-    """Return the case of given requests; ``costs`` are the task's tables."""
-    cluster = task.cluster
-    return Case(requests, lower_bound(requests, cluster.clients, costs, cluster.max_prefill_tokens))
-
-
-def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | None = None) -> None:
-    """Put a case of ``task`` into row ``e`` of the state, at its start."""
-    information = task.information
-    compared = None
-    if information.output_lengths != "known" and information.compare_by != "mean":
-        by, quantile = information.compare_by, information.quantile
-        compared = compared_tokens(case.requests, by, quantile, information.deviations) - 1
-    load(state, e, case.requests, plan, compared)
-    write_credits(state, e, case.requests, case.bound)

@@ -166,7 +166,7 @@ class TaskConfig:
 
     name: str
     cluster: ClusterConfig = ClusterConfig()
-    cost: StageCosts = field(default_factory=lambda: cost_preset("llama2-70b-a100x4").costs)
+    cost: CostModel = field(default_factory=lambda: cost_preset("llama2-70b-a100x4").costs)
     workload: WorkloadConfig = WorkloadConfig()
     information: InformationConfig = InformationConfig()
     process: ProcessConfig = ProcessConfig()
@@ -174,7 +174,6 @@ class TaskConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", as_annotated("name", self.name, str))
         for section, kind in field_types(TaskConfig).items():
-            kind = CostModel if section == "cost" else kind  # whatever has tables of costs
             if not isinstance(getattr(self, section), kind):
                 raise ServegymError(
                     f"{section} must be a {kind.__name__}, got {shown(getattr(self, section))}"
@@ -229,7 +228,7 @@ def _blaming(*key: str) -> Iterator[None]:
         raise
 
 
-def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
+def _cost_model(values: Mapping[str, Any], base: CostModel) -> CostModel:
     """Build ``[cost]``: a preset and what replaces parts of it, or a model given in full."""
     known = ("preset", "model", "decode", "prefill", "engine_overhead")
     for key in values:
@@ -240,6 +239,12 @@ def _cost_model(values: Mapping[str, Any], base: StageCosts) -> StageCosts:
     if "preset" in values:
         with _blaming("preset"):
             costs = cost_preset(as_annotated("cost.preset", values["preset"], str)).costs
+    if not values:
+        return base
+    if not isinstance(costs, StageCosts):
+        raise ServegymError(
+            f"the parts of a {type(costs).__name__} are not servegym's to change; name a cost.preset"
+        )
     if "model" in values:
         with _blaming("model"):
             costs = _replace_parts(values, costs)

@@ -10,8 +10,9 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
 from servegym.envs.errors import ServegymError, unknown
-from servegym.envs.task.cases import Case, bound_case
+from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.workload.presets import WORKLOAD_PRESETS, sample_gsm8k_prompts
 from servegym.envs.workload.requests import make_requests
 
@@ -68,5 +69,4 @@ def make_constructed_case(task: TaskConfig, outputs: str, seed: int) -> Case:
         prompts, lengths, *_ = WORKLOAD_PRESETS[outputs].sample(n, rng)
     else:
         prompts, lengths = sample_gsm8k_prompts(n, rng), OUTPUTS[outputs](n, rng)
-    costs = task.cost.tables(task.cluster.clients)
-    return bound_case(task, costs, make_requests(prompts, lengths))
+    return bound_case(lower(task), make_requests(prompts, lengths))

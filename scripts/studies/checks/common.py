@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -18,7 +18,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
 from servegym.envs.pictures import to_png
 from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
-from servegym.envs.play.identity import check_unchanged, claim, hash_of
+from servegym.envs.play.identity import check_unchanged, claim, hash_of, notes_of
 from servegym.envs.play.locks import locked
 from servegym.envs.play.parallel import check_jobs, run_parallel
 from servegym.envs.play.summary import mean_interval
@@ -103,7 +103,7 @@ class Collection:
                 self._claim(task)
 
     def _claim(self, task: TaskConfig) -> None:
-        asked = {"task": asdict(task), **self.asked, **hash_of(task)}
+        asked = {"task": notes_of(task), **self.asked, **hash_of(task)}
         name = short_name(task)
         claim(self.output / f"{name}.json", asked, "rows", indent=1, tables=[f"{name}.csv"])
 

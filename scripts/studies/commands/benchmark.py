@@ -29,8 +29,9 @@ from servegym.envs.play.evaluation import make_case, play
 from servegym.envs.play.summary import to_markdown
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.simulator.state import State
-from servegym.envs.task.cases import Case, load_case, make_task_state
+from servegym.envs.task.cases import Case
 from servegym.envs.task.config import ClusterConfig, TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
 from servegym.envs.workload.presets import make_workload
@@ -101,8 +102,7 @@ class CompiledEpisode:
 
     def play(self) -> None:
         """Play it to its end."""
-        costs = self.task.cost.tables(self.task.cluster.clients)
-        play_loaded(self.state, costs, self.task, self.policy)
+        play_loaded(self.state, lower(self.task).costs, self.task, self.policy)
 
     def median_seconds(self, repeats: int) -> float:
         """Return the median time of playing it, after one play that compiles."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,11 +19,12 @@ from servegym.envs.bounds.padding import joint_bound
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
 from servegym.envs.play.evaluation import BEST_KNOWN, make_case, play
-from servegym.envs.play.identity import check_unchanged, claim, hash_of
+from servegym.envs.play.identity import check_unchanged, claim, hash_of, notes_of
 from servegym.envs.play.locks import locked
 from servegym.envs.play.summary import UNFINISHED, fixed, to_markdown, with_interval
 from servegym.envs.play.tables import read_rows
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import load_task
 from servegym.studies.cli import command_line, parse
 from servegym.studies.commands.evaluate import parse_policies, parse_seeds
@@ -72,7 +73,7 @@ def search_case(
     """
     case = make_case(task, seed)
     clients = task.cluster.clients
-    costs = task.cost.tables(clients)
+    costs = lower(task).costs
     started = perf_counter()
     plan = plan_jointly(case.requests, clients, costs, args.time_limit, seed)
     seconds = perf_counter() - started
@@ -167,7 +168,7 @@ def open_rows(
 
     Refuses a folder of another search.
     """
-    asked = {"task": asdict(task), "policies": args.policies, "time_limit": args.time_limit}
+    asked = {"task": notes_of(task), "policies": args.policies, "time_limit": args.time_limit}
     asked |= hash_of(task)
     if weights:
         asked["weights"] = dict(weights)

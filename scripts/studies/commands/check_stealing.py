@@ -19,8 +19,9 @@ from servegym.envs.play.locks import locked
 from servegym.envs.play.parallel import USUAL_JOBS
 from servegym.envs.play.summary import fixed, mean_interval, to_markdown, with_interval
 from servegym.envs.process.metrics import episode_metrics
-from servegym.envs.task.cases import Case, load_case, make_task_state
+from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.studies.checks.common import (
     TAUS,
     TUNED,
@@ -74,10 +75,9 @@ def pairs(task: TaskConfig) -> list[Pair]:
 
 def play_stealing(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:
     """Return the metrics of one episode and ``stolen``, the share of requests not served as planned."""
-    clients = task.cluster.clients
     state = make_task_state(task, 1, len(case.requests))
     load_case(task, state, 0, case, policy.prepare(brief(task, case, seed=0)))
-    play_loaded(state, task.cost.tables(clients), task, policy)
+    play_loaded(state, lower(task).costs, task, policy)
     requests = state.requests[0]
     stolen = float(np.mean(requests["client"] != requests["plan_client"]))
     return episode_metrics(state, 0) | {"stolen": stolen}
