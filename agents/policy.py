@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,8 @@ from safetensors.numpy import load, save
 
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.files import WRONG_VALUES, make_folder, read_bytes, read_json, write_file
-from servegym.envs.play.policy import Briefing, Situation
+from servegym.envs.play.policy import Briefing, Policy, Situation
 from servegym.envs.process.observation import FEATURES, OBSERVATION_VERSION
-from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.plan import Plan
 
@@ -111,7 +110,7 @@ class AgentCard:
     """What each input means, in order."""
 
 
-class LearnedPolicy:
+class LearnedPolicy(Policy):
     """The legal action that a trained network scores highest.
 
     Runs on any number of clients: the observation does not depend on it. In a task that offers
@@ -130,11 +129,10 @@ class LearnedPolicy:
         self.card = card
         self._actions = np.arange(1 + len(card.rules))  # the task's number of each of our actions
 
-    def adapt(self, task: TaskConfig) -> TaskConfig:
-        """Return the task with decisions where the agent was trained to take them."""
-        if self.card.decisions == "rounds":
-            return with_overrides(task, {"process": {"decisions": "rounds"}})
-        return task
+    @property
+    def decisions(self) -> Literal["rounds"] | None:
+        """``rounds`` if the agent was trained on these; else the task's."""
+        return "rounds" if self.card.decisions == "rounds" else None
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the agent's rules in this task.

@@ -14,7 +14,7 @@ from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.errors import ServegymError
 from servegym.envs.jit import kernel, parallel_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.play.policy import Briefing, Situation
+from servegym.envs.play.policy import Briefing, Situation, asked_task
 from servegym.envs.process.actions import Settings
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import view
@@ -100,7 +100,7 @@ def make_rule_expert(name: str, task: TaskConfig) -> Expert:
         asked otherwise than the task asks.
     """
     policy = make_trigger_policy(name)
-    if policy.planner is not None or policy.adapt(task) != task:
+    if policy.planner is not None or asked_task(task, policy) != task:
         raise ServegymError(
             f"{name} cannot be imitated in {task.name}: it follows a plan or wants another task"
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.planning.sampled import MAX_SCENARIOS
@@ -21,13 +22,16 @@ MAX_NUMBER: Final = 1_000_000
 
 
 @dataclass(frozen=True)
-class Number:
-    """What a number after a trigger policy's name does."""
+class Parameter:
+    """A number that a policy's name may carry."""
 
-    rule: str
-    """Which are valid, after "must"."""
+    symbol: str
+    """What descriptions write for it in the short form: ``hybrid[-λ]``."""
+    help: str
     fits: Callable[[float], bool]
-    give: Callable[[TriggerPolicy, float], TriggerPolicy]
+    rule: str
+    """Which numbers fit, after "must"."""
+    give: Callable[[Policy, float], Policy]
     """Returns the policy with the number."""
 
 
@@ -41,34 +45,77 @@ def by_deviations(k: float) -> dict[str, str | float]:
     return {"compare_by": "mean-sd", "deviations": k}
 
 
-def _with_deviations(policy: TriggerPolicy, k: float) -> TriggerPolicy:
-    if policy.planner is None:
-        return replace(policy, comparison=by_deviations(k))
-    return replace(policy, planner=partial(plan_at_risk, deviations=k))
+def _trigger(policy: Policy, **changes: Any) -> Policy:
+    assert isinstance(policy, TriggerPolicy)  # the registry gives these parameters to no other
+    return replace(policy, **changes)
 
 
-NUMBERS: Final[dict[str, Number]] = {
-    "λ": Number(
+def _whole(least: int, most: int) -> Callable[[float], bool]:
+    return lambda number: number.is_integer() and least <= number <= most
+
+
+def _rollout(policy: Policy, **changes: Any) -> Policy:
+    assert isinstance(policy, RolloutPolicy)
+    return replace(policy, **changes)
+
+
+PARAMETERS: Final[dict[str, Parameter]] = {
+    "multiplier": Parameter(
+        "λ",
+        "the trigger's factor on the cost of a stage",
+        lambda number: 0 <= number <= MAX_NUMBER,
         f"lie in 0 … {MAX_NUMBER}",
-        lambda number: number <= MAX_NUMBER,
-        lambda policy, number: replace(policy, parameter=number),
+        lambda policy, number: _trigger(policy, parameter=number),
     ),
-    "q": Number(
-        "lie between 0 and 1, as in quantile-0.99",
+    "idle": Parameter(
+        "K",
+        "idle clients at which a stage begins",
+        _whole(1, MAX_NUMBER),
+        f"be a whole number in 1 … {MAX_NUMBER}",
+        lambda policy, number: _trigger(policy, parameter=number),
+    ),
+    "quantile": Parameter(
+        "q",
+        "by which lengths are compared",
         lambda q: 0 < q < 1,
-        lambda policy, q: replace(policy, comparison=by_quantile(q)),
+        "lie between 0 and 1, as in quantile-0.99",
+        lambda policy, q: _trigger(policy, comparison=by_quantile(q)),
     ),
-    "k": Number("lie in 0 … 100", lambda k: k <= 100, _with_deviations),
-    "S": Number(
+    "deviations": Parameter(
+        "k",
+        "standard deviations above the mean by which lengths are compared",
+        lambda k: 0 <= k <= 100,
+        "lie in 0 … 100",
+        lambda policy, k: _trigger(policy, comparison=by_deviations(k)),
+    ),
+    "risk": Parameter(
+        "k",
+        "standard deviations above the mean by which the plan counts lengths",
+        lambda k: 0 <= k <= 100,
+        "lie in 0 … 100",
+        lambda policy, k: _trigger(policy, planner=partial(plan_at_risk, deviations=k)),
+    ),
+    "scenarios": Parameter(
+        "S",
+        "sampled scenarios of the plan",
+        _whole(1, MAX_SCENARIOS),
         f"be a whole number in 1 … {MAX_SCENARIOS}",
-        lambda number: number.is_integer() and 1 <= number <= MAX_SCENARIOS,
-        lambda policy, number: replace(
+        lambda policy, number: _trigger(
             policy, planner=partial(plan_sampled, scenarios=int(number))
         ),
     ),
+    "variations": Parameter(
+        "N",
+        "changes of the best schedule that are tried at each decision",
+        _whole(0, MAX_NUMBER),
+        f"be a whole number in 0 … {MAX_NUMBER}",
+        lambda policy, number: _rollout(policy, variations=int(number)),
+    ),
 }
-"""By the symbol that descriptions use: the trigger's multiplier λ (or its threshold K), a quantile q,
-standard deviations k, scenarios S."""
+"""Every number that a name may carry, by its key: ``hybrid(multiplier=0.5)``, short ``hybrid-0.5``."""
+
+BASE: Final = "base"
+"""Key of the policy that ``rollout`` improves on: ``rollout(base=threshold(idle=15))``."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +124,10 @@ class Entry:
 
     description: str
     prototype: Policy
-    number: str = ""
-    """What a number after the name stands for, of ``NUMBERS``, K or N; empty: the name takes none."""
+    parameter: str = ""
+    """Key in ``PARAMETERS`` of the number that its name may carry; empty: none."""
+    required: bool = False
+    """Whether the name is no policy without that number."""
 
 
 REGISTRY: Final[dict[str, Entry]] = {
@@ -103,43 +152,44 @@ REGISTRY: Final[dict[str, Entry]] = {
     "hybrid": Entry(
         "plan, steal and the Lagrangian prefill-or-decode rule: the paper's method",
         TriggerPolicy("steal", triggers.LAGRANGIAN, 1.0, planner=plan_expected),
-        number="λ",
+        parameter="multiplier",
     ),
     "hybrid-plan": Entry(
         "the hybrid without stealing: each client its own queue",
         TriggerPolicy("plan", triggers.LAGRANGIAN, 1.0, planner=plan_expected),
-        number="λ",
+        parameter="multiplier",
     ),
     "hybrid-myopic": Entry(
         "the hybrid with a rule that looks at one decode round only",
         TriggerPolicy("steal", triggers.MYOPIC, 1.0, planner=plan_expected),
-        number="λ",
+        parameter="multiplier",
     ),
     "lpt": Entry(
         "one queue, longest first, Lagrangian rule",
         TriggerPolicy("longest", triggers.LAGRANGIAN, 1.0),
-        number="λ",
+        parameter="multiplier",
     ),
     "threshold": Entry(
         "longest first, prefill when at least K clients are idle",
         TriggerPolicy("longest", triggers.THRESHOLD, 1.0),
-        number="K",
+        parameter="idle",
+        required=True,
     ),
     "lookahead": Entry(
         "longest first, prefill once idling until the next finish costs a stage's fixed part",
         TriggerPolicy("longest", triggers.LOOKAHEAD, 1.0),
-        number="λ",
+        parameter="multiplier",
     ),
     "aligned": Entry(
         "requests that finish together, prefill once the idle time waited reaches a stage's fixed "
         "part (asked at every round)",
-        TriggerPolicy("aligned", triggers.WAITED, 1.0, every_round=True),
-        number="λ",
+        TriggerPolicy("aligned", triggers.WAITED, 1.0, decisions="rounds"),
+        parameter="multiplier",
     ),
     "aligned-lookahead": Entry(
         "requests that finish together, prefill when lookahead does",
         TriggerPolicy("aligned", triggers.LOOKAHEAD, 1.0),
-        number="λ",
+        parameter="multiplier",
     ),
     "round-robin": Entry(
         "requests dealt to the clients in turn, each client its own queue, prefill as soon as one is "
@@ -150,88 +200,171 @@ REGISTRY: Final[dict[str, Entry]] = {
         "in order of arrival, prefill when lookahead does if requests go on finishing as often as "
         "they have so far (predicts nothing)",
         TriggerPolicy("fcfs", triggers.FEEDBACK, 1.0),
-        number="λ",
+        parameter="multiplier",
     ),
     "offline-risk": Entry(
         "offline plan by the mean length plus k standard deviations (1), prefill as soon as one is idle",
         TriggerPolicy("plan", triggers.EAGER, planner=partial(plan_at_risk, deviations=1.0)),
-        number="k",
+        parameter="risk",
     ),
     "offline-saa": Entry(
         "offline plan of the least mean makespan over S sampled scenarios (256), prefill as soon as "
         "one is idle",
         TriggerPolicy("plan", triggers.EAGER, planner=partial(plan_sampled, scenarios=256)),
-        number="S",
+        parameter="scenarios",
     ),
     # λ from seeds 0 … 29 of GSM8KMixed-v0.
     "quantile": Entry(
         "one queue, the longest by its q-quantile first (0.99), prefill when feedback-0.5 does",
         TriggerPolicy("longest", triggers.FEEDBACK, 0.5, comparison=by_quantile(0.99)),
-        number="q",
+        parameter="quantile",
     ),
     "mean-sd": Entry(
         "one queue, the longest by its mean plus k standard deviations first (1), prefill when "
         "feedback-0.5 does",
         TriggerPolicy("longest", triggers.FEEDBACK, 0.5, comparison=by_deviations(1.0)),
-        number="k",
+        parameter="deviations",
     ),
     # λ from 30 cases of GSM8K-v0, N for 5 ms a decision there; both on training seeds.
     "rollout": Entry(
         "finish the episode in imagination once per action and for N changes of the best schedule "
         "so far (6), BASE deciding (aligned-lookahead-0.7), and take the best",
         RolloutPolicy(TriggerPolicy("aligned", triggers.LOOKAHEAD, 0.7), variations=6),
-        number="N",
+        parameter="variations",
     ),
 }
-"""Policies by name. ``threshold`` always takes its K, as ``threshold-15``; a λ may follow the names
-that have one, as ``hybrid-0.5``, and is 1 without; so may the other numbers of ``NUMBERS``. ``rollout``
-may take its N and then, behind a colon, the policy it improves on: ``rollout-0:threshold-15``."""
+"""Policies by name."""
 
-_WITH_NUMBER: Final = re.compile(r"(.+)-(\d+(?:\.\d+)?)")
+_SHORT: Final = re.compile(r"(.+)-(\d+(?:\.\d+)?)")
+_LONG: Final = re.compile(r"([^()]*)\((.*)\)")
 
 
 def policy_descriptions() -> dict[str, str]:
-    """Return every name, with what may follow it, as ``-K`` or ``[-λ]``, and its description."""
-    suffix = {"": "", "K": "-K", "N": "[-N][:BASE]"} | {key: f"[-{key}]" for key in NUMBERS}
-    return {name + suffix[entry.number]: entry.description for name, entry in REGISTRY.items()}
+    """Return every name with the number that it may carry, in both forms, and its description."""
+    lines = {}
+    for name, entry in REGISTRY.items():
+        if not entry.parameter:
+            lines[name] = entry.description
+            continue
+        symbol = PARAMETERS[entry.parameter].symbol
+        based = isinstance(entry.prototype, RolloutPolicy)
+        short = f"{name}-{symbol}" if entry.required else f"{name}[-{symbol}]"
+        keys = f"{entry.parameter}={symbol}" + (f", {BASE}=POLICY" if based else "")
+        lines[short + ("[:BASE]" if based else "")] = f"{entry.description}; {name}({keys})"
+    return lines
+
+
+def split_policies(text: str) -> list[str]:
+    """Return the names of a comma-separated list, each once; commas within brackets separate none.
+
+    Examples
+    --------
+    >>> split_policies("fcfs, rollout(variations=6, base=hybrid), fcfs")
+    ['fcfs', 'rollout(variations=6, base=hybrid)']
+    """
+    names, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += letter
+    return list(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def make_policy(name: str) -> Policy:
     """Return a new policy by name.
 
+    Parameters
+    ----------
+    name
+        ``NAME`` or ``NAME(key=value, …)`` with the keys of ``PARAMETERS``, or the short form
+        ``NAME-NUMBER``. ``rollout`` takes a policy as ``base``, too, short behind a colon.
+
     Raises
     ------
     ServegymError
-        If there is no such policy, with the nearest name, or its number is missing or out of range.
+        If there is no such policy, with the nearest name, or a key or number that it cannot have.
+
+    Examples
+    --------
+    >>> make_policy("threshold(idle=12)") == make_policy("threshold-12")
+    True
+    >>> make_policy("rollout(variations=2, base=threshold(idle=9))") == make_policy("rollout-2:threshold-9")
+    True
     """
+    family, values = _read_name(name)
+    entry = REGISTRY[family]
+    policy = copy(entry.prototype)
+    if isinstance(policy, RolloutPolicy):
+        policy.base = copy(policy.base)
+    if entry.required and entry.parameter not in values:
+        parameter = PARAMETERS[entry.parameter]
+        raise ServegymError(
+            f"policy {name!r} needs a whole {parameter.symbol} in 1 … {MAX_NUMBER} after its name, "
+            f"as {family}-15 or {family}({entry.parameter}=15)"
+        )
+    for key, text in values.items():
+        if key == BASE:
+            policy = _rollout(policy, base=make_trigger_policy(text))
+        else:
+            policy = PARAMETERS[key].give(policy, _number(name, key, text))
+    return policy
+
+
+def _read_name(name: str) -> tuple[str, dict[str, str]]:
+    """Return which entry of the registry is meant, and what the name gives by key."""
+    if match := _LONG.fullmatch(name):
+        family = match[1].strip()
+        if family not in REGISTRY:
+            raise unknown("policy", family, REGISTRY)
+        return family, _read_keys(name, family, match[2])
     head, colon, base = name.partition(":")
-    match = _WITH_NUMBER.fullmatch(head)
+    match = None if head in REGISTRY else _SHORT.fullmatch(head)
     family, number = match.groups() if match else (head, "")
     entry = REGISTRY.get(family)
-    if entry is None or (number and not entry.number) or (colon and entry.number != "N"):
+    if entry is None or (number and not entry.parameter):
         raise unknown("policy", name, [*REGISTRY, "threshold-K"])
-    if entry.number == "K" and not (number.isdigit() and 1 <= int(number) <= MAX_NUMBER):
-        raise ServegymError(
-            f"policy {name!r} needs a whole K in 1 … {MAX_NUMBER} after its name, as {family}-15"
-        )
+    if colon and not isinstance(entry.prototype, RolloutPolicy):
+        raise unknown("policy", name, [*REGISTRY, "threshold-K"])
+    values = {entry.parameter: number} if number else {}
+    return family, values | ({BASE: base} if colon else {})
+
+
+def _read_keys(name: str, family: str, text: str) -> dict[str, str]:
+    entry = REGISTRY[family]
+    keys = [entry.parameter] if entry.parameter else []
     if isinstance(entry.prototype, RolloutPolicy):
-        return _make_rollout(name, entry.prototype, number, base if colon else None)
-    if number and isinstance(entry.prototype, TriggerPolicy):
-        kind = NUMBERS["λ" if entry.number == "K" else entry.number]
-        if not kind.fits(float(number)):
-            raise ServegymError(f"policy {name!r}: {entry.number} must {kind.rule}")
-        return kind.give(entry.prototype, float(number))
-    return copy(entry.prototype)
+        keys.append(BASE)
+    values: dict[str, str] = {}
+    for part in split_policies(text):
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not keys:
+            raise ServegymError(f"policy {name!r}: {family} takes no parameters")
+        if not (equals and value):
+            raise ServegymError(f"policy {name!r}: write {keys[0]}=VALUE, not {part!r}")
+        if key not in keys:
+            raise unknown(f"parameter of {family}:", key, keys)
+        if key in values:
+            raise ServegymError(f"policy {name!r}: {key} is given twice")
+        values[key] = value
+    return values
 
 
-def _make_rollout(
-    name: str, prototype: RolloutPolicy, number: str, base: str | None
-) -> RolloutPolicy:
-    if number and not (number.isdigit() and int(number) <= MAX_NUMBER):
-        raise ServegymError(f"policy {name!r}: N must be a whole number in 0 … {MAX_NUMBER}")
-    variations = int(number) if number else prototype.variations
-    policy = copy(prototype.base) if base is None else make_trigger_policy(base)
-    return replace(prototype, base=policy, variations=variations)
+def _number(name: str, key: str, text: str) -> float:
+    parameter = PARAMETERS[key]
+    try:
+        number = math.nan if "_" in text else float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and parameter.fits(number)):
+        what = parameter.symbol if "(" not in name else key
+        if what == "K":
+            raise ServegymError(
+                f"policy {name!r} needs a whole K in 1 … {MAX_NUMBER} after its name, as threshold-15"
+            )
+        raise ServegymError(f"policy {name!r}: {what} must {parameter.rule}")
+    return number
 
 
 def make_trigger_policy(name: str) -> TriggerPolicy:

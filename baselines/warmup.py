@@ -21,7 +21,7 @@ def warm_up() -> None:
     task = TASKS["servegym/Tiny-v0"]
     case = make_case(task, seed=0)
     for family, entry in REGISTRY.items():
-        name = f"{family}-1" if entry.number == "K" else family
+        name = f"{family}-1" if entry.required else family
         policy = make_policy(name)
         play(task, name, policy, case, seed=0)
         if isinstance(policy, TriggerPolicy):

@@ -141,7 +141,7 @@ def test_larger_cases_are_proven(clients: int, longest: int) -> None:
 @settings(max_examples=40)
 @given(
     st.integers(0, 2**31),
-    st.sampled_from([f"{n}-2" if entry.number == "K" else n for n, entry in REGISTRY.items()]),
+    st.sampled_from([f"{n}-2" if entry.required else n for n, entry in REGISTRY.items()]),
     st.sampled_from(["tiny", "llama2-70b-a100x4", "paper"]),
     st.integers(1, 9),
     st.integers(1, 4),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from servegym.baselines.registry import REGISTRY, make_policy
 from servegym.envs import Requests, ServingEnv
 from servegym.envs.play.evaluation import brief, make_case
-from servegym.envs.play.policy import Situation
+from servegym.envs.play.policy import Situation, asked_task
 from servegym.envs.task.cases import sample_requests
 from tests.helpers import instance, make_env, random_legal_action, start
 from tests.information_helpers import KNOWN, ROWS, SMALL, UNKNOWN, informed, make
@@ -80,7 +80,7 @@ def test_no_policy_sees_true_lengths(name: str, lengths: str) -> None:
     """Another truth behind the same predictions: the same actions until a completion tells."""
     policies = [make_policy(name), make_policy(name)]
     task = informed(SMALL, output_lengths=lengths)
-    task = policies[0].adapt(task)
+    task = asked_task(task, policies[0])
     compared = trials = 0
     for seed in range(TRIALS):
         rng = np.random.default_rng([seed, 9])

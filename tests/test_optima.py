@@ -22,7 +22,7 @@ from servegym.studies.commands import evaluate as script
 from tests.test_summary import episodes
 
 TINY = TASKS["servegym/Tiny-v0"]
-POLICIES = [f"{name}-2" if entry.number == "K" else name for name, entry in REGISTRY.items()]
+POLICIES = [f"{name}-2" if entry.required else name for name, entry in REGISTRY.items()]
 
 
 def optima(rows: dict[int, tuple[float, bool]]) -> pd.DataFrame:

@@ -45,7 +45,7 @@ VIEW = DecisionView(
 )
 """C_p = 8 · 1 s, its fixed part 8 · 0.25 = 2 s; waited 3 s, waiting on costs 2 · 2 = 4 s more."""
 
-ALL_NAMES = [name for name, entry in REGISTRY.items() if entry.number != "K"]
+ALL_NAMES = [name for name, entry in REGISTRY.items() if not entry.required]
 TRIGGERED = [name for name in ALL_NAMES if isinstance(REGISTRY[name].prototype, TriggerPolicy)]
 NUMBERED = ["threshold-4", "hybrid-0.25", "lpt-0.5", "lookahead-2", "aligned-0.75"]
 
@@ -106,6 +106,68 @@ def test_good_names_carry_their_number(name: str, parameter: float) -> None:
     policy = make_policy(name)
     assert isinstance(policy, TriggerPolicy)
     assert policy.parameter == parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fcsf(multiplier=1)", "did you mean 'fcfs'"),
+        ("fcfs(multiplier=1)", "fcfs takes no parameters"),
+        ("hybrid(multiplyer=1)", "did you mean 'multiplier'"),
+        ("hybrid(0.5)", "write multiplier=VALUE"),
+        ("hybrid(multiplier=)", "write multiplier=VALUE"),
+        ("hybrid(multiplier=1, multiplier=2)", "given twice"),
+        ("hybrid(multiplier=-1)", "multiplier must lie in 0"),
+        ("hybrid(multiplier=nan)", "multiplier must lie in 0"),
+        ("hybrid(multiplier=1_0)", "multiplier must lie in 0"),
+        ("threshold()", "needs a whole K"),
+        ("threshold(idle=0)", "idle must be a whole number"),
+        ("threshold(idle=2.5)", "idle must be a whole number"),
+        ("quantile(quantile=1)", "quantile must lie between"),
+        ("mean-sd(deviations=101)", "deviations must lie"),
+        ("offline-risk(risk=101)", "risk must lie"),
+        ("offline-saa(scenarios=0)", "scenarios must be"),
+        ("rollout(variations=-1)", "variations must be"),
+        ("rollout(base=random)", "'random' has no trigger"),
+        ("rollout(base=threshold(idle=0))", "idle must be"),
+        ("hybrid(base=fcfs)", "did you mean"),
+        ("hybrid(multiplier=1", "unknown policy"),
+    ],
+)
+def test_bad_keys_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ServegymError, match=message) as refusal:
+        make_policy(name)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("long", "short"),
+    [
+        ("fcfs()", "fcfs"),
+        ("hybrid(multiplier=0)", "hybrid-0"),
+        ("hybrid( multiplier = 1000000 )", "hybrid-1000000"),
+        ("lpt(multiplier=1e-3)", "lpt-0.001"),
+        ("threshold(idle=1)", "threshold-1"),
+        ("rollout(variations=0)", "rollout-0"),
+        ("rollout(variations=3, base=threshold(idle=4))", "rollout-3:threshold-4"),
+        ("rollout(base=lpt)", "rollout:lpt"),
+    ],
+)
+def test_both_forms_of_a_name_mean_the_same(long: str, short: str) -> None:
+    assert make_policy(long) == make_policy(short)
+
+
+def test_keys_reach_planners_and_comparisons() -> None:
+    for long, short in [
+        ("quantile(quantile=0.9)", "quantile-0.9"),
+        ("mean-sd(deviations=2)", "mean-sd-2"),
+        ("offline-risk(risk=2)", "offline-risk-2"),
+        ("offline-saa(scenarios=9)", "offline-saa-9"),
+    ]:
+        one, other = make_trigger_policy(long), make_trigger_policy(short)
+        assert one.comparison == other.comparison
+        assert getattr(one.planner, "keywords", None) == getattr(other.planner, "keywords", None)
+    assert make_trigger_policy("quantile(quantile=0.9)").comparison["quantile"] == 0.9
 
 
 def test_every_policy_has_a_line_and_is_made_anew() -> None:

@@ -12,9 +12,10 @@ random and replace it where they end earlier: a local search that each decision 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,6 @@ from servegym.envs.process.actions import Settings, apply
 from servegym.envs.simulator.events import DECODE, advance
 from servegym.envs.simulator.imagination import copy_row, imagine_row
 from servegym.envs.simulator.state import State, make_state
-from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
 from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.plan import Plan
@@ -68,7 +68,7 @@ class Schedule(NamedTuple):
 def make_base(policy: TriggerPolicy, settings: Settings) -> Base:
     """Lower a trigger policy to what kernels read."""
     rule = ADMISSION_RULES.index(policy.rule)
-    every_round = policy.every_round or settings.every_round
+    every_round = policy.decisions == "rounds" or settings.every_round
     return Base(rule, policy.trigger, policy.parameter, every_round)
 
 
@@ -186,9 +186,15 @@ class RolloutPolicy:
         if self.budget_s is not None and not self.budget_s >= 0:
             raise ServegymError(f"a rollout's budget must be ≥ 0 seconds, got {self.budget_s}")
 
-    def adapt(self, task: TaskConfig) -> TaskConfig:
-        """Return the task as the base wants to be asked."""
-        return self.base.adapt(task)
+    @property
+    def decisions(self) -> Literal["events", "rounds"] | None:
+        """Where the base wants to be asked."""
+        return self.base.decisions
+
+    @property
+    def comparison(self) -> Mapping[str, Any]:
+        """By what the base compares waiting requests."""
+        return self.base.comparison
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode's schedule; plan if the base does."""

@@ -17,9 +17,9 @@ next are no multiplier: ``noise`` draws them.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from scipy import stats
@@ -107,7 +107,8 @@ class JudgedPolicy:
     asked: Container[int]
     noise: float = 0.0
     verdicts: list[Verdict] = field(default_factory=list, init=False)
-    decisions: int = field(default=0, init=False)
+    played: int = field(default=0, init=False)
+    """Decisions so far where the rule had a choice."""
 
     def __post_init__(self) -> None:
         if self.policy.trigger not in COMPARING:
@@ -115,16 +116,22 @@ class JudgedPolicy:
         if not (np.isfinite(self.noise) and self.noise >= 0):
             raise ServegymError(f"noise must be ≥ 0, got {self.noise}")
 
-    def adapt(self, task: TaskConfig) -> TaskConfig:
-        """Return the task as the rule wants to be asked."""
-        return self.policy.adapt(task)
+    @property
+    def decisions(self) -> Literal["events", "rounds"] | None:
+        """Where the rule wants to be asked."""
+        return self.policy.decisions
+
+    @property
+    def comparison(self) -> Mapping[str, Any]:
+        """By what the rule compares waiting requests."""
+        return self.policy.comparison
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode; plan if the rule does."""
         task = briefing.task
         if task.information.output_lengths != "known":
             raise ServegymError("verdicts need known output lengths: both ways are played out")
-        self.verdicts, self.decisions = [], 0
+        self.verdicts, self.played = [], 0
         self._rng = briefing.rng
         self._action = 1 + task.process.rules.index(self.policy.rule)
         self._court = _Court(task, self.judges)
@@ -140,18 +147,18 @@ class JudgedPolicy:
             spread = self.noise
             multiplier *= float(np.exp(spread * self._rng.standard_normal() - spread**2 / 2))
         prefills = bool(triggers.fires(trigger, multiplier, situation.view))
-        if self.decisions in self.asked:
+        if self.played in self.asked:
             imagined = situation.imagine()
             self.verdicts.append(
                 Verdict(
-                    self.decisions,
+                    self.played,
                     prefills,
                     balance(trigger, situation.view),
                     self._court.ends(imagined, DECODE),
                     self._court.ends(imagined, self._action),
                 )
             )
-        self.decisions += 1
+        self.played += 1
         return self._action if prefills else DECODE
 
 
@@ -212,13 +219,13 @@ def judge_episode(
     first = JudgedPolicy(policy, (), (), noise)
     if noise > 0:  # compiled code draws no noise; the same seed draws the same again
         play(task, "judged", first, case, seed)
-        decisions = first.decisions
+        decisions = first.played
     else:
         decisions = int(play_compiled(task, policy, case)["decisions"])
     spread = np.linspace(0, decisions - 1, min(samples, decisions)).round().astype(int)
     judged = JudgedPolicy(policy, judges, frozenset(spread.tolist()), noise)
     row = play(task, "judged", judged, case, seed).row
-    return row | {"decisions": judged.decisions}, judged.verdicts
+    return row | {"decisions": judged.played}, judged.verdicts
 
 
 def tally(verdicts: Sequence[Verdict], judges: Sequence[int]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from servegym.baselines.rules.triggers import fires
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.play.evaluation import brief, play
+from servegym.envs.play.policy import asked_task
 from servegym.envs.process.metrics import METRICS, episode_metrics
 from servegym.envs.simulator.admission import admits
 from servegym.envs.simulator.events import advance, decode, prefill
@@ -66,7 +67,7 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
     if task.process.max_decisions > 0 or task.process.max_seconds > 0:
         row = play(task, "compiled", policy, case, seed=0).row
         return {metric: row[metric] for metric in METRICS}
-    task = policy.adapt(task)
+    task = asked_task(task, policy)
     state = make_task_state(task, 1, len(case.requests))
     load_case(task, state, 0, case, policy.prepare(brief(task, case, seed=0)))
     play_loaded(state, lower(task).costs, task, policy)
@@ -76,7 +77,7 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
 def play_loaded(state: State, costs: CostTables, task: TaskConfig, policy: TriggerPolicy) -> None:
     """Play the episode loaded into row 0 to its end; ``costs`` are the task's tables.
 
-    ``task`` must be what ``policy.adapt`` has made of it.
+    ``task`` must be what ``asked_task`` returns for the policy.
     """
     run_episode(
         state,

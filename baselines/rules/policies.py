@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.plans import Planner
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.policy import Briefing, Situation
+from servegym.envs.play.policy import Briefing, Policy, Situation
 from servegym.envs.simulator.events import DECODE
-from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.workload.plan import Plan
 
 
@@ -25,8 +24,8 @@ class TriggerPolicy:
     ----------
     rule, trigger, parameter
         Whom to admit, when, and the trigger's one number.
-    every_round
-        Ask at every decode round: the trigger may fire between finishes.
+    decisions
+        Where the trigger is asked: ``rounds`` where it may fire between finishes; None: as the task says.
     planner
         Makes an offline plan, which is handed to the environment; None: no plan.
     comparison
@@ -36,7 +35,7 @@ class TriggerPolicy:
     rule: str
     trigger: int
     parameter: float = 0.0
-    every_round: bool = False
+    decisions: Literal["events", "rounds"] | None = None
     planner: Planner | None = None
     comparison: Mapping[str, Any] = field(default_factory=dict)
     _action: int = field(default=DECODE, init=False, repr=False)
@@ -44,15 +43,6 @@ class TriggerPolicy:
     def __post_init__(self) -> None:
         if not (np.isfinite(self.parameter) and self.parameter >= 0):
             raise ServegymError(f"a trigger's parameter must be ≥ 0, got {self.parameter}")
-
-    def adapt(self, task: TaskConfig) -> TaskConfig:
-        """Return the task with decisions at every round and the comparison, where they are wanted."""
-        sections: dict[str, Mapping[str, Any]] = {}
-        if self.every_round:
-            sections["process"] = {"decisions": "rounds"}
-        if self.comparison:
-            sections["information"] = self.comparison
-        return with_overrides(task, sections) if sections else task
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the rule's action in this task; plan if the policy does."""
@@ -79,14 +69,10 @@ class TriggerPolicy:
 
 
 @dataclass
-class RandomPolicy:
+class RandomPolicy(Policy):
     """A legal action chosen uniformly, from the briefing's random generator."""
 
     _rng: np.random.Generator | None = field(default=None, init=False, repr=False)
-
-    def adapt(self, task: TaskConfig) -> TaskConfig:
-        """Return the task as it is."""
-        return task
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Take the episode's random generator."""

@@ -23,7 +23,7 @@ from servegym.envs.files import write_file
 from servegym.envs.play.identity import check_unchanged, claim_task, hash_of
 from servegym.envs.play.locks import locked
 from servegym.envs.play.parallel import run_parallel
-from servegym.envs.play.policy import Briefing, Policy, Situation
+from servegym.envs.play.policy import Briefing, Policy, Situation, asked_task
 from servegym.envs.play.tables import Schema, read_rows
 from servegym.envs.process.metrics import METRICS, Records
 from servegym.envs.serving_env import ServingEnv
@@ -88,9 +88,14 @@ def make_case(task: TaskConfig, seed: int) -> Case:
 def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> Episode:
     """Play one episode and time every decision.
 
-    The policy adapts the task to how it is to be asked; the column ``decision_points`` says so.
+    The task is asked as the policy declares; the column ``decision_points`` says where.
+
+    Raises
+    ------
+    ServegymError
+        If the policy returns no legal action.
     """
-    task = policy.adapt(task)
+    task = asked_task(task, policy)
     env = ServingEnv(task)
     started = perf_counter_ns()
     plan = policy.prepare(brief(task, case, seed))
@@ -104,7 +109,10 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
         started = perf_counter_ns()
         action = policy.act(Situation(env.view(), observation, env.action_masks(), env.imagine))
         nanoseconds.append(perf_counter_ns() - started)
-        observation, _, terminated, truncated, info = env.step(action)
+        try:
+            observation, _, terminated, truncated, info = env.step(action)
+        except ServegymError as error:
+            raise ServegymError(f"policy {name}: {error}") from None
         if "illegal_action" in info:
             raise ServegymError(f"policy {name} chose illegal action {action}")
         ended = terminated or truncated

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.simulator.state import State
 from servegym.envs.simulator.view import DecisionView
-from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import Requests
 
@@ -46,19 +47,55 @@ class Situation:
 
 
 class Policy(Protocol):
-    """Decides at every decision point; one object plays one episode after another."""
+    """Decides at every decision point; one object plays one episode after another.
 
-    def adapt(self, task: TaskConfig) -> TaskConfig:
-        """Return the task as this policy wants to be asked: how often, and what is compared how.
+    A user's policy derives from this class and needs only ``act``.
 
-        It may not change what is served on what machine.
-        """
-        ...
+    Examples
+    --------
+    >>> class Patient(Policy):
+    ...     def act(self, situation: Situation) -> int:
+    ...         return int(np.flatnonzero(situation.mask)[0])  # decode wherever that is legal
+    """
+
+    @property
+    def decisions(self) -> Literal["events", "rounds"] | None:
+        """Where the policy wants to be asked, as ``process.decisions``; None: as the task says."""
+        return None
+
+    @property
+    def comparison(self) -> Mapping[str, Any]:
+        """By what waiting requests are compared, as keys of ``[information]``; empty: as the task says."""
+        return {}
 
     def prepare(self, briefing: Briefing) -> Plan | None:
-        """Get ready for an episode; return the offline plan that its rules follow, if any."""
-        ...
+        """Get ready for an episode; return the offline plan that the rules follow, if any."""
+        return None
 
+    @abstractmethod
     def act(self, situation: Situation) -> int:
         """Return a legal action."""
-        ...
+
+
+_COMPARISON_KEYS: Final = ("compare_by", "quantile", "deviations")
+
+
+def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
+    """Return the task with decisions and comparison as the policy declares them.
+
+    Nothing else of the task can be declared: all policies serve the same requests on the same machine.
+
+    Raises
+    ------
+    ServegymError
+        If the policy declares what no task can have.
+    """
+    sections: dict[str, Mapping[str, Any]] = {}
+    if policy.decisions is not None:
+        sections["process"] = {"decisions": policy.decisions}
+    if policy.comparison:
+        for key in policy.comparison:
+            if key not in _COMPARISON_KEYS:
+                raise unknown("key in a policy's comparison:", key, _COMPARISON_KEYS)
+        sections["information"] = policy.comparison
+    return with_overrides(task, sections) if sections else task
