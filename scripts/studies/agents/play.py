@@ -19,7 +19,7 @@ from servegym.envs.files import make_folder, write_file
 from servegym.envs.play.evaluation import HELD_OUT_SEED, evaluate
 from servegym.envs.play.parallel import run_parallel
 from servegym.envs.play.summary import mean_gaps
-from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.play.tables import ResumableTable, Schema, read_rows
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.runs import ABLATED, MAIN, Run, is_finished
@@ -63,9 +63,15 @@ CURVES: Final = Schema(
     whole=("seed", "timesteps"),
     texts=("variant",),
     optional=("gap_percent",),
+    if_deleted="its run is read again by --parts evaluate",
 )
 EVALUATIONS: Final = Schema(
-    CURVE_COLUMNS[2:], others=True, key=("timesteps",), whole=("timesteps",), optional=None
+    CURVE_COLUMNS[2:],
+    others=True,
+    key=("timesteps",),
+    whole=("timesteps",),
+    optional=None,
+    if_deleted="the curve is drawn without its evaluation",
 )
 """What ``curves.csv`` and a run's ``evaluations.csv`` must be."""
 
@@ -115,19 +121,16 @@ def evaluate_agents(
 
 def _keep_curves(finished: Sequence[Run], runs: Path, folder: Path) -> pd.DataFrame:
     """Write the learning curves of these runs; those of other runs stay in the file."""
-    path = folder / "curves.csv"
-    tables = []
-    known = read_rows(path, CURVES, "remove it and play again")
-    if len(known):
-        ours = {(run.variant, run.seed) for run in finished}
-        is_ours = [pair in ours for pair in zip(known["variant"], known["seed"], strict=True)]
-        tables.append(known[[not one for one in is_ours]])
+    curves = ResumableTable(
+        folder / "curves.csv", CURVES, "remove it and play again", ("variant", "seed")
+    )
     for run in finished:
-        table = read_rows(runs / run.name / "evaluations.csv", EVALUATIONS, "train this run anew")
-        tables.append(table.assign(variant=run.variant, seed=run.seed)[list(CURVE_COLUMNS)])
-    curves = pd.concat([table for table in tables if len(table)], ignore_index=True)
-    write_file(path, curves.round(6).to_csv(index=False))
-    return curves
+        path = runs / run.name / "evaluations.csv"
+        table = read_rows(path, EVALUATIONS, "train this run anew").round(6)
+        table = table.assign(variant=run.variant, seed=run.seed)[list(CURVE_COLUMNS)]
+        curves.add([dict(row) for row in table.to_dict("records")])
+    curves.save()
+    return curves.frame()
 
 
 def _ship(main: Sequence[Run], runs: Path, curves: pd.DataFrame, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -15,14 +16,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import write_file
 from servegym.envs.pictures import to_png
 from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.play.identity import check_unchanged, claim, hash_of
 from servegym.envs.play.locks import locked
 from servegym.envs.play.parallel import check_jobs, run_parallel
 from servegym.envs.play.summary import mean_interval
-from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.play.tables import ResumableTable, Schema
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import NAMESPACE, load_task
 from servegym.studies.cli import check_number, split_names
@@ -119,30 +119,29 @@ class Collection:
         path = self._path(task, part)
         with locked(self.output):
             self._claim(task)
-            known, tables = hash_of(task), [self._read(path)]
-            done = set(tables[0]["seed"])
-            missing = [seed for seed in seeds if seed not in done]
-            found = run_parallel(play_case, [(task, seed) for seed in missing], jobs)
-            with closing(found):
-                for new in tqdm(found, total=len(missing), desc=path.stem, unit="case"):
+            known, table = hash_of(task), self._open(path)
+            missing = table.missing(seeds)
+            results = run_parallel(play_case, [(task, seed) for seed in missing], jobs)
+            with closing(results), table:
+                for rows in tqdm(results, total=len(missing), desc=path.stem, unit="case"):
                     check_unchanged(task, known)
-                    tables.append(pd.DataFrame(new))
-                    played = [table for table in tables if len(table)]
-                    table = pd.concat(played, ignore_index=True).sort_values("seed", kind="stable")
-                    write_file(path, table.to_csv(index=False, float_format="%.7g"))
-            table = self._read(path)
-        return table[table["seed"].isin(seeds)].reset_index(drop=True)
+                    table.add(rows)
+            played = self._open(path).frame()
+        return played[played["seed"].isin(seeds)].reset_index(drop=True)
 
-    def _read(self, path: Path) -> pd.DataFrame:
-        """Return a table, without rows where there is no file; several rows a case, as many for each."""
+    def _open(self, path: Path) -> ResumableTable:
+        """Return a table, without rows where there is no file; each case has as many rows."""
         schema = Schema(("seed",), others=True, texts=self.texts, optional=None)
-        table = read_rows(path, schema, "remove it or choose a new --output folder")
-        counts = table["seed"].value_counts()
-        if counts.nunique() > 1:
-            seed = counts.idxmin()
+        table = ResumableTable(
+            path, schema, "remove it or choose a new --output folder", ("seed",),
+            order=lambda row: row["seed"], float_format="%.7g",
+        )  # fmt: skip
+        counts = Counter(row["seed"] for row in table.rows)
+        if len(set(counts.values())) > 1:
+            seed = min(counts, key=counts.__getitem__)
             raise ServegymError(
-                f"{path}: seed {seed} has {counts.min()} rows where others have {counts.max()}; delete "
-                "its rows, and the case is played again"
+                f"{path}: seed {seed} has {counts[seed]} rows where others have "
+                f"{max(counts.values())}; delete its rows, and the case is played again"
             )
         return table
 

@@ -22,7 +22,7 @@ from servegym.envs.play.evaluation import BEST_KNOWN, make_case, play
 from servegym.envs.play.identity import check_unchanged, claim, hash_of
 from servegym.envs.play.locks import locked
 from servegym.envs.play.summary import UNFINISHED, fixed, to_markdown, with_interval
-from servegym.envs.play.tables import read_rows
+from servegym.envs.play.tables import ResumableTable
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
 from servegym.studies.cli import command_line, parse
@@ -162,8 +162,8 @@ def _mean_gap(rows: pd.DataFrame, column: str, bound: str) -> str:
 
 def open_rows(
     args: Args, task: TaskConfig, weights: Mapping[str, str]
-) -> tuple[TaskConfig, list[dict[str, Any]]]:
-    """Return the task as it is named in the folder, and the finished cases there.
+) -> tuple[TaskConfig, ResumableTable]:
+    """Return the task as it is named in the folder, and the table of the finished cases there.
 
     Refuses a folder of another search.
     """
@@ -175,9 +175,9 @@ def open_rows(
     path = args.output / FILE
     policies = parse_policies(args.policies, task.name)
     schema = replace(BEST_KNOWN, columns=[*COLUMNS, *policies], others=False, optional=policies)
-    table = read_rows(path, schema, "choose a new --output folder")
-    rows = [{str(name): cell for name, cell in row.items()} for row in table.to_dict("records")]
-    return replace(task, name=notes["task"]["name"]), rows
+    schema = replace(schema, if_deleted="its case is searched again")
+    table = ResumableTable(path, schema, "choose a new --output folder", ("seed",))
+    return replace(task, name=notes["task"]["name"]), table
 
 
 def check(args: Args, task: TaskConfig) -> None:
@@ -206,14 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def search(task: TaskConfig, seeds: Sequence[int], args: Args) -> str:
     """Search what is missing; write and return the report."""
     weights = weights_of(parse_policies(args.policies, task.name), task.name)
-    task, rows = open_rows(args, task, weights)
-    known, done = hash_of(task), {row["seed"] for row in rows}
-    for seed in tqdm([seed for seed in seeds if seed not in done], desc=task.name):
-        rows.append(search_case(task, seed, args, weights, known))
-        write_file(args.output / FILE, pd.DataFrame(rows).to_csv(index=False))
-    table = pd.DataFrame(rows)
-    table = table[table["seed"].isin(seeds)].sort_values("seed")
+    task, table = open_rows(args, task, weights)
+    known = hash_of(task)
+    with table:
+        for seed in tqdm(table.missing(seeds), desc=task.name):
+            table.add([search_case(task, seed, args, weights, known)])
+    rows = table.frame()
+    rows = rows[rows["seed"].isin(seeds)].sort_values("seed")
     asked = {name: getattr(args, name) for name in ("task", "seeds", "policies", "time_limit")}
-    text = report(table, command_line("best_known", **asked, output=args.output))
+    text = report(rows, command_line("best_known", **asked, output=args.output))
     write_file(args.output / "best_known.md", text)
     return text
