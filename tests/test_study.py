@@ -17,7 +17,7 @@ from servegym.agents.policy import Network, load_agent, save_agent
 from servegym.envs import ServegymError, load_task
 from servegym.envs.process.observation import FEATURES
 from servegym.studies.agents import runs
-from servegym.studies.agents.play import CURVE_COLUMNS, evaluate_agents, settings, tuned_threshold
+from servegym.studies.agents.play import CURVE_COLUMNS, evaluate_agents, settings
 from servegym.studies.agents.report import (
     ablation_table,
     closed_by,
@@ -31,6 +31,7 @@ from servegym.studies.agents.report import (
 from servegym.studies.agents.runs import Run, arguments, grid, train_all
 from servegym.studies.cli import run
 from servegym.studies.commands import study_agents, train
+from servegym.studies.tuned import tuned_threshold
 from tests.test_summary import episodes
 
 TINY = load_task("Tiny-v0")

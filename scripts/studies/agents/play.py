@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pandas as pd
 
 from servegym.agents.hyperparameters import default_hyperparameters
@@ -17,41 +15,41 @@ from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.play.evaluation import HELD_OUT_SEED, evaluate
-from servegym.envs.play.parallel import run_parallel
-from servegym.envs.play.summary import mean_gaps
 from servegym.envs.play.tables import ResumableTable, Schema, read_rows
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.runs import ABLATED, MAIN, Run, is_finished
-from servegym.studies.commands.train import VALIDATION_SEED, usual_validation_cases
-from servegym.studies.commands.tune import THRESHOLDS, gaps
+from servegym.studies.agents.training import VALIDATION_SEED, usual_validation_cases
 from servegym.studies.policies import BEST, SHIPPED, make_listed_policy, note_weights
+from servegym.studies.tuned import TUNING_CASES, tuned_threshold, with_tuned
 
 BASELINES: Final[dict[str, tuple[str, ...]]] = {
     "GSM8K-v0": (
-        *("random", "fcfs", "hybrid", "hybrid-0.2", "lpt", "threshold-12", "lookahead"),
-        *("lookahead-0.7", "aligned", "aligned-lookahead-0.5", "rollout"),
+        *("random", "fcfs", "hybrid", "hybrid-*", "lpt", "threshold-*", "lookahead"),
+        *("lookahead-*", "aligned", "aligned-lookahead-*", "rollout"),
     ),
     "Paper-v0": (
-        *("fcfs", "random", "hybrid", "hybrid-0.01", "offline", "threshold-1", "lookahead"),
-        *("aligned", "aligned-lookahead-0.01", "rollout"),
+        *("fcfs", "random", "hybrid", "hybrid-*", "offline", "threshold-*", "lookahead"),
+        *("aligned", "aligned-lookahead-*", "rollout"),
     ),
     "GSM8KPredicted-v0": (
-        *("random", "fcfs", "feedback-0.3", "hybrid", "hybrid-0.3", "lpt-0.5", "threshold-12"),
-        *("lookahead", "aligned-1.5", "aligned-lookahead-1.5", "quantile", "rollout"),
+        *("random", "fcfs", "feedback-*", "hybrid", "hybrid-*", "lpt-*", "threshold-*"),
+        *("lookahead", "aligned-*", "aligned-lookahead-*", "quantile", "rollout"),
     ),
 }
-"""Whom the agents are compared with; the tuned numbers are from results/tuning/."""
+"""The policies that the agents of a task are compared with; ``*`` is the number tuned on the task."""
 
 OTHER_BASELINES: Final = ("random", "fcfs", "hybrid", "threshold-1", "lookahead", "aligned")
-"""… on any other task."""
+"""The same for any other task."""
 
 REFERENCES: Final = ("hybrid", "threshold", "aligned", "rollout")
 """Policies, or the families they belong to, that learning curves are drawn with."""
 
-TUNING_CASES: Final = 20
 FEW_CASES: Final = 100
-"""Of more cases of validation, learning curves are drawn without the rollout."""
+"""With more validation cases than these, learning curves are drawn without the rollout."""
+
+TRANSFER_RULES: Final = ("hybrid", "lookahead-*", "aligned-lookahead-0.7")
+"""The rules that the agent is compared with in every setting, beside a threshold tuned on it."""
 
 LARGE_SETTING: Final = "clients-2000"
 """The setting that is played on a third of the cases."""
@@ -78,7 +76,7 @@ EVALUATIONS: Final = Schema(
 
 def baselines(task: str) -> tuple[str, ...]:
     """Return the baselines of a task."""
-    return BASELINES.get(task, OTHER_BASELINES)
+    return with_tuned(task, BASELINES.get(task, OTHER_BASELINES))
 
 
 def evaluate_agents(
@@ -171,20 +169,6 @@ def settings() -> dict[str, TaskConfig]:
     }
 
 
-def tuned_threshold(task: TaskConfig, cases: int, jobs: int) -> str:
-    """Return the best ``threshold-K`` on training cases; K in proportion to the clients."""
-    share = task.cluster.clients / load_task(ABLATED).cluster.clients
-    names = [f"threshold-{k}" for k in sorted({max(1, round(share * k)) for k in THRESHOLDS})]
-    rounds = run_parallel(gaps, [(task, seed, names) for seed in range(cases)], jobs)
-    with closing(rounds):
-        means = mean_gaps(pd.DataFrame([row for rows in rounds for row in rows]))
-    if np.isinf(means.min()):
-        raise ServegymError(
-            f"{task.name}: no threshold serves all requests; raise process.max_decisions or max_seconds"
-        )
-    return str(means.idxmin())
-
-
 def play_transfer(output: Path, cases: int, jobs: int) -> None:
     """Play the shipped agent of ``ABLATED`` and rules in every setting.
 
@@ -198,9 +182,10 @@ def play_transfer(output: Path, cases: int, jobs: int) -> None:
         folder = output / "transfer" / name
         weights = note_weights(folders, folder)
         threshold = tuned_threshold(task, TUNING_CASES, jobs)
-        names = ["hybrid", threshold, "lookahead-0.7", "aligned-lookahead-0.7", SHIPPED]
-        some = max(1, cases // 3) if name == LARGE_SETTING else cases
-        seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + some)
-        print(f"{name}: {some} cases, {', '.join(names)}")
+        names = [*with_tuned(ABLATED, TRANSFER_RULES), SHIPPED]
+        names.insert(1, threshold)
+        count = max(1, cases // 3) if name == LARGE_SETTING else cases
+        seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + count)
+        print(f"{name}: {count} cases, {', '.join(names)}")
         policy_of = partial(make_listed_policy, folders=folders, weights=weights)
         evaluate(task, policy_of, names, seeds, folder, jobs=jobs)

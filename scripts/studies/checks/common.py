@@ -17,21 +17,15 @@ from tqdm import tqdm
 
 from servegym.envs.errors import ServegymError
 from servegym.envs.pictures import to_png
-from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.play.evaluation import make_case
 from servegym.envs.play.identity import check_unchanged, claim, hash_of
 from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import check_jobs, run_parallel
+from servegym.envs.play.parallel import run_parallel
 from servegym.envs.play.summary import mean_interval
 from servegym.envs.play.tables import ResumableTable, Schema
 from servegym.envs.task.config import TaskConfig
-from servegym.envs.task.registered import NAMESPACE, load_task
-from servegym.studies.cli import check_number, split_names
-
-TUNED: Final[dict[str, dict[str, float]]] = {
-    "GSM8K-v0": {"hybrid": 0.2, "lookahead": 0.7, "aligned-lookahead": 0.5},
-    "Paper-v0": {"hybrid": 0.01, "lookahead": 0.01, "aligned-lookahead": 0.01},
-}
-"""λ of rules by task, from results/tuning/; of any other task λ is 1."""
+from servegym.studies.cases import short_name
+from servegym.studies.tuned import TUNED
 
 TAUS: Final = (0.0, 0.2, 0.4, 0.55, 0.69, 0.9, 1.0)
 """Kendall's τ of predictions with the true lengths, where a study goes through qualities."""
@@ -40,48 +34,13 @@ PlayCase = Callable[[TaskConfig, int], list[dict[str, Any]]]
 """Plays all of a check on one case; picklable. Its rows hold the case's ``seed``."""
 
 
-def short_name(task: TaskConfig) -> str:
-    """Return a task's name without the namespace; of a TOML file its stem."""
-    name = task.name.removeprefix(f"{NAMESPACE}/")
-    return Path(name).stem if name.lower().endswith(".toml") else name
-
-
-def tuned_multiplier(task: TaskConfig, family: str) -> float:
-    """Return a rule's λ tuned on the task, 1 where nobody has tuned it."""
-    return TUNED.get(short_name(task), {}).get(family, 1.0)
-
-
-def numbered(family: str, multiplier: float) -> str:
-    """Return a policy's name with its λ, without where that is 1."""
-    return family if multiplier == 1 else f"{family}-{multiplier:g}"
-
-
-def load_tasks(text: str) -> list[TaskConfig]:
-    """Return the tasks of a comma-separated list, each once; all requests present at t = 0."""
-    names = split_names(text)
-    if not names:
-        raise ServegymError("--tasks names no task; give one, such as GSM8K-v0")
-    tasks = [load_task(name) for name in names]
-    for name, task in zip(names, tasks, strict=True):
-        if task.information.output_lengths != "known":
-            raise ServegymError(f"--tasks {name}: the check itself says what is known of lengths")
-        if task.workload.arrival_rate_per_s > 0:
-            raise ServegymError(f"--tasks {name} has arrivals; the checks need all at t = 0")
-        if task.process.max_decisions > 0 or task.process.max_seconds > 0:
-            raise ServegymError(
-                f"--tasks {name} cuts episodes short (process.max_decisions, max_seconds); the checks "
-                "need whole ones"
-            )
-    if len({short_name(task) for task in tasks}) < len(tasks):
-        raise ServegymError(f"--tasks {text}: two tasks would write the same file")
-    return tasks
-
-
-def held_out(cases: int, jobs: int) -> range:
-    """Return the held-out seeds of so many cases, after a look at the two numbers given."""
-    check_number("--cases", cases, 2, HELD_OUT_SEED)
-    check_jobs(jobs)
-    return range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
+def noted_multipliers() -> dict[str, dict[str, float]]:
+    """Return the tuned λ that the checks' rules go by, as they are noted beside the checks' rows."""
+    families = ("hybrid", "lookahead", "aligned-lookahead")
+    return {
+        task: {family: TUNED[task][family] for family in families}
+        for task in ("GSM8K-v0", "Paper-v0")
+    }
 
 
 @dataclass(frozen=True)
@@ -93,6 +52,8 @@ class Collection:
     """What rows depend on besides task and seed; a folder holds rows of one value only."""
     texts: Sequence[str] = ()
     """Columns of texts; all others are of numbers."""
+    parts: Sequence[str] = ("",)
+    """Names of a task's tables; the empty one stands for a task's only table."""
 
     def open(self, tasks: Sequence[TaskConfig]) -> None:
         """Make the folder; refuse one that holds rows of something else."""
@@ -104,17 +65,17 @@ class Collection:
 
     def _claim(self, task: TaskConfig) -> None:
         asked = {"task": asdict(task), **self.asked, **hash_of(task)}
-        name = short_name(task)
-        claim(self.output / f"{name}.json", asked, "rows", indent=1, tables=[f"{name}.csv"])
+        tables = [self._path(task, part).name for part in self.parts]
+        claim(self.output / f"{short_name(task)}.json", asked, "rows", indent=1, tables=tables)
 
     def rows(
         self, task: TaskConfig, seeds: range, play_case: PlayCase, jobs: int, part: str = ""
     ) -> pd.DataFrame:
         """Play the cases that are missing and return the rows of all, by seed.
 
-        ``part`` names a file of its own, for a check that has several tables a task.
-        Finished cases are kept in the file, so that an interrupted check goes on where it stopped;
-        what is returned is read from the file, the same after any number of interruptions.
+        ``part`` is one of ``parts``. Finished cases are kept in the file, so that an interrupted check
+        goes on where it stopped. What is returned is read from the file: it is the same after any
+        number of interruptions.
         """
         path = self._path(task, part)
         with locked(self.output):

@@ -25,8 +25,8 @@ from servegym.envs.play.summary import UNFINISHED, fixed, to_markdown, with_inte
 from servegym.envs.play.tables import ResumableTable
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
+from servegym.studies.cases import parse_policies, parse_seeds
 from servegym.studies.cli import command_line, parse
-from servegym.studies.commands.evaluate import parse_policies, parse_seeds
 from servegym.studies.policies import make_policy, weights_of
 
 COLUMNS = (

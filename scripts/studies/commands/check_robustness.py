@@ -18,7 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.play.parallel import USUAL_JOBS, check_jobs, run_parallel
+from servegym.envs.play.parallel import USUAL_JOBS, run_parallel
 from servegym.envs.play.summary import to_markdown
 from servegym.studies.cli import check_number, command_line, parse, read_list
 from servegym.studies.robustness import damaged_files, odd_terminals, wrong_arguments
@@ -101,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in PARTS:
         check_number(f"--{name}", getattr(args, name), 1, MAX_TRIALS)
     check_number("--seed", args.seed, 0, 2**62)
-    check_jobs(args.jobs)
     make_folder(args.output)
     outcomes: list[Outcome] = []
     faults = args.output / "robustness.csv"

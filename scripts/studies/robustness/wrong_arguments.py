@@ -25,7 +25,7 @@ LIMIT_S: Final = 10
 _LONG: Final = "x" * 5000
 _ALIEN: Final = "caf\udce9"  # a name in Latin-1, as Python reads it in a terminal of UTF-8
 
-_POOLS: Final[dict[type, tuple[str, ...]]] = {
+POOLS: Final[dict[type, tuple[str, ...]]] = {
     int: (
         "", " ", "two", "nan", "inf", "1.5", "1e3", "0x10", "-1", "--1", "1,000", "½", "1\0", "9" * 5000,
         str(10**20), str(-(10**20)), "True", "None", "[1]", "-0x1",
@@ -184,8 +184,8 @@ def _misspelt(option: str, rng: np.random.Generator) -> str:
 
 def _pool(script: str, name: str, hint: Any) -> tuple[str, ...]:
     """Return wrong values of an option."""
-    if hint in _POOLS:
-        return (*_POOLS[hint], "0") if name in _POSITIVE and hint is not bool else _POOLS[hint]
+    if hint in POOLS:
+        return (*POOLS[hint], "0") if name in _POSITIVE and hint is not bool else POOLS[hint]
     if hint is Path or name == "workload":
         paths = _INPUT_PATH if name in _INPUTS else _ANY_PATH
         return tuple(path for path in paths if path or (script, name) not in _EMPTY_IS_FINE)
