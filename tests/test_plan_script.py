@@ -261,6 +261,15 @@ class Sample:
             raise ServegymError(f"--number must be ≤ 9, got {self.number}")
 
 
+def refusal(tokens: list[str]) -> str:
+    """The message that refuses these words; empty if they are legal."""
+    try:
+        parse(Sample, tokens)
+    except ServegymError as error:
+        return str(error)
+    return ""
+
+
 class TestParse:
     def test_defaults(self) -> None:
         assert parse(Sample, []) == Sample()
@@ -326,11 +335,8 @@ class TestParse:
         """Whatever tyro refuses, now and in its next versions, is put in words here."""
         type_ = {"number": int, "ratio-x": float, "flag": bool}[option]
         for text in wrong_arguments.POOLS[type_]:
-            for tokens in ([f"--{option}", text], [f"--{option}={text}"]):
-                try:
-                    parse(Sample, tokens)
-                except ServegymError as error:
-                    assert str(error) != UNEXPLAINED, tokens
+            assert refusal([f"--{option}", text]) != UNEXPLAINED, text
+            assert refusal([f"--{option}={text}"]) != UNEXPLAINED, text
 
     def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:

@@ -106,15 +106,15 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_stop_ends_what_runs_and_starts_no_more(stub: Path, tmp_path: Path) -> None:
     stub.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
     one = Run("Tiny-v0", "main", 0, 100)
-    crew = runs.Crew(tmp_path)
+    processes = runs.TrainingProcesses(tmp_path)
     log = tmp_path / "Tiny-v0" / "main" / "0.log"
     with ThreadPoolExecutor(1) as executor:
-        status = executor.submit(crew.train, one)
+        status = executor.submit(processes.train, one)
         while not (log.is_file() and log.read_text()) and not status.done():
             time.sleep(0.01)
-        crew.stop()
+        processes.stop()
         assert status.result(timeout=20) < 0  # ended by a signal
-    assert crew.train(one) == 1
+    assert processes.train(one) == 1
     assert log.read_text() == "begun\n"
 
 

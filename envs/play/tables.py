@@ -28,14 +28,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Schema:
-    """What a table of results must be; a column is of finite numbers unless it is named here."""
+    """The columns of a table of results; those not named below hold finite numbers."""
 
     columns: Sequence[str]
-    """Its columns in their order."""
+    """The columns in their order."""
     others: bool = False
-    """Whether it may have other columns, too, in any order."""
+    """Whether other columns are allowed, too, in any order."""
     key: Sequence[str] = ()
-    """Columns that together name a row: no two rows have the same."""
+    """Columns that together name a row: no two rows have the same cells there."""
     whole: Collection[str] = ("seed",)
     """Columns of whole numbers ≥ 0, none missing."""
     texts: Collection[str] = ()
@@ -45,7 +45,7 @@ class Schema:
     optional: Collection[str] | None = ()
     """Columns of numbers where a cell may be empty, which is NaN; None: all that are not ``whole``."""
     defaults: Mapping[str, float] = field(default_factory=dict)
-    """Columns that tables of earlier versions lack, and what they stand for there."""
+    """Columns that tables of earlier versions lack, and their value in such a table."""
     if_deleted: str = "its results are made again"
     """What follows where a damaged line is deleted; ends the messages that advise to delete one."""
 
@@ -58,21 +58,21 @@ class _Row(NamedTuple):
 def read_rows(path: Path, schema: Schema, remedy: str) -> pd.DataFrame:
     """Return a CSV file of results; without rows where there is no file.
 
-    Every number is read to the last bit, so a table that is written again stays what it was. A row that
-    stands there twice, cell by cell, is taken once.
+    Every number is read to the last bit, so that a table written again has the same bytes. Two rows
+    whose cells are all equal count once.
 
     Parameters
     ----------
     path, schema
-        The file and what it must be.
+        The file and its columns.
     remedy
-        What to do about a file that is something else, such as ``remove it``.
+        What to do about a file of other columns, such as ``remove it``.
 
     Raises
     ------
     ServegymError
-        One line naming file and line: other columns, a row that is cut off, a cell that is not what
-        its column holds, two rows of the same key that differ.
+        One line naming file and line: other columns, another separator, a row that is cut off, a cell
+        of another type than its column, two rows of the same key that differ.
     """
     if not path.exists():
         return pd.DataFrame({name: [] for name in schema.columns})
@@ -88,6 +88,14 @@ def read_rows(path: Path, schema: Schema, remedy: str) -> pd.DataFrame:
             texts = [(row.line, row.cells[place]) for row in rows]
             columns[name] = _values(path, name, texts, schema)
     return pd.DataFrame(columns)
+
+
+def as_rows(table: pd.DataFrame) -> list[Row]:
+    """Return the rows of a table."""
+    return [
+        {str(name): cell for name, cell in row.items()}
+        for row in table.to_dict("records")  # whose cells are plain numbers and texts
+    ]
 
 
 class ResumableTable:
@@ -127,8 +135,7 @@ class ResumableTable:
         self._path, self._schema, self._key = path, schema, key
         self._order, self._float_format = order, float_format
         self._rows: dict[Hashable, list[Row]] = {}
-        table = read_rows(path, schema, remedy)
-        self._take([dict(row) for row in table.to_dict("records")])  # type: ignore[arg-type]
+        self._take(as_rows(read_rows(path, schema, remedy)))
         self._saved, self._changed = monotonic(), False
 
     def __enter__(self) -> Self:
@@ -245,17 +252,17 @@ def _each_once(
 ) -> list[_Row]:
     """Return the rows less those that are there twice; refuse two that differ under one key."""
     places = [header.index(name) for name in schema.key]
-    found: dict[tuple[str, ...], _Row] = {}
+    first_rows: dict[tuple[str, ...], _Row] = {}
     for row in rows:
         key = tuple(row.cells[place] for place in places) if places else tuple(row.cells)
-        first = found.setdefault(key, row)
+        first = first_rows.setdefault(key, row)
         if first.cells != row.cells:
             named = ", ".join(f"{name} {row.cells[header.index(name)]}" for name in schema.key)
             raise ServegymError(
                 f"{path}: lines {first.line} and {row.line}: two different rows of {named}; delete "
                 f"the wrong one, or both, and {schema.if_deleted}"
             )
-    return list(found.values())
+    return list(first_rows.values())
 
 
 def _values(path: Path, name: str, texts: list[tuple[int, str]], schema: Schema) -> list[Any]:

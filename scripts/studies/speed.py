@@ -69,7 +69,7 @@ def python_loop() -> float:
 
 @dataclass
 class CompiledEpisode:
-    """An episode that is loaded, then played by a compiled rule."""
+    """An episode that a compiled rule plays again and again."""
 
     task: TaskConfig
     policy: TriggerPolicy
@@ -86,7 +86,7 @@ class CompiledEpisode:
         play_loaded(self.state, costs, self.task, self.policy)
 
     def median_seconds(self, repeats: int) -> float:
-        """Return the median time of playing it, after one play that compiles."""
+        """Return the median time of an episode, after a first one that compiles."""
         times = []
         for _ in range(repeats + 1):
             self.prepare()
@@ -157,8 +157,9 @@ def environment_figures(repeats: int) -> list[Figure]:
 def vector_figures(repeats: int) -> list[Figure]:
     """Time the vector environment with new episodes included; choosing the actions is not timed.
 
-    Uniform random legal actions over all rules. A repeat is about as long as an episode, so that each
-    holds as many new ones. What one takes is the median of what steps with any take longer.
+    Actions are uniform over the legal ones of all rules. A repeat is about as long as an episode, so
+    that each holds as many new episodes. A step with new episodes takes longer: the median of this
+    time by episode is that of a new episode.
     """
     figures = []
     what = f"ServingVectorEnv, {VECTOR_ROWS} rows, random legal actions"
@@ -263,7 +264,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the short commit of the checkout, if it is one."""
+    """Return the short commit of the checkout; ``unknown`` outside one."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

@@ -29,7 +29,7 @@ CLAIRVOYANT: Final = "ppo-known"
 """The agent of GSM8K-v0, trained with lengths known."""
 
 TUNED_THRESHOLD: Final = "threshold-K"
-"""The best K of each τ on training cases."""
+"""Stands for the threshold whose K is the best of each τ on training cases."""
 
 QUALITY: Final = (
     *("random", "fcfs", "static", "round-robin", "feedback-0.5", "offline", "offline-steal"),
@@ -50,7 +50,7 @@ PULLS: Final = (
 SCENARIOS: Final = (1, 8, 32, 128, 512)
 RISKS: Final = (0.0, 1.0, 3.0)
 FRESH: Final = 1000
-"""Scenarios that plans are judged by and that none of them was made with."""
+"""Scenarios that plans are judged by; no plan was made with them."""
 
 
 def with_tau(task: TaskConfig, tau: float) -> TaskConfig:
@@ -69,14 +69,14 @@ def gaps_of(
     task: TaskConfig, seed: int, names: Sequence[str], best_threshold: str = ""
 ) -> dict[str, float]:
     """Return each policy's gap on one case."""
-    case, found = make_case(task, seed), {}
+    case, gaps = make_case(task, seed), {}
     for name in names:
         policy = policy_of(name, best_threshold)
         if isinstance(policy, TriggerPolicy):
-            found[name] = play_compiled(task, policy, case)["gap"]
+            gaps[name] = play_compiled(task, policy, case)["gap"]
         else:
-            found[name] = float(play(task, name, policy, case, seed).row["gap"])
-    return found
+            gaps[name] = float(play(task, name, policy, case, seed).row["gap"])
+    return gaps
 
 
 def play_quality(
@@ -95,7 +95,7 @@ def play_mixed(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
 
 
 def judge_plans(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
-    """Return the mean largest load, in rounds, of each plan, in its own scenarios and in others."""
+    """Return each plan's mean largest load in rounds, in the scenarios it was made with and in others."""
     briefing = brief(task, make_case(task, seed), seed)
     requests, rng = briefing.requests, briefing.rng
     assert requests is not None
@@ -108,9 +108,9 @@ def judge_plans(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
         row[f"risk-{k:g}"] = mean_largest_load(plan_at_risk(requests, briefing, k), fresh)
     for scenarios in SCENARIOS:
         rounds = sample_rounds(requests, scenarios, rng)
-        found = plan_by_samples(requests, task.cluster.clients, rounds, rng)
-        row[f"saa-{scenarios} in sample"] = found.in_sample_rounds
-        row[f"saa-{scenarios}"] = mean_largest_load(found.plan, fresh)
+        sampled = plan_by_samples(requests, task.cluster.clients, rounds, rng)
+        row[f"saa-{scenarios} in sample"] = sampled.in_sample_rounds
+        row[f"saa-{scenarios}"] = mean_largest_load(sampled.plan, fresh)
     return [row]
 
 
@@ -172,19 +172,19 @@ def mixed_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def plans_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a plan: rounds in its own scenarios, in others, and against the means' plan."""
+    """Return one row a plan: rounds in the scenarios it was made with, in others, and against ``means``."""
     means = rows["means"].to_numpy(float)
     table = []
     for name in [column for column in rows.columns if column != "seed"]:
         if name.endswith("in sample"):
             continue
-        fresh, own = rows[name].to_numpy(float), f"{name} in sample"
+        fresh, promised = rows[name].to_numpy(float), f"{name} in sample"
         table.append(
             {
                 "plan": name,
                 "n": str(len(rows)),
-                "own scenarios (rounds)": with_interval(rows[own].to_numpy(float), digits=0)
-                if own in rows
+                "own scenarios (rounds)": with_interval(rows[promised].to_numpy(float), digits=0)
+                if promised in rows
                 else "",
                 f"{FRESH} others (rounds)": with_interval(fresh, digits=0),
                 "− means (%)": "" if name == "means" else with_interval(fresh / means - 1, 100),

@@ -15,7 +15,7 @@ from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.play.evaluation import HELD_OUT_SEED, evaluate
-from servegym.envs.play.tables import ResumableTable, Schema, read_rows
+from servegym.envs.play.tables import ResumableTable, Schema, as_rows, read_rows
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.runs import ABLATED, MAIN, Run, is_finished
@@ -48,8 +48,9 @@ REFERENCES: Final = ("hybrid", "threshold", "aligned", "rollout")
 FEW_CASES: Final = 100
 """With more validation cases than these, learning curves are drawn without the rollout."""
 
-TRANSFER_RULES: Final = ("hybrid", "lookahead-*", "aligned-lookahead-0.7")
-"""The rules that the agent is compared with in every setting, beside a threshold tuned on it."""
+OWN_THRESHOLD: Final = "threshold-K"
+TRANSFER_RULES: Final = ("hybrid", OWN_THRESHOLD, "lookahead-*", "aligned-lookahead-0.7")
+"""The rules that the agent is compared with in every setting; K is tuned on the setting itself."""
 
 LARGE_SETTING: Final = "clients-2000"
 """The setting that is played on a third of the cases."""
@@ -93,12 +94,12 @@ def evaluate_agents(
     ServegymError
         If no run is finished, or episodes of other weights stand in the folder.
     """
-    own = [run for run in grid if run.task == task]
-    finished = [run for run in own if is_finished(run, runs)]
+    asked = [run for run in grid if run.task == task]
+    finished = [run for run in asked if is_finished(run, runs)]
     if not finished:
         raise ServegymError(f"{runs}: holds no finished run of {task}; begin with --parts train")
-    if len(finished) < len(own):
-        left = ", ".join(run.name for run in own if run not in finished)
+    if len(finished) < len(asked):
+        left = ", ".join(run.name for run in asked if run not in finished)
         print(f"not finished, left out: {left}")
     folder = output / task
     folders = {run.policy: runs / run.name / BEST for run in finished}
@@ -126,7 +127,7 @@ def _keep_curves(finished: Sequence[Run], runs: Path, folder: Path) -> pd.DataFr
         path = runs / run.name / "evaluations.csv"
         table = read_rows(path, EVALUATIONS, "train this run anew").round(6)
         table = table.assign(variant=run.variant, seed=run.seed)[list(CURVE_COLUMNS)]
-        curves.add([dict(row) for row in table.to_dict("records")])
+        curves.add(as_rows(table))
     curves.save()
     return curves.frame()
 
@@ -182,8 +183,8 @@ def play_transfer(output: Path, cases: int, jobs: int) -> None:
         folder = output / "transfer" / name
         weights = note_weights(folders, folder)
         threshold = tuned_threshold(task, TUNING_CASES, jobs)
-        names = [*with_tuned(ABLATED, TRANSFER_RULES), SHIPPED]
-        names.insert(1, threshold)
+        rules = [threshold if rule == OWN_THRESHOLD else rule for rule in TRANSFER_RULES]
+        names = [*with_tuned(ABLATED, rules), SHIPPED]
         count = max(1, cases // 3) if name == LARGE_SETTING else cases
         seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + count)
         print(f"{name}: {count} cases, {', '.join(names)}")

@@ -130,8 +130,8 @@ def line(
     style: str,
 ) -> Line:
     """Return the line of the means of ``values``, an array of cases for each x."""
-    cells = [mean_interval(some) for some in values]
-    means, halves = np.array(cells, dtype=float).T
+    intervals = [mean_interval(gaps) for gaps in values]
+    means, halves = np.array(intervals, dtype=float).T
     return Line(label, np.asarray(x, dtype=float), means, halves, colour, style)
 
 
@@ -144,13 +144,13 @@ def picture(panels: Mapping[str, Sequence[Line]], x_label: str) -> bytes:
     for axes, (title, lines) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for one in lines:
-            low, high = one.mean - one.half, one.mean + one.half
+        for shown in lines:
+            low, high = shown.mean - shown.half, shown.mean + shown.half
             axes.plot(
-                *(one.x, one.mean, one.style),
-                color=one.colour, label=one.label, linewidth=1.6, markersize=4,
+                *(shown.x, shown.mean, shown.style),
+                color=shown.colour, label=shown.label, linewidth=1.6, markersize=4,
             )  # fmt: skip
-            axes.fill_between(one.x, low, high, color=one.colour, alpha=0.2, linewidth=0)
+            axes.fill_between(shown.x, low, high, color=shown.colour, alpha=0.2, linewidth=0)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel(x_label)
         axes.set_ylim(bottom=0.0)

@@ -22,7 +22,7 @@ from servegym.studies.tuned import numbered, tuned_multiplier
 
 PERFECT: Final = "perfect"
 FLOOR: Final = "fcfs"
-"""Uses no estimate."""
+"""The policy that uses no estimate."""
 
 QUEUES: Final = ("threshold-12", "lookahead-0.7", "aligned")
 SAME: Final = 1e-9
@@ -120,10 +120,10 @@ def idle_table(rows: Rows, names: Sequence[str]) -> pd.DataFrame:
 
 
 def steps(task: TaskConfig) -> list[tuple[str, str, str]]:
-    """Return the parts of the method: what it is called, without it, with it."""
+    """Return the parts of the method: name, policy without the part, policy with it."""
     tuned = numbered("hybrid", tuned_multiplier(task, "hybrid"))
     plan = numbered("hybrid-plan", tuned_multiplier(task, "hybrid"))
-    found = [
+    parts = [
         ("plan", FLOOR, "offline"),
         ("stealing", "offline", "offline-steal"),
         ("rule λ = 1", "offline-steal", "hybrid"),
@@ -131,12 +131,12 @@ def steps(task: TaskConfig) -> list[tuple[str, str, str]]:
         ("stealing under λ = 1", "hybrid-plan", "hybrid"),
     ]
     if tuned != "hybrid":
-        found += [
+        parts += [
             ("rule tuned", "offline-steal", tuned),
             ("rule tuned, no stealing", "offline", plan),
             ("stealing under tuned λ", plan, tuned),
         ]
-    return found
+    return parts
 
 
 def step_table(rows: Rows, task: TaskConfig) -> pd.DataFrame:
@@ -194,15 +194,15 @@ def _by_case(rows: Rows, estimate: str, names: Sequence[str]) -> NDArray[np.floa
 
 
 def findings(rows: Rows, names: Sequence[str]) -> str:
-    """Return in words which policy stands which kind of error, from the means."""
-    kinds = {
+    """Return in words how much each group of errors changes each policy's mean gap at worst."""
+    groups = {
         "everyone wrong by the same factor": [name for name in ESTIMATES if name.startswith("all")],
         "errors of a request's own": [name for name in ESTIMATES if name.startswith("random")],
         "the workload's mean for everyone": ["workload mean"],
         "reversed order": ["reversed order"],
     }
     texts = []
-    for kind, estimates in kinds.items():
+    for group, estimates in groups.items():
         worst = {
             name: max(
                 100 * float((cells(rows, e, name) - cells(rows, PERFECT, name)).mean())
@@ -215,7 +215,7 @@ def findings(rows: Rows, names: Sequence[str]) -> str:
             f"`{name}` {fixed(worst[name], sign='+')}"
             for name in sorted(worst, key=lambda name: worst[name])
         )
-        texts.append(f"- {kind}, worst change of the gap in points: {listed}.")
+        texts.append(f"- {group}, worst change of the gap in points: {listed}.")
     return "\n".join(texts) + "\n"
 
 

@@ -19,25 +19,25 @@ from servegym.studies.checks.common import TAUS, Line, line
 from servegym.studies.tuned import numbered, tuned_multiplier
 
 KNOWN: Final = "known"
-"""Stands for τ where lengths are known, which must equal τ = 1."""
+"""Stands in the column ``tau`` where lengths are known; its gaps must equal those of τ = 1."""
 
 
 class Pair(NamedTuple):
     """One trigger with three ways to share out the requests."""
 
     trigger: str
-    without: str  # each client its own planned queue
+    without: str  # each client serves its planned queue only
     stealing: str  # the same plan, an idle client with an empty queue steals
     queue: str  # no plan: one queue, longest first
 
 
 def pairs(task: TaskConfig) -> list[Pair]:
     """Return the pairs of a task: eager, the Lagrangian rule with λ = 1 and with the tuned λ."""
-    found = [Pair("eager", "offline", "offline-steal", "threshold-1")]
+    compared = [Pair("eager", "offline", "offline-steal", "threshold-1")]
     for multiplier in dict.fromkeys((1.0, tuned_multiplier(task, "hybrid"))):
         names = (numbered(family, multiplier) for family in ("hybrid-plan", "hybrid", "lpt"))
-        found.append(Pair(f"Lagrangian, λ = {multiplier:g}", *names))
-    return found
+        compared.append(Pair(f"Lagrangian, λ = {multiplier:g}", *names))
+    return compared
 
 
 def play_stealing(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:
@@ -105,21 +105,23 @@ def _signs(differences: np.ndarray) -> str:
 
 
 def findings(rows: pd.DataFrame, task: TaskConfig) -> str:
-    """Return in words where stealing gains, loses or changes nothing that is clear."""
+    """Return in words at which τ stealing gains, loses or makes no clear difference."""
     lines = []
     for pair in pairs(task):
-        kinds: dict[str, list[str]] = {"gains": [], "loses": [], "changes nothing clear": []}
+        effects: dict[str, list[str]] = {"gains": [], "loses": [], "changes nothing clear": []}
         for tau in TAUS:
             cases = at(rows, tau)
             mean, half = mean_interval(
                 (cases[pair.stealing] - cases[pair.without]).to_numpy(float) * 100
             )
-            kind = "changes nothing clear"
+            effect = "changes nothing clear"
             if abs(mean) > half:
-                kind = "gains" if mean < 0 else "loses"
-            kinds[kind].append(f"{tau} ({fixed(mean, sign='+')})")
-        said = "; ".join(f"{kind} at τ = {', '.join(some)}" for kind, some in kinds.items() if some)
-        lines.append(f"- {pair.trigger}: stealing {said}.")
+                effect = "gains" if mean < 0 else "loses"
+            effects[effect].append(f"{tau} ({fixed(mean, sign='+')})")
+        summary = "; ".join(
+            f"{effect} at τ = {', '.join(texts)}" for effect, texts in effects.items() if texts
+        )
+        lines.append(f"- {pair.trigger}: stealing {summary}.")
     worst = max(
         float(np.abs(at(rows, 1.0)[name].to_numpy() - at(rows, KNOWN)[name].to_numpy()).max())
         for pair in pairs(task)
@@ -156,11 +158,11 @@ def report(tables: dict[str, tuple[TaskConfig, pd.DataFrame]], command: str) -> 
 
 def lines(task: TaskConfig, rows: pd.DataFrame) -> list[Line]:
     """Return the picture's lines of one task."""
-    found = []
+    drawn = []
     for k, pair in enumerate(pairs(task)):
         trigger = "Lagrangian, λ tuned" if k == 2 else pair.trigger  # one legend for all tasks
         ways = (("own queues", "s--"), ("stealing", "o-"), ("one queue", "^:"))
         for (way, style), name in zip(ways, pair[1:], strict=True):
             values = [100 * at(rows, tau)[name].to_numpy(float) for tau in TAUS]
-            found.append(line(f"{trigger}: {way}", TAUS, values, f"C{k}", style))
-    return found
+            drawn.append(line(f"{trigger}: {way}", TAUS, values, f"C{k}", style))
+    return drawn

@@ -1,6 +1,6 @@
 """Measure speed: the simulator, the environment, the policies, the planner. One core.
 
-Every figure is a median over repeats; the machine's own speed is told by a plain Python loop that is
+Every figure is a median over repeats. The speed of the machine itself is that of a plain Python loop,
 timed between the measurements, so that runs on shared machines can be compared by ratios.
 """
 

@@ -141,14 +141,14 @@ def report(rows: pd.DataFrame, command: str) -> str:
 
 def _best_policy(rows: pd.DataFrame, policies: Sequence[str]) -> pd.DataFrame:
     """Return makespan and name of each case's best policy; none where no policy finished."""
-    found = []
+    best = []
     for makespans in rows[list(policies)].to_numpy(float):
         if np.isnan(makespans).all():
-            found.append((UNFINISHED, "–"))
+            best.append((UNFINISHED, "–"))
         else:
-            best = int(np.nanargmin(makespans))
-            found.append((fixed(makespans[best]), policies[best]))
-    return pd.DataFrame(found, columns=["seconds", "name"], index=rows.index)
+            place = int(np.nanargmin(makespans))
+            best.append((fixed(makespans[place]), policies[place]))
+    return pd.DataFrame(best, columns=["seconds", "name"], index=rows.index)
 
 
 def _gaps(rows: pd.DataFrame, column: str, bound: str) -> pd.Series:

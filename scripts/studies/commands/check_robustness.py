@@ -64,8 +64,8 @@ def outcomes_of(part: str, args: Args) -> Iterator[Outcome]:
     }
     draw, try_one = generators[part]
     trials = draw(count, args.seed)
-    found = run_parallel(try_one, [(trial,) for trial in trials], args.jobs)
-    with closing(found), tqdm(found, total=len(trials), desc=part, unit="trial") as bar:
+    outcomes = run_parallel(try_one, [(trial,) for trial in trials], args.jobs)
+    with closing(outcomes), tqdm(outcomes, total=len(trials), desc=part, unit="trial") as bar:
         yield from bar
 
 
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes.append(outcome)
             if outcome.verdict not in (FINE, ONE_LINE):
                 rows = sorted(
-                    (some.row for some in outcomes if some.verdict not in (FINE, ONE_LINE)),
+                    (fault.row for fault in outcomes if fault.verdict not in (FINE, ONE_LINE)),
                     key=lambda row: (PARTS.index(row["part"]), row["tried"]),
                 )
                 write_file(faults, pd.DataFrame(rows).to_csv(index=False))

@@ -72,12 +72,12 @@ def make_grid(args: Args, tasks: Sequence[str]) -> list[Run]:
     """Return the training runs that the options ask for."""
     every = [MAIN, *ablations()]
     variants = every if args.variants == "all" else read_list("--variants", args.variants, every)
-    own = {
+    special = {
         PAPER: args.paper_timesteps,
         TINY: args.tiny_timesteps,
         PREDICTED: args.predicted_timesteps,
     }
-    timesteps = {task: own.get(task, args.timesteps) for task in tasks}
+    timesteps = {task: special.get(task, args.timesteps) for task in tasks}
     return grid(
         tasks, variants, timesteps, args.seeds, args.ablation_timesteps, args.ablation_seeds
     )

@@ -1,4 +1,4 @@
-"""Tune the one number of each rule on training seeds, in compiled code."""
+"""Tune the number of each rule on training seeds, in compiled code."""
 
 from __future__ import annotations
 
@@ -83,6 +83,6 @@ def play(task: TaskConfig, args: Args) -> pd.DataFrame:
     arguments = [(task, seed, names) for seed in range(args.cases)]
     rounds = run_parallel(gaps, arguments, args.jobs)
     with closing(rounds), tqdm(rounds, total=args.cases, unit="case") as bar:
-        found = sorted(bar, key=lambda rows: int(rows[0]["seed"]))
+        cases = sorted(bar, key=lambda rows: int(rows[0]["seed"]))
     check_unchanged(task, known)
-    return pd.DataFrame([row for rows in found for row in rows])
+    return pd.DataFrame([row for rows in cases for row in rows])

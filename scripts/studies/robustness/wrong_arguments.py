@@ -101,7 +101,7 @@ def trials(count: int, seed: int) -> list[Trial]:
 
 
 def try_one(trial: Trial) -> Outcome:
-    """Call the script in a folder of its own: it must refuse in one line and leave nothing behind."""
+    """Call the script in a new folder: it must refuse in one line and leave nothing behind."""
     with fresh_folder() as folder:
         _furnish(folder)
         before = listing(folder)
@@ -126,12 +126,12 @@ def _furnish(folder: Path) -> None:
 
 def _wrong(script: str, rng: np.random.Generator) -> list[tuple[str, ...]]:
     """Return the command lines of one script with one thing wrong in each."""
-    kind = importlib.import_module(f"servegym.studies.commands.{script}").Args
-    hints = get_type_hints(kind)
-    good = {item.name: _good(item.name) for item in fields(kind) if item.default is MISSING}
+    options = importlib.import_module(f"servegym.studies.commands.{script}").Args
+    hints = get_type_hints(options)
+    good = {item.name: _good(item.name) for item in fields(options) if item.default is MISSING}
     if "output" in hints:
         good["output"] = "out.png" if script == "dashboard" else "out"
-    found: list[tuple[str, ...]] = []
+    lines: list[tuple[str, ...]] = []
 
     def add(name: str, *wrong: str) -> None:
         rest = [
@@ -140,7 +140,7 @@ def _wrong(script: str, rng: np.random.Generator) -> list[tuple[str, ...]]:
             if other != name
             for word in (_option(other), value)
         ]
-        found.append((*rest, *wrong))
+        lines.append((*rest, *wrong))
 
     for name, hint in hints.items():
         option = _option(name)
@@ -165,7 +165,7 @@ def _wrong(script: str, rng: np.random.Generator) -> list[tuple[str, ...]]:
         ("--output-x=1",),
     ):
         add("", *words)
-    return found
+    return lines
 
 
 def _good(name: str) -> str:
