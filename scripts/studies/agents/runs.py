@@ -184,9 +184,8 @@ class TrainingProcesses:
         command = [sys.executable, str(_TRAIN), *arguments(run, self.runs)]
         # As many runs as cores share the machine; a log needs no bar ten times a second.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"}
-        environment[PARENT] = str(
-            os.getpid()
-        )  # the run ends when this process does, even by a kill
+        # A run ends when this process does, even by a kill.
+        environment[PARENT] = str(os.getpid())
         with log.open("ab") as output:
             with self._lock:
                 if self._stopped:

@@ -1,4 +1,4 @@
-"""What the three checks of the method share: cases of several tasks, resumed; cells; a picture."""
+"""What the checks of the method share: tables of rows that a run goes on with, and pictures."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from servegym.studies.cases import short_name
 from servegym.studies.tuned import TUNED
 
 TAUS: Final = (0.0, 0.2, 0.4, 0.55, 0.69, 0.9, 1.0)
-"""Kendall's τ of predictions with the true lengths, where a study goes through qualities."""
+"""Values of Kendall's τ of predicted with true lengths, where a study varies the predictions' quality."""
 
 PlayCase = Callable[[TaskConfig, int], list[dict[str, Any]]]
-"""Plays all of a check on one case; picklable. Its rows hold the case's ``seed``."""
+"""Plays one case of a check and returns its rows, each with the case's ``seed``; picklable."""
 
 
 def noted_multipliers() -> dict[str, dict[str, float]]:
-    """Return the tuned λ that the checks' rules go by, as they are noted beside the checks' rows."""
+    """Return the tuned λ that the checks' rules use, as noted beside the checks' rows."""
     families = ("hybrid", "lookahead", "aligned-lookahead")
     return {
         task: {family: TUNED[task][family] for family in families}
@@ -45,11 +45,11 @@ def noted_multipliers() -> dict[str, dict[str, float]]:
 
 @dataclass(frozen=True)
 class Collection:
-    """Where the rows of a check lie: a CSV file a task, and what they were asked for."""
+    """The rows of a check in a folder: CSV files by task, and notes of what the rows depend on."""
 
     output: Path
     asked: Mapping[str, Any]
-    """What rows depend on besides task and seed; a folder holds rows of one value only."""
+    """What rows depend on besides task and seed; all rows of a folder have the same."""
     texts: Sequence[str] = ()
     """Columns of texts; all others are of numbers."""
     parts: Sequence[str] = ("",)
@@ -136,9 +136,9 @@ def line(
 
 
 def picture(panels: Mapping[str, Sequence[Line]], x_label: str) -> bytes:
-    """Return a PNG of gaps over something, panels beside each other by title; bands are 95 % intervals.
+    """Return a PNG of gaps with panels side by side, by title; bands are 95 % intervals.
 
-    One legend serves all, so the panels' lines go by the same labels.
+    One legend serves all panels, so their lines have the same labels.
     """
     figure = Figure(figsize=(1.2 + 4.6 * max(len(panels), 2), 4.8), dpi=110, layout="constrained")
     for axes, (title, lines) in zip(

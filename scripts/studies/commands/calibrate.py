@@ -34,7 +34,7 @@ from servegym.envs.play.evaluation import make_case
 from servegym.envs.play.summary import to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
-from servegym.studies.cli import parse
+from servegym.studies.cli import command_line, parse
 
 PAPER_BASELINE_S = 201.00
 PAPER_BOUND_S = 180.0
@@ -167,7 +167,7 @@ def report(seed: int, case: Coefficients, per_token_s: float, joint: pd.DataFram
     prefill_s = per_token_s * case.baseline_tokens
     return f"""# Calibration of Paper-v0
 
-Command: `python scripts/calibrate.py --output results/calibration`
+Command: `{command_line("calibrate", output=Args().output)}`
 
 - The case: training seed {seed}, of 0 … {CANDIDATE_SEEDS[-1]} the nearest to the published output
   mean {PAPER_OUTPUT_MEAN} and standard deviation {PAPER_OUTPUT_STD}.
