@@ -398,6 +398,7 @@ def _read_evaluations(path: Path, timesteps: int) -> pd.DataFrame:
         whole=whole,
         optional=None,
         defaults=_LATER_COLUMNS,
+        if_deleted="its evaluation is lost, for none is made again",
     )
     table = read_rows(path, schema, "begin a new run")
     return table[table["timesteps"] <= timesteps].reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""Tune the one number of each rule on training seeds, in compiled code."""
+"""Tune the number of each rule on training seeds, in compiled code."""
 
 from servegym.studies.start import run_command
 

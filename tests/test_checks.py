@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import re
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,16 @@ from servegym.envs import ServegymError, TaskConfig, load_task
 from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.task.cases import Case
 from servegym.envs.task.estimates import estimated_task
-from servegym.studies.checks.common import TUNED, Collection, held_out, load_tasks, short_name
-from servegym.studies.commands import check_estimates, check_iteration_rule, check_stealing
+from servegym.studies.cases import held_out, load_tasks, short_name
+from servegym.studies.checks import estimates, iteration_rule, stealing
+from servegym.studies.checks.common import Collection
+from servegym.studies.checks.stealing import play_stealing
+from servegym.studies.commands import (
+    check_estimates,
+    check_iteration_rule,
+    check_stealing,
+    study_uncertainty,
+)
 from tests.checks_helpers import SMALL, unit_case
 from tests.helpers import instance
 from tests.test_scripts import refused
@@ -33,7 +41,7 @@ SCRIPTS = ("check_iteration_rule", "check_estimates", "check_stealing")
 def test_with_a_perfect_plan_nothing_is_left_to_steal() -> None:
     task, case = unit_case(2, 1, 4, 3, 2)  # queues 4, 1 and 3, 2: both clients end at round 5
     without, stealing = (
-        check_stealing.play_stealing(task, make_trigger_policy(name), case)
+        play_stealing(task, make_trigger_policy(name), case)
         for name in ("offline", "offline-steal")
     )
     assert without == stealing
@@ -49,7 +57,7 @@ def test_what_stealing_saves_by_hand() -> None:
     requests = instance((5, 2), (5, 10), (5, 2), (5, 10), predicted=[5, 5, 5, 5])
     informed, case = estimated_task(task), Case(requests, case.bound)
     played = {
-        name: check_stealing.play_stealing(informed, make_trigger_policy(name), case)
+        name: play_stealing(informed, make_trigger_policy(name), case)
         for name in ("offline", "offline-steal")
     }
     assert played["offline"]["makespan_s"] == 18 + 3 * 2
@@ -61,7 +69,7 @@ def test_what_stealing_saves_by_hand() -> None:
 def test_hybrid_without_stealing_serves_own_queues_only() -> None:
     policy = make_trigger_policy("hybrid-plan-0.2")
     assert (policy.rule, policy.planner, policy.parameter) == ("plan", plan_expected, 0.2)
-    assert check_stealing.play_stealing(SMALL, policy, make_case(SMALL, 3))["stolen"] == 0
+    assert play_stealing(SMALL, policy, make_case(SMALL, 3))["stolen"] == 0
 
 
 # ---- scripts -------------------------------------------------------------------------------------
@@ -109,9 +117,9 @@ def test_tasks_with_arrivals_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_least_that_is_legal() -> None:
-    assert held_out(2, 1) == range(HELD_OUT_SEED, HELD_OUT_SEED + 2)
-    assert held_out(HELD_OUT_SEED, 1)[-1] == 2 * HELD_OUT_SEED - 1
-    assert check_iteration_rule.parse_outputs(" tiny,uniform,tiny ") == ("tiny", "uniform")
+    assert held_out(2) == range(HELD_OUT_SEED, HELD_OUT_SEED + 2)
+    assert held_out(HELD_OUT_SEED)[-1] == 2 * HELD_OUT_SEED - 1
+    assert iteration_rule.parse_outputs(" tiny,uniform,tiny ") == ("tiny", "uniform")
 
 
 def fake_case(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
@@ -150,6 +158,41 @@ def test_a_collection_refuses_rows_of_something_else(tmp_path: Path) -> None:
         (tmp_path / "Tiny-v0.csv").write_text(damage)
         with pytest.raises(ServegymError, match=r"Tiny-v0\.csv: (empty|not a table|line 2|seed 1)"):
             Collection(tmp_path, {"samples": 5}).rows(task, range(2), fake_case, 1)
+
+
+def test_a_table_of_a_part_without_its_note_is_refused(tmp_path: Path) -> None:
+    """It would be taken for this task's and this setting's; another task's table is no part."""
+    task = load_task("Tiny-v0")
+    collection = Collection(tmp_path, {"samples": 5}, texts=("kind",), parts=("near", "far"))
+    collection.open([task])
+    collection.rows(task, range(2), fake_case, 1, "far")
+    (tmp_path / "Tiny-v0.json").unlink()
+    with pytest.raises(ServegymError, match=r"holds Tiny-v0-far\.csv, but no Tiny-v0\.json"):
+        collection.open([task])
+    (tmp_path / "Tiny-v0-far.csv").rename(tmp_path / "Tiny-v0-other.csv")
+    collection.open([task])
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "table"),
+    [
+        (
+            check_iteration_rule.main,
+            ["--tasks", "Tiny-v0", "--outputs", "tiny", "--samples", "1"],
+            "Tiny-v0-uniform.csv",  # of an earlier run
+        ),
+        (study_uncertainty.main, ["--parts", "quality"], "GSM8KPredicted-v0-slow.csv"),
+    ],
+)
+def test_checks_in_parts_notice_a_deleted_note(
+    main: Callable[[list[str]], int], options: list[str], table: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(study_uncertainty, "tuned_threshold", lambda *_: "threshold-12")
+    (tmp_path / table).write_text("seed,family\n")
+    with pytest.raises(ServegymError, match=f"holds {table}, but no "):
+        main([*options, "--cases", "2", "--jobs", "1", "--output", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == [table]
 
 
 def run_check(script: str, output: Path, cases: int) -> None:
@@ -197,32 +240,26 @@ def committed(check: str, task: str, part: str = "") -> pd.DataFrame:
 def test_the_reports_follow_from_their_rows() -> None:
     tasks = {name: load_task(name) for name in ("GSM8K-v0", "Paper-v0")}
     texts = {
-        "estimates": check_estimates.report(
+        "estimates": estimates.report(
             {name: (task, committed("estimates", name)) for name, task in tasks.items()},
             check_estimates.command_of(check_estimates.Args()),
         ),
-        "stealing": check_stealing.report(
+        "stealing": stealing.report(
             {name: (task, committed("stealing", name)) for name, task in tasks.items()},
             check_stealing.command_of(check_stealing.Args()),
         ),
     }
     args = check_iteration_rule.Args()
+    all_outputs = iteration_rule.parse_outputs(args.outputs)
     judged = {}
     for name, task in tasks.items():
         parts = [
             committed("iteration_rule", name, outputs).assign(outputs=outputs)
-            for outputs in check_iteration_rule.parse_outputs(args.outputs)
+            for outputs in all_outputs
         ]
         judged[name] = task, pd.concat(parts, ignore_index=True)
-    texts["iteration_rule"] = check_iteration_rule.report(judged, args)
+    texts["iteration_rule"] = iteration_rule.report(
+        judged, all_outputs, args.samples, check_iteration_rule.command_of(args)
+    )
     for check, text in texts.items():
         assert (ROOT / "results/checks" / check / f"{check}.md").read_text() == text
-
-
-@pytest.mark.parametrize("task", TUNED)
-def test_tuned_multipliers_are_those_of_the_tuning(task: str) -> None:
-    text = (ROOT / "results/tuning" / task / "tuning.md").read_text()
-    for family, multiplier in TUNED[task].items():
-        found = re.search(rf"\| {family}-([\d.]+) ", text)
-        assert found is not None
-        assert float(found[1]) == multiplier

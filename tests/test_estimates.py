@@ -21,7 +21,7 @@ from servegym.envs.task.estimates import (
     taken_as_exact,
 )
 from servegym.envs.workload.presets import output_lengths
-from servegym.studies.commands import check_estimates
+from servegym.studies.checks.estimates import policies
 from tests.checks_helpers import SMALL
 from tests.helpers import instance
 
@@ -92,7 +92,7 @@ def test_bad_factors_and_deviations_are_refused(bad: float) -> None:
             noisy(lengths_of(2), bad, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("policy", check_estimates.policies(SMALL))
+@pytest.mark.parametrize("policy", policies(SMALL))
 def test_perfect_estimates_are_known_lengths(policy: str) -> None:
     case = make_case(SMALL, 3)
     perfect = Case(scaled(case.requests, 1.0), case.bound)

@@ -23,6 +23,7 @@ from servegym.agents.training import make_model, train
 from servegym.agents.validation import Validation
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import TASKS
+from servegym.studies.agents.training import outcome
 from servegym.studies.commands import train as script
 from tests.helpers import changed
 
@@ -229,7 +230,7 @@ def test_which_evaluation_is_the_best_and_what_is_said_of_it(
     callback.evaluations = pd.DataFrame([evaluation(*row) for row in rows])
     found = callback.best
     assert (None if found is None else found["timesteps"]) == best
-    assert words in script.outcome(callback)
+    assert words in outcome(callback)
 
 
 def test_the_untrained_network_is_not_kept(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_the_untrained_network_is_not_kept(tmp_path: Path) -> None:
     callback = watcher(folder)
     train(TINY, replace(SMALL, learning_rate=0.0), folder, callbacks=[callback], options=LOGGED)
     assert load_agent(folder / "agent").card.training["timesteps"] == 128
-    assert "the untrained network has" in script.outcome(callback)
+    assert "the untrained network has" in outcome(callback)
 
 
 # What a run does unless told otherwise

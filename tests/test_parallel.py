@@ -109,9 +109,7 @@ def test_jobs_are_capped_at_what_is_useful(
 def test_absurd_jobs_are_refused_by_every_script(
     main: Callable[[list[str]], int], jobs: str, tmp_path: Path
 ) -> None:
-    # ``parse`` itself refuses what no 64-bit integer holds, whatever option it is.
-    words = r"--jobs must (lie in 1 … 1024|be at most \d+), got "
-    with pytest.raises(ServegymError, match=words) as refused:
+    with pytest.raises(ServegymError, match=r"--jobs must lie in 1 … 1024, got ") as refused:
         main(["--jobs", jobs, "--output", str(tmp_path / "out")])
     assert len(str(refused.value)) < 200
     assert not (tmp_path / "out").exists()

@@ -130,7 +130,7 @@ def test_good_names_carry_their_number(name: str, parameter: float) -> None:
         ("rollout(variations=-1)", "variations must be"),
         ("rollout(base=random)", "'random' has no trigger"),
         ("rollout(base=threshold(idle=0))", "idle must be"),
-        ("hybrid(base=fcfs)", "did you mean"),
+        ("hybrid(base=fcfs)", "choose from multiplier"),
         ("hybrid(multiplier=1", "unknown policy"),
     ],
 )

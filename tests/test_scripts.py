@@ -18,6 +18,7 @@ import pytest
 from servegym.studies.cli import SCRIPTS, run
 from servegym.studies.commands import evaluate, paper, tune
 from servegym.studies.robustness.kills import left_of_session
+from tests.test_packaging import offences, python_files
 
 CSV = "prompt_tokens,output_tokens\n5,3\n7,2\n4,9\n"
 
@@ -49,6 +50,11 @@ def test_run_as_a_command(tmp_path: Path) -> None:
         "evaluate.py: unknown task 'Papr-v0'; did you mean 'Paper-v0'? (a task file ends in .toml)\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_module_imports_a_command() -> None:
+    """What two commands need stands in a module beside them."""
+    assert offences(python_files("scripts/studies"), {"servegym.studies.commands"}) == []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from servegym.agents.policy import Network, load_agent, save_agent
 from servegym.envs import ServegymError, load_task
 from servegym.envs.process.observation import FEATURES
 from servegym.studies.agents import runs
-from servegym.studies.agents.play import CURVE_COLUMNS, evaluate_agents, settings, tuned_threshold
+from servegym.studies.agents.play import CURVE_COLUMNS, evaluate_agents, settings
 from servegym.studies.agents.report import (
     ablation_table,
     closed_by,
@@ -31,6 +31,7 @@ from servegym.studies.agents.report import (
 from servegym.studies.agents.runs import Run, arguments, grid, train_all
 from servegym.studies.cli import run
 from servegym.studies.commands import study_agents, train
+from servegym.studies.tuned import tuned_threshold
 from tests.test_summary import episodes
 
 TINY = load_task("Tiny-v0")
@@ -105,15 +106,15 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_stop_ends_what_runs_and_starts_no_more(stub: Path, tmp_path: Path) -> None:
     stub.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
     one = Run("Tiny-v0", "main", 0, 100)
-    crew = runs.Crew(tmp_path)
+    processes = runs.TrainingProcesses(tmp_path)
     log = tmp_path / "Tiny-v0" / "main" / "0.log"
     with ThreadPoolExecutor(1) as executor:
-        status = executor.submit(crew.train, one)
+        status = executor.submit(processes.train, one)
         while not (log.is_file() and log.read_text()) and not status.done():
             time.sleep(0.01)
-        crew.stop()
+        processes.stop()
         assert status.result(timeout=20) < 0  # ended by a signal
-    assert crew.train(one) == 1
+    assert processes.train(one) == 1
     assert log.read_text() == "begun\n"
 
 

@@ -311,7 +311,11 @@ def test_seconds_of_imitation_count(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unseen")
 def test_a_damaged_table_is_refused_on_resume(tmp_path: Path) -> None:
     model = train(tmp_path, 1)
-    (tmp_path / "evaluations.csv").write_text("a,b\n1,2\n")
+    path = tmp_path / "evaluations.csv"
+    path.write_text(path.read_text() + "x\n")
+    with pytest.raises(ServegymError, match="delete this line, and its evaluation is lost"):
+        model.learn(ROLLOUT, callback=make_callback(tmp_path), reset_num_timesteps=False)
+    path.write_text("a,b\n1,2\n")
     with pytest.raises(ServegymError, match=r"evaluations\.csv: not a table of this version"):
         model.learn(ROLLOUT, callback=make_callback(tmp_path), reset_num_timesteps=False)
 

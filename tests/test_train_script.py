@@ -20,6 +20,7 @@ from servegym.agents.training import make_model
 from servegym.envs import ServegymError
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
+from servegym.studies.agents.training import references
 from servegym.studies.cli import run as run_script
 from servegym.studies.commands import train as script
 from tests.training_helpers import TINY, StopAt, refusal
@@ -136,6 +137,6 @@ def _steps(folder: Path) -> int:
 
 def test_references_admit_by_rules_that_the_agent_lacks() -> None:
     task = with_overrides(TASKS["servegym/Tiny-v0"], {"process": {"rules": ["fcfs"]}})
-    names = list(script.references(task, [900_000]))
+    names = list(references(task, [900_000]))
     assert names[0] == "hybrid"
     assert names[1].startswith("threshold-")

@@ -28,6 +28,7 @@ from servegym.envs.task.registered import TASKS
 from servegym.envs.workload.comparison import compared_tokens, standard_deviations
 from servegym.envs.workload.plan import plan_from_queues
 from servegym.envs.workload.presets import make_workload
+from servegym.studies import uncertainty
 from servegym.studies.commands import study_uncertainty as study
 from tests.helpers import make_env, start
 
@@ -333,15 +334,15 @@ def test_the_reports_follow_from_their_rows() -> None:
         return pd.read_csv(RESULTS / f"{name}.csv")
 
     quality = rows("GSM8KPredicted-v0-quality"), rows("GSM8KPredicted-v0-slow")
-    plans = {name: rows(f"plans/{name}") for name in (study.PREDICTED, study.MIXED)}
+    plans = {name: rows(f"plans/{name}") for name in (uncertainty.PREDICTED, uncertainty.MIXED)}
     bodies = {
-        "quality": study.report_quality(*quality),
-        "mixed": study.report_mixed(rows(study.MIXED)),
-        "plans": study.report_plans(plans),
+        "quality": uncertainty.report_quality(*quality),
+        "mixed": uncertainty.report_mixed(rows(uncertainty.MIXED)),
+        "plans": uncertainty.report_plans(plans),
     }
     for part, body in bodies.items():
         assert (RESULTS / f"{part}.md").read_text().endswith(body)
-    for table in (*quality, rows(study.MIXED), *plans.values()):
+    for table in (*quality, rows(uncertainty.MIXED), *plans.values()):
         assert table["seed"].min() == 1_000_000
 
 

@@ -26,10 +26,10 @@ from servegym.envs.play.summary import (
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
-from servegym.studies.agents.play import tuned_threshold
 from servegym.studies.agents.report import best_of, policy_table
-from servegym.studies.checks.common import load_tasks
+from servegym.studies.cases import load_tasks
 from servegym.studies.commands import best_known, evaluate, paper, tune
+from servegym.studies.tuned import tuned_threshold
 from tests.test_summary import episodes
 
 TINY = TASKS["servegym/Tiny-v0"]

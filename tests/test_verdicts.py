@@ -19,7 +19,7 @@ from servegym.envs import ServegymError
 from servegym.envs.play.evaluation import make_case
 from servegym.envs.task.cases import Case
 from servegym.envs.task.estimates import estimated_task, scaled
-from servegym.studies.commands import check_iteration_rule
+from servegym.studies.checks.iteration_rule import multiplier_of
 from tests.checks_helpers import SMALL, unit_case
 from tests.test_policies import VIEW
 
@@ -144,7 +144,7 @@ def test_an_error_of_an_estimate_is_another_multiplier(x: float, multiplier: flo
         idle_wait_s=VIEW.idle_wait_s * (1 + x), seconds_to_finish=VIEW.seconds_to_finish * (1 + x)
     )
     for estimate, view in (("C_p", dear), ("C_d", slow)):
-        as_another = multiplier * check_iteration_rule.multiplier_of(x, estimate)
+        as_another = multiplier * multiplier_of(x, estimate)
         assert triggers.fires(triggers.LAGRANGIAN, multiplier, view) == triggers.fires(
             triggers.LAGRANGIAN, as_another, VIEW
         )

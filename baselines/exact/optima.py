@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 from servegym.baselines.exact.optimum import exact_optimum
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import write_file
 from servegym.envs.play.evaluation import make_case
 from servegym.envs.play.identity import check_unchanged, claim_task, hash_of
 from servegym.envs.play.locks import locked
-from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.play.tables import ResumableTable, Schema
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
 from servegym.envs.workload.requests import Requests
@@ -76,22 +75,37 @@ def find_optima(
     path = output / FILE
     if path.exists():
         claim_task(task, output)
-    rows = {int(row["seed"]): row for row in _read(path)}
     wanted = sorted(set(seeds))
-    missing = [seed for seed in wanted if seed not in rows or _try_again(rows[seed], time_limit_s)]
+    table = _open(path)
+    missing = _missing(table, wanted, time_limit_s)
     if not missing or not is_small(make_case(task, missing[0]).requests):
-        return _table([rows[seed] for seed in wanted if seed in rows])
+        return _of(table, wanted)
     with locked(output):
         claim_task(task, output)
         known = hash_of(task)
-        rows |= {int(row["seed"]): row for row in _read(path)}  # what was added until it was locked
-        for seed in tqdm(missing, desc="optima", disable=not progress):
-            row = _search(task, seed, time_limit_s)
-            check_unchanged(task, known)
-            if row is not None:
-                rows[seed] = row
-                write_file(path, _table([rows[seed] for seed in sorted(rows)]).to_csv(index=False))
-    return _table([rows[seed] for seed in wanted if seed in rows])
+        with _open(path) as table:  # again: rows may have been added until the folder was locked
+            for seed in tqdm(missing, desc="optima", disable=not progress):
+                row = _search(task, seed, time_limit_s)
+                check_unchanged(task, known)
+                if row is not None:
+                    table.add([row])
+    return _of(table, wanted)
+
+
+def _open(path: Path) -> ResumableTable:
+    return ResumableTable(path, OPTIMA, "remove it", ("seed",), order=lambda row: row["seed"])
+
+
+def _missing(table: ResumableTable, seeds: Sequence[int], time_limit_s: float) -> list[int]:
+    """Return the seeds without a row, and those not proven in a shorter time than there is now."""
+    again = {row["seed"] for row in table.rows if _try_again(row, time_limit_s)}
+    lacking = set(table.missing(seeds))
+    return [seed for seed in seeds if seed in lacking | again]
+
+
+def _of(table: ResumableTable, seeds: Collection[int]) -> pd.DataFrame:
+    """Return the rows of these seeds, by seed."""
+    return pd.DataFrame([row for row in table.rows if row["seed"] in seeds], columns=list(COLUMNS))
 
 
 def _try_again(row: dict[str, Any], time_limit_s: float) -> bool:
@@ -116,12 +130,3 @@ def _search(task: TaskConfig, seed: int, time_limit_s: float) -> dict[str, Any] 
         raise TooLargeError(str(error)) from None
     values = (seed, found.makespan_s, found.lower_bound_s, found.proven, time_limit_s)
     return dict(zip(COLUMNS, (*values, perf_counter() - started), strict=True))
-
-
-def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    table = read_rows(path, OPTIMA, "remove it")
-    return [dict(zip(COLUMNS, row, strict=True)) for row in table.itertuples(index=False)]

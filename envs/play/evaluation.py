@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, perf_counter_ns
+from time import perf_counter_ns
 from typing import Any, Final
 
 import numpy as np
@@ -19,12 +19,11 @@ from gymnasium.utils import seeding
 from tqdm import tqdm
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import write_file
 from servegym.envs.play.identity import check_unchanged, claim_task, hash_of
 from servegym.envs.play.locks import locked
 from servegym.envs.play.parallel import run_parallel
 from servegym.envs.play.policy import Briefing, Policy, Situation, asked_task
-from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.play.tables import ResumableTable, Row, Schema, read_rows
 from servegym.envs.process.metrics import METRICS, Records
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.cases import Case, sample_requests
@@ -62,13 +61,14 @@ BEST_KNOWN: Final = Schema(
     key=("task", "seed"),
     texts=("task", "found_by"),
     optional=None,
+    if_deleted="search its case again with scripts/best_known.py",
 )
 """What ``best_known.csv`` must be; a policy's makespan is NaN where it was cut short."""
 
+_REMEDY: Final = "remove it or choose a new folder"
+
 HELD_OUT_SEED: Final = 1_000_000
 """Seeds below are for training and tuning, seeds from here on for held-out evaluation."""
-
-_SAVE_EVERY_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -184,29 +184,28 @@ def _evaluate(
     jobs: int,
     progress: bool,
 ) -> pd.DataFrame:
-    table = read_episodes(output / "episodes.csv")
-    done = set(zip(table["policy"], table["seed"], strict=True))
-    wanted = [(seed, [name for name in names if (name, seed) not in done]) for seed in seeds]
-    missing = [(seed, pending) for seed, pending in wanted if pending]
-    rows: list[dict[str, Any]] = [dict(row) for row in table.to_dict("records")]  # type: ignore[arg-type]
+    place = {name: k for k, name in enumerate(names)}
+
+    def order(row: Row) -> tuple[int, str, int]:
+        """Sort by the order of ``names``, then by seed; other policies come last."""
+        return place.get(row["policy"], len(place)), row["policy"], row["seed"]
+
+    path = output / "episodes.csv"
+    table = ResumableTable(path, EPISODES, _REMEDY, ("policy", "seed"), order=order)
+    _check_episodes(path, table.frame())
+    keys = {seed: table.missing((name, seed) for name in names) for seed in seeds}
+    missing = {seed: [name for name, _ in pending] for seed, pending in keys.items() if pending}
     known = hash_of(task)
-    cases = [(task, known, make_policy, seed, pending) for seed, pending in missing]
+    cases = [(task, known, make_policy, seed, pending) for seed, pending in missing.items()]
     results = run_parallel(_play_case, cases, jobs)
-    bar = tqdm(total=sum(len(pending) for _, pending in missing), disable=not progress)
-    with bar, closing(results):
-        saved = monotonic()
-        try:
-            for new in results:
-                rows += new
-                bar.update(len(new))
-                if monotonic() - saved > _SAVE_EVERY_S:
-                    _save_table(rows, names, output)
-                    saved = monotonic()
-        finally:
-            if missing:
-                _save_table(rows, names, output)
-    asked = {(name, seed) for seed, _ in wanted for name in names}
-    return _as_table([row for row in rows if (row["policy"], row["seed"]) in asked], names)
+    bar = tqdm(total=sum(map(len, missing.values())), disable=not progress)
+    with bar, closing(results), table:  # saved first: to stop the workers may take a while
+        for rows in results:
+            table.add(rows)
+            bar.update(len(rows))
+    asked = {(name, seed) for name in names for seed in seeds}
+    rows = [row for row in table.rows if (row["policy"], row["seed"]) in asked]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _play_case(
@@ -232,7 +231,13 @@ def read_episodes(path: Path) -> pd.DataFrame:
     ServegymError
         One line naming file and line of what is damaged or of another version.
     """
-    table = read_rows(path, EPISODES, "remove it or choose a new folder")
+    table = read_rows(path, EPISODES, _REMEDY)
+    _check_episodes(path, table)
+    return table
+
+
+def _check_episodes(path: Path, table: pd.DataFrame) -> None:
+    """Refuse a row whose gap no episode has."""
     cut_short = table[UNFINISHED] > 0
     wrong = (table["gap"].isna() != cut_short) | (table["makespan_s"].isna() != cut_short)
     # No schedule is below the bound, rounding apart: such an episode was cut short.
@@ -243,7 +248,6 @@ def read_episodes(path: Path) -> pd.DataFrame:
             f"{path}: the row of policy {row['policy']}, seed {row['seed']}: a gap of {row['gap']:.4g} "
             f"with {row[UNFINISHED]} unfinished requests cannot be; delete it, and it is played again"
         )
-    return table
 
 
 def read_best_known(path: Path, task_name: str, episodes: pd.DataFrame) -> pd.DataFrame | None:
@@ -277,16 +281,3 @@ def read_best_known(path: Path, task_name: str, episodes: pd.DataFrame) -> pd.Da
     ):
         raise ServegymError(f"{path}: best-known schedules of another task or version")
     return table
-
-
-def _as_table(rows: list[dict[str, Any]], names: Sequence[str]) -> pd.DataFrame:
-    """Return the rows in the order of ``names``, then by seed; other policies come last."""
-    place = {name: k for k, name in enumerate(names)}
-    rows = sorted(
-        rows, key=lambda row: (place.get(row["policy"], len(place)), row["policy"], row["seed"])
-    )
-    return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def _save_table(rows: list[dict[str, Any]], names: Sequence[str], output: Path) -> None:
-    write_file(output / "episodes.csv", _as_table(rows, names).to_csv(index=False))

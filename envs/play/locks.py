@@ -1,4 +1,4 @@
-"""One process at a time in a folder whose results are gone on with."""
+"""One process at a time writes to a folder of results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder
 
 LOCK_FILE: Final = ".servegym.lock"
-"""Stands in a folder while a process writes its results there; holds the process's id."""
+"""Name of the file that a process locks while it writes results to a folder; holds the process's id."""
 
 _PATIENCE_S: Final = 0.3  # another process may be just about to leave
 _TEMPORARY: Final = re.compile(r"\..+\.(\d+)\.tmp")  # as write_file names them
@@ -23,10 +23,10 @@ _TEMPORARY: Final = re.compile(r"\..+\.(\d+)\.tmp")  # as write_file names them
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if missing, for this thread alone; what it holds already it may hold again.
+    """Hold a folder, made if missing, for this thread alone; the thread may hold it several times.
 
-    The operating system lets go of a lock when its process ends, however it ends. What a killed
-    process had begun to write is removed, and so is a folder that was made here and stayed empty.
+    The operating system releases the lock when the process ends, however it ends. Temporary files of
+    killed processes are removed, and so is a folder that was made here and stayed empty.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def _holder(path: Path) -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are no more had begun to write."""
+    """Remove the temporary files of processes that have ended."""
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not _is_alive(int(match[1])):

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 def check_jobs(jobs: int) -> None:
-    """Refuse a number of worker processes that is none, or absurd."""
+    """Refuse a number of worker processes outside 1 … ``MAX_JOBS``."""
     if not 1 <= jobs <= MAX_JOBS:
         raise ServegymError(f"--jobs must lie in 1 … {MAX_JOBS}, got {str(jobs)[:40]}")
 
@@ -38,7 +38,7 @@ def check_jobs(jobs: int) -> None:
 def useful_jobs(jobs: int, things: int) -> int:
     """Return how many of ``jobs`` processes can be busy with so many things on this machine.
 
-    Says so on stderr, once, where more had been asked for than the usual ``USUAL_JOBS``.
+    Where that is fewer, and ``jobs`` is more than the usual ``USUAL_JOBS``, a line on stderr says so once.
     """
     check_jobs(jobs)
     useful = max(1, min(jobs, things, cpu_count()))
@@ -58,8 +58,8 @@ def run_parallel(
 ) -> Generator[Result]:
     """Call a picklable function once for each of ``arguments``; yield the results as they come.
 
-    In this process if one job is all that is of use. The workers end when this process does, however it
-    ends. Close the generator where an exception may leave it half-way: that stops them.
+    Works in this process if more than one would be idle. The workers end when this process does,
+    however it ends. Close the generator where an exception may leave it half-way: that stops the workers.
 
     Raises
     ------
@@ -68,8 +68,8 @@ def run_parallel(
     """
     jobs = useful_jobs(jobs, len(arguments))
     if jobs == 1:
-        for some in arguments:
-            yield function(*some)
+        for words in arguments:
+            yield function(*words)
         return
     pool = Parallel(
         jobs,
@@ -80,7 +80,7 @@ def run_parallel(
     )
     try:
         with pool as parallel:
-            yield from parallel(delayed(function)(*some) for some in arguments)
+            yield from parallel(delayed(function)(*words) for words in arguments)
     except BrokenProcessPool:
         raise ServegymError(
             "a worker process was ended from outside, as by a system out of memory; what is finished is "
@@ -95,7 +95,7 @@ def _begin_worker(parent: int) -> None:
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """End this process soon after its parent has ended, even if that could not tell.
+    """End this process soon after its parent has ended, even if the parent was killed.
 
     Parameters
     ----------

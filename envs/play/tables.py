@@ -1,31 +1,41 @@
-"""Tables of results as CSV files: read to the last bit, or refused in one line."""
+"""Tables of results as CSV files: read to the last bit or refused in one line, and gone on with."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from time import monotonic
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import pandas as pd
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import decode_text, read_bytes
+from servegym.envs.files import decode_text, read_bytes, write_file
+
+SAVE_EVERY_S: Final = 2.0
+"""Seconds between two writes of a :class:`ResumableTable` that rows are added to."""
+
+Row = dict[str, Any]
+"""One row of a table: cells by column."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Schema:
-    """What a table of results must be; a column is of finite numbers unless it is named here."""
+    """The columns of a table of results; those not named below hold finite numbers."""
 
     columns: Sequence[str]
-    """Its columns in their order."""
+    """The columns in their order."""
     others: bool = False
-    """Whether it may have other columns, too, in any order."""
+    """Whether other columns are allowed, too, in any order."""
     key: Sequence[str] = ()
-    """Columns that together name a row: no two rows have the same."""
+    """Columns that together name a row: no two rows have the same cells there."""
     whole: Collection[str] = ("seed",)
     """Columns of whole numbers ≥ 0, none missing."""
     texts: Collection[str] = ()
@@ -35,7 +45,9 @@ class Schema:
     optional: Collection[str] | None = ()
     """Columns of numbers where a cell may be empty, which is NaN; None: all that are not ``whole``."""
     defaults: Mapping[str, float] = field(default_factory=dict)
-    """Columns that tables of earlier versions lack, and what they stand for there."""
+    """Columns that tables of earlier versions lack, and their value in such a table."""
+    if_deleted: str = "its results are made again"
+    """What follows where a damaged line is deleted; ends the messages that advise to delete one."""
 
 
 class _Row(NamedTuple):
@@ -46,25 +58,25 @@ class _Row(NamedTuple):
 def read_rows(path: Path, schema: Schema, remedy: str) -> pd.DataFrame:
     """Return a CSV file of results; without rows where there is no file.
 
-    Every number is read to the last bit, so a table that is written again stays what it was. A row that
-    stands there twice, cell by cell, is taken once.
+    Every number is read to the last bit, so that a table written again has the same bytes. Two rows
+    whose cells are all equal count once.
 
     Parameters
     ----------
     path, schema
-        The file and what it must be.
+        The file and its columns.
     remedy
-        What to do about a file that is something else, such as ``remove it``.
+        What to do about a file of other columns, such as ``remove it``.
 
     Raises
     ------
     ServegymError
-        One line naming file and line: other columns, a row that is cut off, a cell that is not what
-        its column holds, two rows of the same key that differ.
+        One line naming file and line: other columns, another separator, a row that is cut off, a cell
+        of another type than its column, two rows of the same key that differ.
     """
     if not path.exists():
         return pd.DataFrame({name: [] for name in schema.columns})
-    header, rows = _parse(path, remedy)
+    header, rows = _parse(path, schema, remedy)
     lacking = _lacking(path, header, schema, remedy)
     rows = _each_once(path, header, rows, schema)
     columns: dict[str, Any] = {}
@@ -78,7 +90,107 @@ def read_rows(path: Path, schema: Schema, remedy: str) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _parse(path: Path, remedy: str) -> tuple[list[str], list[_Row]]:
+def as_rows(table: pd.DataFrame) -> list[Row]:
+    """Return the rows of a table."""
+    return [
+        {str(name): cell for name, cell in row.items()}
+        for row in table.to_dict("records")  # whose cells are plain numbers and texts
+    ]
+
+
+class ResumableTable:
+    """Rows of a CSV file that an interrupted run goes on with.
+
+    Rows that are added are saved every ``SAVE_EVERY_S`` seconds and when the ``with`` block ends, also
+    by an exception. The file is always whole: it is written under another name, then renamed.
+
+    Parameters
+    ----------
+    path, schema, remedy
+        As of :func:`read_rows`; without the file the table begins without rows.
+    key
+        Columns that name a unit of work, which may have several rows. A key of one column is the
+        cell itself, of several a tuple.
+    order
+        What rows are sorted by, equal ones as they came; None leaves them as they came.
+    float_format
+        Of numbers in the file, such as ``%.7g``; None writes them to the last bit.
+
+    Raises
+    ------
+    ServegymError
+        If the file is damaged or, later, cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        schema: Schema,
+        remedy: str,
+        key: Sequence[str],
+        *,
+        order: Callable[[Row], Any] | None = None,
+        float_format: str | None = None,
+    ) -> None:
+        self._path, self._schema, self._key = path, schema, key
+        self._order, self._float_format = order, float_format
+        self._rows: dict[Hashable, list[Row]] = {}
+        self._take(as_rows(read_rows(path, schema, remedy)))
+        self._saved, self._changed = monotonic(), False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._changed:
+            self.save()
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows in the order of the file."""
+        rows = [row for group in self._rows.values() for row in group]
+        return rows if self._order is None else sorted(rows, key=self._order)
+
+    def missing(self, keys: Iterable[Key]) -> list[Key]:
+        """Return those of ``keys`` that have no row yet, in their order."""
+        return [key for key in keys if key not in self._rows]
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add all rows of one or several keys; earlier rows of these keys are dropped."""
+        self._take(rows)
+        self._changed = True
+        if monotonic() - self._saved > SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file."""
+        text = self.frame().to_csv(index=False, float_format=self._float_format)
+        write_file(self._path, text)
+        self._saved, self._changed = monotonic(), False
+
+    def frame(self) -> pd.DataFrame:
+        """Return all rows in the order of the file."""
+        rows = self.rows
+        if self._schema.others and rows:
+            return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=list(self._schema.columns))
+
+    def _take(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        groups: dict[Hashable, list[Row]] = {}
+        for row in rows:
+            cells = tuple(row[name] for name in self._key)
+            groups.setdefault(cells if len(cells) > 1 else cells[0], []).append(dict(row))
+        for key, group in groups.items():
+            self._rows.pop(key, None)  # new rows stand behind the others
+            self._rows[key] = group
+
+
+def _parse(path: Path, schema: Schema, remedy: str) -> tuple[list[str], list[_Row]]:
     try:
         text = decode_text(path, read_bytes(path, "table"))
     except ServegymError as error:
@@ -88,23 +200,34 @@ def _parse(path: Path, remedy: str) -> tuple[list[str], list[_Row]]:
         rows = [_Row(reader.line_num, cells) for cells in reader if cells]  # not of blank lines
     except csv.Error as error:
         raise ServegymError(
-            f"{path}: line {reader.line_num}: not a row of a table ({error}); delete this line"
+            f"{path}: line {reader.line_num}: not a row of a table ({error}); delete this line, "
+            f"and {schema.if_deleted}"
         ) from None
     if not rows:
         raise ServegymError(f"{path}: empty; {remedy}")
     header = rows.pop(0).cells
+    _check_separator(path, header, schema)
     for line, cells in rows:
         if len(cells) != len(header):
             raise ServegymError(
                 f"{path}: line {line}: {len(cells)} cells where the header has {len(header)}; delete "
-                "this line, and its results are made again"
+                f"this line, and {schema.if_deleted}"
             )
     if rows and not text.endswith(("\n", "\r")):
         raise ServegymError(
-            f"{path}: line {rows[-1].line}: cut off, no end of the line; delete this line, and its "
-            "results are made again"
+            f"{path}: line {rows[-1].line}: cut off, no end of the line; delete this line, and "
+            f"{schema.if_deleted}"
         )
     return header, rows
+
+
+def _check_separator(path: Path, header: Sequence[str], schema: Schema) -> None:
+    """Refuse a table that a spreadsheet has saved with another separator than a comma."""
+    for separator, name in ((";", "';'"), ("\t", "tabs"), ("|", "'|'")):
+        if len(header) == 1 and set(schema.columns) & set(header[0].split(separator)) - {header[0]}:
+            raise ServegymError(
+                f"{path}: line 1: its columns are separated by {name}; save it with commas"
+            )
 
 
 def _lacking(path: Path, header: Sequence[str], schema: Schema, remedy: str) -> set[str]:
@@ -129,43 +252,47 @@ def _each_once(
 ) -> list[_Row]:
     """Return the rows less those that are there twice; refuse two that differ under one key."""
     places = [header.index(name) for name in schema.key]
-    found: dict[tuple[str, ...], _Row] = {}
+    first_rows: dict[tuple[str, ...], _Row] = {}
     for row in rows:
         key = tuple(row.cells[place] for place in places) if places else tuple(row.cells)
-        first = found.setdefault(key, row)
+        first = first_rows.setdefault(key, row)
         if first.cells != row.cells:
             named = ", ".join(f"{name} {row.cells[header.index(name)]}" for name in schema.key)
             raise ServegymError(
                 f"{path}: lines {first.line} and {row.line}: two different rows of {named}; delete "
-                "the wrong one, or both, and the results are made again"
+                f"the wrong one, or both, and {schema.if_deleted}"
             )
-    return list(found.values())
+    return list(first_rows.values())
 
 
 def _values(path: Path, name: str, texts: list[tuple[int, str]], schema: Schema) -> list[Any]:
     """Return the cells of a column; of integers if all of its cells are, as pandas has it."""
+
+    def checked(line: int, text: str, good: bool, wanted: str) -> str:
+        if not good:
+            raise ServegymError(
+                f"{path}: line {line}: {name} must be {wanted}, got {text[:40]!r}; delete this line, "
+                f"and {schema.if_deleted}"
+            )
+        return text
+
     if name in schema.texts:
-        return [_checked(path, line, name, text, text != "", "a text") for line, text in texts]
+        return [checked(line, text, text != "", "a text") for line, text in texts]
     if name in schema.flags:
         known = {"True": True, "False": False}
+        return [known[checked(line, text, text in known, "True or False")] for line, text in texts]
+    if name in schema.whole:
         return [
-            known[_checked(path, line, name, text, text in known, "True or False")]
+            int(checked(line, text, _is_whole(text) and int(text) < 2**63, "a whole number ≥ 0"))
             for line, text in texts
         ]
-    if name in schema.whole or all(_is_whole(text.removeprefix("-")) for _, text in texts):
-        signed = name not in schema.whole
-        return [
-            int(
-                _checked(
-                    path, line, name, text,
-                    signed or (_is_whole(text) and int(text) < 2**63), "a whole number ≥ 0",
-                )
-            )
-            for line, text in texts
-        ]  # fmt: skip
+    if all(_is_whole(text.removeprefix("-")) for _, text in texts):
+        return [int(text) for _, text in texts]
     optional = schema.optional is None or name in schema.optional
     return [
-        math.nan if optional and text == "" else _number(path, line, name, text)
+        math.nan
+        if optional and text == ""
+        else float(checked(line, text, math.isfinite(_number(text)), "a number"))
         for line, text in texts
     ]
 
@@ -174,19 +301,9 @@ def _is_whole(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
-def _number(path: Path, line: int, name: str, text: str) -> float:
+def _number(text: str) -> float:
+    """Return the number that a text stands for, NaN if none; Python's ``1_000`` is none here."""
     try:
-        value = math.nan if "_" in text else float(text)
+        return math.nan if "_" in text else float(text)
     except ValueError:
-        value = math.nan
-    _checked(path, line, name, text, math.isfinite(value), "a number")
-    return value
-
-
-def _checked(path: Path, line: int, name: str, text: str, good: bool, wanted: str) -> str:
-    if not good:
-        raise ServegymError(
-            f"{path}: line {line}: {name} must be {wanted}, got {text[:40]!r}; delete this line, and "
-            "its results are made again"
-        )
-    return text
+        return math.nan

@@ -8,7 +8,6 @@ import errno
 import io
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -16,24 +15,18 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn, TypeVar, get_type_hints
+from typing import Any, Final, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.errors import ServegymError, nearest, shown, unknown
 from servegym.envs.files import shortened
+from servegym.envs.play.parallel import check_jobs
 from servegym.studies.terminal import BAD_INPUT, STOP_SIGNALS, leave, say
 
 CANNOT_WRITE: Final = 74  # EX_IOERR of sysexits.h
 BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
 _WRITING: Final = (errno.EBADF, errno.EFBIG, errno.EIO, errno.ENOSPC)
-
-_PLAIN_WORDS = {
-    r"^Error parsing (?!-)\S+: ": "",  # a value that the dataclass itself refused
-    r"^Error parsing (-\S+): ": r"\1: ",
-    r"invalid literal for int\(\) with base 10:": "not a whole number:",
-    r"could not convert string to float:": "not a number:",
-}
 
 SCRIPTS: Final = Path(__file__).resolve().parents[1]
 """The scripts of the checkout."""
@@ -41,12 +34,12 @@ SCRIPTS: Final = Path(__file__).resolve().parents[1]
 Args = TypeVar("Args")
 
 
-def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | None = None) -> Args:
+def parse(cls: type[Args], argv: Sequence[str] | None = None, default: Args | None = None) -> Args:
     """Read the options of a flat dataclass, one ``--option`` per field.
 
     Parameters
     ----------
-    kind
+    cls
         A frozen dataclass; field docstrings are the help. It may refuse values with
         ``ServegymError`` in ``__post_init__``.
     argv
@@ -59,23 +52,24 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, default: Args | N
     ServegymError
         One line that says what is wrong and names the nearest option; also if a value is of its type
         but out of all bounds: NaN, infinite, beyond 2⁶², an empty path, a text that is not in the
-        terminal's encoding.
+        terminal's encoding, more ``jobs`` than any script takes.
     SystemExit
         Status 0 after ``--help``.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
-    _check_paths(kind, tokens)
-    box = io.StringIO()
+    _check_paths(cls, tokens)
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(box):
-            if default is None:
-                return _checked(tyro.cli(kind, args=tokens))
-            return _checked(tyro.cli(kind, args=tokens, default=default))
+        with contextlib.redirect_stderr(io.StringIO()):  # tyro explains itself on many lines
+            args = tyro.cli(cls, args=tokens, **defaults)
     except SystemExit as stop:
         if stop.code in (0, None):
             sys.stdout.flush()  # here, where an output that is full or closed becomes a line
             raise
-    raise ServegymError(_unknown_option(kind, tokens) or _first_paragraph(box.getvalue()))
+        refusal = _refusal_of(stop) or _explain(cls, tokens, default is None)
+    else:
+        return _checked(args)
+    raise ServegymError(refusal)
 
 
 def split_names(text: str) -> list[str]:
@@ -100,12 +94,14 @@ MAX_NUMBER: Final = 2**62
 
 def _checked(args: Args) -> Args:
     """Return the options; refuse values that are of their type and still mean nothing anywhere."""
-    for field in dataclasses.fields(args):  # type: ignore[arg-type]
+    for field in _fields(type(args)):
         option, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
         if isinstance(value, str | Path):
             _check_text(option, str(value))
         elif isinstance(value, float) and not math.isfinite(value):
             raise ServegymError(f"{option} must be a finite number, got {value}")
+        elif field.name == "jobs":
+            check_jobs(value)
         elif isinstance(value, int) and abs(value) > MAX_NUMBER:
             raise ServegymError(f"{option} must be at most {MAX_NUMBER}, got {shown(value)}")
     return args
@@ -124,10 +120,10 @@ def _check_text(option: str, text: str) -> None:
         ) from None
 
 
-def _check_paths(kind: type, tokens: Sequence[str]) -> None:
+def _check_paths(cls: type, tokens: Sequence[str]) -> None:
     """Refuse an empty text as a path, which would be the folder that the shell stands in."""
     paths = [
-        f"--{name.replace('_', '-')}" for name, hint in get_type_hints(kind).items() if hint is Path
+        f"--{name.replace('_', '-')}" for name, hint in get_type_hints(cls).items() if hint is Path
     ]
     for token, following in zip(tokens, [*tokens[1:], "x"], strict=False):
         option, equals, value = token.replace("_", "-").partition("=")
@@ -163,17 +159,17 @@ def check_output(path: Path) -> None:
         raise ServegymError(f"{path.parent}: not writable")
 
 
-def command_line(script: str, **options: object) -> str:
-    """Return the command that runs a script with options, quoted as a shell needs it.
+def command_line(script: str, *words: str, **options: object) -> str:
+    """Return the command that runs a script with words and options, quoted as a shell needs it.
 
-    ``time_limit=0.5`` becomes ``--time-limit 0.5``; an empty text is left out.
+    ``time_limit=0.5`` becomes ``--time-limit 0.5``; an option whose value is an empty text is left out.
     """
-    words = ["python", f"scripts/{script}.py"]
+    command = ["python", f"scripts/{script}.py", *words]
     for name, value in options.items():
         if value != "":
             text = f"{value:g}" if isinstance(value, float) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
-    return shlex.join(words)
+            command += [f"--{name.replace('_', '-')}", text]
+    return shlex.join(command)
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
@@ -253,24 +249,86 @@ def _give_up_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _unknown_option(kind: type, tokens: Sequence[str]) -> str | None:
-    """Describe the first ``--option`` that no field of ``kind`` stands for."""
-    fields = {field.name.replace("_", "-"): field.type for field in dataclasses.fields(kind)}
-    switches = [f"no-{name}" for name, type_ in fields.items() if type_ in (bool, "bool")]
-    known = [f"--{name}" for name in (*fields, *switches, "help")]
-    for token in tokens:
-        option = token.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and option not in known:
+def _refusal_of(stop: SystemExit) -> str:
+    """Return what the dataclass itself refused a value with, which tyro has turned into an exit."""
+    error: BaseException | None = stop
+    while error is not None and not isinstance(error, ServegymError):
+        error = error.__cause__ or error.__context__
+    return "" if error is None else str(error)
+
+
+UNEXPLAINED: Final = "bad arguments; see --help"
+
+_TYPES: Final[dict[type, str]] = {int: "a whole number", float: "a number"}
+
+
+def _explain(cls: type, tokens: Sequence[str], needs_all: bool) -> str:
+    """Return in one line what is wrong with command-line words that tyro has refused.
+
+    tyro has no public interface that tells: its message is a drawing for a terminal.
+    """
+    hints = get_type_hints(cls)
+    types = {f"--{field.name.replace('_', '-')}": hints[field.name] for field in _fields(cls)}
+    switches = {name for name, type_ in types.items() if type_ is bool}
+    switches |= {f"--no-{name.removeprefix('--')}" for name in switches} | {"--help"}
+    known = [*types, *sorted(switches - set(types))]
+    waiting, given, before = list(tokens), set[str](), ""
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=")
+        option = name.replace("_", "-")
+        if option in switches:
+            if equals:
+                return f"{option} takes no value, got {shown(value)}"
+        elif option in types:
+            if not equals:
+                if not waiting or _is_option(waiting[0], known):
+                    return f"{option} needs a value"
+                value = waiting.pop(0)
+            if problem := _problem(types[option], value):
+                return f"{option}: {problem}: {shown(value)}"
+            given.add(option)
+        elif option.startswith("--"):
             return str(unknown("option", option, known))
-    return None
+        elif before in switches:
+            return f"{before} takes no value, got {shown(word)}"
+        else:
+            plain = word.lstrip("-")
+            advice = nearest(f"--{plain}", known) if len(plain) > 2 else "; options begin with --"
+            return f"unexpected {shown(word)}{advice}"
+        before = option
+    if missing := [name for name in _required(cls) if name not in given and needs_all]:
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help"
+    return UNEXPLAINED
 
 
-def _first_paragraph(box: str) -> str:
-    """Take the words of tyro's message out of its box: all before the first rule, less the title."""
-    body = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]
-    lines = [line.strip("│╰╯─ ") for line in body]
-    end = lines.index("") if "" in lines else len(lines)
-    text = " ".join(lines[:end])
-    for pattern, plain in _PLAIN_WORDS.items():
-        text = re.sub(pattern, plain, text)
-    return text or "bad arguments; see --help"
+def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls)
+
+
+def _required(cls: type) -> list[str]:
+    """Return the options that have no default."""
+    missing = dataclasses.MISSING
+    return [
+        f"--{field.name.replace('_', '-')}"
+        for field in _fields(cls)
+        if field.default is missing and field.default_factory is missing
+    ]
+
+
+def _is_option(word: str, known: Sequence[str]) -> bool:
+    """Return whether a word cannot be the value of the option before it; a negative number can."""
+    name = word.partition("=")[0].replace("_", "-")
+    return name in known or (word.startswith("-") and name.lstrip("-")[:1].isalpha())
+
+
+def _problem(type_: type, value: str) -> str:
+    """Return why a text is no value of a type; empty if it is one."""
+    if type_ not in _TYPES:
+        return ""
+    try:
+        type_(value)
+    except ValueError:
+        digits = value.strip().removeprefix("-")
+        return "too many digits" if digits.isdecimal() else f"not {_TYPES[type_]}"
+    return ""

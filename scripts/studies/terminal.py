@@ -35,7 +35,7 @@ _PLAIN: Final = str.maketrans(
 
 
 def begin() -> None:
-    """Make ready what a script prints to, how it is stopped and where it works."""
+    """Set up signals, standard streams and the terminal's width; refuse a working folder that is gone."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has set it
             signal.signal(number, leave)
@@ -72,14 +72,14 @@ def say(message: str) -> None:
 
 
 def plainly(error: UnicodeError) -> tuple[str, int]:
-    """Write letters that an output's encoding lacks as ones that it has: ``≥`` as ``>=``.
+    """Write letters that an output's encoding lacks in letters that it has: ``≥`` as ``>=``.
 
     An error handler of ``codecs``; what has no such form is escaped, as ``backslashreplace`` does.
     """
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    found = error.object[error.start : error.end]
-    plain = unicodedata.normalize("NFKD", found.translate(_PLAIN))
+    lacking = error.object[error.start : error.end]
+    plain = unicodedata.normalize("NFKD", lacking.translate(_PLAIN))
     letters = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return letters.encode("ascii", "backslashreplace").decode("ascii"), error.end
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pandas as pd
 
 from servegym.agents.hyperparameters import default_hyperparameters
@@ -17,41 +15,42 @@ from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.play.evaluation import HELD_OUT_SEED, evaluate
-from servegym.envs.play.parallel import run_parallel
-from servegym.envs.play.summary import mean_gaps
-from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.play.tables import ResumableTable, Schema, as_rows, read_rows
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.runs import ABLATED, MAIN, Run, is_finished
-from servegym.studies.commands.train import VALIDATION_SEED, usual_validation_cases
-from servegym.studies.commands.tune import THRESHOLDS, gaps
+from servegym.studies.agents.training import VALIDATION_SEED, usual_validation_cases
 from servegym.studies.policies import BEST, SHIPPED, make_listed_policy, note_weights
+from servegym.studies.tuned import TUNING_CASES, tuned_threshold, with_tuned
 
 BASELINES: Final[dict[str, tuple[str, ...]]] = {
     "GSM8K-v0": (
-        *("random", "fcfs", "hybrid", "hybrid-0.2", "lpt", "threshold-12", "lookahead"),
-        *("lookahead-0.7", "aligned", "aligned-lookahead-0.5", "rollout"),
+        *("random", "fcfs", "hybrid", "hybrid-*", "lpt", "threshold-*", "lookahead"),
+        *("lookahead-*", "aligned", "aligned-lookahead-*", "rollout"),
     ),
     "Paper-v0": (
-        *("fcfs", "random", "hybrid", "hybrid-0.01", "offline", "threshold-1", "lookahead"),
-        *("aligned", "aligned-lookahead-0.01", "rollout"),
+        *("fcfs", "random", "hybrid", "hybrid-*", "offline", "threshold-*", "lookahead"),
+        *("aligned", "aligned-lookahead-*", "rollout"),
     ),
     "GSM8KPredicted-v0": (
-        *("random", "fcfs", "feedback-0.3", "hybrid", "hybrid-0.3", "lpt-0.5", "threshold-12"),
-        *("lookahead", "aligned-1.5", "aligned-lookahead-1.5", "quantile", "rollout"),
+        *("random", "fcfs", "feedback-*", "hybrid", "hybrid-*", "lpt-*", "threshold-*"),
+        *("lookahead", "aligned-*", "aligned-lookahead-*", "quantile", "rollout"),
     ),
 }
-"""Whom the agents are compared with; the tuned numbers are from results/tuning/."""
+"""The policies that the agents of a task are compared with; ``*`` is the number tuned on the task."""
 
 OTHER_BASELINES: Final = ("random", "fcfs", "hybrid", "threshold-1", "lookahead", "aligned")
-"""… on any other task."""
+"""The same for any other task."""
 
 REFERENCES: Final = ("hybrid", "threshold", "aligned", "rollout")
 """Policies, or the families they belong to, that learning curves are drawn with."""
 
-TUNING_CASES: Final = 20
 FEW_CASES: Final = 100
-"""Of more cases of validation, learning curves are drawn without the rollout."""
+"""With more validation cases than these, learning curves are drawn without the rollout."""
+
+OWN_THRESHOLD: Final = "threshold-K"
+TRANSFER_RULES: Final = ("hybrid", OWN_THRESHOLD, "lookahead-*", "aligned-lookahead-0.7")
+"""The rules that the agent is compared with in every setting; K is tuned on the setting itself."""
 
 LARGE_SETTING: Final = "clients-2000"
 """The setting that is played on a third of the cases."""
@@ -63,16 +62,22 @@ CURVES: Final = Schema(
     whole=("seed", "timesteps"),
     texts=("variant",),
     optional=("gap_percent",),
+    if_deleted="its run is read again by --parts evaluate",
 )
 EVALUATIONS: Final = Schema(
-    CURVE_COLUMNS[2:], others=True, key=("timesteps",), whole=("timesteps",), optional=None
+    CURVE_COLUMNS[2:],
+    others=True,
+    key=("timesteps",),
+    whole=("timesteps",),
+    optional=None,
+    if_deleted="the curve is drawn without its evaluation",
 )
 """What ``curves.csv`` and a run's ``evaluations.csv`` must be."""
 
 
 def baselines(task: str) -> tuple[str, ...]:
     """Return the baselines of a task."""
-    return BASELINES.get(task, OTHER_BASELINES)
+    return with_tuned(task, BASELINES.get(task, OTHER_BASELINES))
 
 
 def evaluate_agents(
@@ -89,12 +94,12 @@ def evaluate_agents(
     ServegymError
         If no run is finished, or episodes of other weights stand in the folder.
     """
-    own = [run for run in grid if run.task == task]
-    finished = [run for run in own if is_finished(run, runs)]
+    asked = [run for run in grid if run.task == task]
+    finished = [run for run in asked if is_finished(run, runs)]
     if not finished:
         raise ServegymError(f"{runs}: holds no finished run of {task}; begin with --parts train")
-    if len(finished) < len(own):
-        left = ", ".join(run.name for run in own if run not in finished)
+    if len(finished) < len(asked):
+        left = ", ".join(run.name for run in asked if run not in finished)
         print(f"not finished, left out: {left}")
     folder = output / task
     folders = {run.policy: runs / run.name / BEST for run in finished}
@@ -115,19 +120,16 @@ def evaluate_agents(
 
 def _keep_curves(finished: Sequence[Run], runs: Path, folder: Path) -> pd.DataFrame:
     """Write the learning curves of these runs; those of other runs stay in the file."""
-    path = folder / "curves.csv"
-    tables = []
-    known = read_rows(path, CURVES, "remove it and play again")
-    if len(known):
-        ours = {(run.variant, run.seed) for run in finished}
-        is_ours = [pair in ours for pair in zip(known["variant"], known["seed"], strict=True)]
-        tables.append(known[[not one for one in is_ours]])
+    curves = ResumableTable(
+        folder / "curves.csv", CURVES, "remove it and play again", ("variant", "seed")
+    )
     for run in finished:
-        table = read_rows(runs / run.name / "evaluations.csv", EVALUATIONS, "train this run anew")
-        tables.append(table.assign(variant=run.variant, seed=run.seed)[list(CURVE_COLUMNS)])
-    curves = pd.concat([table for table in tables if len(table)], ignore_index=True)
-    write_file(path, curves.round(6).to_csv(index=False))
-    return curves
+        path = runs / run.name / "evaluations.csv"
+        table = read_rows(path, EVALUATIONS, "train this run anew").round(6)
+        table = table.assign(variant=run.variant, seed=run.seed)[list(CURVE_COLUMNS)]
+        curves.add(as_rows(table))
+    curves.save()
+    return curves.frame()
 
 
 def _ship(main: Sequence[Run], runs: Path, curves: pd.DataFrame, folder: Path) -> None:
@@ -168,20 +170,6 @@ def settings() -> dict[str, TaskConfig]:
     }
 
 
-def tuned_threshold(task: TaskConfig, cases: int, jobs: int) -> str:
-    """Return the best ``threshold-K`` on training cases; K in proportion to the clients."""
-    share = task.cluster.clients / load_task(ABLATED).cluster.clients
-    names = [f"threshold-{k}" for k in sorted({max(1, round(share * k)) for k in THRESHOLDS})]
-    rounds = run_parallel(gaps, [(task, seed, names) for seed in range(cases)], jobs)
-    with closing(rounds):
-        means = mean_gaps(pd.DataFrame([row for rows in rounds for row in rows]))
-    if np.isinf(means.min()):
-        raise ServegymError(
-            f"{task.name}: no threshold serves all requests; raise process.max_decisions or max_seconds"
-        )
-    return str(means.idxmin())
-
-
 def play_transfer(output: Path, cases: int, jobs: int) -> None:
     """Play the shipped agent of ``ABLATED`` and rules in every setting.
 
@@ -195,9 +183,10 @@ def play_transfer(output: Path, cases: int, jobs: int) -> None:
         folder = output / "transfer" / name
         weights = note_weights(folders, folder)
         threshold = tuned_threshold(task, TUNING_CASES, jobs)
-        names = ["hybrid", threshold, "lookahead-0.7", "aligned-lookahead-0.7", SHIPPED]
-        some = max(1, cases // 3) if name == LARGE_SETTING else cases
-        seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + some)
-        print(f"{name}: {some} cases, {', '.join(names)}")
+        rules = [threshold if rule == OWN_THRESHOLD else rule for rule in TRANSFER_RULES]
+        names = [*with_tuned(ABLATED, rules), SHIPPED]
+        count = max(1, cases // 3) if name == LARGE_SETTING else cases
+        seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + count)
+        print(f"{name}: {count} cases, {', '.join(names)}")
         policy_of = partial(make_listed_policy, folders=folders, weights=weights)
         evaluate(task, policy_of, names, seeds, folder, jobs=jobs)

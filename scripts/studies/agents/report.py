@@ -92,8 +92,10 @@ def _policy_row(
     rows = episodes[episodes["policy"].isin(names)]
     row: dict[str, str | int] = {"policy": label, "n": gaps.shape[1], "gap (%)": _interval(gaps)}
     for rival in rivals:
-        own = len(names) == 1 and names[0] == rival
-        row[f"− {rival} (points)"] = "" if own else _interval(differences(episodes, names, rival))
+        is_rival = len(names) == 1 and names[0] == rival
+        row[f"− {rival} (points)"] = (
+            "" if is_rival else _interval(differences(episodes, names, rival))
+        )
     row["of hybrid's gap closed (%)"] = _closed(gaps, by_case(episodes, [HYBRID]))
     row["decision p99 (ms)"] = fixed(rows["decision_ms_p99"].median(), 3)
     return row

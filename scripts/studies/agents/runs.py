@@ -34,7 +34,7 @@ _TRAIN: Final = SCRIPTS / "train.py"
 
 @dataclass(frozen=True)
 class Variant:
-    """What an ablation does otherwise than the main runs."""
+    """The options in which an ablation differs from the main runs."""
 
     options: Mapping[str, str] = field(default_factory=dict)
     """Options of ``scripts/train.py``, without dashes."""
@@ -43,7 +43,7 @@ class Variant:
 
 
 def ablations() -> dict[str, Variant]:
-    """Return the ablations by name; ``short`` is the main run in the timesteps that they have."""
+    """Return the ablations by name; ``short`` is the main run in the ablations' timesteps."""
     rules = load_task(ABLATED).process.rules
     without = {
         f"without-{rule}": Variant(process={"rules": [other for other in rules if other != rule]})
@@ -91,7 +91,7 @@ def grid(
     ablation_timesteps: int,
     ablation_seeds: int,
 ) -> list[Run]:
-    """Return the runs in the order in which they are worth having.
+    """Return the training runs, the most valuable first.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def arguments(run: Run, runs: Path) -> list[str]:
     Those of the run are given with ``--resume``, too: a run of other timesteps is refused then.
     """
     variant = ablations().get(run.variant, Variant())
-    options = {"task": run.task} | _own_defaults(run.task)
+    options = {"task": run.task} | _task_defaults(run.task)
     if variant.process:
         options["task"] = str(_task_file(run, runs))
     options |= variant.options
@@ -141,13 +141,15 @@ def train_all(grid: Sequence[Run], runs: Path, jobs: int) -> list[str]:
         _check_timesteps(run, runs)
     waiting = [run for run in grid if not is_finished(run, runs)]
     jobs = useful_jobs(jobs, len(waiting))
-    crew = Crew(runs)
+    processes = TrainingProcesses(runs)
     failed = []
     with (
         ThreadPoolExecutor(jobs) as executor,
         tqdm(total=len(grid), initial=len(grid) - len(waiting), unit="run") as bar,
     ):
-        futures: dict[Future[int], Run] = {executor.submit(crew.train, run): run for run in waiting}
+        futures: dict[Future[int], Run] = {
+            executor.submit(processes.train, run): run for run in waiting
+        }
         try:
             for future in as_completed(futures):
                 run = futures[future]
@@ -155,18 +157,18 @@ def train_all(grid: Sequence[Run], runs: Path, jobs: int) -> list[str]:
                 if future.result() != 0:
                     failed.append(f"{run.name} failed; see {log_file(run, runs)}")
         except BaseException:
-            crew.stop()
+            processes.stop()
             executor.shutdown(cancel_futures=True)
             raise
     return failed
 
 
 def log_file(run: Run, runs: Path) -> Path:
-    """Return where a run's output goes: beside its folder, which belongs to the run alone."""
+    """Return the file for what a run prints: beside the run's folder, in which only the run writes."""
     return runs / f"{run.name}.log"
 
 
-class Crew:
+class TrainingProcesses:
     """The training processes under way."""
 
     def __init__(self, runs: Path) -> None:
@@ -176,13 +178,14 @@ class Crew:
         self._stopped = False
 
     def train(self, run: Run) -> int:
-        """Train one agent in a process of its own; return its exit status."""
+        """Train one agent in a new process; return the process's exit status."""
         log = log_file(run, self.runs)
         make_folder(log.parent)
         command = [sys.executable, str(_TRAIN), *arguments(run, self.runs)]
         # As many runs as cores share the machine; a log needs no bar ten times a second.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"}
-        environment[PARENT] = str(os.getpid())  # it ends when this process does, even by a kill
+        # A run ends when this process does, even by a kill.
+        environment[PARENT] = str(os.getpid())
         with log.open("ab") as output:
             with self._lock:
                 if self._stopped:
@@ -204,13 +207,13 @@ class Crew:
                 process.terminate()
 
 
-def _own_defaults(task: str) -> dict[str, str]:
-    """Return the task's defaults that are not the class's, which a task file would be trained with."""
-    own, usual = default_hyperparameters(load_task(task).name), Hyperparameters()
+def _task_defaults(task: str) -> dict[str, str]:
+    """Return the task's defaults where they are not those of the class, which a task file would get."""
+    defaults, usual = default_hyperparameters(load_task(task).name), Hyperparameters()
     return {
-        item.name.replace("_", "-"): str(getattr(own, item.name))
+        item.name.replace("_", "-"): str(getattr(defaults, item.name))
         for item in fields(Hyperparameters)
-        if getattr(own, item.name) != getattr(usual, item.name)
+        if getattr(defaults, item.name) != getattr(usual, item.name)
     }
 
 
@@ -228,9 +231,9 @@ def _check_timesteps(run: Run, runs: Path) -> None:
     """Refuse to take a finished run of other timesteps for one of this grid."""
     if not is_finished(run, runs):
         return
-    found = read_run(runs / run.name)["hyperparameters"].get("timesteps")
-    if found != run.timesteps:
+    timesteps = read_run(runs / run.name)["hyperparameters"].get("timesteps")
+    if timesteps != run.timesteps:
         raise ServegymError(
-            f"{runs / run.name}: a run of {found} timesteps, not {run.timesteps}; "
+            f"{runs / run.name}: a run of {timesteps} timesteps, not {run.timesteps}; "
             "name another --runs folder"
         )

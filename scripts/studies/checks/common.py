@@ -1,7 +1,8 @@
-"""What the three checks of the method share: cases of several tasks, resumed; cells; a picture."""
+"""What the checks of the method share: tables of rows that a run goes on with, and pictures."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,84 +16,44 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import write_file
 from servegym.envs.pictures import to_png
-from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.play.evaluation import make_case
 from servegym.envs.play.identity import check_unchanged, claim, hash_of, notes_of
 from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import check_jobs, run_parallel
+from servegym.envs.play.parallel import run_parallel
 from servegym.envs.play.summary import mean_interval
-from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.play.tables import ResumableTable, Schema
 from servegym.envs.task.config import TaskConfig
-from servegym.envs.task.registered import NAMESPACE, load_task
-from servegym.studies.cli import check_number, split_names
-
-TUNED: Final[dict[str, dict[str, float]]] = {
-    "GSM8K-v0": {"hybrid": 0.2, "lookahead": 0.7, "aligned-lookahead": 0.5},
-    "Paper-v0": {"hybrid": 0.01, "lookahead": 0.01, "aligned-lookahead": 0.01},
-}
-"""λ of rules by task, from results/tuning/; of any other task λ is 1."""
+from servegym.studies.cases import short_name
+from servegym.studies.tuned import TUNED
 
 TAUS: Final = (0.0, 0.2, 0.4, 0.55, 0.69, 0.9, 1.0)
-"""Kendall's τ of predictions with the true lengths, where a study goes through qualities."""
+"""Values of Kendall's τ of predicted with true lengths, where a study varies the predictions' quality."""
 
 PlayCase = Callable[[TaskConfig, int], list[dict[str, Any]]]
-"""Plays all of a check on one case; picklable. Its rows hold the case's ``seed``."""
+"""Plays one case of a check and returns its rows, each with the case's ``seed``; picklable."""
 
 
-def short_name(task: TaskConfig) -> str:
-    """Return a task's name without the namespace; of a TOML file its stem."""
-    name = task.name.removeprefix(f"{NAMESPACE}/")
-    return Path(name).stem if name.lower().endswith(".toml") else name
-
-
-def tuned_multiplier(task: TaskConfig, family: str) -> float:
-    """Return a rule's λ tuned on the task, 1 where nobody has tuned it."""
-    return TUNED.get(short_name(task), {}).get(family, 1.0)
-
-
-def numbered(family: str, multiplier: float) -> str:
-    """Return a policy's name with its λ, without where that is 1."""
-    return family if multiplier == 1 else f"{family}-{multiplier:g}"
-
-
-def load_tasks(text: str) -> list[TaskConfig]:
-    """Return the tasks of a comma-separated list, each once; all requests present at t = 0."""
-    names = split_names(text)
-    if not names:
-        raise ServegymError("--tasks names no task; give one, such as GSM8K-v0")
-    tasks = [load_task(name) for name in names]
-    for name, task in zip(names, tasks, strict=True):
-        if task.information.output_lengths != "known":
-            raise ServegymError(f"--tasks {name}: the check itself says what is known of lengths")
-        if task.workload.arrival_rate_per_s > 0:
-            raise ServegymError(f"--tasks {name} has arrivals; the checks need all at t = 0")
-        if task.process.max_decisions > 0 or task.process.max_seconds > 0:
-            raise ServegymError(
-                f"--tasks {name} cuts episodes short (process.max_decisions, max_seconds); the checks "
-                "need whole ones"
-            )
-    if len({short_name(task) for task in tasks}) < len(tasks):
-        raise ServegymError(f"--tasks {text}: two tasks would write the same file")
-    return tasks
-
-
-def held_out(cases: int, jobs: int) -> range:
-    """Return the held-out seeds of so many cases, after a look at the two numbers given."""
-    check_number("--cases", cases, 2, HELD_OUT_SEED)
-    check_jobs(jobs)
-    return range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
+def noted_multipliers() -> dict[str, dict[str, float]]:
+    """Return the tuned λ that the checks' rules use, as noted beside the checks' rows."""
+    families = ("hybrid", "lookahead", "aligned-lookahead")
+    return {
+        task: {family: TUNED[task][family] for family in families}
+        for task in ("GSM8K-v0", "Paper-v0")
+    }
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Where the rows of a check lie: a CSV file a task, and what they were asked for."""
+    """The rows of a check in a folder: CSV files by task, and notes of what the rows depend on."""
 
     output: Path
     asked: Mapping[str, Any]
-    """What rows depend on besides task and seed; a folder holds rows of one value only."""
+    """What rows depend on besides task and seed; all rows of a folder have the same."""
     texts: Sequence[str] = ()
     """Columns of texts; all others are of numbers."""
+    parts: Sequence[str] = ("",)
+    """Names of a task's tables; the empty one stands for a task's only table."""
 
     def open(self, tasks: Sequence[TaskConfig]) -> None:
         """Make the folder; refuse one that holds rows of something else."""
@@ -104,45 +65,44 @@ class Collection:
 
     def _claim(self, task: TaskConfig) -> None:
         asked = {"task": notes_of(task), **self.asked, **hash_of(task)}
-        name = short_name(task)
-        claim(self.output / f"{name}.json", asked, "rows", indent=1, tables=[f"{name}.csv"])
+        tables = [self._path(task, part).name for part in self.parts]
+        claim(self.output / f"{short_name(task)}.json", asked, "rows", indent=1, tables=tables)
 
     def rows(
         self, task: TaskConfig, seeds: range, play_case: PlayCase, jobs: int, part: str = ""
     ) -> pd.DataFrame:
         """Play the cases that are missing and return the rows of all, by seed.
 
-        ``part`` names a file of its own, for a check that has several tables a task.
-        Finished cases are kept in the file, so that an interrupted check goes on where it stopped;
-        what is returned is read from the file, the same after any number of interruptions.
+        ``part`` is one of ``parts``. Finished cases are kept in the file, so that an interrupted check
+        goes on where it stopped. What is returned is read from the file: it is the same after any
+        number of interruptions.
         """
         path = self._path(task, part)
         with locked(self.output):
             self._claim(task)
-            known, tables = hash_of(task), [self._read(path)]
-            done = set(tables[0]["seed"])
-            missing = [seed for seed in seeds if seed not in done]
-            found = run_parallel(play_case, [(task, seed) for seed in missing], jobs)
-            with closing(found):
-                for new in tqdm(found, total=len(missing), desc=path.stem, unit="case"):
+            known, table = hash_of(task), self._open(path)
+            missing = table.missing(seeds)
+            results = run_parallel(play_case, [(task, seed) for seed in missing], jobs)
+            with closing(results), table:
+                for rows in tqdm(results, total=len(missing), desc=path.stem, unit="case"):
                     check_unchanged(task, known)
-                    tables.append(pd.DataFrame(new))
-                    played = [table for table in tables if len(table)]
-                    table = pd.concat(played, ignore_index=True).sort_values("seed", kind="stable")
-                    write_file(path, table.to_csv(index=False, float_format="%.7g"))
-            table = self._read(path)
-        return table[table["seed"].isin(seeds)].reset_index(drop=True)
+                    table.add(rows)
+            played = self._open(path).frame()
+        return played[played["seed"].isin(seeds)].reset_index(drop=True)
 
-    def _read(self, path: Path) -> pd.DataFrame:
-        """Return a table, without rows where there is no file; several rows a case, as many for each."""
+    def _open(self, path: Path) -> ResumableTable:
+        """Return a table, without rows where there is no file; each case has as many rows."""
         schema = Schema(("seed",), others=True, texts=self.texts, optional=None)
-        table = read_rows(path, schema, "remove it or choose a new --output folder")
-        counts = table["seed"].value_counts()
-        if counts.nunique() > 1:
-            seed = counts.idxmin()
+        table = ResumableTable(
+            path, schema, "remove it or choose a new --output folder", ("seed",),
+            order=lambda row: row["seed"], float_format="%.7g",
+        )  # fmt: skip
+        counts = Counter(row["seed"] for row in table.rows)
+        if len(set(counts.values())) > 1:
+            seed = min(counts, key=counts.__getitem__)
             raise ServegymError(
-                f"{path}: seed {seed} has {counts.min()} rows where others have {counts.max()}; delete "
-                "its rows, and the case is played again"
+                f"{path}: seed {seed} has {counts[seed]} rows where others have "
+                f"{max(counts.values())}; delete its rows, and the case is played again"
             )
         return table
 
@@ -170,27 +130,27 @@ def line(
     style: str,
 ) -> Line:
     """Return the line of the means of ``values``, an array of cases for each x."""
-    cells = [mean_interval(some) for some in values]
-    means, halves = np.array(cells, dtype=float).T
+    intervals = [mean_interval(gaps) for gaps in values]
+    means, halves = np.array(intervals, dtype=float).T
     return Line(label, np.asarray(x, dtype=float), means, halves, colour, style)
 
 
 def picture(panels: Mapping[str, Sequence[Line]], x_label: str) -> bytes:
-    """Return a PNG of gaps over something, panels beside each other by title; bands are 95 % intervals.
+    """Return a PNG of gaps with panels side by side, by title; bands are 95 % intervals.
 
-    One legend serves all, so the panels' lines go by the same labels.
+    One legend serves all panels, so their lines have the same labels.
     """
     figure = Figure(figsize=(1.2 + 4.6 * max(len(panels), 2), 4.8), dpi=110, layout="constrained")
     for axes, (title, lines) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for one in lines:
-            low, high = one.mean - one.half, one.mean + one.half
+        for shown in lines:
+            low, high = shown.mean - shown.half, shown.mean + shown.half
             axes.plot(
-                *(one.x, one.mean, one.style),
-                color=one.colour, label=one.label, linewidth=1.6, markersize=4,
+                *(shown.x, shown.mean, shown.style),
+                color=shown.colour, label=shown.label, linewidth=1.6, markersize=4,
             )  # fmt: skip
-            axes.fill_between(one.x, low, high, color=one.colour, alpha=0.2, linewidth=0)
+            axes.fill_between(shown.x, low, high, color=shown.colour, alpha=0.2, linewidth=0)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel(x_label)
         axes.set_ylim(bottom=0.0)

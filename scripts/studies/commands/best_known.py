@@ -22,12 +22,12 @@ from servegym.envs.play.evaluation import BEST_KNOWN, make_case, play
 from servegym.envs.play.identity import check_unchanged, claim, hash_of, notes_of
 from servegym.envs.play.locks import locked
 from servegym.envs.play.summary import UNFINISHED, fixed, to_markdown, with_interval
-from servegym.envs.play.tables import read_rows
+from servegym.envs.play.tables import ResumableTable
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import load_task
+from servegym.studies.cases import parse_policies, parse_seeds
 from servegym.studies.cli import command_line, parse
-from servegym.studies.commands.evaluate import parse_policies, parse_seeds
 from servegym.studies.policies import make_policy, weights_of
 
 COLUMNS = (
@@ -142,14 +142,14 @@ def report(rows: pd.DataFrame, command: str) -> str:
 
 def _best_policy(rows: pd.DataFrame, policies: Sequence[str]) -> pd.DataFrame:
     """Return makespan and name of each case's best policy; none where no policy finished."""
-    found = []
+    best = []
     for makespans in rows[list(policies)].to_numpy(float):
         if np.isnan(makespans).all():
-            found.append((UNFINISHED, "–"))
+            best.append((UNFINISHED, "–"))
         else:
-            best = int(np.nanargmin(makespans))
-            found.append((fixed(makespans[best]), policies[best]))
-    return pd.DataFrame(found, columns=["seconds", "name"], index=rows.index)
+            place = int(np.nanargmin(makespans))
+            best.append((fixed(makespans[place]), policies[place]))
+    return pd.DataFrame(best, columns=["seconds", "name"], index=rows.index)
 
 
 def _gaps(rows: pd.DataFrame, column: str, bound: str) -> pd.Series:
@@ -163,8 +163,8 @@ def _mean_gap(rows: pd.DataFrame, column: str, bound: str) -> str:
 
 def open_rows(
     args: Args, task: TaskConfig, weights: Mapping[str, str]
-) -> tuple[TaskConfig, list[dict[str, Any]]]:
-    """Return the task as it is named in the folder, and the finished cases there.
+) -> tuple[TaskConfig, ResumableTable]:
+    """Return the task as it is named in the folder, and the table of the finished cases there.
 
     Refuses a folder of another search.
     """
@@ -176,9 +176,9 @@ def open_rows(
     path = args.output / FILE
     policies = parse_policies(args.policies, task.name)
     schema = replace(BEST_KNOWN, columns=[*COLUMNS, *policies], others=False, optional=policies)
-    table = read_rows(path, schema, "choose a new --output folder")
-    rows = [{str(name): cell for name, cell in row.items()} for row in table.to_dict("records")]
-    return replace(task, name=notes["task"]["name"]), rows
+    schema = replace(schema, if_deleted="its case is searched again")
+    table = ResumableTable(path, schema, "choose a new --output folder", ("seed",))
+    return replace(task, name=notes["task"]["name"]), table
 
 
 def check(args: Args, task: TaskConfig) -> None:
@@ -207,14 +207,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def search(task: TaskConfig, seeds: Sequence[int], args: Args) -> str:
     """Search what is missing; write and return the report."""
     weights = weights_of(parse_policies(args.policies, task.name), task.name)
-    task, rows = open_rows(args, task, weights)
-    known, done = hash_of(task), {row["seed"] for row in rows}
-    for seed in tqdm([seed for seed in seeds if seed not in done], desc=task.name):
-        rows.append(search_case(task, seed, args, weights, known))
-        write_file(args.output / FILE, pd.DataFrame(rows).to_csv(index=False))
-    table = pd.DataFrame(rows)
-    table = table[table["seed"].isin(seeds)].sort_values("seed")
+    task, table = open_rows(args, task, weights)
+    known = hash_of(task)
+    with table:
+        for seed in tqdm(table.missing(seeds), desc=task.name):
+            table.add([search_case(task, seed, args, weights, known)])
+    rows = table.frame()
+    rows = rows[rows["seed"].isin(seeds)].sort_values("seed")
     asked = {name: getattr(args, name) for name in ("task", "seeds", "policies", "time_limit")}
-    text = report(table, command_line("best_known", **asked, output=args.output))
+    text = report(rows, command_line("best_known", **asked, output=args.output))
     write_file(args.output / "best_known.md", text)
     return text

@@ -34,7 +34,7 @@ from servegym.envs.play.evaluation import make_case
 from servegym.envs.play.summary import to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
-from servegym.studies.cli import parse
+from servegym.studies.cli import command_line, parse
 
 PAPER_BASELINE_S = 201.00
 PAPER_BOUND_S = 180.0
@@ -112,11 +112,11 @@ def mean_coefficients(source: str, levels: int) -> Coefficients:
     return Coefficients(*pd.DataFrame(rows).mean())
 
 
-def solve_both(found: Coefficients) -> tuple[float, float]:
+def solve_both(mean: Coefficients) -> tuple[float, float]:
     """Return the round and the cost per token that meet bound and baseline at once, in seconds."""
     matrix = [
-        [found.bound_rounds, found.bound_tokens],
-        [found.baseline_rounds, found.baseline_tokens],
+        [mean.bound_rounds, mean.bound_tokens],
+        [mean.baseline_rounds, mean.baseline_tokens],
     ]
     round_s, per_token_s = np.linalg.solve(matrix, [PAPER_BOUND_S, PAPER_BASELINE_S])
     return float(round_s), float(per_token_s)
@@ -127,15 +127,15 @@ def joint_fits() -> pd.DataFrame:
     rows = []
     for source in ("gsm8k-cap512", "gsm8k-lognormal"):
         for levels in (16, 32, 64, 128):
-            found = mean_coefficients(source, levels)
-            round_s, per_token_s = solve_both(found)
+            mean = mean_coefficients(source, levels)
+            round_s, per_token_s = solve_both(mean)
             rows.append(
                 {
                     "outputs": source,
                     "levels": levels,
-                    "baseline / bound rounds": f"{found.baseline_rounds / found.bound_rounds:.3f}",
+                    "baseline / bound rounds": f"{mean.baseline_rounds / mean.bound_rounds:.3f}",
                     "decode round (ms)": f"{1e3 * round_s:.1f}",
-                    "prefill in the bound (s)": f"{per_token_s * found.bound_tokens:.1f}",
+                    "prefill in the bound (s)": f"{per_token_s * mean.bound_tokens:.1f}",
                 }
             )
     return pd.DataFrame(rows)
@@ -167,7 +167,7 @@ def report(seed: int, case: Coefficients, per_token_s: float, joint: pd.DataFram
     prefill_s = per_token_s * case.baseline_tokens
     return f"""# Calibration of Paper-v0
 
-Command: `python scripts/calibrate.py --output results/calibration`
+Command: `{command_line("calibrate", output=Args().output)}`
 
 - The case: training seed {seed}, of 0 … {CANDIDATE_SEEDS[-1]} the nearest to the published output
   mean {PAPER_OUTPUT_MEAN} and standard deviation {PAPER_OUTPUT_STD}.

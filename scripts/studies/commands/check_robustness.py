@@ -18,7 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.play.parallel import USUAL_JOBS, check_jobs, run_parallel
+from servegym.envs.play.parallel import USUAL_JOBS, run_parallel
 from servegym.envs.play.summary import to_markdown
 from servegym.studies.cli import check_number, command_line, parse, read_list
 from servegym.studies.robustness import damaged_files, odd_terminals, wrong_arguments
@@ -64,8 +64,8 @@ def outcomes_of(part: str, args: Args) -> Iterator[Outcome]:
     }
     draw, try_one = generators[part]
     trials = draw(count, args.seed)
-    found = run_parallel(try_one, [(trial,) for trial in trials], args.jobs)
-    with closing(found), tqdm(found, total=len(trials), desc=part, unit="trial") as bar:
+    outcomes = run_parallel(try_one, [(trial,) for trial in trials], args.jobs)
+    with closing(outcomes), tqdm(outcomes, total=len(trials), desc=part, unit="trial") as bar:
         yield from bar
 
 
@@ -101,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in PARTS:
         check_number(f"--{name}", getattr(args, name), 1, MAX_TRIALS)
     check_number("--seed", args.seed, 0, 2**62)
-    check_jobs(args.jobs)
     make_folder(args.output)
     outcomes: list[Outcome] = []
     faults = args.output / "robustness.csv"
@@ -111,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes.append(outcome)
             if outcome.verdict not in (FINE, ONE_LINE):
                 rows = sorted(
-                    (some.row for some in outcomes if some.verdict not in (FINE, ONE_LINE)),
+                    (fault.row for fault in outcomes if fault.verdict not in (FINE, ONE_LINE)),
                     key=lambda row: (PARTS.index(row["part"]), row["tried"]),
                 )
                 write_file(faults, pd.DataFrame(rows).to_csv(index=False))

@@ -49,16 +49,16 @@ def solvers_table(limit_s: float) -> pd.DataFrame:
 def solver_row(solver: str, rounds: NDArray[np.int64], limit_s: float) -> dict[str, object]:
     """One solver's load and bound; ``milp-cold`` may find no plan at all in a short time."""
     try:
-        found = plan_offline(rounds, CLIENTS, time_limit_s=limit_s, solver=solver)
+        plan = plan_offline(rounds, CLIENTS, time_limit_s=limit_s, solver=solver)
     except ServegymError:
         return {"solver": f"`{solver}`", "status": "no plan found"}
     return {
         "solver": f"`{solver}`",
-        "load": found.load,
-        "lower bound": found.lower_bound,
-        "gap (%)": fixed(100 * found.gap),
-        "status": found.status,
-        "seconds": f"{found.seconds:.3f}",
+        "load": plan.load,
+        "lower bound": plan.lower_bound,
+        "gap (%)": fixed(100 * plan.gap),
+        "status": plan.status,
+        "seconds": f"{plan.seconds:.3f}",
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,16 +17,14 @@ from servegym.envs.machine.presets import COST_PRESETS
 from servegym.envs.play.evaluation import evaluate, make_case, read_best_known
 from servegym.envs.play.identity import claim_task
 from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS, check_jobs
+from servegym.envs.play.parallel import USUAL_JOBS
 from servegym.envs.play.summary import summarise, to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import TASKS, load_task
 from servegym.envs.workload.presets import is_csv
-from servegym.studies.cli import command_line, parse, split_names
+from servegym.studies.cases import parse_policies, parse_seeds
+from servegym.studies.cli import command_line, parse
 from servegym.studies.policies import DESCRIPTIONS, make_policy, note_agents
-
-MAX_SEEDS = 1_000_000
-MAX_SEED = 2**62
 
 
 @dataclass(frozen=True)
@@ -56,32 +53,6 @@ class Args:
     """List the cost presets with their fit and source and stop."""
     list_tasks: bool = False
     """List the registered tasks and stop."""
-
-
-def parse_seeds(text: str) -> range:
-    """Return the seeds of ``FIRST:AFTER_LAST`` or of one number."""
-    match = re.fullmatch(r"(\d{1,19})(?::(\d{1,19}))?", text)
-    if match is None:
-        raise ServegymError(f"--seeds must be FIRST:AFTER_LAST, such as 0:100, got {text!r}")
-    first = int(match[1])
-    seeds = range(first, int(match[2]) if match[2] else first + 1)
-    if len(seeds) == 0:
-        raise ServegymError(f"--seeds {text} is empty; did you mean {first}:{first + 1}?")
-    if len(seeds) > MAX_SEEDS or seeds[-1] > MAX_SEED:
-        raise ServegymError(
-            f"--seeds {text} is too much: at most {MAX_SEEDS} seeds up to {MAX_SEED}"
-        )
-    return seeds
-
-
-def parse_policies(text: str, task_name: str) -> list[str]:
-    """Return the names of a comma-separated list, each once; refuse what is no policy of the task."""
-    names = split_names(text)
-    if not names:
-        raise ServegymError("--policies names no policy; see --list-policies")
-    for name in names:
-        make_policy(name, task_name)
-    return names
 
 
 def resolve_task(args: Args) -> TaskConfig:
@@ -143,7 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if listings:
         print("\n\n".join(listings))
         return 0
-    check_jobs(args.jobs)
     if args.optimum_limit < 0:
         raise ServegymError(f"--optimum-limit must be ≥ 0 seconds, got {args.optimum_limit}")
     task, seeds = resolve_task(args), parse_seeds(args.seeds)

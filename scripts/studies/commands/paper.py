@@ -19,12 +19,13 @@ from servegym.envs.files import write_file
 from servegym.envs.pictures import draw_gantts, draw_makespans, to_png
 from servegym.envs.play.evaluation import HELD_OUT_SEED, evaluate, make_case, play
 from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS, check_jobs
+from servegym.envs.play.parallel import USUAL_JOBS
 from servegym.envs.play.summary import fixed, summarise, to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
 from servegym.studies.cli import check_number, parse
 from servegym.studies.policies import make_policy, weights_of
+from servegym.studies.tuned import with_tuned
 
 STEPS = {
     "fcfs": "baseline: first come, first served",
@@ -34,11 +35,14 @@ STEPS = {
 }
 """The paper's ablation, in its order."""
 
-OTHERS = (
-    *("random", "static", "hybrid-myopic", "hybrid-0.01", "lpt", "threshold-1", "lookahead"),
-    *("aligned", "aligned-lookahead", "rollout"),
+OTHERS = with_tuned(
+    "Paper-v0",
+    (
+        *("random", "static", "hybrid-myopic", "hybrid-*", "lpt", "threshold-*", "lookahead"),
+        *("aligned", "aligned-lookahead", "rollout"),
+    ),
 )
-"""Simple rows, and the tuned ones: numbers from results/tuning/Paper-v0/tuning.md."""
+"""Simple policies; ``*`` is the number tuned on the task."""
 
 LEARNED = ("ppo",)
 """The shipped agent of the task."""
@@ -142,7 +146,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play, tabulate and draw."""
     args = parse(Args, argv)
     check_number("--cases", args.cases, 2, HELD_OUT_SEED)
-    check_jobs(args.jobs)
     with locked(args.output):
         text = compare(args)
     print(text)

@@ -38,19 +38,19 @@ class Args:
     """Of the search's random numbers."""
 
 
-def to_json(found: CertifiedPlan, later: int) -> str:
+def to_json(certified: CertifiedPlan, later: int) -> str:
     """Write a plan as JSON; a request's id is its row by arrival, counted from 0.
 
     ``later_requests`` is the number of those that arrive after t = 0, which no queue holds.
     """
-    plan = found.plan
+    plan = certified.plan
     content = {
         "clients": plan.clients,
-        "load": found.load,
-        "lower_bound": found.lower_bound,
-        "status": found.status,
-        "solver": found.solver,
-        "seconds": found.seconds,
+        "load": certified.load,
+        "lower_bound": certified.lower_bound,
+        "status": certified.status,
+        "solver": certified.solver,
+        "seconds": certified.seconds,
         "later_requests": later,
         "queues": [plan.queue(client).tolist() for client in range(plan.clients)],
     }
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.output)
     requests = read_requests(args.workload)
     present = int(np.count_nonzero(requests.arrival_s == 0))  # the first ones: sorted by arrival
-    found = plan_offline(
+    certified = plan_offline(
         requests.decode_rounds[:present],
         args.clients,
         solver=args.solver,
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=args.seed,
     )
     later = len(requests) - present
-    write_file(args.output, to_json(found, later))
-    print(found.summary() + (f"; {later} requests arrive later and are left out" if later else ""))
+    write_file(args.output, to_json(certified, later))
+    print(
+        certified.summary() + (f"; {later} requests arrive later and are left out" if later else "")
+    )
     return 0

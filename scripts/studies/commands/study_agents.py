@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from pathlib import Path
 from servegym.agents.hyperparameters import MAX_SEED
 from servegym.envs.play.evaluation import HELD_OUT_SEED
 from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS, check_jobs
+from servegym.envs.play.parallel import USUAL_JOBS
 from servegym.envs.task.registered import NAMESPACE, TASKS
 from servegym.studies.agents.play import evaluate_agents, play_transfer
 from servegym.studies.agents.report import write_task, write_transfer
 from servegym.studies.agents.runs import ABLATED, MAIN, Run, ablations, grid, train_all
-from servegym.studies.cli import check_folder, check_number, parse, read_list
+from servegym.studies.cli import check_folder, check_number, command_line, parse, read_list
 
 PAPER = "Paper-v0"
 TINY = "Tiny-v0"
@@ -73,12 +72,12 @@ def make_grid(args: Args, tasks: Sequence[str]) -> list[Run]:
     """Return the training runs that the options ask for."""
     every = [MAIN, *ablations()]
     variants = every if args.variants == "all" else read_list("--variants", args.variants, every)
-    own = {
+    special = {
         PAPER: args.paper_timesteps,
         TINY: args.tiny_timesteps,
         PREDICTED: args.predicted_timesteps,
     }
-    timesteps = {task: own.get(task, args.timesteps) for task in tasks}
+    timesteps = {task: special.get(task, args.timesteps) for task in tasks}
     return grid(
         tasks, variants, timesteps, args.seeds, args.ablation_timesteps, args.ablation_seeds
     )
@@ -86,7 +85,6 @@ def make_grid(args: Args, tasks: Sequence[str]) -> list[Run]:
 
 def check(args: Args) -> None:
     """Refuse numbers out of range."""
-    check_jobs(args.jobs)
     limits = {
         "seeds": (1, MAX_SEED + 1),
         "ablation_seeds": (1, MAX_SEED + 1),
@@ -117,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(failed), file=sys.stderr)
             return 1
     if parts != ["train"]:
-        words = sys.argv[1:] if argv is None else argv
-        command = shlex.join(["python", "scripts/study_agents.py", *words])
+        command = command_line("study_agents", *(sys.argv[1:] if argv is None else argv))
         with locked(args.output):
             play_and_report(args, parts, tasks, runs, command)
     return 0

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-
-import numpy as np
 
 from servegym.agents.hyperparameters import (
     Hyperparameters,
@@ -19,28 +17,25 @@ from servegym.agents.hyperparameters import (
 )
 from servegym.agents.record import RECORD, check_run, read_run
 from servegym.baselines.registry import make_trigger_policy
-from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import make_case
 from servegym.envs.play.locks import locked
 from servegym.envs.play.parallel import end_with_parent
-from servegym.envs.process.metrics import METRICS
-from servegym.envs.task.cases import Case
-from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
-from servegym.envs.vocabulary import ADMISSION_RULES
-from servegym.studies.cli import check_number, parse
+from servegym.studies.agents.training import (
+    VALIDATION_SEED,
+    make_expert,
+    make_reference,
+    outcome,
+    references,
+    usual_validation_cases,
+)
+from servegym.studies.cli import check_number, command_line, parse
 
 if TYPE_CHECKING:
     from servegym.agents.callbacks import ServingCallback
-    from servegym.agents.imitation import Expert
 
-VALIDATION_SEED: Final = 900_000
 MAX_VALIDATION_CASES: Final = 100_000  # held-out seeds begin there
-TO_THE_END: Final = {"max_decisions": 0, "max_seconds": 0.0}
-"""Rules that an agent is compared with are, however short its episodes are cut."""
-
-THRESHOLDS: Final = (1, 2, 3, 5, 7, 10, 12, 15, 20, 25, 30, 40, 60)
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,6 @@ class Args(Hyperparameters):
     """Rollouts between two checkpoints."""
     threads: int = 1
     """Threads of torch and of the imitated expert."""
-
-
-def usual_validation_cases(hyperparameters: Hyperparameters) -> int:
-    """Return how many there are unless told otherwise: what evolution gains is less than the luck of 20."""
-    return 300 if hyperparameters.evolves else 20
 
 
 def read_args(argv: Sequence[str] | None) -> Args:
@@ -97,24 +87,6 @@ def read_args(argv: Sequence[str] | None) -> Args:
     return parse(Args, argv, first)
 
 
-def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Return the mean metrics on the validation cases of the hybrid and of the best threshold.
-
-    They admit by their own rules, also where the agent is not offered these, and play to the end.
-    """
-    task = with_overrides(task, {"process": {"rules": ADMISSION_RULES} | TO_THE_END})
-    cases = [make_case(task, seed) for seed in seeds]
-
-    def means(name: str) -> dict[str, float]:
-        policy = make_trigger_policy(name)
-        rows = [play_compiled(task, policy, case) for case in cases]
-        return {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS}
-
-    thresholds = {f"threshold-{k}": means(f"threshold-{k}") for k in THRESHOLDS}
-    best = min(thresholds, key=lambda name: thresholds[name]["gap"])
-    return {"hybrid": means("hybrid"), best: thresholds[best]}
-
-
 def make_callbacks(
     args: Args, task: TaskConfig, hyperparameters: Hyperparameters, command: str
 ) -> list[ServingCallback]:
@@ -125,54 +97,12 @@ def make_callbacks(
 
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + args.validation_cases)
     lines: Mapping[str, Mapping[str, float]] = references(task, seeds)
-    shown = asdict(hyperparameters)
+    logged = asdict(hyperparameters)
     return [
         callbacks.ServingCallback(
-            task, seeds, args.evaluate_every, lines, shown, args.output, command=command
+            task, seeds, args.evaluate_every, lines, logged, args.output, command=command
         )
     ]
-
-
-def outcome(callback: ServingCallback) -> str:
-    """Return in one line which agent is kept as the best, and whether training was of use."""
-    first, best = callback.evaluations.iloc[0], callback.best
-    if best is None:
-        return "nothing was learned before the first evaluation: there is no best agent"
-    folder, cases = callback.folder / "agent", int(best["cases"])
-    text = f"{folder}: taken after {int(best['timesteps']):,} timesteps, "
-    if best["unfinished"]:
-        count, limits = int(best["unfinished"]), "process.max_decisions or max_seconds"
-        return text + f"{count} of {cases} validation cases cut short by {limits}"
-    gap_percent = best["gap_percent"]
-    text += f"{gap_percent:.2f} % above the lower bound on {cases} validation cases"
-    if best["timesteps"] == 0:
-        return text + "; no evaluation after that, of what was imitated, is better"
-    if first["timesteps"] == 0 and first["gap_percent"] <= gap_percent:
-        return text + (
-            f", {best['gap_percent_sampled']:.2f} % with sampled actions; the untrained network has "
-            f"{first['gap_percent']:.2f} %: train for longer, or at another learning rate"
-        )
-    return text
-
-
-def make_expert(args: Args, task: TaskConfig) -> Expert | None:
-    """Return whom to imitate, if anybody."""
-    if args.imitation_rounds == 0:
-        return None
-    from servegym.baselines.expert import make_rollout_expert, make_rule_expert
-
-    if args.imitate == "rule":
-        return make_rule_expert(args.expert, task)
-    return make_rollout_expert(args.expert, task, args.threads)
-
-
-def make_reference(args: Args, task: TaskConfig) -> Callable[[Case], float] | None:
-    """Return what returns are measured from, if anything."""
-    if not args.reference:
-        return None
-    policy = make_trigger_policy(args.reference)
-    task = with_overrides(task, {"process": TO_THE_END})
-    return lambda case: 100.0 * play_compiled(task, policy, case)["gap"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,12 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{item.name: getattr(args, item.name) for item in fields(Hyperparameters)}
     )
     options = Options(args.checkpoint_every, args.max_minutes, args.threads)
-    make_trigger_policy(args.expert)  # refuse a mistyped one even where nobody is imitated
-    make_reference(args, task)  # … or a reference
-    words = ["python", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]
+    make_trigger_policy(args.expert)  # refuse a mistyped one even without imitation
+    make_reference(hyperparameters, task)  # … or a reference
+    command = command_line("train", *(sys.argv[1:] if argv is None else argv))
     with locked(args.output):
         check_run(task, hyperparameters, args.output, args.resume)
-        train_agent(args, task, hyperparameters, options, shlex.join(words))
+        train_agent(args, task, hyperparameters, options, command)
     return 0
 
 
@@ -210,8 +140,8 @@ def train_agent(
             hyperparameters,
             args.output,
             callbacks=callbacks,
-            expert=make_expert(args, task),
-            reference=make_reference(args, task),
+            expert=make_expert(hyperparameters, task, args.threads),
+            reference=make_reference(hyperparameters, task),
             resume=args.resume,
             command=command,
             options=options,

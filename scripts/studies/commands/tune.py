@@ -1,4 +1,4 @@
-"""Tune the one number of each rule on training seeds, in compiled code."""
+"""Tune the number of each rule on training seeds, in compiled code."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from servegym.baselines.registry import make_trigger_policy
-from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs.files import write_file
 from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.play.identity import check_unchanged, hash_of
 from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS, check_jobs, run_parallel
+from servegym.envs.play.parallel import USUAL_JOBS, run_parallel
 from servegym.envs.play.summary import UNFINISHED, mean_gaps, to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
 from servegym.studies.cli import check_number, command_line, parse
+from servegym.studies.tuned import MULTIPLIERS, THRESHOLDS, gaps
 
-THRESHOLDS = (1, 2, 3, 4, 5, 7, 10, 12, 15, 18, 20, 25, 30, 40, 60, 100)
-MULTIPLIERS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 MULTIPLIED = ("hybrid", "lpt", "lookahead", "aligned", "aligned-lookahead", "feedback")
 
 
@@ -49,15 +45,6 @@ def candidates() -> list[str]:
     return names + [f"{name}-{number}" for name in MULTIPLIED for number in MULTIPLIERS]
 
 
-def gaps(task: TaskConfig, seed: int, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one row per policy for one training case."""
-    case = make_case(task, seed)
-    return [
-        {"policy": name, "seed": seed, "gap": play_compiled(task, policy, case)["gap"]}
-        for name, policy in ((name, make_trigger_policy(name)) for name in names)
-    ]
-
-
 def best_of_families(table: pd.DataFrame) -> pd.DataFrame:
     """Return the best member of each family with its mean gap; none that leaves requests unserved."""
     means = mean_gaps(table)
@@ -76,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tune and write the tables."""
     args = parse(Args, argv)
     check_number("--cases", args.cases, 1, HELD_OUT_SEED)
-    check_jobs(args.jobs)
     task = load_task(args.task)
     make_case(task, 0)  # refuse a workload file before anything is written
     with locked(args.output):
@@ -97,6 +83,6 @@ def play(task: TaskConfig, args: Args) -> pd.DataFrame:
     arguments = [(task, seed, names) for seed in range(args.cases)]
     rounds = run_parallel(gaps, arguments, args.jobs)
     with closing(rounds), tqdm(rounds, total=args.cases, unit="case") as bar:
-        found = sorted(bar, key=lambda rows: int(rows[0]["seed"]))
+        cases = sorted(bar, key=lambda rows: int(rows[0]["seed"]))
     check_unchanged(task, known)
-    return pd.DataFrame([row for rows in found for row in rows])
+    return pd.DataFrame([row for rows in cases for row in rows])

@@ -1,4 +1,4 @@
-"""Damaged files of every kind that scripts read, and the commands that read them."""
+"""Damaged copies of all files that scripts read, and the commands that read them."""
 
 from __future__ import annotations
 
@@ -115,17 +115,17 @@ def trials(count: int, seed: int, benches: Sequence[str] = tuple(BENCHES)) -> li
         bench, root = BENCHES[name], pristine(name)
         files = [path.relative_to(root) for glob in bench.files for path in sorted(root.glob(glob))]
         files = [path for path in files if not (root / path).is_dir()]
-        pairs = [(path, kind) for path in files for kind in _damages(path.suffix)]
+        pairs = [(path, way) for path in files for way in _damages(path.suffix)]
         stacks.append([(name, *pairs[k]) for k in rng.permutation(len(pairs))])
-    found = []
+    drawn = []
     for k in range(count):
         stack = stacks[k % len(stacks)]
-        name, path, kind = stack[k // len(stacks) % len(stack)]
+        name, path, way = stack[k // len(stacks) % len(stack)]
         commands = BENCHES[name].commands
         command = commands[int(rng.integers(len(commands)))]
         luck = int(rng.integers(2**31))
-        found.append(Trial(name, str(path), kind, command, luck, pristine(name)))
-    return found
+        drawn.append(Trial(name, str(path), way, command, luck, pristine(name)))
+    return drawn
 
 
 def try_one(trial: Trial) -> Outcome:
@@ -200,12 +200,12 @@ def _damages(suffix: str) -> list[str]:
     return [*_PLACES, *_BYTES, *_TEXT, *kinds.get(suffix, {})]
 
 
-def damage(path: Path, kind: str, rng: Generator) -> None:
+def damage(path: Path, way: str, rng: Generator) -> None:
     """Damage a file in one of the ways of ``_damages``; an agent's card then fits its weights again."""
     data = path.read_bytes()
-    if kind in _PLACES:
+    if way in _PLACES:
         path.unlink()
-        _PLACES[kind](path)
+        _PLACES[way](path)
         return
     changes: dict[str, Callable[[bytes, Generator], bytes]] = {
         **_BYTES,
@@ -214,9 +214,9 @@ def damage(path: Path, kind: str, rng: Generator) -> None:
         **_CSV,
         **_TENSORS,
     }
-    path.write_bytes(changes[kind](data, rng))
+    path.write_bytes(changes[way](data, rng))
     card = path.with_name(CARD_FILE)
-    if path.name == WEIGHTS_FILE and kind in _TENSORS and card.is_file():
+    if path.name == WEIGHTS_FILE and way in _TENSORS and card.is_file():
         values = json.loads(card.read_bytes())
         values["weights_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         card.write_text(json.dumps(values), "utf-8")

@@ -55,11 +55,11 @@ class Scenario:
     resume: Sequence[str] = ()
     """Options of a resume, once there is something to go on with."""
     begun: str = "**/*"
-    """Where files show that there is."""
+    """Files that show that there is something to go on with."""
 
 
 def scenarios() -> list[Scenario]:
-    """Return what is killed."""
+    """Return the runs that are killed."""
     trained = ["--task", "Tiny-v0", "--timesteps", "1536", "--environments", "4", "--steps", "64"]
     trained += ["--batch-size", "128", "--epochs", "2", "--width", "8", "--depth", "1"]
     trained += ["--validation-cases", "2", "--evaluate-every", "512", "--checkpoint-every", "1"]
@@ -130,7 +130,7 @@ def scenarios() -> list[Scenario]:
 
 @dataclass
 class Outcome:
-    """What came of the kills of one scenario."""
+    """The kills of one scenario and their faults."""
 
     scenario: str
     kills: int = 0
@@ -138,9 +138,9 @@ class Outcome:
     second_writers: int = 0
     """Processes started in a folder that another one held."""
     refused: int = 0
-    """… that said so and left with status 2."""
+    """Second processes that were refused with status 2."""
     faults: list[str] = field(default_factory=list)
-    """What should not have been, one line each."""
+    """Faults, one line each."""
 
 
 def run_kills(
@@ -150,7 +150,7 @@ def run_kills(
     only: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Outcome]:
-    """Kill scripts at random moments; return what came of it, a row a scenario.
+    """Kill scripts at random moments; return an outcome a scenario.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def run_kills(
     say
         Told of each scenario in a line.
     """
-    chosen = [one for one in scenarios() if only is None or one.name in only]
+    chosen = [scenario for scenario in scenarios() if only is None or scenario.name in only]
     share = -(-count // len(chosen))
     outcomes = []
     for place, scenario in enumerate(chosen):
@@ -259,16 +259,16 @@ class _Trial:
         if status != 0:
             self.outcome.faults.append(f"resumed: status {status}; see {output}.log")
             return
-        found = self._contents(output)
-        for name in expected | found:
-            if found.get(name) != expected.get(name):
+        contents = self._contents(output)
+        for name in expected | contents:
+            if contents.get(name) != expected.get(name):
                 self.outcome.faults.append(f"{output}: {name} is not that of the undisturbed run")
         hidden = [path for path in output.rglob(".*") if path.name != ".gitignore"]
         self.outcome.faults += [f"{path}: left behind" for path in hidden]
         shutil.rmtree(output, ignore_errors=True)
 
     def _start(self, output: Path, log: str = "") -> subprocess.Popen[bytes]:
-        """Start the script, in a session of its own, so that all its processes can be told."""
+        """Start the script in a new session, by which all its processes are known."""
         self.folder.mkdir(parents=True, exist_ok=True)
         scenario = self.scenario
         command = [sys.executable, str(SCRIPTS / f"{scenario.script}.py"), *scenario.options]
@@ -330,16 +330,16 @@ def left_of_session(process: subprocess.Popen[Any]) -> list[int]:
 
 def processes_of_session(session: int) -> list[int]:
     """Return the ids of the live processes of a session, from Linux's /proc."""
-    found = []
+    processes = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                state, _, _, own = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                state, _, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             except OSError:  # ended meanwhile
                 continue
-            if int(own) == session and state != "Z":
-                found.append(int(folder.name))
-    return found
+            if int(group) == session and state != "Z":
+                processes.append(int(folder.name))
+    return processes
 
 
 @dataclass(frozen=True)

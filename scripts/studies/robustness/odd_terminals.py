@@ -20,7 +20,7 @@ from servegym.studies.robustness.outcomes import (
     TRACEBACK,
     Outcome,
     fresh_folder,
-    said,
+    message_lines,
 )
 
 LIMIT_S: Final = 120
@@ -31,7 +31,7 @@ _WORK: Final = "prompt_tokens,output_tokens\n5,3\n7,2\n4,9\n"
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a process finds itself in."""
+    """The environment, interpreter and shell of a process."""
 
     environment: tuple[tuple[str, str | None], ...] = ()
     """Variables that are set, or removed where they are None."""
@@ -40,7 +40,7 @@ class Surroundings:
     shell: str = "{}"
     """How a shell runs the command, ``{}``."""
     statuses: tuple[int, ...] = ()
-    """What may become of a command beside its own status."""
+    """Statuses that are right beside the command's usual one."""
     silent: bool = False
     """Whether nothing can be said on stderr."""
 
@@ -142,7 +142,7 @@ def trials(count: int, seed: int) -> list[Trial]:
 
 
 def try_one(trial: Trial) -> Outcome:
-    """Run the command in a process of its own and look at its status and at what it says."""
+    """Run the command in a new process and check its status and its messages."""
     around = SURROUNDINGS[trial.surroundings]
     template, usual = COMMANDS[trial.command]
     environment = dict(os.environ)
@@ -180,7 +180,7 @@ def _judged(
         return Outcome("terminals", trial.tried, TRACEBACK, text)
     if status not in statuses:
         return Outcome("terminals", trial.tried, STATUS, f"status {status}: {text}")
-    lines = len(said(err.decode("utf-8", "replace")))
+    lines = len(message_lines(err.decode("utf-8", "replace")))
     if status in (2, 74) and not silent and lines != 1:
         return Outcome("terminals", trial.tried, STATUS, f"{lines} lines: {text}")
     return Outcome("terminals", trial.tried, FINE if status in (0, 141) else ONE_LINE, text)

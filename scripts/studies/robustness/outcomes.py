@@ -47,7 +47,7 @@ class Outcome:
 
 
 class TooLong(BaseException):
-    """A script has run beyond its time; no ``except Exception`` on the way takes it for its own."""
+    """A script has run beyond its time; no ``except Exception`` on the way catches this."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Ended:
     """How a script ended that was called in this process."""
 
     status: int | None
-    """None where it ended with an exception of its own."""
+    """None where an exception ended the script."""
     out: str
     err: str
     fault: str = ""
@@ -74,12 +74,12 @@ class Ended:
             return TRACEBACK, text
         if "not enough memory" in self.err:
             return HANG, text
-        if len(said(self.err)) != 1:
-            return STATUS, f"{len(said(self.err))} lines: {text}"
+        if len(message_lines(self.err)) != 1:
+            return STATUS, f"{len(message_lines(self.err))} lines: {text}"
         return ONE_LINE, text
 
 
-def said(err: str) -> list[str]:
+def message_lines(err: str) -> list[str]:
     """Return the lines of a stderr without progress bars, which overwrite themselves."""
     return [line for line in err.split("\n") if line.strip() and "\r" not in line]
 

@@ -25,7 +25,7 @@ LIMIT_S: Final = 10
 _LONG: Final = "x" * 5000
 _ALIEN: Final = "caf\udce9"  # a name in Latin-1, as Python reads it in a terminal of UTF-8
 
-_POOLS: Final[dict[type, tuple[str, ...]]] = {
+POOLS: Final[dict[type, tuple[str, ...]]] = {
     int: (
         "", " ", "two", "nan", "inf", "1.5", "1e3", "0x10", "-1", "--1", "1,000", "½", "1\0", "9" * 5000,
         str(10**20), str(-(10**20)), "True", "None", "[1]", "-0x1",
@@ -101,7 +101,7 @@ def trials(count: int, seed: int) -> list[Trial]:
 
 
 def try_one(trial: Trial) -> Outcome:
-    """Call the script in a folder of its own: it must refuse in one line and leave nothing behind."""
+    """Call the script in a new folder: it must refuse in one line and leave nothing behind."""
     with fresh_folder() as folder:
         _furnish(folder)
         before = listing(folder)
@@ -126,12 +126,12 @@ def _furnish(folder: Path) -> None:
 
 def _wrong(script: str, rng: np.random.Generator) -> list[tuple[str, ...]]:
     """Return the command lines of one script with one thing wrong in each."""
-    kind = importlib.import_module(f"servegym.studies.commands.{script}").Args
-    hints = get_type_hints(kind)
-    good = {item.name: _good(item.name) for item in fields(kind) if item.default is MISSING}
+    options = importlib.import_module(f"servegym.studies.commands.{script}").Args
+    hints = get_type_hints(options)
+    good = {item.name: _good(item.name) for item in fields(options) if item.default is MISSING}
     if "output" in hints:
         good["output"] = "out.png" if script == "dashboard" else "out"
-    found: list[tuple[str, ...]] = []
+    lines: list[tuple[str, ...]] = []
 
     def add(name: str, *wrong: str) -> None:
         rest = [
@@ -140,7 +140,7 @@ def _wrong(script: str, rng: np.random.Generator) -> list[tuple[str, ...]]:
             if other != name
             for word in (_option(other), value)
         ]
-        found.append((*rest, *wrong))
+        lines.append((*rest, *wrong))
 
     for name, hint in hints.items():
         option = _option(name)
@@ -165,7 +165,7 @@ def _wrong(script: str, rng: np.random.Generator) -> list[tuple[str, ...]]:
         ("--output-x=1",),
     ):
         add("", *words)
-    return found
+    return lines
 
 
 def _good(name: str) -> str:
@@ -184,8 +184,8 @@ def _misspelt(option: str, rng: np.random.Generator) -> str:
 
 def _pool(script: str, name: str, hint: Any) -> tuple[str, ...]:
     """Return wrong values of an option."""
-    if hint in _POOLS:
-        return (*_POOLS[hint], "0") if name in _POSITIVE and hint is not bool else _POOLS[hint]
+    if hint in POOLS:
+        return (*POOLS[hint], "0") if name in _POSITIVE and hint is not bool else POOLS[hint]
     if hint is Path or name == "workload":
         paths = _INPUT_PATH if name in _INPUTS else _ANY_PATH
         return tuple(path for path in paths if path or (script, name) not in _EMPTY_IS_FINE)
