@@ -1,4 +1,4 @@
-"""Draw one small episode with the words of the model beside it: the picture of the README."""
+"""Draw one small episode with the words of the model beside it."""
 
 from __future__ import annotations
 
