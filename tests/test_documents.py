@@ -96,3 +96,12 @@ def test_the_page_of_gsm8k_repeats_its_table() -> None:
     shown = dict(row.findall((ROOT / "results/gsm8k/README.md").read_text("utf-8")))
     assert len(shown) == 8
     assert shown.items() <= table.items()
+
+
+def test_speeds_in_the_readme_are_measured() -> None:
+    text = README.read_text("utf-8")
+    table = (ROOT / "results/benchmark/benchmark.md").read_text("utf-8")
+    (episode_ms,) = re.findall(r"takes (\S+) ms, a vector", text)
+    (thousands,) = re.findall(r"steps (\d+),000 decisions a second", text)
+    assert re.search(rf"episode, 1319 requests × 200 clients +\| {episode_ms} +\| ms", table)
+    assert re.search(rf"ServingVectorEnv, 256 rows.*, 1 thread +\| {thousands} +\| k/s", table)
