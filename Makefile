@@ -39,9 +39,8 @@ format: $(DEV) ## format the code and mend what can be mended
 	$(RUN) -m ruff check --fix-only $(SOURCES)
 	$(RUN) -m ruff format $(SOURCES)
 
-benchmark: $(KERNELS) ## measure speed; README shows the new figures
+benchmark: $(KERNELS) ## measure speed, into results/benchmark
 	$(RUN) scripts/benchmark.py
-	$(RUN) scripts/readme.py
 
 clean: ## remove caches and builds, keep .venv and results
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(KERNELS)

@@ -14,7 +14,15 @@ from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case, play
 from servegym.envs.play.summary import summarise, to_markdown
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
 from servegym.studies.commands.calibrate import PAPER_BASELINE_S
-from servegym.studies.commands.paper import LEARNED, OTHERS, PUBLISHED, STEPS, report
+from servegym.studies.commands.draw_model import IDLE_CLIENTS, SEED, TASK, play_episode
+from servegym.studies.commands.paper import (
+    LEARNED,
+    OTHERS,
+    PUBLISHED,
+    STEPS,
+    report,
+    short_report,
+)
 from servegym.studies.commands.readme import with_tables
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +39,18 @@ def test_the_paper_table_follows_from_its_episodes() -> None:
     case = pd.read_csv(RESULTS / "paper/case/episodes.csv")
     study = pd.read_csv(RESULTS / "paper/study/episodes.csv")
     assert report(case, study) == (RESULTS / "paper/table.md").read_text()
+    assert short_report(case, study) == (RESULTS / "paper/short.md").read_text()
     assert set(study["policy"]) == {*STEPS, *OTHERS, *LEARNED}
     assert study.groupby("policy")["seed"].nunique().eq(100).all()
     assert study["seed"].min() >= HELD_OUT_SEED
+
+
+def test_the_episode_that_is_drawn_is_that_of_a_rule() -> None:
+    env, decisions = play_episode()
+    name = f"threshold-{IDLE_CLIENTS}"
+    row = play(TASK, name, make_policy(name), make_case(TASK, SEED), SEED).row
+    assert env.metrics()["makespan_s"] == row["makespan_s"] == 19.0
+    assert decisions == [(0.0, "prefill"), (6.0, "decode"), (10.0, "prefill"), (15.0, "prefill")]
 
 
 def test_the_gsm8k_table_follows_from_its_episodes() -> None:

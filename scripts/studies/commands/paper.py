@@ -47,6 +47,14 @@ OTHERS = with_tuned(
 LEARNED = ("ppo",)
 """The shipped agent of the task."""
 
+SHORT = {
+    **STEPS,
+    "lpt": "longest requests first, same rule",
+    "rollout": "a search at every decision",
+    "ppo": "the shipped trained agent",
+}
+"""Rows of the short table, which the README shows."""
+
 PUBLISHED = {
     "fcfs": ("201.00", "80.2"),
     "hybrid": ("190.58", "89.1"),
@@ -125,6 +133,19 @@ on the baseline (paper: {PUBLISHED_GAIN}). Intervals are 95 %, Student-t.
 """
 
 
+def short_report(case: pd.DataFrame, study: pd.DataFrame) -> str:
+    """Return short.md: some rows and columns of table.md, for the README."""
+    table = comparison(case, study).set_index(pd.Index(dict.fromkeys(study["policy"])))
+    table = table.drop(columns=["client / decode util. (%)", "paper (%)"]).loc[list(SHORT)]
+    table["policy"] = [f"`{name}` {text}" for name, text in SHORT.items()]
+    seeds, bound_s = study["seed"], case["lower_bound_s"].iloc[0]
+    return f"""{to_markdown(table)}
+Makespans are those of the paper's single case, whose lower bound is {bound_s:.2f} s (paper: about 180 s).
+Gaps are means over {seeds.nunique()} held-out cases, seeds {seeds.min()} … {seeds.max()}.
+Intervals are 95 %, Student-t.
+"""
+
+
 def draw(task: TaskConfig, study: pd.DataFrame, output: Path) -> None:
     """Write the two pictures."""
     shown = study[study["policy"].isin([*STEPS, "random"])]
@@ -149,7 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with locked(args.output):
         text = compare(args)
     print(text)
-    print(f"wrote {args.output}: table.md, study/summary.md, two episodes.csv, two pictures")
+    print(
+        f"wrote {args.output}: table.md, short.md, study/summary.md, two episodes.csv, two pictures"
+    )
     return 0
 
 
@@ -166,6 +189,7 @@ def compare(args: Args) -> str:
     study = evaluate(task, policy_of, names, seeds, args.output / "study", jobs=args.jobs)
     table = report(case, study)
     write_file(args.output / "table.md", table)
+    write_file(args.output / "short.md", short_report(case, study))
     write_file(args.output / "study" / "summary.md", to_markdown(summarise(study, "hybrid")))
     draw(task, study, args.output)
     (args.output / UNFINISHED).unlink()
