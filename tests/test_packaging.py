@@ -111,6 +111,15 @@ def test_envs_import_light(tmp_path: Path) -> None:
     assert run_outside(code, tmp_path).strip() == "[]"
 
 
+def test_reading_a_task_loads_no_kernels(tmp_path: Path) -> None:
+    code = (
+        "import sys, servegym.envs\n"
+        "servegym.envs.read_task\n"
+        "print(sorted({'numba', 'llvmlite'} & set(sys.modules)))"
+    )
+    assert run_outside(code, tmp_path).strip() == "[]"
+
+
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [

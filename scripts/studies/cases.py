@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from servegym.baselines.registry import split_policies
 from servegym.envs.errors import ServegymError
 from servegym.envs.play.evaluation import HELD_OUT_SEED
 from servegym.envs.task.config import TaskConfig
@@ -35,7 +36,7 @@ def parse_seeds(text: str) -> range:
 
 def parse_policies(text: str, task_name: str) -> list[str]:
     """Return the names of a comma-separated list, each once; refuse what is no policy of the task."""
-    names = split_names(text)
+    names = split_policies(text)
     if not names:
         raise ServegymError("--policies names no policy; see --list-policies")
     for name in names:

@@ -13,6 +13,7 @@ from servegym.envs.files import make_folder, read_json, write_file
 from servegym.envs.play.policy import Policy
 from servegym.envs.task.registered import NAMESPACE
 from servegym.studies.cli import command_line
+from servegym.studies.own_policies import is_own_policy, make_own_policy, source_hash
 
 SHIPPED = "ppo"
 """The agent that is shipped for the task."""
@@ -25,6 +26,7 @@ BEST = "agent"
 DESCRIPTIONS = {
     SHIPPED: "the trained agent that is shipped for the task, in results/agents/<task>/",
     "FOLDER": f"a trained agent: a folder that holds {CARD_FILE}, or that of a training run",
+    "MODULE:CLASS": "your own policy: a class of a module in this folder, also MODULE:CLASS(key=value)",
 }
 
 
@@ -34,8 +36,8 @@ def make_policy(name: str, task_name: str, weights: Mapping[str, str] | None = N
     Parameters
     ----------
     name
-        A baseline's name, ``ppo``, or a folder: anything with a ``/``, or what holds ``agent.json``.
-        The folder of a training run stands for the best agent of that run.
+        A baseline's name, ``ppo``, ``package.module:Class``, or a folder: anything with a ``/``, or
+        what holds ``agent.json``. The folder of a training run stands for the best agent of that run.
     task_name
         Of the task to be played, which decides what ``ppo`` is.
     weights
@@ -47,9 +49,12 @@ def make_policy(name: str, task_name: str, weights: Mapping[str, str] | None = N
         If there is no such policy, or the agent's files are missing, refused or not those noted.
     """
     folder = agent_folder(name, task_name)
-    if folder is None:
-        return registry.make_policy(name)
-    return _load_noted(name, folder, weights or {})
+    if folder is not None:
+        return _load_noted(name, folder, weights or {})
+    if is_own_policy(name):
+        _check_noted(name, name, source_hash(name), weights or {})
+        return make_own_policy(name)
+    return registry.make_policy(name)
 
 
 def agent_folder(name: str, task_name: str) -> Path | None:
@@ -73,40 +78,48 @@ def make_listed_policy(
 
 def _load_noted(name: str, folder: Path, weights: Mapping[str, str]) -> Policy:
     agent = load_agent(folder)
-    digest = agent.card.weights_sha256
-    if weights.get(name, digest) != digest:
-        raise ServegymError(
-            f"{folder}: the weights of {name!r} have changed while it played; choose a new --output folder"
-        )
+    _check_noted(name, str(folder), agent.card.weights_sha256, weights)
     return agent
 
 
+def _check_noted(name: str, place: str, digest: str, weights: Mapping[str, str]) -> None:
+    if weights.get(name, digest) != digest:
+        what = "source" if is_own_policy(name) else "weights"
+        raise ServegymError(
+            f"{place}: the {what} of {name!r} have changed while it played; choose a new --output folder"
+            if what == "weights"
+            else f"{place}: the source has changed while it played; choose a new --output folder"
+        )
+
+
 def weights_of(names: Sequence[str], task_name: str) -> dict[str, str]:
-    """Return the hashes of the weights of those names that are agents."""
-    return _hashes(_agent_folders(names, task_name))
+    """Return what may change behind a name: hashes of agents' weights, of the source of users' policies."""
+    folders = {name: agent_folder(name, task_name) for name in names}
+    hashes = _hashes({name: folder for name, folder in folders.items() if folder is not None})
+    own = [name for name in names if name not in hashes and is_own_policy(name)]
+    return hashes | {name: source_hash(name) for name in own}
 
 
 def note_agents(names: Sequence[str], task_name: str, output: Path) -> dict[str, str]:
-    """Note the weights of those names that are agents; see :func:`note_weights`."""
-    return note_weights(_agent_folders(names, task_name), output)
+    """Keep the hashes of :func:`weights_of` in ``output``; refuse a name whose hash changed."""
+    return _note(weights_of(names, task_name), output)
 
 
-def _agent_folders(names: Sequence[str], task_name: str) -> dict[str, Path]:
-    folders = {name: agent_folder(name, task_name) for name in names}
-    return {name: folder for name, folder in folders.items() if folder is not None}
+def note_weights(folders: Mapping[str, Path], output: Path) -> dict[str, str]:
+    """Keep the hashes of the weights of listed agents in ``output``; refuse a name whose hash changed."""
+    return _note(_hashes(folders), output)
 
 
 def _hashes(folders: Mapping[str, Path]) -> dict[str, str]:
     return {name: read_card(folder / CARD_FILE).weights_sha256 for name, folder in folders.items()}
 
 
-def note_weights(folders: Mapping[str, Path], output: Path) -> dict[str, str]:
-    """Keep which weights play under which name in ``output``; refuse a name whose weights changed.
+def _note(hashes: dict[str, str], output: Path) -> dict[str, str]:
+    """Keep hashes by name in ``agents.json``; return them.
 
     Finished episodes are not played again, so an agent that was trained anew under the same name
-    would get the rows of the old one. Returns the hashes of these names.
+    would get the rows of the old one.
     """
-    hashes = _hashes(folders)
     if not hashes:
         return {}
     path = output / "agents.json"
@@ -116,8 +129,9 @@ def note_weights(folders: Mapping[str, Path], output: Path) -> dict[str, str]:
         raise ServegymError(f"{path}: damaged; choose a new --output folder") from None
     for name, digest in hashes.items():
         if known.get(name, digest) != digest:
+            what = "another source" if is_own_policy(name) else "other weights"
             raise ServegymError(
-                f"{output} holds episodes of other weights of {name!r}; choose a new --output folder"
+                f"{output} holds episodes of {what} of {name!r}; choose a new --output folder"
             )
     make_folder(output)
     write_file(path, json.dumps(known | hashes, indent=2) + "\n")
