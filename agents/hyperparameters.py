@@ -249,6 +249,11 @@ def default_hyperparameters(task: str, timesteps: int | None = None) -> Hyperpar
         environments and the batch, in proportion: the weights are updated as often as in the default
         run. With all environments 300,000 decisions are 19 updates, too few to tell states apart;
         what is learned then is to decode mostly, and the most probable action is always to decode.
+
+    Examples
+    --------
+    >>> default_hyperparameters("servegym/Tiny-v0").algorithm
+    'maskable-ppo'
     """
     usual = replace(Hyperparameters(), **_DEFAULTS.get(task, {}))
     if timesteps is None:

@@ -50,6 +50,15 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
     ServegymError
         If there is no such policy, its rule is not among the task's or ``threads`` is out of range;
         when called, if the environment is not of the task.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS, ServingVectorEnv
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> env = ServingVectorEnv(2, task)
+    >>> _ = env.reset(seed=0)
+    >>> make_rollout_expert("aligned", task)(env).shape  # a value for each action
+    (2, 7)
     """
     if not 1 <= threads <= numba.config.NUMBA_NUM_THREADS:
         raise ServegymError(

@@ -240,7 +240,13 @@ _LONG: Final = re.compile(r"([^()]*)\((.*)\)")
 
 
 def policy_descriptions() -> dict[str, str]:
-    """Return every name with the number that it may carry, in both forms, and its description."""
+    """Return every name with the number that it may carry, in both forms, and its description.
+
+    Examples
+    --------
+    >>> policy_descriptions()["fcfs"][:40]
+    'prefill as soon as a client is idle, in '
+    """
     lines = {}
     for name, entry in REGISTRY.items():
         if not entry.parameter:
@@ -368,7 +374,13 @@ def _number(name: str, key: str, text: str) -> float:
 
 
 def make_trigger_policy(name: str) -> TriggerPolicy:
-    """Return a new policy that compiled code can play; any other name is refused."""
+    """Return a new policy that compiled code can play; any other name is refused.
+
+    Examples
+    --------
+    >>> make_trigger_policy("threshold(idle=12)").parameter
+    12.0
+    """
     policy = make_policy(name)
     if not isinstance(policy, TriggerPolicy):
         raise ServegymError(f"policy {name!r} has no trigger, so compiled code cannot play it")

@@ -7,7 +7,16 @@ from collections.abc import Iterable
 
 
 class ServegymError(ValueError):
-    """Bad input from the user: its message is one line that says what, where and what is valid."""
+    """Bad input from the user: its message is one line that says what, where and what is valid.
+
+    Examples
+    --------
+    >>> from servegym.envs import load_task
+    >>> load_task("Tinny-v0")
+    Traceback (most recent call last):
+        ...
+    servegym.envs.errors.ServegymError: unknown task 'Tinny-v0'; did you mean 'Tiny-v0'? (a task file ends in .toml)
+    """
 
     def __init__(self, message: str, key: str | tuple[str, ...] = ()) -> None:
         super().__init__(message)

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from servegym.envs.play.summary import fixed
 from servegym.envs.process.metrics import Records
 
 try:
@@ -98,7 +97,7 @@ def draw_makespans(episodes: pd.DataFrame) -> Figure:
             facecolors="none",
             edgecolors=f"C{k}",
             linewidths=1.2,
-            label=f"{policy} (mean gap {fixed(100 * group['gap'].mean(), 1)} %)",
+            label=f"{policy} (mean gap {100 * group['gap'].mean():z.1f} %)",
         )
     ends = [episodes["lower_bound_s"].min(), episodes["lower_bound_s"].max()]
     axes.plot(ends, ends, color="black", linewidth=1, label="lower bound")
@@ -149,7 +148,7 @@ def draw_learning_curves(curves: pd.DataFrame, references: Mapping[str, float]) 
             )
     for k, (name, gap) in enumerate(references.items()):
         style = _REFERENCE_STYLES[k % len(_REFERENCE_STYLES)]
-        text = f"{name} ({fixed(gap)} %)"
+        text = f"{name} ({gap:z.2f} %)"
         axes.axhline(gap, color="dimgrey", linewidth=1.2, linestyle=style, label=text)
     axes.set_xlim(left=0)
     highest = 3.0 * max(references.values(), default=np.inf)

@@ -120,6 +120,14 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     ## Version history
     * v0: initial version.
+
+    Examples
+    --------
+    >>> env = ServingEnv("Tiny-v0")
+    >>> observation, info = env.reset(seed=0)
+    >>> observation, reward, terminated, truncated, info = env.step(env.action_masks().argmax())
+    >>> observation.shape, bool(reward <= 0)
+    ((65,), True)
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012

@@ -53,6 +53,14 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     ``autoreset_mode``: an ``AutoresetMode`` of ``gymnasium.vector`` or its value, as ``"NextStep"``;
     ``max_episode_steps``: truncates an episode after so many steps, as ``gymnasium.make`` does; None
     or −1: never.
+
+    Examples
+    --------
+    >>> env = ServingVectorEnv(4, "Tiny-v0")
+    >>> observations, infos = env.reset(seed=0)
+    >>> actions = env.action_masks().argmax(axis=1)
+    >>> env.step(actions)[1].shape
+    (4,)
     """
 
     metadata: dict[str, Any] = ServingEnv.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}

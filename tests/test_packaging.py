@@ -132,6 +132,81 @@ def test_room_imports_only_what_it_may(room: str, forbidden: set[str]) -> None:
     assert offences(python_files(room), forbidden) == []
 
 
+FLOORS = {
+    "envs": [
+        "errors vocabulary",
+        "arguments files kernel_cache",
+        "jit",
+        "machine workload",
+        "bounds simulator",
+        "process",
+        "pictures task",
+        "serving_env",
+        "play vector_env",
+    ],
+    "baselines": ["planning", "rules", "calendar exact lookahead", "registry", "expert", "warmup"],
+    "agents": [
+        "hyperparameters policy sb3_vec_env validation",
+        "export imitation record",
+        "callbacks checkpoints dashboard evolution",
+        "training",
+        "speed",
+    ],
+    "studies": [
+        "terminal",
+        "cli own_policies",
+        "policies start",
+        "cases robustness speed",
+        "tuned",
+        "agents checks",
+        "uncertainty",
+        "commands",
+    ],
+}
+"""Rooms from the ground floor up: a room imports only rooms of its package that lie below it."""
+
+
+def floors_of(room: str) -> dict[str, int]:
+    return {name: k for k, names in enumerate(FLOORS[room]) for name in names.split()}
+
+
+def rooms_imported(path: Path, package: str) -> set[str]:
+    """The rooms of `package` that a file imports."""
+    names = (name.split(".") for name in imported_names(path))
+    return {name[2] for name in names if name[:2] == ["servegym", package] and len(name) > 2}
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_room_has_a_floor(package: str) -> None:
+    folder = ROOT / ROOMS[package]
+    rooms = {
+        path.relative_to(folder).parts[0].removesuffix(".py")
+        for path in python_files(folder.relative_to(ROOT).as_posix())
+    }
+    assert set(floors_of(package)) == rooms - {"__init__", "data"}
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_room_imports_one_that_is_not_below_it(package: str) -> None:
+    floors, folder = floors_of(package), ROOT / ROOMS[package]
+    upwards = []
+    for path in folder.rglob("*.py"):
+        room = path.relative_to(folder).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for other in rooms_imported(path, package) - {room}:
+            if other in floors and floors[other] >= floors[room]:
+                upwards.append(f"{path.relative_to(ROOT)} imports {other}")
+    assert upwards == []
+
+
+def test_an_arrow_upwards_is_seen(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text("from servegym.envs.play.tables import Schema\nimport servegym.envs.jit\n")
+    assert rooms_imported(module, "envs") == {"play", "jit"}
+    assert rooms_imported(module, "agents") == set()
+
+
 def test_rooms_never_import_scripts_or_tests() -> None:
     assert offences(python_files(*ROOMS.values()), {"scripts", "tests"}) == []
 

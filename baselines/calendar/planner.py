@@ -130,6 +130,15 @@ def plan_jointly(
     ------
     ServegymError
         If a request arrives later than t = 0 or an argument is out of range.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS, lower, make_case
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> machine = lower(task)
+    >>> plan = plan_jointly(make_case(task, 0).requests, machine.clients, machine.costs, moves=1000)
+    >>> plan.makespan_s >= plan.lower_bound_s
+    True
     """
     if moves is None:
         moves = MOVES_PER_REQUEST * len(requests)

@@ -71,6 +71,15 @@ def exact_optimum(
     ServegymError
         If requests arrive later, there is no such method, the time limit is not positive, or the case
         is too large; the message then says what size would do, and the lower bound.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS, lower, make_case
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> machine = lower(task)
+    >>> optimum = exact_optimum(make_case(task, 0).requests, machine.clients, machine.costs)
+    >>> optimum.proven, round(optimum.makespan_s, 2)
+    (True, 24.0)
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)

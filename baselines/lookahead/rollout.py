@@ -168,6 +168,12 @@ class RolloutPolicy:
         Seconds after which a decision tries nothing more, checked before each trial; what is left
         is the best so far, or the kept schedule's own action. None: no limit. Only without a limit
         are results the same in every run.
+
+    Examples
+    --------
+    >>> from servegym.baselines import make_trigger_policy
+    >>> RolloutPolicy(make_trigger_policy("lpt"), variations=2).decisions is None
+    True
     """
 
     base: TriggerPolicy

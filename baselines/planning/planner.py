@@ -46,6 +46,12 @@ class CertifiedPlan:
     ------
     ServegymError
         If the bound is above the load, or the time is negative or not finite.
+
+    Examples
+    --------
+    >>> found = plan_offline(np.array([9, 7, 4, 4]), clients=2)
+    >>> found.lower_bound <= found.load
+    True
     """
 
     plan: Plan
@@ -134,6 +140,12 @@ def plan_offline(
     ------
     ServegymError
         If an argument is outside its range, or ``milp-cold`` finds no plan at all.
+
+    Examples
+    --------
+    >>> found = plan_offline(np.array([9, 7, 4, 4]), clients=2)
+    >>> found.load, found.status
+    (13, 'optimal')
     """
     load_kernels()
     started = time.perf_counter()

@@ -63,6 +63,15 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
     The same numbers as ``servegym.envs.play.evaluation.play``, without decision times. By that function
     where the task cuts episodes short: compiled code counts only decisions of which the rule has a
     choice.
+
+    Examples
+    --------
+    >>> from servegym.baselines import make_trigger_policy
+    >>> from servegym.envs import TASKS, make_case
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> metrics = play_compiled(task, make_trigger_policy("lpt"), make_case(task, 0))
+    >>> round(metrics["makespan_s"], 2)
+    26.0
     """
     if task.process.max_decisions > 0 or task.process.max_seconds > 0:
         row = play(task, "compiled", policy, case, seed=0).row

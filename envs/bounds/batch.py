@@ -48,7 +48,15 @@ _TOLERANCE: Final = 1e-13  # relative, of a bound's rounding
 
 @dataclass(frozen=True)
 class LowerBound:
-    """A lower bound on the makespan and the parts that prove it. Times in seconds."""
+    """A lower bound on the makespan and the parts that prove it. Times in seconds.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS, make_case
+    >>> bound = make_case(TASKS["servegym/Tiny-v0"], 0).bound
+    >>> round(bound.seconds, 2), 0 <= bound.decode_share <= 1
+    (21.08, True)
+    """
 
     seconds: float
     release_s: float  # no request counted in the bound arrives before
@@ -72,6 +80,14 @@ def lower_bound(
     ------
     ServegymError
         If the shortest stage would not advance a clock that shows the bound, a 64-bit float.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS, lower, make_requests
+    >>> costs = lower(TASKS["servegym/Tiny-v0"]).costs
+    >>> requests = make_requests([5, 5], [9, 4])  # prompt tokens, output tokens
+    >>> round(lower_bound(requests, 3, costs).seconds, 2)
+    10.0
     """
     releases = np.unique(requests.arrival_s)
     if len(releases) > _RELEASE_POINTS:

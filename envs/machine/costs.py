@@ -74,7 +74,14 @@ RATES: Final = np.dtype(
 
 
 class CostTables(NamedTuple):
-    """Cost of stages as arrays; R replicas, J clients, L prefill levels (0 unless levelled)."""
+    """Cost of stages as arrays; R replicas, J clients, L prefill levels (0 unless levelled).
+
+    Examples
+    --------
+    >>> from servegym.envs import cost_preset
+    >>> cost_preset("tiny").costs.tables(clients=3).decode_base_s.shape
+    (1, 4)
+    """
 
     decode_base_s: NDArray[np.float64]  # (R, J + 1) round with n active clients, without its cache
     rates: Any  # (R,) RATES, records
@@ -87,6 +94,16 @@ class CostModel(Protocol):
     """A cost model is anything that can be lowered to tables for a number of clients.
 
     ``StageCosts`` is one; a user's own class with this method is another.
+
+    Examples
+    --------
+    >>> class Doubled:
+    ...     def tables(self, clients):
+    ...         tables = cost_preset("tiny").costs.tables(clients)
+    ...         return tables._replace(decode_base_s=2 * tables.decode_base_s)
+    >>> from servegym.envs import TaskConfig, cost_preset, lower
+    >>> isinstance(Doubled(), CostModel), lower(TaskConfig("mine", cost=Doubled())).clients
+    (True, 200)
     """
 
     def tables(self, clients: int) -> CostTables:
@@ -148,6 +165,11 @@ class EngineOverhead:
     """CPU time of the serving engine, added to every stage: base + per_client · n, in seconds.
 
     n is the number of active clients of a decode round, of admitted requests of a prefill stage.
+
+    Examples
+    --------
+    >>> EngineOverhead(base=0.001)
+    EngineOverhead(base=0.001, per_client=0.0)
     """
 
     base: float = 0.0
@@ -160,7 +182,13 @@ class EngineOverhead:
 
 @dataclass(frozen=True)
 class AffineDecode:
-    """Seconds of a decode round: base + per_client · n + per_kv_token · kv (base > 0)."""
+    """Seconds of a decode round: base + per_client · n + per_kv_token · kv (base > 0).
+
+    Examples
+    --------
+    >>> AffineDecode(base=0.02, per_client=1e-4).base_seconds(2)
+    array([0.02  , 0.0201, 0.0202])
+    """
 
     base: float
     per_client: float = 0.0
@@ -213,7 +241,13 @@ class TableDecode:
 
 @dataclass(frozen=True)
 class AffinePrefill:
-    """Seconds of a prefill stage: max(floor, base + per_token · T + per_token_squared · Σp²)."""
+    """Seconds of a prefill stage: max(floor, base + per_token · T + per_token_squared · Σp²).
+
+    Examples
+    --------
+    >>> AffinePrefill(base=0.03, per_token=1e-4)
+    AffinePrefill(base=0.03, per_token=0.0001, per_token_squared=0.0, floor=0.0)
+    """
 
     base: float
     per_token: float
@@ -238,6 +272,11 @@ class LevelledPrefill:
     """The paper's prefill: a stage of T tokens costs the lowest level that holds T (Section IV).
 
     More tokens than the top level holds run as whole top levels plus a level for the rest.
+
+    Examples
+    --------
+    >>> LevelledPrefill(level_tokens=(512, 1024), level_seconds=(0.1, 0.2))
+    LevelledPrefill(level_tokens=(512, 1024), level_seconds=(0.1, 0.2))
     """
 
     level_tokens: tuple[int, ...]
@@ -269,7 +308,14 @@ def geometric_levels(
 
 @dataclass(frozen=True)
 class StageCosts:
-    """A cost model made of a decode part, a prefill part and the engine's overhead."""
+    """A cost model made of a decode part, a prefill part and the engine's overhead.
+
+    Examples
+    --------
+    >>> costs = StageCosts(AffineDecode(0.02), AffinePrefill(0.03, 1e-4))
+    >>> costs.tables(clients=2).decode_base_s
+    array([[0.02, 0.02, 0.02]])
+    """
 
     decode: AffineDecode | TableDecode
     prefill: AffinePrefill | LevelledPrefill

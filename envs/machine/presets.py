@@ -107,7 +107,13 @@ COST_PRESETS: Final[dict[str, CostPreset]] = {
 
 
 def cost_preset(name: str) -> CostPreset:
-    """Return a preset by name; an unknown name raises, with the nearest one."""
+    """Return a preset by name; an unknown name raises, with the nearest one.
+
+    Examples
+    --------
+    >>> cost_preset("tiny").costs.decode
+    AffineDecode(base=1.0, per_client=0.0, per_kv_token=0.0)
+    """
     if name not in COST_PRESETS:
         raise unknown("cost preset", name, COST_PRESETS)
     return COST_PRESETS[name]

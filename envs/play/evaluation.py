@@ -73,14 +73,32 @@ HELD_OUT_SEED: Final = 1_000_000
 
 @dataclass(frozen=True)
 class Episode:
-    """One policy on one case: its row of the table and its per-request records."""
+    """One policy on one case: its row of the table and its per-request records.
+
+    Examples
+    --------
+    >>> from servegym.baselines import make_policy
+    >>> from servegym.envs import TASKS
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> episode = play(task, "fcfs", make_policy("fcfs"), make_case(task, 0), seed=0)
+    >>> episode.records.finished_s.max() == episode.row["makespan_s"]
+    np.True_
+    """
 
     row: dict[str, Any]
     records: Records
 
 
 def make_case(task: TaskConfig, seed: int) -> Case:
-    """Return the case that ``env.reset(seed=seed)`` of the task plays."""
+    """Return the case that ``env.reset(seed=seed)`` of the task plays.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS
+    >>> case = make_case(TASKS["servegym/Tiny-v0"], seed=0)
+    >>> len(case.requests), round(case.bound.seconds, 2)
+    (8, 21.08)
+    """
     requests = sample_requests(task, seeding.np_random(seed)[0])
     return bound_case(lower(task), requests)
 
@@ -94,6 +112,15 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
     ------
     ServegymError
         If the policy returns no legal action.
+
+    Examples
+    --------
+    >>> from servegym.baselines import make_policy
+    >>> from servegym.envs import TASKS
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> episode = play(task, "fcfs", make_policy("fcfs"), make_case(task, 0), seed=0)
+    >>> round(episode.row["makespan_s"], 2), round(episode.row["gap"], 3)
+    (28.0, 0.328)
     """
     task = asked_task(task, policy)
     env = ServingEnv(task)
@@ -163,6 +190,17 @@ def evaluate(
     ServegymError
         If a policy is unknown, the folder cannot be written, holds another task's episodes or is
         written to by another process, or if the task's workload file changes meanwhile.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from servegym.baselines import make_policy
+    >>> from servegym.envs import TASKS
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table = evaluate(task, make_policy, ["fcfs", "lpt"], range(3), Path(folder), progress=False)
+    >>> table[["policy", "seed", "gap"]].round(3).values.tolist()[:2]
+    [['fcfs', 0, 0.328], ['fcfs', 1, 0.337]]
     """
     # Refuse an unknown policy or a bad workload file before anything is written.
     for name in names:

@@ -24,6 +24,12 @@ class Briefing:
 
     ``requests`` holds those present at t = 0, with ids as in the episode (they come first); None if
     there are none. Where output lengths are not known, their ``output_tokens`` are the predicted ones.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS
+    >>> Briefing(TASKS["servegym/Tiny-v0"], None, np.random.default_rng(0)).task.name
+    'servegym/Tiny-v0'
     """
 
     task: TaskConfig
@@ -37,7 +43,17 @@ def _no_imagination() -> State:
 
 @dataclass(frozen=True)
 class Situation:
-    """What a policy is told at a decision point."""
+    """What a policy is told at a decision point.
+
+    Examples
+    --------
+    >>> from servegym.envs import ServingEnv
+    >>> env = ServingEnv("Tiny-v0")
+    >>> observation, _ = env.reset(seed=0)
+    >>> situation = Situation(env.view(), observation, env.action_masks(), env.imagine)
+    >>> situation.view.idle, situation.mask.any()
+    (3, np.True_)
+    """
 
     view: DecisionView
     observation: NDArray[np.float32]  # (OBSERVATION_SIZE,)

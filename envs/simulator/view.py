@@ -11,7 +11,17 @@ from servegym.envs.simulator.state import State
 
 
 class DecisionView(NamedTuple):
-    """One replica at a decision point. Times in seconds; holds nothing a scheduler cannot know."""
+    """One replica at a decision point. Times in seconds; holds nothing a scheduler cannot know.
+
+    Examples
+    --------
+    >>> from servegym.envs import ServingEnv
+    >>> env = ServingEnv("Tiny-v0")
+    >>> _ = env.reset(seed=0)
+    >>> view = env.view()
+    >>> view.clients, view.idle, view.waiting
+    (3, 3, 8)
+    """
 
     clients: int
     active: int

@@ -16,7 +16,15 @@ from servegym.envs.workload.requests import Requests
 
 @dataclass(frozen=True)
 class Case:
-    """One instance, the same for all policies that are compared on it."""
+    """One instance, the same for all policies that are compared on it.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS, make_case
+    >>> case = make_case(TASKS["servegym/Tiny-v0"], seed=0)
+    >>> len(case.requests)
+    8
+    """
 
     requests: Requests
     bound: LowerBound

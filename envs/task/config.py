@@ -46,7 +46,13 @@ def _check_whole(name: str, value: int, least: int, most: int) -> None:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """``[cluster]``: the machines."""
+    """``[cluster]``: the machines.
+
+    Examples
+    --------
+    >>> ClusterConfig(clients=50).clients
+    50
+    """
 
     replicas: int = 1
     """Copies of the model. Only 1 so far."""
@@ -67,7 +73,13 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """``[workload]``: the requests."""
+    """``[workload]``: the requests.
+
+    Examples
+    --------
+    >>> WorkloadConfig(source="gsm8k-lognormal", requests=100).requests
+    100
+    """
 
     source: str = "gsm8k-lognormal"
     """A preset (see ``WORKLOAD_PRESETS``) or the path of a CSV file."""
@@ -92,7 +104,13 @@ class WorkloadConfig:
 
 @dataclass(frozen=True)
 class InformationConfig:
-    """``[information]``: what the scheduler knows."""
+    """``[information]``: what the scheduler knows.
+
+    Examples
+    --------
+    >>> InformationConfig(output_lengths="predicted", kendall_tau=0.7).compare_by
+    'mean'
+    """
 
     output_lengths: Literal["known", "predicted", "unknown"] = "known"
     """``known`` in advance, as in the paper; ``predicted``: each request's mean and spread; or
@@ -133,7 +151,13 @@ class InformationConfig:
 
 @dataclass(frozen=True)
 class ProcessConfig:
-    """``[process]``: the decision process."""
+    """``[process]``: the decision process.
+
+    Examples
+    --------
+    >>> ProcessConfig(rules=("fcfs", "longest"), decisions="rounds").reward
+    'gap'
+    """
 
     rules: tuple[str, ...] = ADMISSION_RULES
     """Admission rules on offer: action 1 + k prefills under the k-th."""
@@ -162,7 +186,14 @@ class ProcessConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """One task: what is served, on what, at what cost, and what may be decided."""
+    """One task: what is served, on what, at what cost, and what may be decided.
+
+    Examples
+    --------
+    >>> task = TaskConfig("mine", cluster=ClusterConfig(clients=50))
+    >>> task.workload.requests
+    1319
+    """
 
     name: str
     cluster: ClusterConfig = ClusterConfig()
@@ -199,6 +230,12 @@ def with_overrides(task: TaskConfig, sections: Mapping[str, Any]) -> TaskConfig:
     ------
     ServegymError
         If ``sections`` is not such a table, or a key or value is none that the task may have.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS
+    >>> with_overrides(TASKS["servegym/GSM8K-v0"], {"cluster": {"clients": 50}}).cluster.clients
+    50
     """
     if not isinstance(sections, Mapping):
         raise ServegymError(

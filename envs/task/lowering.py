@@ -21,7 +21,14 @@ from servegym.envs.workload.requests import Requests
 
 
 class Machine(NamedTuple):
-    """A task as kernels read it: the machine that serves, and what may be decided on it."""
+    """A task as kernels read it: the machine that serves, and what may be decided on it.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS
+    >>> lower(TASKS["servegym/Tiny-v0"]).clients
+    3
+    """
 
     clients: int
     costs: CostTables
@@ -35,6 +42,13 @@ def lower(task: TaskConfig) -> Machine:
     ------
     ServegymError
         If the task's cost model is a user's own and its tables are malformed.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS
+    >>> clients, costs, settings = lower(TASKS["servegym/Tiny-v0"])
+    >>> costs.decode_base_s.shape, settings.every_round
+    ((1, 4), False)
     """
     clients, process = task.cluster.clients, task.process
     costs = task.cost.tables(clients)

@@ -57,6 +57,11 @@ def load_task(task: str | os.PathLike[str] | TaskConfig) -> TaskConfig:
     ------
     ServegymError
         If there is no such task, with the nearest id.
+
+    Examples
+    --------
+    >>> load_task("GSM8K-v0").cluster.clients
+    200
     """
     if isinstance(task, TaskConfig):
         return task

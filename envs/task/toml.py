@@ -24,6 +24,16 @@ def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
     ------
     ServegymError
         One line naming file, line and key.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from servegym.envs import TASKS
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "mine.toml"
+    ...     _ = path.write_text("[cluster]\\nclients = 50\\n")
+    ...     read_task(path, base=TASKS["servegym/GSM8K-v0"]).cluster.clients
+    50
     """
     path = Path(path)
     text = read_text(path, "task file")

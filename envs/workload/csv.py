@@ -38,6 +38,15 @@ def read_requests(path: str | Path) -> Requests:
         One line naming the file, the line and the column: missing file, no rows, unknown or missing
         columns, a value that is not a whole number in 1 … 10 million (not a finite time ≥ 0 for
         ``arrival_s``, not a number in 0 … 5 for ``predicted_spread``).
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "requests.csv"
+    ...     _ = path.write_text("prompt_tokens,output_tokens\\n70,300\\n55,120\\n")
+    ...     read_requests(path).output_tokens
+    array([300, 120])
     """
     path = Path(path)
     table = _read_table(path)

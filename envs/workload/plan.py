@@ -27,6 +27,12 @@ class Plan:
     ServegymError
         If an array holds anything but whole numbers ≥ 0 in one dimension, a request stands there twice
         or the offsets do not span the order.
+
+    Examples
+    --------
+    >>> plan = plan_from_queues([[0, 2], [1]])
+    >>> plan.clients, plan.queue(0)
+    (2, array([0, 2]))
     """
 
     order: NDArray[np.int64]  # (planned requests,) request ids
@@ -68,6 +74,11 @@ def plan_from_queues(queues: Sequence[ArrayLike] | NDArray[np.integer]) -> Plan:
     ------
     ServegymError
         If it is not a sequence of such sequences, or a request stands there twice.
+
+    Examples
+    --------
+    >>> plan_from_queues([[0, 2], [1]]).order
+    array([0, 2, 1])
     """
     given: object = queues
     listed = isinstance(given, Sequence) or (isinstance(given, np.ndarray) and given.ndim > 0)

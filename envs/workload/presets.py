@@ -274,6 +274,12 @@ def make_workload(
     A preset samples ``requests`` of them with ``rng``, all present at t = 0 or, with a positive
     ``arrival_rate_per_s``, arriving as a Poisson process. A CSV file is the same for every seed and
     brings its own number and arrivals.
+
+    Examples
+    --------
+    >>> requests = make_workload("gsm8k-lognormal", 100, 0.0, np.random.default_rng(0))
+    >>> len(requests), requests.arrival_s.max()
+    (100, np.float64(0.0))
     """
     check_source(source)
     if source not in WORKLOAD_PRESETS:

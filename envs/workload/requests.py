@@ -38,6 +38,12 @@ class Requests:
         If the arrays hold anything but numbers in one dimension, differ in length, are empty or longer
         than ``MAX_REQUESTS``, hold a token count outside 1 … ``MAX_TOKENS``, a spread outside 0 …
         ``MAX_SPREAD`` or an arrival outside 0 … ``MAX_ARRIVAL_S`` or earlier than the one before it.
+
+    Examples
+    --------
+    >>> requests = make_requests([70, 55], [300, 120])
+    >>> len(requests), requests.decode_rounds
+    (2, array([299, 119]))
     """
 
     arrival_s: NDArray[np.float64]  # (requests,) seconds, nondecreasing
@@ -146,6 +152,11 @@ def make_requests(
     ServegymError
         If a column is not a list or an array of one dimension, holds no numbers or numbers out of the
         range that :class:`Requests` names, or the columns differ in length.
+
+    Examples
+    --------
+    >>> make_requests([70, 55], [300, 120], arrival_s=[0.0, 1.5]).arrival_s
+    array([0. , 1.5])
     """
     # Copies, so that the caller may go on writing into the arrays.
     prompts = _tokens("prompt_tokens", prompt_tokens).copy()
