@@ -24,7 +24,7 @@ from servegym.agents.validation import Trace, Validation, ValidationResult
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.pictures import draw_gantt, draw_values, to_image
-from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.playing.tables import Schema, read_rows
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.task.config import TaskConfig
 

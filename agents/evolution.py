@@ -24,8 +24,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from servegym.agents.hyperparameters import SEEDS_PER_AGENT, Hyperparameters, linear_decay
 from servegym.agents.imitation import soft_targets
 from servegym.agents.policy import best_legal
-from servegym.envs.play.evaluation import make_case
-from servegym.envs.play.side_by_side import SideBySide
+from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.side_by_side import SideBySide
 from servegym.envs.process.metrics import episode_metrics
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig

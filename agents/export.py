@@ -14,7 +14,7 @@ from torch import nn
 
 from servegym.agents.policy import Network, save_agent
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.identity import notes_of
+from servegym.envs.playing.identity import notes_of
 from servegym.envs.process.observation import OBSERVATION_SIZE
 from servegym.envs.task.config import TaskConfig
 

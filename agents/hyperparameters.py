@@ -22,7 +22,13 @@ SEEDS_PER_AGENT: Final = 1000
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Everything that, with the task, determines the trained weights."""
+    """Everything that, with the task, determines the trained weights.
+
+    Examples
+    --------
+    >>> Hyperparameters(timesteps=100_000).algorithm
+    'maskable-ppo'
+    """
 
     algorithm: str = "maskable-ppo"
     """maskable-ppo or ppo."""

@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.files import WRONG_VALUES, make_folder, read_bytes, read_json, write_file
-from servegym.envs.play.policy import Briefing, Policy, Situation
+from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.process.observation import FEATURES, OBSERVATION_VERSION
 from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.plan import Plan
@@ -90,7 +90,13 @@ def best_legal(scores: NDArray[np.floating[Any]], masks: NDArray[np.bool_]) -> A
 
 @dataclass(frozen=True)
 class AgentCard:
-    """What ``agent.json`` says of an agent."""
+    """What ``agent.json`` says of an agent.
+
+    Examples
+    --------
+    >>> AgentCard(rules=("fcfs",), decisions="events", layers=(65, 2), weights_sha256="").rules
+    ('fcfs',)
+    """
 
     rules: tuple[str, ...]
     """Action 1 + k prefills under the k-th of these admission rules; action 0 decodes."""
@@ -122,6 +128,16 @@ class LearnedPolicy(Policy):
         Scores the actions of ``card.rules``.
     card
         What the agent observes and decides.
+
+    Examples
+    --------
+    >>> card = AgentCard(("fcfs",), "events", (len(FEATURES), 2), "")
+    >>> layer = (np.zeros((2, len(FEATURES)), np.float32), np.zeros(2, np.float32))
+    >>> from servegym.envs import TASKS, make_case, play
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> policy = LearnedPolicy(Network([layer]), card)
+    >>> round(play(task, "zeros", policy, make_case(task, 0), seed=0).row["gap"], 3)
+    0.423
     """
 
     def __init__(self, network: Network, card: AgentCard) -> None:
@@ -192,6 +208,15 @@ def load_agent(folder: str | Path) -> LearnedPolicy:
     ServegymError
         If a file is missing, damaged or was changed after it was written, if it is of another format
         or of another version of the observation, or names a rule that does not exist.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> layer = (np.zeros((2, len(FEATURES)), np.float32), np.zeros(2, np.float32))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_agent(Network([layer]), Path(folder), ["fcfs"], "events", {}, {})
+    ...     load_agent(folder).card.rules
+    ('fcfs',)
     """
     folder = Path(folder)
     card = read_card(folder / CARD_FILE)

@@ -14,8 +14,8 @@ from typing import Any, Final
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_json, shortened, write_file
-from servegym.envs.play.identity import compare, hash_of, notes_of
-from servegym.envs.play.locks import LOCK_FILE
+from servegym.envs.playing.identity import compare, hash_of, notes_of
+from servegym.envs.playing.locks import LOCK_FILE
 from servegym.envs.process.observation import OBSERVATION_VERSION
 from servegym.envs.task.config import TaskConfig
 

@@ -34,8 +34,8 @@ from servegym.agents.imitation import Expert, imitate
 from servegym.agents.record import begin_run, check_run, identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.identity import HASH, check_unchanged
-from servegym.envs.play.locks import locked
+from servegym.envs.playing.identity import HASH, check_unchanged
+from servegym.envs.playing.locks import locked
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
@@ -133,6 +133,17 @@ def train(
         If the folder does not fit (see :func:`check_run`) or another process trains in it, a checkpoint
         is damaged or another run's, no episode of the task offers a choice, the task's workload file
         changes meanwhile, weights become infinite, or a file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from dataclasses import replace
+    >>> from servegym.agents import default_hyperparameters
+    >>> from servegym.envs import TASKS
+    >>> short = replace(default_hyperparameters("servegym/Tiny-v0"), timesteps=256)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     train(TASKS["servegym/Tiny-v0"], short, Path(folder)).num_timesteps >= 256
+    True
     """
     with locked(folder):
         return _train(

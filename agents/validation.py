@@ -10,8 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import make_case
-from servegym.envs.play.side_by_side import Predict, SideBySide
+from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.side_by_side import Predict, SideBySide
 from servegym.envs.process.metrics import Records, episode_metrics, records
 from servegym.envs.task.config import TaskConfig
 

@@ -14,7 +14,7 @@ from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.errors import ServegymError
 from servegym.envs.jit import kernel, parallel_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.play.policy import Briefing, Situation, asked_task
+from servegym.envs.playing.policy import Briefing, Situation, asked_task
 from servegym.envs.process.actions import Settings
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import view

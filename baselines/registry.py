@@ -16,7 +16,7 @@ from servegym.baselines.rules import triggers
 from servegym.baselines.rules.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
 from servegym.baselines.rules.policies import RandomPolicy, TriggerPolicy
 from servegym.envs.errors import ServegymError, unknown
-from servegym.envs.play.policy import Policy
+from servegym.envs.playing.policy import Policy
 
 MAX_NUMBER: Final = 1_000_000
 

@@ -10,7 +10,7 @@ from servegym.baselines.expert import make_rollout_expert
 from servegym.baselines.registry import REGISTRY, make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
-from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv

@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from servegym.envs.machine.costs import StageCosts as StageCosts
     from servegym.envs.machine.costs import TableDecode as TableDecode
     from servegym.envs.machine.presets import cost_preset as cost_preset
-    from servegym.envs.play.evaluation import Episode as Episode
-    from servegym.envs.play.evaluation import evaluate as evaluate
-    from servegym.envs.play.evaluation import make_case as make_case
-    from servegym.envs.play.evaluation import play as play
-    from servegym.envs.play.policy import Briefing as Briefing
-    from servegym.envs.play.policy import Policy as Policy
-    from servegym.envs.play.policy import Situation as Situation
-    from servegym.envs.play.summary import summarise as summarise
+    from servegym.envs.playing.evaluation import Episode as Episode
+    from servegym.envs.playing.evaluation import evaluate as evaluate
+    from servegym.envs.playing.evaluation import make_case as make_case
+    from servegym.envs.playing.evaluation import play as play
+    from servegym.envs.playing.policy import Briefing as Briefing
+    from servegym.envs.playing.policy import Policy as Policy
+    from servegym.envs.playing.policy import Situation as Situation
+    from servegym.envs.playing.summary import summarise as summarise
     from servegym.envs.process.metrics import METRICS as METRICS
     from servegym.envs.process.observation import FEATURES as FEATURES
     from servegym.envs.serving_env import ServingEnv as ServingEnv
@@ -80,18 +80,18 @@ _HOMES = {
         "TableDecode",
     ),
     "machine.presets": ("cost_preset",),
-    "play.evaluation": (
+    "playing.evaluation": (
         "Episode",
         "evaluate",
         "make_case",
         "play",
     ),
-    "play.policy": (
+    "playing.policy": (
         "Briefing",
         "Policy",
         "Situation",
     ),
-    "play.summary": ("summarise",),
+    "playing.summary": ("summarise",),
     "process.metrics": ("METRICS",),
     "process.observation": ("FEATURES",),
     "serving_env": ("ServingEnv",),

@@ -11,11 +11,11 @@ class ServegymError(ValueError):
 
     Examples
     --------
-    >>> from servegym.envs import load_task
-    >>> load_task("Tinny-v0")
+    >>> from servegym.envs import ClusterConfig
+    >>> ClusterConfig(clients=0)
     Traceback (most recent call last):
         ...
-    servegym.envs.errors.ServegymError: unknown task 'Tinny-v0'; did you mean 'Tiny-v0'? (a task file ends in .toml)
+    servegym.envs.errors.ServegymError: cluster.clients must be a whole number in 1 … 1000000, got 0
     """
 
     def __init__(self, message: str, key: str | tuple[str, ...] = ()) -> None:

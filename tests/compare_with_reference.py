@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.play.parallel import USUAL_JOBS, check_jobs, run_parallel
+from servegym.envs.playing.parallel import USUAL_JOBS, check_jobs, run_parallel
 from servegym.studies.cli import check_number, parse, run
 from tests.against_reference import INFORMATION, Information, play_one
 

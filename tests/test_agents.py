@@ -24,8 +24,8 @@ from servegym.agents.export import export_agent, policy_network
 from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, LearnedPolicy, load_agent
 from servegym.agents.validation import Validation
 from servegym.envs import ServegymError, ServingEnv, TaskConfig, load_task
-from servegym.envs.play.evaluation import make_case, play
-from servegym.envs.play.policy import Situation
+from servegym.envs.playing.evaluation import make_case, play
+from servegym.envs.playing.policy import Situation
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE, OBSERVATION_VERSION
 from servegym.envs.task.config import with_overrides

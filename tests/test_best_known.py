@@ -12,7 +12,7 @@ import pytest
 from servegym.baselines.calendar.planner import Stage, replay
 from servegym.envs.bounds.padding import joint_bound
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import TASKS
 from servegym.studies.commands import best_known

@@ -14,7 +14,7 @@ import pytest
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.plans import plan_expected
 from servegym.envs import ServegymError, TaskConfig, load_task
-from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.task.cases import Case
 from servegym.envs.task.estimates import estimated_task
 from servegym.studies.cases import held_out, load_tasks, short_name

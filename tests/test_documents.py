@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from servegym.envs.play.evaluation import COLUMNS
+from servegym.envs.playing.evaluation import COLUMNS
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.registered import TASKS, load_task
 

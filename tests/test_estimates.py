@@ -8,7 +8,7 @@ import pytest
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServegymError
-from servegym.envs.play.evaluation import make_case
+from servegym.envs.playing.evaluation import make_case
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.distributions import OUTPUTS, check_outputs, make_constructed_case

@@ -10,8 +10,8 @@ import pytest
 
 from servegym.baselines.registry import make_policy
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import COLUMNS, evaluate, make_case, play
-from servegym.envs.play.policy import Policy
+from servegym.envs.playing.evaluation import COLUMNS, evaluate, make_case, play
+from servegym.envs.playing.policy import Policy
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS

@@ -25,7 +25,7 @@ from servegym.envs.machine.costs import (
     TableDecode,
 )
 from servegym.envs.machine.presets import cost_preset
-from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
 from tests.helpers import UNIT_COSTS, instance, random_costs

@@ -21,11 +21,11 @@ from servegym.agents.record import begin_run, check_run
 from servegym.baselines.exact.optima import find_optima
 from servegym.baselines.registry import make_policy
 from servegym.envs.errors import ServegymError
-from servegym.envs.play import locks
-from servegym.envs.play.evaluation import evaluate as play_all
-from servegym.envs.play.identity import claim_task
-from servegym.envs.play.locks import LOCK_FILE, locked
-from servegym.envs.play.policy import Policy
+from servegym.envs.playing import locks
+from servegym.envs.playing.evaluation import evaluate as play_all
+from servegym.envs.playing.identity import claim_task
+from servegym.envs.playing.locks import LOCK_FILE, locked
+from servegym.envs.playing.policy import Policy
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import TASKS
 from servegym.studies.agents.play import settings
@@ -52,7 +52,7 @@ OTHER = "prompt_tokens,output_tokens\n5,3\n7,2\n4,8\n"
 HOLD = """
 import sys
 from pathlib import Path
-from servegym.envs.play.locks import locked
+from servegym.envs.playing.locks import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

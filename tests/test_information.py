@@ -14,7 +14,7 @@ from scipy.special import log_ndtr
 from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv, load_task
-from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.simulator.beliefs import expected_output_tokens
 from servegym.envs.simulator.state import FINISHED, FUTURE, RUNNING, WAITING

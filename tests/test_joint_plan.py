@@ -16,7 +16,7 @@ from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, make_requests
 from servegym.envs.errors import ServegymError
 from servegym.envs.machine.costs import StageCosts
-from servegym.envs.play.evaluation import make_case
+from servegym.envs.playing.evaluation import make_case
 from servegym.envs.task.registered import TASKS
 from tests.helpers import UNIT_COSTS, changed, instance, random_costs
 from tests.reference_simulator import decode_round_s, optimal_makespan, prefill_stage_s

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from servegym.baselines.registry import REGISTRY, make_policy
 from servegym.envs import Requests, ServingEnv
-from servegym.envs.play.evaluation import brief, make_case
-from servegym.envs.play.policy import Situation, asked_task
+from servegym.envs.playing.evaluation import brief, make_case
+from servegym.envs.playing.policy import Situation, asked_task
 from servegym.envs.task.cases import sample_requests
 from tests.helpers import instance, make_env, random_legal_action, start
 from tests.information_helpers import KNOWN, ROWS, SMALL, UNKNOWN, informed, make

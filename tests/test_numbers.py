@@ -26,7 +26,7 @@ from servegym.envs.machine.costs import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.play.evaluation import brief
+from servegym.envs.playing.evaluation import brief
 from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
 from servegym.envs.task.config import ClusterConfig, TaskConfig, WorkloadConfig
 from servegym.envs.task.estimates import noisy, scaled

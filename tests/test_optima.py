@@ -14,8 +14,8 @@ from servegym.baselines.exact import optima as module
 from servegym.baselines.exact.optima import COLUMNS, find_optima
 from servegym.baselines.registry import REGISTRY, make_policy
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import evaluate, make_case, play, read_best_known
-from servegym.envs.play.summary import best_known_by_case, summarise
+from servegym.envs.playing.evaluation import evaluate, make_case, play, read_best_known
+from servegym.envs.playing.summary import best_known_by_case, summarise
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
 from servegym.studies.commands import evaluate as script

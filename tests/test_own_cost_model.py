@@ -15,7 +15,7 @@ from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs import ServegymError, ServingEnv
 from servegym.envs.machine.costs import RATES, CostModel, CostTables
-from servegym.envs.play.evaluation import evaluate, make_case
+from servegym.envs.playing.evaluation import evaluate, make_case
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import TASKS

@@ -142,7 +142,7 @@ FLOORS = {
         "process",
         "pictures task",
         "serving_env",
-        "play vector_env",
+        "playing vector_env",
     ],
     "baselines": ["planning", "rules", "calendar exact lookahead", "registry", "expert", "warmup"],
     "agents": [
@@ -194,16 +194,18 @@ def test_no_room_imports_one_that_is_not_below_it(package: str) -> None:
         room = path.relative_to(folder).parts[0].removesuffix(".py")
         if room == "__init__":
             continue
-        for other in rooms_imported(path, package) - {room}:
-            if other in floors and floors[other] >= floors[room]:
-                upwards.append(f"{path.relative_to(ROOT)} imports {other}")
+        upwards += [
+            f"{path.relative_to(ROOT)} imports {other}"
+            for other in rooms_imported(path, package) - {room}
+            if other in floors and floors[other] >= floors[room]
+        ]
     assert upwards == []
 
 
 def test_an_arrow_upwards_is_seen(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
-    module.write_text("from servegym.envs.play.tables import Schema\nimport servegym.envs.jit\n")
-    assert rooms_imported(module, "envs") == {"play", "jit"}
+    module.write_text("from servegym.envs.playing.tables import Schema\nimport servegym.envs.jit\n")
+    assert rooms_imported(module, "envs") == {"playing", "jit"}
     assert rooms_imported(module, "agents") == set()
 
 

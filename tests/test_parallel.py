@@ -18,9 +18,9 @@ import pytest
 
 from servegym.baselines.registry import make_policy
 from servegym.envs.errors import ServegymError
-from servegym.envs.play import parallel
-from servegym.envs.play.evaluation import make_case, play, read_episodes
-from servegym.envs.play.parallel import MAX_JOBS, run_parallel, useful_jobs
+from servegym.envs.playing import parallel
+from servegym.envs.playing.evaluation import make_case, play, read_episodes
+from servegym.envs.playing.parallel import MAX_JOBS, run_parallel, useful_jobs
 from servegym.envs.task.registered import TASKS
 from servegym.studies.cli import SCRIPTS
 from servegym.studies.commands import (

@@ -18,8 +18,8 @@ from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import RandomPolicy, TriggerPolicy
 from servegym.envs.errors import ServegymError
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
-from servegym.envs.play.evaluation import make_case, play
-from servegym.envs.play.policy import Briefing
+from servegym.envs.playing.evaluation import make_case, play
+from servegym.envs.playing.policy import Briefing
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.simulator.view import DecisionView
 from servegym.envs.task.config import with_overrides
@@ -242,7 +242,7 @@ def trace(name: str, clients: int, rows: list[tuple[int, int]]) -> list[tuple[fl
     observation, _ = env.reset(options={"requests": requests, "plan": plan})
     ended = False
     while not ended:
-        from servegym.envs.play.policy import Situation
+        from servegym.envs.playing.policy import Situation
 
         action = policy.act(Situation(env.view(), observation, env.action_masks()))
         observation, _, ended, _, _ = env.step(action)

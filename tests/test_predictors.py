@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from servegym.envs import Requests, ServegymError, ServingEnv, make_requests
-from servegym.envs.play.evaluation import brief, make_case
+from servegym.envs.playing.evaluation import brief, make_case
 from servegym.envs.task.cases import inform, sample_requests
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.workload.predictors import PREDICTORS, predict

@@ -10,8 +10,8 @@ import pytest
 
 from servegym.baselines.registry import make_policy
 from servegym.envs.machine.presets import PAPER_ROUND_S
-from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case, play
-from servegym.envs.play.summary import summarise, to_markdown
+from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case, play
+from servegym.envs.playing.summary import summarise, to_markdown
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
 from servegym.studies.commands.calibrate import PAPER_BASELINE_S
 from servegym.studies.commands.draw_model import IDLE_CLIENTS, SEED, TASK, play_episode

@@ -9,9 +9,9 @@ import pytest
 
 from servegym.baselines.exact.optima import OPTIMA
 from servegym.envs.errors import ServegymError
-from servegym.envs.play import tables
-from servegym.envs.play.evaluation import BEST_KNOWN, EPISODES, read_best_known, read_episodes
-from servegym.envs.play.tables import ResumableTable, Row, Schema, read_rows
+from servegym.envs.playing import tables
+from servegym.envs.playing.evaluation import BEST_KNOWN, EPISODES, read_best_known, read_episodes
+from servegym.envs.playing.tables import ResumableTable, Row, Schema, read_rows
 from servegym.envs.task.registered import TASKS
 from servegym.studies.agents.play import CURVES, EVALUATIONS
 

@@ -15,8 +15,8 @@ from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import brief, make_case, play
-from servegym.envs.play.policy import Briefing, Policy, Situation
+from servegym.envs.playing.evaluation import brief, make_case, play
+from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.simulator.state import RUNNING, WAITING, State
 from servegym.envs.task.config import TaskConfig, with_overrides

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from servegym.envs.play.evaluation import COLUMNS
-from servegym.envs.play.summary import (
+from servegym.envs.playing.evaluation import COLUMNS
+from servegym.envs.playing.summary import (
     by_case,
     mean_interval,
     stratified_interval,

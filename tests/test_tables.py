@@ -12,8 +12,8 @@ import pytest
 from servegym.baselines.exact.optima import find_optima
 from servegym.baselines.registry import make_policy
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import COLUMNS, evaluate, read_best_known, read_episodes
-from servegym.envs.play.tables import Schema, read_rows
+from servegym.envs.playing.evaluation import COLUMNS, evaluate, read_best_known, read_episodes
+from servegym.envs.playing.tables import Schema, read_rows
 from servegym.envs.task.registered import TASKS
 
 TINY = TASKS["servegym/Tiny-v0"]

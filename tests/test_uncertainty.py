@@ -20,8 +20,8 @@ from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs import Requests, ServegymError, ServingEnv, make_requests
-from servegym.envs.play.evaluation import brief, make_case, play
-from servegym.envs.play.policy import Briefing
+from servegym.envs.playing.evaluation import brief, make_case, play
+from servegym.envs.playing.policy import Briefing
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS

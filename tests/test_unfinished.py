@@ -12,9 +12,9 @@ import pytest
 from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import evaluate as play_all
-from servegym.envs.play.evaluation import make_case, play, read_episodes
-from servegym.envs.play.summary import (
+from servegym.envs.playing.evaluation import evaluate as play_all
+from servegym.envs.playing.evaluation import make_case, play, read_episodes
+from servegym.envs.playing.summary import (
     best_known_by_case,
     fixed,
     mean_gaps,

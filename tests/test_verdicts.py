@@ -16,7 +16,7 @@ from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import ServegymError
-from servegym.envs.play.evaluation import make_case
+from servegym.envs.playing.evaluation import make_case
 from servegym.envs.task.cases import Case
 from servegym.envs.task.estimates import estimated_task, scaled
 from servegym.studies.checks.iteration_rule import multiplier_of

@@ -11,7 +11,7 @@ from servegym.baselines.planning.planner import SOLVERS, plan_offline
 from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv, make_requests
-from servegym.envs.play.evaluation import brief
+from servegym.envs.playing.evaluation import brief
 from servegym.envs.simulator.heap import deal
 from servegym.envs.task.config import ClusterConfig, TaskConfig
 from servegym.envs.task.lowering import bound_case, lower

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from servegym.baselines.exact.optimum import exact_optimum
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import make_case
-from servegym.envs.play.identity import check_unchanged, claim_task, hash_of
-from servegym.envs.play.locks import locked
-from servegym.envs.play.tables import ResumableTable, Schema
+from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.identity import check_unchanged, claim_task, hash_of
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.tables import ResumableTable, Schema
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
 from servegym.envs.workload.requests import Requests

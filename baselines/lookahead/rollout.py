@@ -26,7 +26,7 @@ from servegym.baselines.rules.triggers import fires
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.play.policy import Briefing, Situation
+from servegym.envs.playing.policy import Briefing, Situation
 from servegym.envs.process.actions import Settings, apply
 from servegym.envs.simulator.events import DECODE, advance
 from servegym.envs.simulator.imagination import copy_row, imagine_row

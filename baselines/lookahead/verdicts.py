@@ -29,8 +29,8 @@ from servegym.baselines.rules import triggers
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import play
-from servegym.envs.play.policy import Briefing, Situation
+from servegym.envs.playing.evaluation import play
+from servegym.envs.playing.policy import Briefing, Situation
 from servegym.envs.simulator.events import DECODE
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import DecisionView

@@ -6,8 +6,8 @@ from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import fires
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.play.evaluation import brief, play
-from servegym.envs.play.policy import asked_task
+from servegym.envs.playing.evaluation import brief, play
+from servegym.envs.playing.policy import asked_task
 from servegym.envs.process.metrics import METRICS, episode_metrics
 from servegym.envs.simulator.admission import admits
 from servegym.envs.simulator.events import advance, decode, prefill
@@ -60,7 +60,7 @@ def run_episode(
 def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:
     """Return the metrics of one episode under a trigger policy, played in compiled code.
 
-    The same numbers as ``servegym.envs.play.evaluation.play``, without decision times. By that function
+    The same numbers as ``servegym.envs.playing.evaluation.play``, without decision times. By that function
     where the task cuts episodes short: compiled code counts only decisions of which the rule has a
     choice.
 

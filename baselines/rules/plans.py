@@ -8,7 +8,7 @@ import numpy as np
 
 from servegym.baselines.planning.planner import rebalanced_plan
 from servegym.baselines.planning.sampled import plan_by_samples, sample_rounds
-from servegym.envs.play.policy import Briefing
+from servegym.envs.playing.policy import Briefing
 from servegym.envs.workload.comparison import standard_deviations
 from servegym.envs.workload.plan import Plan, plan_from_queues
 from servegym.envs.workload.requests import MAX_TOKENS, Requests

@@ -209,6 +209,12 @@ class TableDecode:
     """Decode time by batch size, linearly interpolated, plus per_kv_token · kv.
 
     Outside the measured batches the nearest measured time holds, with one warning.
+
+    Examples
+    --------
+    >>> table = TableDecode(batch=(1, 100), seconds=(0.02, 0.05))
+    >>> table.base_seconds(2)
+    array([0.02      , 0.02      , 0.02030303])
     """
 
     batch: tuple[int, ...]

@@ -16,7 +16,7 @@ from servegym.envs.workload.presets import is_csv
 
 
 def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
-    """Read a task TOML; keys it leaves out keep ``base``'s values.
+    r"""Read a task TOML; keys it leaves out keep ``base``'s values.
 
     A relative CSV path in ``workload.source`` is looked up beside the TOML file.
 
@@ -31,7 +31,7 @@ def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
     >>> from servegym.envs import TASKS
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "mine.toml"
-    ...     _ = path.write_text("[cluster]\\nclients = 50\\n")
+    ...     _ = path.write_text("[cluster]\nclients = 50\n")
     ...     read_task(path, base=TASKS["servegym/GSM8K-v0"]).cluster.clients
     50
     """

@@ -27,7 +27,7 @@ _OPTIONAL: Final = ("arrival_s", "predicted_output_tokens", "predicted_spread")
 
 
 def read_requests(path: str | Path) -> Requests:
-    """Read a workload CSV of ``prompt_tokens`` and ``output_tokens``.
+    r"""Read a workload CSV of ``prompt_tokens`` and ``output_tokens``.
 
     Optional columns: ``arrival_s``, ``predicted_output_tokens`` and, beside it, ``predicted_spread``,
     the standard deviation of log(true / predicted); see ``make_requests`` for what is missing.
@@ -44,7 +44,7 @@ def read_requests(path: str | Path) -> Requests:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "requests.csv"
-    ...     _ = path.write_text("prompt_tokens,output_tokens\\n70,300\\n55,120\\n")
+    ...     _ = path.write_text("prompt_tokens,output_tokens\n70,300\n55,120\n")
     ...     read_requests(path).output_tokens
     array([300, 120])
     """

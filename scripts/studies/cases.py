@@ -8,7 +8,7 @@ from typing import Final
 
 from servegym.baselines.registry import split_policies
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import HELD_OUT_SEED
+from servegym.envs.playing.evaluation import HELD_OUT_SEED
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import NAMESPACE, load_task
 from servegym.studies.cli import check_number, split_names

@@ -21,7 +21,7 @@ import tyro
 
 from servegym.envs.errors import ServegymError, nearest, shown, unknown
 from servegym.envs.files import shortened
-from servegym.envs.play.parallel import check_jobs
+from servegym.envs.playing.parallel import check_jobs
 from servegym.studies.terminal import BAD_INPUT, STOP_SIGNALS, leave, say
 
 CANNOT_WRITE: Final = 74  # EX_IOERR of sysexits.h

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from servegym.baselines.registry import REGISTRY
 from servegym.envs.errors import ServegymError, shown, unknown
-from servegym.envs.play.policy import Policy
+from servegym.envs.playing.policy import Policy
 
 _NAME: Final = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)(?:\((.*)\))?")
 

@@ -10,7 +10,7 @@ from servegym.agents.policy import CARD_FILE, load_agent, read_card
 from servegym.baselines import registry
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_json, write_file
-from servegym.envs.play.policy import Policy
+from servegym.envs.playing.policy import Policy
 from servegym.envs.task.registered import NAMESPACE
 from servegym.studies.cli import command_line
 from servegym.studies.own_policies import is_own_policy, make_own_policy, source_hash

@@ -22,7 +22,7 @@ from servegym.baselines.planning.planner import plan_offline
 from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_loaded
 from servegym.baselines.rules.policies import TriggerPolicy
-from servegym.envs.play.evaluation import make_case, play
+from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.simulator.state import State
 from servegym.envs.task.cases import Case

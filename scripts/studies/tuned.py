@@ -16,9 +16,9 @@ import pandas as pd
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import make_case
-from servegym.envs.play.parallel import run_parallel
-from servegym.envs.play.summary import mean_gaps
+from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.parallel import run_parallel
+from servegym.envs.playing.summary import mean_gaps
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
 from servegym.studies.cases import short_name

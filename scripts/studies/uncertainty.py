@@ -13,9 +13,9 @@ from servegym.baselines.planning.sampled import mean_largest_load, plan_by_sampl
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.plans import plan_at_risk, plan_expected
 from servegym.baselines.rules.policies import TriggerPolicy
-from servegym.envs.play.evaluation import brief, make_case, play
-from servegym.envs.play.policy import Policy
-from servegym.envs.play.summary import to_markdown, with_interval
+from servegym.envs.playing.evaluation import brief, make_case, play
+from servegym.envs.playing.policy import Policy
+from servegym.envs.playing.summary import to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.studies.agents.report import verdict
 from servegym.studies.checks.common import TAUS, line, picture

@@ -14,8 +14,8 @@ from servegym.agents.hyperparameters import default_hyperparameters
 from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.play.evaluation import HELD_OUT_SEED, evaluate
-from servegym.envs.play.tables import ResumableTable, Schema, as_rows, read_rows
+from servegym.envs.playing.evaluation import HELD_OUT_SEED, evaluate
+from servegym.envs.playing.tables import ResumableTable, Schema, as_rows, read_rows
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.runs import ABLATED, MAIN, Run, is_finished

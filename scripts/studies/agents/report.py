@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
 from servegym.envs.pictures import draw_learning_curves, to_png
-from servegym.envs.play.evaluation import read_episodes
-from servegym.envs.play.summary import (
+from servegym.envs.playing.evaluation import read_episodes
+from servegym.envs.playing.summary import (
     UNFINISHED,
     by_case,
     fixed,
@@ -25,7 +25,7 @@ from servegym.envs.play.summary import (
     to_markdown,
     with_interval,
 )
-from servegym.envs.play.tables import read_rows
+from servegym.envs.playing.tables import read_rows
 from servegym.studies.agents.play import CURVES, LARGE_SETTING, settings
 from servegym.studies.agents.runs import MAIN, SHORT, ablations
 from servegym.studies.policies import SHIPPED

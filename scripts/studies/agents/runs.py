@@ -20,7 +20,7 @@ from servegym.agents.policy import CARD_FILE
 from servegym.agents.record import read_run
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.play.parallel import PARENT, useful_jobs
+from servegym.envs.playing.parallel import PARENT, useful_jobs
 from servegym.envs.task.registered import load_task
 from servegym.studies.cli import SCRIPTS
 

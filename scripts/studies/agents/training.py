@@ -10,7 +10,7 @@ import numpy as np
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
-from servegym.envs.play.evaluation import make_case
+from servegym.envs.playing.evaluation import make_case
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig, with_overrides

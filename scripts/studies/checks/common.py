@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from servegym.envs.errors import ServegymError
 from servegym.envs.pictures import to_png
-from servegym.envs.play.evaluation import make_case
-from servegym.envs.play.identity import check_unchanged, claim, hash_of, notes_of
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import run_parallel
-from servegym.envs.play.summary import mean_interval
-from servegym.envs.play.tables import ResumableTable, Schema
+from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.identity import check_unchanged, claim, hash_of, notes_of
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import run_parallel
+from servegym.envs.playing.summary import mean_interval
+from servegym.envs.playing.tables import ResumableTable, Schema
 from servegym.envs.task.config import TaskConfig
 from servegym.studies.cases import short_name
 from servegym.studies.tuned import TUNED

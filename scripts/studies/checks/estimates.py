@@ -12,8 +12,8 @@ from scipy import stats
 
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
-from servegym.envs.play.evaluation import make_case
-from servegym.envs.play.summary import fixed, to_markdown, with_interval
+from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.summary import fixed, to_markdown, with_interval
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.estimates import ESTIMATES, estimated_task

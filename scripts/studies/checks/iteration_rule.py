@@ -13,8 +13,8 @@ from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.lookahead.verdicts import judge_episode, tally
 from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.evaluation import play
-from servegym.envs.play.summary import fixed, to_markdown, with_interval
+from servegym.envs.playing.evaluation import play
+from servegym.envs.playing.summary import fixed, to_markdown, with_interval
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.distributions import MEAN_TOKENS, check_outputs, make_constructed_case

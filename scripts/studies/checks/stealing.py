@@ -10,8 +10,8 @@ import pandas as pd
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_loaded
 from servegym.baselines.rules.policies import TriggerPolicy
-from servegym.envs.play.evaluation import brief, make_case
-from servegym.envs.play.summary import fixed, mean_interval, to_markdown, with_interval
+from servegym.envs.playing.evaluation import brief, make_case
+from servegym.envs.playing.summary import fixed, mean_interval, to_markdown, with_interval
 from servegym.envs.process.metrics import episode_metrics
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig, with_overrides

@@ -15,7 +15,7 @@ from statistics import median
 import pandas as pd
 
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.play.summary import to_markdown
+from servegym.envs.playing.summary import to_markdown
 from servegym.studies.cli import check_number, command_line, parse
 from servegym.studies.speed import (
     Figure,

@@ -18,11 +18,11 @@ from servegym.baselines.calendar.planner import plan_jointly
 from servegym.envs.bounds.padding import joint_bound
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
-from servegym.envs.play.evaluation import BEST_KNOWN, make_case, play
-from servegym.envs.play.identity import check_unchanged, claim, hash_of, notes_of
-from servegym.envs.play.locks import locked
-from servegym.envs.play.summary import UNFINISHED, fixed, to_markdown, with_interval
-from servegym.envs.play.tables import ResumableTable
+from servegym.envs.playing.evaluation import BEST_KNOWN, make_case, play
+from servegym.envs.playing.identity import check_unchanged, claim, hash_of, notes_of
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.summary import UNFINISHED, fixed, to_markdown, with_interval
+from servegym.envs.playing.tables import ResumableTable
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import load_task

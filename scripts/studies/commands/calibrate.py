@@ -30,8 +30,8 @@ from servegym.envs.machine.costs import (
     geometric_levels,
 )
 from servegym.envs.machine.presets import PAPER_LEVELS, cost_preset
-from servegym.envs.play.evaluation import make_case
-from servegym.envs.play.summary import to_markdown
+from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.summary import to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
 from servegym.studies.cli import command_line, parse

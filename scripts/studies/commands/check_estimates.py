@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from servegym.envs.files import write_file
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import USUAL_JOBS
 from servegym.envs.task.estimates import ESTIMATES
 from servegym.studies.cases import held_out, load_tasks, short_name
 from servegym.studies.checks.common import Collection, noted_multipliers

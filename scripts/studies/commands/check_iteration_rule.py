@@ -11,8 +11,8 @@ from typing import Final
 import pandas as pd
 
 from servegym.envs.files import write_file
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import USUAL_JOBS
 from servegym.envs.task.distributions import OUTPUTS
 from servegym.envs.workload.presets import WORKLOAD_PRESETS
 from servegym.studies.cases import held_out, load_tasks, short_name

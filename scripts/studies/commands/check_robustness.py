@@ -18,8 +18,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.play.parallel import USUAL_JOBS, run_parallel
-from servegym.envs.play.summary import to_markdown
+from servegym.envs.playing.parallel import USUAL_JOBS, run_parallel
+from servegym.envs.playing.summary import to_markdown
 from servegym.studies.cli import check_number, command_line, parse, read_list
 from servegym.studies.robustness import damaged_files, odd_terminals, wrong_arguments
 from servegym.studies.robustness.kills import run_kills

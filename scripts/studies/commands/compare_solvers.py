@@ -14,8 +14,8 @@ from tqdm import tqdm
 from servegym.baselines.planning.planner import SOLVERS, CertifiedPlan, plan_offline
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
-from servegym.envs.play.summary import fixed, to_markdown
+from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.playing.summary import fixed, to_markdown
 from servegym.envs.task.registered import TASKS
 from servegym.envs.workload.presets import make_workload
 from servegym.studies.cli import check_number, command_line, parse

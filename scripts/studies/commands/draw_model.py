@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.pictures import DECODE_COLOURS, PREFILL_COLOUR, to_png
-from servegym.envs.play.evaluation import make_case
-from servegym.envs.play.summary import fixed
+from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.summary import fixed
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.registered import TASKS
 from servegym.studies.cli import parse

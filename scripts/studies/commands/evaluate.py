@@ -14,11 +14,11 @@ from servegym.baselines.registry import policy_descriptions
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
 from servegym.envs.machine.presets import COST_PRESETS
-from servegym.envs.play.evaluation import evaluate, make_case, read_best_known
-from servegym.envs.play.identity import claim_task
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS
-from servegym.envs.play.summary import summarise, to_markdown
+from servegym.envs.playing.evaluation import evaluate, make_case, read_best_known
+from servegym.envs.playing.identity import claim_task
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import USUAL_JOBS
+from servegym.envs.playing.summary import summarise, to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import TASKS, load_task
 from servegym.envs.workload.presets import is_csv

@@ -17,10 +17,10 @@ import pandas as pd
 
 from servegym.envs.files import write_file
 from servegym.envs.pictures import draw_gantts, draw_makespans, to_png
-from servegym.envs.play.evaluation import HELD_OUT_SEED, evaluate, make_case, play
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS
-from servegym.envs.play.summary import fixed, summarise, to_markdown, with_interval
+from servegym.envs.playing.evaluation import HELD_OUT_SEED, evaluate, make_case, play
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import USUAL_JOBS
+from servegym.envs.playing.summary import fixed, summarise, to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
 from servegym.studies.cli import check_number, parse

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from servegym.agents.hyperparameters import MAX_SEED
-from servegym.envs.play.evaluation import HELD_OUT_SEED
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS
+from servegym.envs.playing.evaluation import HELD_OUT_SEED
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import USUAL_JOBS
 from servegym.envs.task.registered import NAMESPACE, TASKS
 from servegym.studies.agents.play import evaluate_agents, play_transfer
 from servegym.studies.agents.report import write_task, write_transfer

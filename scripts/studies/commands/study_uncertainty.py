@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from servegym.agents.policy import CARD_FILE, read_card
 from servegym.envs.files import write_file
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import USUAL_JOBS
 from servegym.envs.task.registered import load_task
 from servegym.studies.cases import held_out
 from servegym.studies.checks.common import TAUS, Collection

@@ -18,8 +18,8 @@ from servegym.agents.hyperparameters import (
 from servegym.agents.record import RECORD, check_run, read_run
 from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import end_with_parent
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import end_with_parent
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.training import (

@@ -12,11 +12,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from servegym.envs.files import write_file
-from servegym.envs.play.evaluation import HELD_OUT_SEED, make_case
-from servegym.envs.play.identity import check_unchanged, hash_of
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import USUAL_JOBS, run_parallel
-from servegym.envs.play.summary import UNFINISHED, mean_gaps, to_markdown, with_interval
+from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
+from servegym.envs.playing.identity import check_unchanged, hash_of
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import USUAL_JOBS, run_parallel
+from servegym.envs.playing.summary import UNFINISHED, mean_gaps, to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
 from servegym.studies.cli import check_number, command_line, parse

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.locks import LOCK_FILE
+from servegym.envs.playing.locks import LOCK_FILE
 from servegym.studies.cli import SCRIPTS, parse, read_list, run
 
 SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -19,11 +19,11 @@ from gymnasium.utils import seeding
 from tqdm import tqdm
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.play.identity import check_unchanged, claim_task, hash_of
-from servegym.envs.play.locks import locked
-from servegym.envs.play.parallel import run_parallel
-from servegym.envs.play.policy import Briefing, Policy, Situation, asked_task
-from servegym.envs.play.tables import ResumableTable, Row, Schema, read_rows
+from servegym.envs.playing.identity import check_unchanged, claim_task, hash_of
+from servegym.envs.playing.locks import locked
+from servegym.envs.playing.parallel import run_parallel
+from servegym.envs.playing.policy import Briefing, Policy, Situation, asked_task
+from servegym.envs.playing.tables import ResumableTable, Row, Schema, read_rows
 from servegym.envs.process.metrics import METRICS, Records
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.cases import Case, sample_requests
@@ -289,7 +289,7 @@ def _check_episodes(path: Path, table: pd.DataFrame) -> None:
 
 
 def read_best_known(path: Path, task_name: str, episodes: pd.DataFrame) -> pd.DataFrame | None:
-    """Return a ``best_known.csv`` for :func:`servegym.envs.play.summary.summarise`; None without the file.
+    """Return a ``best_known.csv`` for :func:`servegym.envs.playing.summary.summarise`; None without the file.
 
     Parameters
     ----------

@@ -144,7 +144,7 @@ def summarise(
     Parameters
     ----------
     episodes
-        Rows with the columns of ``servegym.envs.play.evaluation.COLUMNS``, of one task.
+        Rows with the columns of ``servegym.envs.playing.evaluation.COLUMNS``, of one task.
     reference
         The policy that the last column's paired differences of the gap are taken from; None or a
         policy that is not in the table: no such column.
@@ -155,6 +155,15 @@ def summarise(
     best_known
         Rows with the columns ``seed`` and ``best_known_s`` of some of the cases: makes a row; see
         :func:`best_known_by_case`. Rows of policies stay what they are.
+
+    Examples
+    --------
+    >>> from servegym.baselines import make_policy
+    >>> from servegym.envs import TASKS, make_case, play
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> rows = [play(task, "fcfs", make_policy("fcfs"), make_case(task, k), k).row for k in range(3)]
+    >>> summarise(pd.DataFrame(rows)).iloc[0]["n"]
+    np.int64(3)
     """
     policies = list(dict.fromkeys(episodes["policy"]))
     groups = {policy: episodes[episodes["policy"] == policy] for policy in policies}
