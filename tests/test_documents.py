@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from servegym.envs.playing.evaluation import COLUMNS
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.registered import TASKS, load_task
+from servegym.studies.commands import evaluate
+from servegym.studies.policies import make_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
@@ -70,6 +74,36 @@ def test_the_task_file_is_that_of_a_registered_task(tmp_path: Path) -> None:
     task, model = load_task(tmp_path / "task.toml"), TASKS["servegym/GSM8K-v0"]
     for section in ("cluster", "cost", "workload", "information", "process"):
         assert getattr(task, section) == getattr(model, section)
+
+
+def test_the_policy_of_the_how_to_is_played_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of Tiny-v0's three clients is one client: the same episode as threshold-1's."""
+    code = next(block for block in blocks(CONTRIBUTING, "python") if "(Policy)" in block)
+    (tmp_path / "quarter.py").write_text(code, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "quarter", raising=False)
+    command = next(block for block in blocks(CONTRIBUTING, "sh") if "quarter:Quarter" in block)
+    words = shlex.split(command)[2:]
+    words[words.index("GSM8K-v0")] = "Tiny-v0"
+    words[words.index("--policies") + 1] += ",threshold-1"
+    assert evaluate.main(words) == 0
+    makespans = pd.read_csv("results/my-policy/episodes.csv").pivot_table(
+        index="seed", columns="policy", values="makespan_s"
+    )
+    assert set(makespans) == {
+        "hybrid", "threshold-1", "quarter:Quarter", "quarter:Quarter(share=0.1)",
+    }  # fmt: skip
+    assert makespans["quarter:Quarter"].equals(makespans["threshold-1"].rename("quarter:Quarter"))
+
+
+def test_names_of_policies_in_the_how_to_are_policies() -> None:
+    text = CONTRIBUTING.read_text("utf-8").partition("play a policy by name")[2].partition("###")[0]
+    names = re.findall(r"`((?:threshold|hybrid|rollout)[-(][^`]+)`", text)
+    assert len(names) == 5
+    for name in names:
+        make_policy(name, "servegym/Tiny-v0")
 
 
 def test_the_cost_model_of_the_how_to_is_played() -> None:

@@ -1,6 +1,6 @@
 """A task's configuration: frozen dataclasses that cannot be built wrong, and their TOML form.
 
-Every key has a documented default; README shows an example.
+Every key has a documented default; CONTRIBUTING shows an example.
 """
 
 from __future__ import annotations
