@@ -97,6 +97,7 @@ def train(
     resume: bool = False,
     command: str = "",
     options: Options | None = None,
+    checked: bool = False,
 ) -> OnPolicyAlgorithm:
     """Train an agent; return it with its last weights.
 
@@ -119,6 +120,8 @@ def train(
         (during imitation) begins anew.
     command
         What to note in ``run.json``.
+    checked
+        Whether :func:`check_run` has found the folder fit since the caller locked it.
 
     Raises
     ------
@@ -128,6 +131,8 @@ def train(
         changes meanwhile, weights become infinite, or a file cannot be written.
     """
     with locked(folder):
+        if not checked:
+            check_run(task, hyperparameters, folder, resume)
         return _train(
             task,
             hyperparameters,
@@ -152,7 +157,6 @@ def _train(
     command: str,
     options: Options,
 ) -> OnPolicyAlgorithm:
-    check_run(task, hyperparameters, folder, resume)
     torch.set_num_threads(options.threads)
     model = make_model(task, hyperparameters, reference)
     _refuse_without_choice(model, task, hyperparameters)

@@ -81,7 +81,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.observation_space = batch_space(single.observation_space, self.num_envs)
         self.action_space = batch_space(single.action_space, self.num_envs)
         self.rows = make_rows(self.num_envs, 1 + len(self.task.process.rules))
-        self.cases: list[Case | None] = [None] * self.num_envs  # that are being played
+        self.cases: list[Case | None] = [None] * self.num_envs  # the last that each row began
         self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
         self._copy = copy

@@ -96,7 +96,7 @@ def test_notes_of_a_later_version_are_refused(section: str, value: Any) -> None:
 
 
 def test_the_notes_of_runs_hold_a_task_of_their_own() -> None:
-    found = {"task": written(TINY), "version": 2}
+    found: Notes = {"task": written(TINY), "version": 2}
     del found["task"]["information"]["deviations"]
     compare("run", "{name} {old} {new}", found, {"task": notes_of(TINY), "version": 2}, "")
     del found["version"]

@@ -147,7 +147,8 @@ def outcome(callback: ServingCallback) -> str:
     text += f"{gap_percent:.2f} % above the lower bound on {cases} validation cases"
     if best["timesteps"] == 0:
         return text + "; no evaluation after that, of what was imitated, is better"
-    if first["timesteps"] == 0 and first["gap_percent"] <= gap_percent:
+    at_the_bound = gap_percent < 0.005  # shown as 0.00 %: nothing can be better
+    if first["timesteps"] == 0 and first["gap_percent"] <= gap_percent and not at_the_bound:
         return text + (
             f", {best['gap_percent_sampled']:.2f} % with sampled actions; the untrained network has "
             f"{first['gap_percent']:.2f} %: train for longer, or at another learning rate"
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_agent(
     args: Args, task: TaskConfig, hyperparameters: Hyperparameters, options: Options, command: str
 ) -> None:
-    """Train what can be trained in the folder."""
+    """Train in a folder that is locked and that ``check_run`` has found fit."""
     # Imported late: torch takes seconds, and what can be refused should be refused before.
     from servegym.agents.training import train
 
@@ -215,6 +216,7 @@ def train_agent(
             resume=args.resume,
             command=command,
             options=options,
+            checked=True,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
