@@ -26,6 +26,7 @@ from servegym.agents.record import check_identity
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.envs.errors import ServegymError, shown
 from servegym.envs.files import WRONG_VALUES, check_readable, make_folder, write_file
+from servegym.envs.process.observation import FEATURES
 
 KEEP: Final = 2
 """How many checkpoints a folder keeps."""
@@ -107,6 +108,12 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
     try:
         found, values = (json.loads(header[part]) for part in ("identity", "values"))
         check_identity(str(path), found, identity)
+        # Weights and observations in it are by place, without names; the first versions noted none.
+        if values.get("features", list(FEATURES)) != list(FEATURES):
+            raise ServegymError(
+                f"{path}: the run observes other features, or in another order, than this version; "
+                "begin a run in another folder"
+            )
         _restore(model, arrays, values)
         return Progress(float(values["training_s"]), int(values["evolved"]))
     except WRONG_VALUES as error:
@@ -153,6 +160,7 @@ def take_snapshot(model: OnPolicyAlgorithm) -> Snapshot:
     for parameter, slots in model.policy.optimizer.state_dict()["state"].items():
         arrays |= {f"optimizer.{parameter}.{slot}": value.numpy() for slot, value in slots.items()}
     values = {
+        "features": list(FEATURES),
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
         "episode_count": monitor.episode_count,

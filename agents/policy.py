@@ -113,14 +113,16 @@ class AgentCard:
     format: str = AGENT_FORMAT
     observation_version: int = OBSERVATION_VERSION
     features: tuple[str, ...] = FEATURES
-    """What each input means, in order."""
+    """Name of the feature of each input, in order; :class:`LearnedPolicy` finds them by name."""
 
 
 class LearnedPolicy(Policy):
     """The legal action that a trained network scores highest.
 
-    Runs on any number of clients: the observation does not depend on it. In a task that offers
-    other rules, or in another order, actions are matched by the rules' names.
+    Runs on any number of clients: the size of the observation does not depend on that number.
+    Actions are matched by the names of the rules, so a task may offer more rules, or another order.
+    Inputs are matched by the names of the features, so an observation may hold more entries, or in
+    another order.
 
     Parameters
     ----------
@@ -128,6 +130,11 @@ class LearnedPolicy(Policy):
         Scores the actions of ``card.rules``.
     card
         What the agent observes and decides.
+
+    Raises
+    ------
+    ServegymError
+        If the observation lacks a feature of the card.
 
     Examples
     --------
@@ -143,6 +150,7 @@ class LearnedPolicy(Policy):
     def __init__(self, network: Network, card: AgentCard) -> None:
         self.network = network
         self.card = card
+        self._columns = _columns_of(card.features)
         self._actions = np.arange(1 + len(card.rules))  # the task's number of each of our actions
 
     @property
@@ -173,7 +181,30 @@ class LearnedPolicy(Policy):
         legal = situation.mask[self._actions]
         if not legal.any():  # only rules that the agent does not know can go on
             return int(situation.mask.argmax())
-        return int(self._actions[self.network.best(situation.observation, legal)])
+        observation = situation.observation
+        if self._columns is not None:
+            observation = observation[self._columns]
+        return int(self._actions[self.network.best(observation, legal)])
+
+
+def _columns_of(features: Sequence[str]) -> NDArray[np.intp] | None:
+    """Return the place of each feature in the observation; None where the observation has just these.
+
+    Raises
+    ------
+    ServegymError
+        If the observation lacks a feature.
+    """
+    if tuple(features) == FEATURES:
+        return None  # a decision then copies nothing
+    place = {name: k for k, name in enumerate(FEATURES)}
+    for name in features:
+        if name not in place:
+            raise ServegymError(
+                f"the agent's feature {shown(name)} is not among the {len(FEATURES)} of this "
+                "version; train it again"
+            )
+    return np.array([place[name] for name in features], np.intp)
 
 
 def save_agent(
@@ -207,7 +238,7 @@ def load_agent(folder: str | Path) -> LearnedPolicy:
     ------
     ServegymError
         If a file is missing, damaged or was changed after it was written, if it is of another format
-        or of another version of the observation, or names a rule that does not exist.
+        or of another version of the observation, or names a rule or a feature that does not exist.
 
     Examples
     --------
@@ -255,16 +286,12 @@ def read_card(path: Path) -> AgentCard:
 
 def _check(path: Path, card: AgentCard) -> None:
     """Refuse a card that this version of the environment cannot serve."""
-    if card.features != FEATURES:
-        other = [name for name in card.features if name not in FEATURES]
-        what = (
-            f"{shown(other[0])} is not among"
-            if other
-            else "they are fewer than, or not in order of,"
-        )
-        raise ServegymError(
-            f"{path}: the agent observes other features; {what} the {len(FEATURES)} of this version"
-        )
+    try:
+        _columns_of(card.features)
+    except ServegymError as error:
+        raise ServegymError(f"{path}: {error}") from None
+    if len(set(card.features)) != len(card.features):
+        raise ServegymError(f"{path}: features must name each feature once")
     for rule in card.rules:
         if rule not in ADMISSION_RULES:
             raise ServegymError(f"{path}: {unknown('admission rule', rule, ADMISSION_RULES)}")

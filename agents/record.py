@@ -67,8 +67,7 @@ def check_run(
 def begin_run(
     task: TaskConfig, hyperparameters: Hyperparameters, folder: Path, command: str, resume: bool
 ) -> None:
-    """Claim a folder that :func:`check_run` finds fit; writes ``run.json``."""
-    check_run(task, hyperparameters, folder, resume)
+    """Claim a folder that :func:`check_run` has found fit; writes ``run.json``."""
     if resume:
         for unfinished in folder.rglob(".*.tmp"):  # what a kill has left
             unfinished.unlink()

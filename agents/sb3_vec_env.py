@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,13 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, shown
 from servegym.envs.process.metrics import METRICS
+from servegym.envs.task.cases import Case
 from servegym.envs.vector_env import ServingVectorEnv
+
+Reference = Callable[[Case], float]
+"""Returns the gap in percent of the policy that returns are measured from."""
 
 Infos = list[dict[str, Any]]
 Indices = Iterable[int] | int | None
@@ -26,19 +30,36 @@ class ServingSB3VecEnv(VecEnv):
     episode's metrics (``servegym.envs.process.metrics.METRICS``). sb3-contrib finds the legal actions by
     ``env_method("action_masks")``.
 
+    Parameters
+    ----------
+    env
+        Begins the next episode in the step that ends one, as SB3 expects.
+    reference
+        Returns some policy's gap in percent on a case, a control variate: the gap is added to the last
+        reward of an episode, so that the return is what was gained on that policy. Which policy is best
+        does not change, but the luck of a case, which both policies have, leaves the return.
+
     Raises
     ------
     ServegymError
-        If ``env`` does not begin the next episode in the step that ends one, as SB3 expects.
+        If ``env`` has another ``autoreset_mode``, or with a reference another reward than ``gap``.
     """
 
-    def __init__(self, env: ServingVectorEnv) -> None:
+    def __init__(self, env: ServingVectorEnv, reference: Reference | None = None) -> None:
         if env.autoreset_mode != AutoresetMode.SAME_STEP:
             raise ServegymError(
                 "Stable-Baselines3 needs autoreset_mode 'SameStep', got "
                 f"{env.autoreset_mode.value!r}"
             )
+        if not (reference is None or callable(reference)):
+            raise ServegymError(f"reference must be a function of a case, got {shown(reference)}")
+        if reference is not None and env.task.process.reward != "gap":
+            raise ServegymError(
+                f"a reference needs process.reward 'gap', got {env.task.process.reward!r}"
+            )
         self.env = env
+        self.reference = reference
+        self.reference_gaps = np.zeros(env.num_envs)  # percent, of the cases that are being played
         self._actions = np.zeros(env.num_envs, np.int64)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
@@ -48,6 +69,7 @@ class ServingSB3VecEnv(VecEnv):
             raise ServegymError("the vector environment takes no reset options")
         observations, _ = self.env.reset(seed=list(self._seeds))
         self._reset_seeds()
+        self._refer(range(self.num_envs))
         # A copy: the caller keeps it while the rows are stepped.
         return observations.copy()
 
@@ -61,6 +83,9 @@ class ServingSB3VecEnv(VecEnv):
         """Step every row; rows that end begin their next episode at once."""
         observations, rewards, terminated, truncated, all_infos = self.env.step(self._actions)
         dones = terminated | truncated
+        rewards = rewards.copy()  # SB3 adds to them
+        # What would have followed on an episode that was cut short holds its reference's gap already.
+        rewards[terminated] += self.reference_gaps[terminated]
         infos: Infos = [{} for _ in range(self.num_envs)]
         for e in np.flatnonzero(all_infos["illegal_action"]):
             infos[e]["illegal_action"] = True
@@ -69,8 +94,17 @@ class ServingSB3VecEnv(VecEnv):
             infos[e]["TimeLimit.truncated"] = bool(truncated[e] and not terminated[e])
             metrics = all_infos["final_info"]
             infos[e]["serving"] = {name: float(metrics[name][e]) for name in METRICS}
-        # Copies: SB3 adds to rewards, and keeps the observations while the rows are stepped.
-        return observations.copy(), rewards.copy(), dones, infos
+        self._refer(np.flatnonzero(dones).tolist())
+        # A copy: SB3 keeps the observations while the rows are stepped.
+        return observations.copy(), rewards, dones, infos
+
+    def _refer(self, rows: Iterable[int]) -> None:
+        """Let the reference play the cases of rows that have begun an episode."""
+        if self.reference is not None:
+            for e in rows:
+                case = self.env.cases[e]
+                assert case is not None
+                self.reference_gaps[e] = self.reference(case)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -128,8 +162,8 @@ class ServingSB3VecEnv(VecEnv):
     def _arrays(self) -> dict[str, NDArray[np.uint8]]:
         """Return every array of the rows as the bytes it consists of, not copied."""
         named = self.env.state._asdict() | self.env.rows._asdict()
-        if self.env.reference is not None:
-            named["reference_gaps"] = self.env.reference_gaps
+        if self.reference is not None:
+            named["reference_gaps"] = self.reference_gaps
         if self.env.max_episode_steps:
             named["steps"] = self.env.steps
         return {name: np.asarray(array).reshape(-1).view(np.uint8) for name, array in named.items()}

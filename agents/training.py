@@ -32,11 +32,10 @@ from servegym.agents.evolution import Evolution
 from servegym.agents.hyperparameters import Hyperparameters, Options, linear_decay
 from servegym.agents.imitation import Expert, imitate
 from servegym.agents.record import begin_run, check_run, identity
-from servegym.agents.sb3_vec_env import ServingSB3VecEnv
+from servegym.agents.sb3_vec_env import Reference, ServingSB3VecEnv
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.identity import HASH, check_unchanged
 from servegym.envs.playing.locks import locked
-from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
 
@@ -44,10 +43,6 @@ _CLASSES: Final[dict[str, Callable[..., OnPolicyAlgorithm]]] = {
     "maskable-ppo": MaskablePPO,
     "ppo": PPO,
 }
-
-
-Reference = Callable[[Case], float]
-"""Returns the gap in percent of the policy that returns are measured from."""
 
 
 def make_model(
@@ -59,9 +54,7 @@ def make_model(
         raise ServegymError(
             f"reference {h.reference!r} needs the function that plays it, or neither"
         )
-    environment = ServingSB3VecEnv(
-        ServingVectorEnv(h.environments, task, copy=False, reference=reference)
-    )
+    environment = ServingSB3VecEnv(ServingVectorEnv(h.environments, task, copy=False), reference)
     # Checking every distribution that is built costs a tenth of the time.
     torch.distributions.Distribution.set_default_validate_args(False)
     layers = [h.width] * h.depth
@@ -104,6 +97,7 @@ def train(
     resume: bool = False,
     command: str = "",
     options: Options | None = None,
+    checked: bool = False,
 ) -> OnPolicyAlgorithm:
     """Train an agent; return it with its last weights.
 
@@ -126,6 +120,8 @@ def train(
         (during imitation) begins anew.
     command
         What to note in ``run.json``.
+    checked
+        Whether :func:`check_run` has found the folder fit since the caller locked it.
 
     Raises
     ------
@@ -146,6 +142,8 @@ def train(
     True
     """
     with locked(folder):
+        if not checked:
+            check_run(task, hyperparameters, folder, resume)
         return _train(
             task,
             hyperparameters,
@@ -170,7 +168,6 @@ def _train(
     command: str,
     options: Options,
 ) -> OnPolicyAlgorithm:
-    check_run(task, hyperparameters, folder, resume)
     torch.set_num_threads(options.threads)
     model = make_model(task, hyperparameters, reference)
     _refuse_without_choice(model, task, hyperparameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import gymnasium as gym
@@ -47,12 +47,9 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     ## Arguments
     ``num_envs``; ``task``, ``overrides`` and ``render_mode`` as for :class:`ServingEnv`; ``threads``:
     numba threads that step rows side by side, 1 by default; ``copy``: False returns the same arrays at
-    every step, overwritten by the next; ``reference``: returns some policy's gap in percent on a case.
-    It is added to an episode's last reward, so that the return is what was gained on that policy. Which
-    policy is best does not change, but the luck of a case, which both have, leaves the return.
-    ``autoreset_mode``: an ``AutoresetMode`` of ``gymnasium.vector`` or its value, as ``"NextStep"``;
-    ``max_episode_steps``: truncates an episode after so many steps, as ``gymnasium.make`` does; None
-    or −1: never.
+    every step, overwritten by the next; ``autoreset_mode``: an ``AutoresetMode`` of
+    ``gymnasium.vector`` or its value, as ``"NextStep"``; ``max_episode_steps``: truncates an episode
+    after so many steps, as ``gymnasium.make`` does; None or −1: never.
 
     Examples
     --------
@@ -72,7 +69,6 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         overrides: Mapping[str, Any] | None = None,
         threads: int = 1,
         copy: bool = True,
-        reference: Callable[[Case], float] | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
@@ -83,12 +79,6 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
         single = ServingEnv(task, overrides, render_mode)
-        if not (reference is None or callable(reference)):
-            raise ServegymError(f"reference must be a function of a case, got {shown(reference)}")
-        if reference is not None and single.task.process.reward != "gap":
-            raise ServegymError(
-                f"a reference needs process.reward 'gap', got {single.task.process.reward!r}"
-            )
         self.task = single.task
         self.costs = single.costs
         self.settings = single.settings
@@ -99,8 +89,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.observation_space = batch_space(single.observation_space, self.num_envs)
         self.action_space = batch_space(single.action_space, self.num_envs)
         self.rows = make_rows(self.num_envs, 1 + len(self.task.process.rules))
-        self.reference = reference
-        self.reference_gaps = np.zeros(self.num_envs)  # percent, of the cases that are being played
+        self.cases: list[Case | None] = [None] * self.num_envs  # the last that each row began
         self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
         self._copy = copy
@@ -149,8 +138,6 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
             rows.truncated[self.steps >= self.max_episode_steps] = True
         over = rows.terminated | rows.truncated
         ended = np.flatnonzero(over)
-        # What would have followed on an episode that was cut short holds its reference's gap already.
-        rows.rewards[rows.terminated] += self.reference_gaps[rows.terminated]
         infos["illegal_action"], infos["_illegal_action"] = rows.illegal.copy(), rows.illegal.copy()
         if same_step and len(ended):
             infos |= self._begin_next(over)
@@ -213,8 +200,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         requests = sample_requests(self.task, self._rngs[e])
         case = bound_case(self.machine, requests)
         load_case(self.task, self.state, e, case)
-        if self.reference is not None:
-            self.reference_gaps[e] = self.reference(case)
+        self.cases[e] = case
         begin_row(self.state, self.costs, self.settings, self.rows, e)
         self.steps[e], self._over[e] = 0, False
 

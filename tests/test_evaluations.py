@@ -233,6 +233,16 @@ def test_which_evaluation_is_the_best_and_what_is_said_of_it(
     assert words in outcome(callback)
 
 
+@pytest.mark.parametrize(("gap_percent", "advised"), [(0.0, False), (0.004, False), (0.01, True)])
+def test_nothing_is_advised_at_the_lower_bound(
+    gap_percent: float, advised: bool, tmp_path: Path
+) -> None:
+    callback = watcher(tmp_path, imitation_rounds=0)
+    rows = [(0, 0.0), (9, gap_percent)]
+    callback.evaluations = pd.DataFrame([evaluation(*row) for row in rows])
+    assert ("train for longer" in outcome(callback)) == advised
+
+
 def test_the_untrained_network_is_not_kept(tmp_path: Path) -> None:
     """Nothing is learned at a learning rate of 0: its gap is equal to the best, yet not called so."""
     folder = tmp_path / "run"

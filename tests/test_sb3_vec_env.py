@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import pytest
 from servegym.agents.hyperparameters import Hyperparameters, Options
 from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.agents.training import make_model, train
+from servegym.baselines.registry import make_trigger_policy
+from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import ServegymError, load_task
 from servegym.envs.process.metrics import METRICS
+from servegym.envs.task.config import with_overrides
 from servegym.envs.vector_env import ServingVectorEnv
 
 TINY = load_task("Tiny-v0")
@@ -50,6 +54,61 @@ def test_a_saved_state_holds_the_steps_that_are_left() -> None:
     unlimited = ServingSB3VecEnv(ServingVectorEnv(2, TINY))
     with pytest.raises(ServegymError, match="other environments"):
         unlimited.set_state(*env.get_state())
+
+
+def test_with_a_reference_the_return_is_what_was_gained_on_it() -> None:
+    """Every return is the reference's gap less the own; all but the last reward stay as they are."""
+    policy = make_trigger_policy("fcfs")
+    env = ServingSB3VecEnv(
+        ServingVectorEnv(3, TINY), lambda case: 100 * play_compiled(TINY, policy, case)["gap"]
+    )
+    plain = ServingSB3VecEnv(ServingVectorEnv(3, TINY))
+    for environment in (env, plain):
+        environment.seed(5)
+        environment.reset()
+    rng, returns, ended = np.random.default_rng(0), np.zeros(3), 0
+    while ended < 12:
+        reference = env.reference_gaps.copy()  # of the cases that are being played
+        masks = env.env_method("action_masks")
+        actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
+        _, rewards, dones, infos = env.step(actions)
+        assert np.array_equal(rewards - plain.step(actions)[1], np.where(dones, reference, 0.0))
+        returns += rewards
+        for e in np.flatnonzero(dones):
+            gap = infos[e]["serving"]["gap"]
+            assert returns[e] == pytest.approx(reference[e] - 100 * gap, abs=1e-9)
+            returns[e], ended = 0.0, ended + 1
+
+
+def test_a_reference_counts_where_an_episode_is_played_to_its_end() -> None:
+    """Where it is cut short, what would have followed is estimated, the reference's gap with it."""
+    rng = np.random.default_rng(0)
+    task = with_overrides(TINY, {"process": {"max_decisions": 4}})
+    plain = ServingSB3VecEnv(ServingVectorEnv(4, task))
+    compared = ServingSB3VecEnv(ServingVectorEnv(4, task), lambda _: 50.0)
+    for environment in (plain, compared):
+        environment.seed(0)
+        environment.reset()
+    seen: set[Any] = set()
+    for _ in range(100):
+        actions = rng.integers(0, 7, 4)
+        _, rewards, dones, infos = plain.step(actions)
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        terminated = dones & ~truncated
+        assert compared.step(actions)[1] == pytest.approx(rewards + 50.0 * terminated)
+        seen |= set(zip(terminated.tolist(), truncated.tolist(), strict=True))
+    assert seen == {(False, False), (True, False), (False, True)}
+
+
+def test_bad_references() -> None:
+    latency = with_overrides(TINY, {"process": {"reward": "latency"}})
+    nothing: Any = 0.5
+    ServingSB3VecEnv(ServingVectorEnv(2, TINY), lambda _: 0.5)
+    ServingSB3VecEnv(ServingVectorEnv(2, latency), None)
+    with pytest.raises(ServegymError, match=r"a reference needs process\.reward 'gap'"):
+        ServingSB3VecEnv(ServingVectorEnv(2, latency), lambda _: 0.5)
+    with pytest.raises(ServegymError, match=r"reference must be a function of a case, got 0\.5"):
+        ServingSB3VecEnv(ServingVectorEnv(2, TINY), nothing)
 
 
 @pytest.mark.parametrize("bad", [np.array([1.0, 2.0]), ["1", "2"], None])

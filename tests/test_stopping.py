@@ -6,7 +6,6 @@ import errno
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -217,19 +216,3 @@ def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         train(TINY, SMALL, tmp_path / "run", callbacks=[Full()], options=QUIET)
     assert threading.excepthook is usual
     assert capsys.readouterr().err == ""
-
-
-def test_a_reference_counts_where_an_episode_is_played_to_its_end() -> None:
-    """Where it is cut short, what would have followed is estimated, the reference's gap with it."""
-    rng = np.random.default_rng(0)
-    task = changed(TINY, process={"max_decisions": 4})
-    plain, compared = ServingVectorEnv(4, task), ServingVectorEnv(4, task, reference=lambda _: 50.0)
-    plain.reset(seed=0)
-    compared.reset(seed=0)
-    seen: set[Any] = set()
-    for _ in range(100):
-        actions = rng.integers(0, 7, 4)
-        _, rewards, terminated, truncated, _ = plain.step(actions)
-        assert compared.step(actions)[1] == pytest.approx(rewards + 50.0 * terminated)
-        seen |= set(zip(terminated.tolist(), truncated.tolist(), strict=True))
-    assert seen == {(False, False), (True, False), (False, True)}

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from servegym.agents import training
+from servegym.agents import record, training
 from servegym.agents.checkpoints import checkpoints, load_checkpoint
 from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
 from servegym.agents.record import identity
@@ -23,7 +23,7 @@ from servegym.envs.task.registered import TASKS
 from servegym.studies.agents.training import references
 from servegym.studies.cli import run as run_script
 from servegym.studies.commands import train as script
-from tests.training_helpers import TINY, StopAt, refusal
+from tests.training_helpers import QUIET, SMALL, TINY, StopAt, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,10 +40,10 @@ def test_train_and_resume_from_the_command_line(
 ) -> None:
     folder = tmp_path / "run"
     assert script.main(arguments(folder, "--timesteps", "128", "--epochs", "2")) == 0
-    record = json.loads((folder / "run.json").read_text())
-    assert record["hyperparameters"]["epochs"] == 2
-    assert record["hyperparameters"]["width"] == default_hyperparameters(TINY.name).width
-    assert "--epochs 2" in record["command"]
+    content = json.loads((folder / "run.json").read_text())
+    assert content["hyperparameters"]["epochs"] == 2
+    assert content["hyperparameters"]["width"] == default_hyperparameters(TINY.name).width
+    assert "--epochs 2" in content["command"]
     assert list((folder / "tensorboard").glob("events.*"))
     # Options that are not given are those of the run.
     assert script.main(["--output", str(folder), "--resume"]) == 0
@@ -108,6 +108,19 @@ def test_ctrl_c_leaves_with_a_hint(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
         "000000000000.safetensors"
     ]
+
+
+def test_a_folder_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = Mock(wraps=record.check_run)
+    for module in (script, training):
+        monkeypatch.setattr(module, "check_run", check)
+    folder = tmp_path / "run"
+    begun, resumed = arguments(folder, "--timesteps", "64"), ["--resume", "--output", str(folder)]
+    for calls, options in ((1, begun), (2, resumed)):
+        assert script.main(options) == 0
+        assert check.call_count == calls
+    training.train(TINY, SMALL, tmp_path / "other", options=QUIET)
+    assert check.call_count == 3
 
 
 def test_killed_training_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:

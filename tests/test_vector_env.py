@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from servegym.baselines.registry import make_trigger_policy
-from servegym.baselines.rules.compiled import play_compiled
-from servegym.envs import ServegymError, ServingEnv, load_task
+from servegym.envs import ServegymError, ServingEnv
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.vector_env import ServingVectorEnv
 
@@ -98,12 +96,6 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     *(({"threads": bad}, "threads must be a whole", {"threads": 1}) for bad in NO_COUNTS),
     ({"task": "Tyni-v0"}, "did you mean 'Tiny-v0'?", {"task": "Tiny-v0"}),
     ({"overrides": 0}, "overrides must be a table", {"overrides": None}),
-    (
-        {"reference": lambda _: 0.0, "overrides": {"process": {"reward": "latency"}}},
-        "a reference needs process.reward 'gap'",
-        {"reference": lambda _: 0.0},
-    ),
-    ({"reference": 0.5}, "reference must be a function of a case, got 0.5", {"reference": None}),
     *(
         ({"max_episode_steps": bad}, "max_episode_steps must be", {"max_episode_steps": good})
         for bad, good in [(0, 1), (-2, -1), (2.0, np.int64(2)), ("2", None), (True, 10**30)]
@@ -132,28 +124,15 @@ def test_bad_arguments(arguments: dict[str, Any], words: str, good: dict[str, An
     ServingVectorEnv(**{"task": "Tiny-v0", **good})
 
 
-def test_with_a_reference_the_return_is_what_was_gained_on_it() -> None:
-    """Every return is the reference's gap less the own; all but the last reward stay as they are."""
-    policy, task = make_trigger_policy("fcfs"), load_task("Tiny-v0")
-    env = ServingVectorEnv(
-        3, task, reference=lambda case: 100 * play_compiled(task, policy, case)["gap"]
-    )
-    plain = ServingVectorEnv(3, task)
-    env.reset(seed=5)
-    plain.reset(seed=5)
-    rng, returns, ended = np.random.default_rng(0), np.zeros(3), 0
-    while ended < 12:
-        reference = env.reference_gaps.copy()  # of the cases that are being played
-        actions = [int(rng.choice(np.flatnonzero(mask))) for mask in env.action_masks()]
-        rewards, terminated, _, info = env.step(actions)[1:]
-        assert np.array_equal(
-            rewards - plain.step(actions)[1], np.where(terminated, reference, 0.0)
-        )
-        returns += rewards
-        for e in np.flatnonzero(terminated):
-            gap = info["final_info"]["gap"][e]
-            assert returns[e] == pytest.approx(reference[e] - 100 * gap, abs=1e-9)
-            returns[e], ended = 0.0, ended + 1
+def test_the_cases_of_rows_are_those_being_played() -> None:
+    env = ServingVectorEnv(2, "Tiny-v0")
+    env.reset(seed=3)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        for case, bound_s in zip(env.cases, env.state.episodes["bound_s"], strict=True):
+            assert case is not None
+            assert case.bound.seconds == bound_s
+        env.step([int(rng.choice(np.flatnonzero(mask))) for mask in env.action_masks()])
 
 
 def test_the_requests_of_rows_are_not_given() -> None:

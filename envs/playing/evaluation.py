@@ -24,7 +24,7 @@ from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import run_parallel
 from servegym.envs.playing.policy import Briefing, Policy, Situation, asked_task
 from servegym.envs.playing.tables import ResumableTable, Row, Schema, read_rows
-from servegym.envs.process.metrics import METRICS, Records
+from servegym.envs.process.metrics import METRIC_DEFAULTS, METRICS, Records
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.cases import Case, sample_requests
 from servegym.envs.task.config import TaskConfig
@@ -50,10 +50,10 @@ EPISODES: Final = Schema(
     key=("policy", "seed"),
     whole=("seed", UNFINISHED),
     texts=("task", "policy", "decision_points"),
-    optional=("makespan_s", "gap", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s"),
-    defaults={UNFINISHED: 0},  # came with the second version of the table
+    optional=("makespan_s", "gap", *(name for name in METRIC_DEFAULTS if name != UNFINISHED)),
+    defaults=METRIC_DEFAULTS,
 )
-"""What ``episodes.csv`` must be."""
+"""What ``episodes.csv`` must be; an empty cell is a metric that has no value or was not measured."""
 
 BEST_KNOWN: Final = Schema(
     ("task", "seed", "best_known_s"),

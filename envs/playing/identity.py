@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+from servegym.envs.arguments import field_types
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_json, write_file
 from servegym.envs.machine.costs import StageCosts
@@ -44,6 +46,10 @@ def hash_of(task: TaskConfig) -> dict[str, str]:
     return {} if found is None else {HASH: found}
 
 
+_ABSENT: Final = object()
+"""The value of a key that is not there."""
+
+
 class DifferentError(ServegymError):
     """What a result depends on has changed."""
 
@@ -52,6 +58,8 @@ def compare(place: str, words: str, found: Any, wanted: Mapping[str, Any], remed
     """Refuse notes of other things than are wanted, naming the first difference.
 
     A workload file or a task file counts by what is in it: the same under another path is the same.
+    A key of the configuration that the notes lack, as those of an earlier version do, stands for its
+    default. A key that only the notes have is a difference, whatever its value.
 
     Parameters
     ----------
@@ -70,7 +78,7 @@ def compare(place: str, words: str, found: Any, wanted: Mapping[str, Any], remed
     known = json.loads(json.dumps(wanted, default=str))  # as it was written: tuples are lists
     if not isinstance(found, dict):
         raise DifferentError(f"{place}: of another version; {remedy}")
-    difference = _difference(found, known)
+    difference = _difference(found, known, _defaults())
     if difference is None:
         return
     name, old, new = difference
@@ -84,16 +92,43 @@ def compare(place: str, words: str, found: Any, wanted: Mapping[str, Any], remed
     raise DifferentError(f"{place}: {problem}; {remedy}")
 
 
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:
+def _difference(
+    found: dict[str, Any], wanted: dict[str, Any], defaults: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
     """Return the first key with other values, and these; None where there is none."""
-    for name in wanted | found:
-        old, new = found.get(name), wanted.get(name)
+    for name, new in wanted.items():
+        default = defaults.get(name)
+        old = found.get(name, default)
         if isinstance(old, dict) and isinstance(new, dict):
-            if difference := _difference(old, new):
+            deeper = defaults if name == "task" else default
+            if difference := _difference(old, new, deeper or {}):
                 return difference
         elif old != new and not _same_file(name, old, new):
             return name, old, new
+    for name in found:
+        if name not in wanted:
+            return name, found[name], _ABSENT
     return None
+
+
+@cache
+def _defaults() -> Mapping[str, Any]:
+    """Return the defaults of a task's keys as notes hold them: by section, by part of the cost."""
+    sections = {
+        item.name: asdict(item.default)
+        for item in fields(TaskConfig)
+        if is_dataclass(item.default) and not isinstance(item.default, type)
+    }
+    sections["cost"] = {
+        part: {
+            item.name: item.default
+            for model in get_args(hint) or (hint,)
+            for item in fields(model)
+            if item.default is not MISSING
+        }
+        for part, hint in field_types(StageCosts).items()
+    }
+    return dict(json.loads(json.dumps(sections)))
 
 
 def _same_file(key: str, old: Any, new: Any) -> bool:
@@ -107,7 +142,7 @@ def _same_file(key: str, old: Any, new: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = "none" if value is _ABSENT else repr(value)
     return text if len(text) <= 60 else f"{text[:40]} … {text[-15:]}"
 
 

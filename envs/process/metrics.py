@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -50,6 +51,17 @@ METRICS: Final = (
     "unfinished_requests",
 )
 """Names of the metrics of an episode, in the order of the result tables."""
+
+METRIC_DEFAULTS: Final[Mapping[str, float]] = {
+    name: float("nan")
+    for name in METRICS
+    if name not in ("requests", "makespan_s", "lower_bound_s", "gap")
+} | {"unfinished_requests": 0}
+"""What a metric is in a table of an earlier version, which lacks its column: NaN, not measured.
+
+The first tables were of episodes that had all been played to the end. No table lacks the four
+metrics that are left out here.
+"""
 
 
 def episode_metrics(state: State, e: int) -> dict[str, float]:

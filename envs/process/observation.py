@@ -19,7 +19,9 @@ from servegym.envs.simulator.state import LENGTH_BUCKETS, State
 from servegym.envs.simulator.view import view
 
 OBSERVATION_VERSION: Final = 2
-"""Raised whenever the meaning of an entry changes; agents name the version they were trained on."""
+"""Raised when a name in FEATURES changes its meaning: agents of the version before are then refused.
+
+It stays when FEATURES gets, loses or reorders names: agents find their features by name."""
 
 FINISH_SHARES: Final = np.array([0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0])
 """Shares of all clients whose next finish the observation holds."""

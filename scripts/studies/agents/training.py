@@ -89,7 +89,8 @@ def outcome(callback: ServingCallback) -> str:
     text += f"{gap_percent:.2f} % above the lower bound on {cases} validation cases"
     if best["timesteps"] == 0:
         return text + "; no evaluation after that, of what was imitated, is better"
-    if first["timesteps"] == 0 and first["gap_percent"] <= gap_percent:
+    at_the_bound = gap_percent < 0.005  # shown as 0.00 %: nothing can be better
+    if first["timesteps"] == 0 and first["gap_percent"] <= gap_percent and not at_the_bound:
         return text + (
             f", {best['gap_percent_sampled']:.2f} % with sampled actions; the untrained network has "
             f"{first['gap_percent']:.2f} %: train for longer, or at another learning rate"

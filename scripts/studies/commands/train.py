@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_agent(
     args: Args, task: TaskConfig, hyperparameters: Hyperparameters, options: Options, command: str
 ) -> None:
-    """Train what can be trained in the folder."""
+    """Train in a folder that is locked and that ``check_run`` has found fit."""
     # Imported late: torch takes seconds, and what can be refused should be refused before.
     from servegym.agents.training import train
 
@@ -145,6 +145,7 @@ def train_agent(
             resume=args.resume,
             command=command,
             options=options,
+            checked=True,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(

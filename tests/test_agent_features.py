@@ -1,0 +1,142 @@
+"""Agents find their features by name: in longer observations, in another order; else they are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from servegym.agents import checkpoints
+from servegym.agents import policy as module
+from servegym.agents.checkpoints import load_checkpoint, save_checkpoint
+from servegym.agents.hyperparameters import Hyperparameters
+from servegym.agents.policy import CARD_FILE, LearnedPolicy, Network, load_agent
+from servegym.agents.record import identity
+from servegym.agents.training import make_model
+from servegym.envs import ServegymError, ServingEnv, load_task
+from servegym.envs.playing.evaluation import make_case, play
+from servegym.envs.playing.policy import Situation
+from servegym.envs.process.metrics import METRICS
+from servegym.envs.process.observation import FEATURES
+
+TINY = load_task("Tiny-v0")
+SMALL = Hyperparameters(environments=2, steps=16, batch_size=16, epochs=1, width=4, timesteps=32)
+AGENTS = Path(__file__).parents[1] / "results" / "agents"
+SHIPPED = [
+    pytest.param(card.parent, id=str(card.parent.relative_to(AGENTS)))
+    for card in sorted(AGENTS.rglob(CARD_FILE))
+]
+LATER = "weather"
+"""A feature of a later version."""
+ENTRIES = list(range(len(FEATURES) + 1))
+ORDERS = {
+    "added behind": ENTRIES,
+    "turned": ENTRIES[::-1],
+    "shuffled": np.random.default_rng(1).permutation(ENTRIES).tolist(),
+}
+"""Orders of a later version: places of its entries among today's and the later one."""
+
+
+class WithLaterObservations(LearnedPolicy):
+    """An agent in a version whose observations have one more entry, in a given order."""
+
+    order: list[int]
+
+    def act(self, situation: Situation) -> int:
+        entries = np.append(situation.observation, np.float32(0.7))
+        return super().act(replace(situation, observation=entries[self.order]))
+
+
+class WatchedNetwork(Network):
+    """Keeps what it was asked last."""
+
+    asked: NDArray[np.float32]
+
+    def best(self, observations: NDArray[np.float32], masks: NDArray[np.bool_]) -> Any:
+        self.asked = observations
+        return super().best(observations, masks)
+
+
+@pytest.fixture(params=ORDERS)
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The order of a later version, whose FEATURES the agents meet."""
+    places, names = ORDERS[request.param], [*FEATURES, LATER]
+    monkeypatch.setattr(module, "FEATURES", tuple(names[place] for place in places))
+    return places
+
+
+def situation(observation: NDArray[np.float32]) -> Situation:
+    """Where every action is legal."""
+    env = ServingEnv(TINY)
+    env.reset(seed=0)
+    return Situation(env.view(), observation, np.ones(7, np.bool_))
+
+
+def metrics_of(policy: LearnedPolicy) -> dict[str, Any]:
+    row = play(TINY, "agent", policy, make_case(TINY, 3), 3).row
+    return {name: row[name] for name in METRICS}
+
+
+@pytest.mark.parametrize("folder", SHIPPED)
+def test_shipped_agents_play_the_same(folder: Path, order: list[int]) -> None:
+    agent = load_agent(folder)
+    later = WithLaterObservations(agent.network, agent.card)
+    later.order = order
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FEATURES", FEATURES)
+        expected = metrics_of(load_agent(folder))
+    assert metrics_of(later) == expected
+
+
+def test_the_network_is_given_its_features_in_its_order(
+    order: list[int], rng: np.random.Generator
+) -> None:
+    agent = load_agent(AGENTS / "Tiny-v0")
+    network = WatchedNetwork(agent.network.layers)
+    policy = WithLaterObservations(network, agent.card)
+    policy.order = order
+    observation = rng.random(len(FEATURES), dtype=np.float32)
+    policy.act(situation(observation))
+    assert np.array_equal(network.asked, observation)
+
+
+def test_in_todays_order_the_observation_is_not_copied() -> None:
+    agent = load_agent(AGENTS / "Tiny-v0")
+    network = WatchedNetwork(agent.network.layers)
+    observation = np.zeros(len(FEATURES), np.float32)
+    LearnedPolicy(network, agent.card).act(situation(observation))
+    assert network.asked is observation
+
+
+@pytest.mark.parametrize("folder", SHIPPED)
+def test_an_observation_that_lacks_a_feature_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_agent(folder)
+    monkeypatch.setattr(module, "FEATURES", (LATER, *FEATURES[1:]))
+    words = (
+        f"feature '{FEATURES[0]}' is not among the {len(FEATURES)} of this version; train it again"
+    )
+    with pytest.raises(ServegymError) as refusal:
+        load_agent(folder)
+    assert words in str(refusal.value)
+    assert str(folder / CARD_FILE) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_of_other_features_is_not_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights and observations are by place."""
+    model, run = make_model(TINY, SMALL), identity(TINY, SMALL)
+    model._setup_learn(1)
+    path = save_checkpoint(model, run, tmp_path)
+    load_checkpoint(make_model(TINY, SMALL), run, path)
+    monkeypatch.setattr(checkpoints, "FEATURES", FEATURES[::-1])
+    with pytest.raises(ServegymError, match="other features, or in another order") as refusal:
+        load_checkpoint(make_model(TINY, SMALL), run, path)
+    assert str(refusal.value).startswith(f"{path}: ")
