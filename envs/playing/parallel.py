@@ -76,7 +76,7 @@ def run_parallel(
         backend="loky",
         return_as="generator_unordered",
         initializer=_begin_worker,
-        initargs=(os.getpid(),),
+        initargs=(os.getpid(), os.getcwd()),
     )
     try:
         with pool as parallel:
@@ -88,7 +88,8 @@ def run_parallel(
         ) from None
 
 
-def _begin_worker(parent: int) -> None:
+def _begin_worker(parent: int, folder: str) -> None:
+    os.chdir(folder)  # workers outlive a call; relative paths mean those of the call's folder
     # Ctrl-C reaches the whole group of processes; the parent ends the workers, without their tracebacks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(parent)
