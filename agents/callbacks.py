@@ -1,4 +1,4 @@
-"""What training shows and keeps: serving metrics in TensorBoard, evaluations.csv, the best agent."""
+"""Results during training: serving metrics in TensorBoard, evaluations.csv, the best agent."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ probable actions, as an exported agent plays; ``gap_percent_sampled`` of actions
 ``unfinished`` counts the cases that were cut short; with any, there is no mean gap or makespan."""
 
 _LATER_COLUMNS: Final = {"gap_percent_sampled": np.nan, "unfinished": 0}
-"""The last columns, and what they hold in a table that was written before there were any."""
+"""Columns of the current version, with their values for a table of an earlier one."""
 
 _TIMED_DECISIONS: Final = 200
-_SAMPLING_SEED: Final = 0  # the same draws in every evaluation: a change is the agent's
+_SAMPLING_SEED: Final = 0  # the same draws in every evaluation, so that only the agent changes
 _NOT_TEXT: Final = ("stdout", "log", "json", "csv")
 
 
@@ -72,25 +72,25 @@ class ServingCallback(BaseCallback):
     Every ``every_timesteps``, at the start and at the end it plays the validation cases greedily, with
     the numpy network that would be exported, and logs ``serving/…`` with two figures (the first
     case's Gantt chart; the critic's estimates against the actual return to go). ``serving/gap_sampled``
-    is of the same cases with actions drawn as in training, from a generator of its own: where it is far
-    below ``serving/gap``, the most probable action is not yet what the agent mostly does. In between
-    it logs ``serving/train_…``: means over the episodes that ended in a rollout (from
+    is of the same cases with actions drawn as in training, from a separate generator: where it is far
+    below ``serving/gap``, the agent does not mostly take the most probable action yet. Between
+    evaluations it logs ``serving/train_…``: means over the episodes that ended in a rollout (from
     ``info["serving"]``, the METRICS of the ended episode), and ``shares/…``, those of the actions.
 
     Where the task cuts episodes short (``process.max_decisions`` or ``max_seconds``), means in training
     are over those that finished, ``serving/train_unfinished`` and ``serving/unfinished`` are the shares
     of the others, and an evaluation with unfinished cases has no gap.
 
-    References appear as runs of their own beside the training run, with the same tags: TensorBoard
-    draws equal tags of all runs below its log folder into one chart, so that the lines are in the
-    very charts that open first, with a legend, and can be switched off. A custom-scalars layout would
-    show them on a page of its own only.
+    References are separate runs beside the training run, with the same tags. TensorBoard draws equal
+    tags of all runs below its log folder into one chart, so the lines are in the charts that open
+    first, with a legend, and can be switched off. A custom-scalars layout would show them only on
+    another page.
 
     The folder gets ``evaluations.csv``, the best agent so far in ``agent/`` (the fewest unfinished
     cases, then the smallest gap; not of the first evaluation, unless an expert was imitated before), the
     last one in ``final/`` and the references in ``tensorboard/reference-<policy>/``; the training run's own
-    events should lie in ``tensorboard/``, too. Nothing here draws from a random generator or touches
-    the weights: training goes as it would without.
+    events should lie in ``tensorboard/``, too. The callback draws from no global generator and changes
+    no weights, so the trained weights are those without the callback.
 
     Where ``model.num_timesteps`` is not 0 at the start, training was resumed: evaluations beyond that
     step are dropped from the table, the best so far is that of the rows kept, and the seconds go on
@@ -110,7 +110,7 @@ class ServingCallback(BaseCallback):
     hyperparameters
         Shown on TensorBoard's HParams page with the metrics.
     folder
-        Of the run.
+        Folder of the run.
     command
         The command line, for ``agent.json``.
     """
@@ -162,14 +162,14 @@ class ServingCallback(BaseCallback):
         make_folder(self.folder)
         resumed = self.num_timesteps > 0
         if resumed:
-            # A rollout that a callback broke off taught nothing: what was evaluated in it is this.
+            # A rollout that a callback stopped changed no weights: its evaluation is of this checkpoint.
             self.evaluations = _read_evaluations(
                 self._table_path, self.num_timesteps + self._ppo.n_steps * self._ppo.n_envs - 1
             )
         last = self.evaluations.iloc[-1] if len(self.evaluations) else None
         wall_s = 0.0 if last is None else float(last["wall_s"])
         training_s = 0.0 if last is None else float(last["training_s"])
-        # Only `train` tells of imitation, and of the time from the last row to the checkpoint.
+        # Only `train` passes the seconds of imitation and those from the last row to the checkpoint.
         untold_s = max(0.0, float(self.locals.get("training_s", 0.0)) - training_s)
         wall_s, training_s = wall_s + untold_s, training_s + untold_s
         self._began_s = perf_counter() - wall_s
@@ -311,7 +311,7 @@ class ServingCallback(BaseCallback):
             return policy.predict_values(observations).cpu().numpy().ravel().astype(np.float64)
 
     def _log_hyperparameters(self) -> None:
-        """Log them once; TensorBoard shows the metrics' last values beside them."""
+        """Log the hyper-parameters once; TensorBoard shows the metrics' last values beside them."""
         plain = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in self.hyperparameters.items()
@@ -358,7 +358,7 @@ def _is_better(row: Mapping[Any, Any], best: Mapping[Any, Any] | None) -> bool:
     """Return whether an evaluation beats the best of those before it."""
     if best is None or row["unfinished"] != best["unfinished"]:
         return best is None or row["unfinished"] < best["unfinished"]
-    # Where neither has a gap, the later one has learned more.
+    # Where neither has a gap, the later agent has been trained for longer.
     return not row["gap_percent"] >= best["gap_percent"]
 
 

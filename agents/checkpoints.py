@@ -1,4 +1,4 @@
-"""Checkpoints: all that training needs to go on as if it had not stopped, without pickle.
+"""Checkpoints: the whole state of a training, without pickle; a resume ends in the same weights.
 
 A checkpoint is one safetensors file: arrays as tensors, everything else as JSON in its header. It is
 taken between two rollouts, so that no half-filled buffer belongs to it.
@@ -38,12 +38,12 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class Progress(NamedTuple):
-    """How far training has come, beside what the model says."""
+    """How far training has come, beside the model's own counters."""
 
     training_s: float = 0.0
-    """Seconds it has taken so far."""
+    """Seconds of training so far."""
     evolved: int = 0
-    """Updates of the evolution strategy that are done."""
+    """Finished updates of the evolution strategy."""
 
 
 class Snapshot(NamedTuple):
@@ -124,7 +124,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
 
 
 def _digest(arrays: Arrays, header: Mapping[str, str]) -> str:
-    """Return the SHA-256 of all that a checkpoint holds: a flipped bit in it may crash a kernel."""
+    """Return the SHA-256 of a checkpoint's contents: a flipped bit in the state may crash a kernel."""
     total = hashlib.sha256()
     for part in ("identity", "values"):
         total.update(header.get(part, "").encode())

@@ -1,14 +1,14 @@
 """Evolution strategies after PPO: play whole episodes with the actor's output layer perturbed.
 
-Where luck decides much of a return, PPO cannot see what timing gains: what it explores is drawn anew at
-every decision and averages out over an episode, the luck does not. A perturbation of the weights lasts
-for the whole episode, and two opposite ones on the same case share its luck (Salimans et al. 2017,
-arXiv 1703.03864).
+Where chance decides much of a return, PPO cannot measure what timing gains: PPO explores anew at every
+decision, so exploration averages out over an episode, and chance does not. A perturbation of the weights
+lasts for a whole episode, and two opposite perturbations on the same case have the same chance (Salimans
+et al. 2017, arXiv 1703.03864).
 
-Along each of thousands of weights a pair of episodes says next to nothing. Perturbed are only the few
-directions along which the policy changes most, the leading eigenvectors of the output layer's Fisher
-information, each by as much as changes the policy equally: a natural evolution strategy (Wierstra et
-al. 2014, arXiv 1106.4487) in few dimensions.
+A pair of episodes carries too little information about thousands of weights. So only a few directions
+are perturbed, those along which the policy changes most: the leading eigenvectors of the output layer's
+Fisher information. Each is scaled to change the policy equally. This is a natural evolution strategy
+(Wierstra et al. 2014, arXiv 1106.4487) in few dimensions.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from servegym.envs.task.config import TaskConfig
 _PAIRS_AT_ONCE: Final = 64
 _CASES_OF_STATES: Final = 64
 _STATES: Final = 8192
-_SHIFT: Final = 3.0  # standard deviation of an action's bonus, in logits, while states are met
-_TEMPERATURE: Final = 3.0  # flattens the policy, so that states well off its boundaries count, too
+_SHIFT: Final = 3.0  # standard deviation of an action's bonus in logits, for collecting states
+_TEMPERATURE: Final = 3.0  # flattens the policy, so that states far from its boundaries count, too
 _LEAST_INFORMATION: Final = 1e-3  # share of the leading direction's, for a direction's scale
 _CLIP: Final = 2.0  # medians at which a pair's difference is clipped: some candidates never prefill
 _LONGEST_STEP: Final = 1.0  # in the unit of the perturbation, over all directions
 
 
 class Update(NamedTuple):
-    """What one update has done."""
+    """The outcome of one update."""
 
     gap_percent: float
-    """Median gap of the candidates: some of them are far off."""
+    """Median gap of the candidates; the mean would be that of a few very bad ones."""
     step: float
     """Length of the step, in root mean square logits at undecided states."""
     decisions: int
-    """Played for it."""
+    """Decisions played for the update."""
 
 
 class Evolution:
@@ -59,7 +59,7 @@ class Evolution:
     model
         PPO or MaskablePPO with an MLP actor.
     task
-        Whose gap is to fall.
+        Its gap is what the updates reduce.
     hyperparameters
         Those that begin with ``evolution``, and ``final_learning_rate``. Cases are those of seeds
         ``1000 · seed`` … ``1000 · seed + 999``.
@@ -87,9 +87,9 @@ class Evolution:
             chosen = steps[first : first + _PAIRS_AT_ONCE]
             signed = h.evolution_spread * np.stack([chosen, -chosen], axis=1)
             candidates = layer + np.tensordot(signed.reshape(-1, len(directions)), directions, 1)
-            found, played = self._play_pairs(candidates.astype(np.float32), rng)
-            gains.append(found[1::2] - found[::2])
-            gaps.append(found)
+            pair_gaps, played = self._play_pairs(candidates.astype(np.float32), rng)
+            gains.append(pair_gaps[1::2] - pair_gaps[::2])
+            gaps.append(pair_gaps)
             decisions += played
         gain = _clipped(np.concatenate(gains))
         decay = linear_decay(h.evolution_learning_rate, h.final_learning_rate)
@@ -130,8 +130,8 @@ class Evolution:
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], int]:
         """Return features and masks of some states, and how many decisions were played for them.
 
-        In each row every action has a bonus of its own for the whole episode, so that states are met
-        on both sides of where the policy changes its mind.
+        In each row every action has its own bonus for the whole episode, so that there are states on
+        both sides of the boundaries between the policy's actions.
         """
         bonus = torch.from_numpy(
             rng.normal(0.0, _SHIFT, (_CASES_OF_STATES, len(layer))).astype(np.float32)
@@ -176,13 +176,13 @@ class Evolution:
             decisions += int(step.played.sum())
             for e in np.flatnonzero(step.ended).tolist():
                 gaps[e] = 100.0 * episode_metrics(self._rows.state, e)["gap"]
-        # A candidate whose episode was cut short is worse than all others; by how much, the clip says.
+        # A candidate whose episode was cut short is worse than all others; _CLIP limits by how much.
         cut_short = np.isnan(gaps)
         gaps[cut_short] = 2.0 * gaps[~cut_short].max(initial=100.0)
         return gaps, decisions
 
     def _features(self, observations: NDArray[np.float32]) -> torch.Tensor:
-        """Return what the output layer sees and, for its biases, a 1: (cases, features + 1)."""
+        """Return the inputs of the output layer and, for its biases, a 1: (cases, features + 1)."""
         hidden = self.policy.mlp_extractor.forward_actor(torch.from_numpy(observations))
         return torch.cat([hidden, torch.ones(len(hidden), 1)], dim=1)
 

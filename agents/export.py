@@ -36,8 +36,8 @@ def policy_network(model: OnPolicyAlgorithm) -> Network:
     if normaliser is not None and normaliser.norm_obs:
         raise ServegymError("cannot export an agent of normalised observations: set norm_obs=False")
     modules = list(policy.mlp_extractor.policy_net)
-    kinds = [type(module) for module in modules]
-    if kinds != [nn.Linear, nn.Tanh] * (len(kinds) // 2):
+    types = [type(module) for module in modules]
+    if types != [nn.Linear, nn.Tanh] * (len(types) // 2):
         raise ServegymError("cannot export a policy network that is not linear layers and tanh")
     linear = [*modules[::2], policy.action_net]
     return Network(
@@ -81,13 +81,13 @@ def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folde
 
 
 def _versions() -> dict[str, Any]:
-    found = {}
+    versions = {}
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def _commit() -> str:
@@ -95,7 +95,7 @@ def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = Path(__file__).resolve().parent
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+        described = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     except OSError:
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return described.stdout.strip() or "unknown"

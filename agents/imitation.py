@@ -1,8 +1,8 @@
-"""A warm start: imitate an expert before PPO goes on.
+"""A warm start: imitation of an expert before PPO.
 
 Round 1 is behaviour cloning: the states come from playing the expert's best action. In later rounds
 they come from playing the learner, and the expert labels them (DAgger, Ross et al. 2011), so that
-the learner is taught what to do where its own mistakes lead. All labelled states are kept.
+the learner also learns from states after its own mistakes. All labelled states are kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OPENING_RATES: Final = (0.01, 0.3)
 
 
 class Labelled(NamedTuple):
-    """States and what the expert says of them."""
+    """States and their labels from the expert."""
 
     observations: NDArray[np.float32]  # (states, OBSERVATION_SIZE)
     masks: NDArray[np.bool_]  # (states, actions)
@@ -47,12 +47,12 @@ def imitate(
     *,
     progress: bool = False,
 ) -> None:
-    """Train actor and critic of ``model`` on what ``expert`` says; its environments are not touched.
+    """Train actor and critic of ``model`` on labels of ``expert``; its environments are not stepped.
 
     Raises
     ------
     ServegymError
-        If the task's reward is not ``gap``, in which experts value actions.
+        If the task's reward is not ``gap``: experts value actions in percent of the gap.
     """
     h = hyperparameters
     if task.process.reward != "gap":
@@ -96,7 +96,7 @@ def collect(
         values = expert(env)
         observations, masks = env.rows.observations.copy(), env.action_masks().copy()
         targets = soft_targets(values, temperature)
-        # The return to go is −100 · gap plus the loss that rewards have told of already.
+        # The return to go is −100 · gap plus the loss that earlier rewards have reported already.
         mean = (targets * np.where(masks, values, 0.0)).sum(axis=1)
         returns = mean + env.state.episodes["reported_loss"]
         labelled.append(
@@ -155,8 +155,8 @@ def fit(
 def spread_over_episodes(env: ServingVectorEnv, actor: _Actor) -> None:
     """Bring row e to where a share e / num_envs of its requests has finished.
 
-    All rows play ``actor``; each is set back to where it first got that far, or to the next episode's
-    beginning where an episode ended before.
+    All rows play ``actor``. Then each row is set back to the first state with that share, or to the
+    beginning of its next episode if its episode ended before.
     """
     arrays = [np.asarray(array) for array in (*env.state, *env.rows)]
     kept = [array.copy() for array in arrays]
@@ -175,7 +175,7 @@ def spread_over_episodes(env: ServingVectorEnv, actor: _Actor) -> None:
 
 
 def _opening(rng: np.random.Generator, rows: int) -> _Actor:
-    """Return who opens episodes before anything is learned: each row prefills at a rate of its own."""
+    """Return an actor for round 1, before anything is learned: each row prefills at its own rate."""
     least, most = np.log(_OPENING_RATES)
     rates = np.exp(rng.uniform(least, most, rows))
 
@@ -188,7 +188,7 @@ def _opening(rng: np.random.Generator, rows: int) -> _Actor:
 
 
 def _expert_actor(rng: np.random.Generator, random_share: float) -> _Actor:
-    """Return who plays the expert's best action."""
+    """Return an actor that plays the expert's best action."""
 
     def act(env: ServingVectorEnv, values: NDArray[np.float64] | None) -> NDArray[np.int64]:
         assert values is not None
@@ -198,7 +198,7 @@ def _expert_actor(rng: np.random.Generator, random_share: float) -> _Actor:
 
 
 def _learner(model: OnPolicyAlgorithm, rng: np.random.Generator, random_share: float) -> _Actor:
-    """Return who samples from what is learned so far."""
+    """Return an actor that samples from the policy learned so far."""
 
     def act(env: ServingVectorEnv, _: NDArray[np.float64] | None) -> NDArray[np.int64]:
         observations, masks = env.rows.observations, env.action_masks()

@@ -1,8 +1,8 @@
 """Trained agents as policies: read from safetensors and JSON, run in plain numpy, without torch.
 
 An agent is a folder of two files. ``agent.safetensors`` holds the weights ``0.weight``, ``0.bias``,
-``1.weight`` … of a tanh network, float32; ``agent.json`` says what it observes and decides, and how
-it came about. Nothing in either file can run code.
+``1.weight`` … of a tanh network, float32. ``agent.json`` names the agent's features and rules, and
+records its training. Nothing in either file can run code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.plan import Plan
 
 AGENT_FORMAT: Final = "servegym-agent-1"
-"""Named in ``agent.json``; raised whenever what the files hold changes."""
+"""Named in ``agent.json``; raised when the layout of the files changes."""
 
 CARD_FILE: Final = "agent.json"
 WEIGHTS_FILE: Final = "agent.safetensors"
@@ -46,7 +46,7 @@ class Network:
 
     def __init__(self, layers: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> None:
         self.layers = list(layers)
-        # The transposed views are made once: a decision is a few microseconds, each counts.
+        # The transposed views are made once: a decision takes only a few microseconds.
         self._hidden = [(weights.T, biases) for weights, biases in self.layers[:-1]]
         self._output = (self.layers[-1][0].T, self.layers[-1][1])
 
@@ -77,7 +77,7 @@ class Network:
         masks: NDArray[np.bool_],
         rng: np.random.Generator,
     ) -> Any:
-        """Return a legal action drawn with the probabilities that training plays by, shape (…)."""
+        """Return a legal action drawn with the policy's probabilities, as in training, shape (…)."""
         scores = self.scores(observations)
         # The largest of scores with Gumbel noise is a draw from their softmax.
         return best_legal(scores + rng.gumbel(size=scores.shape), masks)
@@ -90,7 +90,7 @@ def best_legal(scores: NDArray[np.floating[Any]], masks: NDArray[np.bool_]) -> A
 
 @dataclass(frozen=True)
 class AgentCard:
-    """What ``agent.json`` says of an agent.
+    """The contents of ``agent.json``.
 
     Examples
     --------
@@ -101,13 +101,13 @@ class AgentCard:
     rules: tuple[str, ...]
     """Action 1 + k prefills under the k-th of these admission rules; action 0 decodes."""
     decisions: str
-    """``process.decisions`` of its task: whether it decides at events or at every round."""
+    """``process.decisions`` of the agent's task: decisions at events or at every round."""
     layers: tuple[int, ...]
     """Number of inputs, then of outputs of every layer."""
     weights_sha256: str
     """SHA-256 of ``agent.safetensors``, in hexadecimal."""
     task: dict[str, Any] = field(default_factory=dict)
-    """The task it was trained on, in full."""
+    """The task of the training, in full."""
     training: dict[str, Any] = field(default_factory=dict)
     """Command, commit, algorithm, steps and versions of libraries."""
     format: str = AGENT_FORMAT
@@ -129,7 +129,7 @@ class LearnedPolicy(Policy):
     network
         Scores the actions of ``card.rules``.
     card
-        What the agent observes and decides.
+        Names the features and the rules of the network.
 
     Raises
     ------
@@ -179,7 +179,7 @@ class LearnedPolicy(Policy):
     def act(self, situation: Situation) -> int:
         """Return the best legal action."""
         legal = situation.mask[self._actions]
-        if not legal.any():  # only rules that the agent does not know can go on
+        if not legal.any():  # only rules that the agent does not know are legal
             return int(situation.mask.argmax())
         observation = situation.observation
         if self._columns is not None:
@@ -217,7 +217,7 @@ def save_agent(
 ) -> None:
     """Write an agent's two files into ``folder``, each under a temporary name first, the card last.
 
-    A reader that comes between the two sees a card whose hash does not fit, and refuses it.
+    A reader between the two writes finds a card whose hash does not fit, and refuses the agent.
     """
     tensors = {}
     for k, (weights, biases) in enumerate(network.layers):
@@ -257,28 +257,28 @@ def load_agent(folder: str | Path) -> LearnedPolicy:
 def read_card(path: Path) -> AgentCard:
     """Read and check ``agent.json``."""
     try:
-        found = read_json(path, _KIND)
+        content = read_json(path, _KIND)
     except ServegymError as error:
         raise ServegymError(f"{error}; export the agent again") from None
-    if not isinstance(found, dict) or found.get("format") != AGENT_FORMAT:
-        name = found.get("format") if isinstance(found, dict) else None
+    if not isinstance(content, dict) or content.get("format") != AGENT_FORMAT:
+        name = content.get("format") if isinstance(content, dict) else None
         raise ServegymError(
             f"{path}: unknown agent format {shown(name)}; this version reads {AGENT_FORMAT!r}"
         )
-    version = found.get("observation_version")
+    version = content.get("observation_version")
     if version != OBSERVATION_VERSION:
         raise ServegymError(
             f"{path}: the agent observes version {shown(version)} of the features, this servegym gives "
             f"version {OBSERVATION_VERSION}; train it again"
         )
     card = AgentCard(
-        rules=_texts(path, found, "rules"),
-        decisions=found.get("decisions", ""),
-        layers=_sizes(path, found),
-        weights_sha256=str(found.get("weights_sha256")),
-        task=_table(path, found, "task"),
-        training=_table(path, found, "training"),
-        features=_texts(path, found, "features"),
+        rules=_texts(path, content, "rules"),
+        decisions=content.get("decisions", ""),
+        layers=_sizes(path, content),
+        weights_sha256=str(content.get("weights_sha256")),
+        task=_table(path, content, "task"),
+        training=_table(path, content, "training"),
+        features=_texts(path, content, "features"),
     )
     _check(path, card)
     return card
@@ -346,15 +346,15 @@ def _check_tensor(
         raise ServegymError(f"{path}: tensor {name!r} holds NaN or infinity; train the agent again")
 
 
-def _texts(path: Path, found: dict[str, Any], key: str) -> tuple[str, ...]:
-    values = found.get(key)
+def _texts(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
+    values = content.get(key)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ServegymError(f"{path}: {key} must be a list of texts, got {shown(values)}")
     return tuple(values)
 
 
-def _sizes(path: Path, found: dict[str, Any]) -> tuple[int, ...]:
-    values = found.get("layers")
+def _sizes(path: Path, content: dict[str, Any]) -> tuple[int, ...]:
+    values = content.get("layers")
     if (
         not isinstance(values, list)
         or len(values) < 2
@@ -366,8 +366,8 @@ def _sizes(path: Path, found: dict[str, Any]) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _table(path: Path, found: dict[str, Any], key: str) -> dict[str, Any]:
-    values = found.get(key)
+def _table(path: Path, content: dict[str, Any], key: str) -> dict[str, Any]:
+    values = content.get(key)
     if not isinstance(values, dict):
         raise ServegymError(f"{path}: {key} must be a table, got {shown(values)}")
     return values

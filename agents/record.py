@@ -24,9 +24,9 @@ RECORD: Final = "run.json"
 
 
 def identity(task: TaskConfig, hyperparameters: Hyperparameters) -> dict[str, Any]:
-    """Return what makes a run this run: task, hyper-parameters, observation version.
+    """Return what identifies a run: task, hyper-parameters, observation version.
 
-    And the hash of the task's workload file, where it has one.
+    Also the hash of the task's workload file, where the task has one.
     """
     return {
         "task": notes_of(task),
@@ -56,8 +56,9 @@ def check_run(
             )
     record = folder / RECORD
     if resume:
-        found, wanted = read_run(folder), identity(task, hyperparameters)
-        check_identity(str(record), {key: found[key] for key in wanted if key in found}, wanted)
+        content, wanted = read_run(folder), identity(task, hyperparameters)
+        noted = {key: content[key] for key in wanted if key in content}
+        check_identity(str(record), noted, wanted)
     elif record.exists():
         raise ServegymError(f"{folder}: holds a run; go on with it by --resume, or name another")
     elif folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
@@ -91,15 +92,15 @@ def read_run(folder: Path) -> dict[str, Any]:
         content = read_json(record)
     except ServegymError as error:
         raise ServegymError(f"{error}; {advice}") from None
-    kinds = {"task": dict, "hyperparameters": dict, "observation_version": int, "command": str}
+    types = {"task": dict, "hyperparameters": dict, "observation_version": int, "command": str}
     if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), kind) for key, kind in kinds.items()
+        isinstance(content.get(key), type_) for key, type_ in types.items()
     ):
         raise ServegymError(f"{record}: not the record of a run; {advice}")
     return content
 
 
 def check_identity(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse what is of another run, naming the first difference."""
+    """Refuse the identity of another run, naming the first difference."""
     words = "belongs to a run with {name} {old}, this one has {new}"
     compare(place, words, found, wanted, "resume with the same, or begin a run in another folder")

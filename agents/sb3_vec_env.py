@@ -148,13 +148,13 @@ class ServingSB3VecEnv(VecEnv):
         ServegymError
             If it is the state of other environments.
         """
-        own = self._arrays()
-        sizes = {name: array.size for name, array in own.items()}
+        current = self._arrays()
+        sizes = {name: array.size for name, array in current.items()}
         if sizes != {name: array.size for name, array in arrays.items()} or len(rngs) != len(
             self.env._rngs
         ):
             raise ServegymError("it holds the state of other environments")
-        for name, array in own.items():
+        for name, array in current.items():
             array[:] = arrays[name]
         for rng, state in zip(self.env._rngs, rngs, strict=True):
             rng.bit_generator.state = state

@@ -1,4 +1,4 @@
-"""How fast training is, and how much of it the environment takes."""
+"""Speed of training, and the environment's share of the time."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def make_model(
         seed=h.seed,
         device="cpu",
     )
-    # Without a logger of its own, SB3 leaves an empty folder a run in the system's temporary folder.
+    # Without this logger, SB3 leaves an empty folder a run in the system's temporary folder.
     model.set_logger(Logger(folder=None, output_formats=[]))
     environment.seed(h.first_environment_seed)
     return model
@@ -111,7 +111,7 @@ def train(
         evolution does not follow, and ``on_training_end`` is called. The checkpoint is of the
         rollout's beginning; a resume goes on from there.
     expert
-        Whom to imitate first, where ``imitation_rounds`` is not 0.
+        Is imitated first, where ``imitation_rounds`` is not 0.
     reference
         Plays ``hyperparameters.reference``, where that is not empty.
     resume
@@ -194,8 +194,8 @@ def _train(
 def _write_errors_as_one_line(folder: Path) -> Iterator[None]:
     """Raise ServegymError where TensorBoard cannot write; write_file does so itself.
 
-    TensorBoard writes in threads of its own, whose errors come up again at the next flush: there is no
-    need for a traceback of the thread.
+    TensorBoard writes in separate threads, and the next flush raises their errors again: a traceback
+    of the thread is not needed.
     """
     usual = threading.excepthook
 

@@ -18,12 +18,12 @@ from servegym.envs.task.config import TaskConfig
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened in the first case."""
+    """The decisions of the first case."""
 
     observations: NDArray[np.float32]  # (decisions, OBSERVATION_SIZE)
     masks: NDArray[np.bool_]  # (decisions, actions)
     rewards: NDArray[np.float64]  # (decisions,)
-    clock_s: NDArray[np.float64]  # (decisions,) when each decision was taken
+    clock_s: NDArray[np.float64]  # (decisions,) time of each decision
     records: Records
 
 

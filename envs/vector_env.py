@@ -30,8 +30,8 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     """``num_envs`` copies of :class:`ServingEnv` that step together.
 
     Row ``e`` is, bit for bit, what a single environment gives that is reset with seed + e and then
-    reset without a seed whenever its episode ends. When that is, ``autoreset_mode`` says, as in
-    Gymnasium's ``SyncVectorEnv``, whose observations, rewards, flags and infos these are:
+    reset without a seed whenever its episode ends. ``autoreset_mode`` says when, as in Gymnasium's
+    ``SyncVectorEnv``; observations, rewards, flags and infos are those of that class:
 
     | ``autoreset_mode`` | after a row's episode has ended |
     |---|---|
@@ -41,7 +41,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
 
     In same-step the observation is the first of the next episode; ``infos["final_obs"]`` and
     ``infos["final_info"]`` hold the last one and the metrics. In the other modes the metrics stand in
-    ``infos`` itself. One thing is added to what ``SyncVectorEnv`` tells: every step's ``infos`` hold
+    ``infos`` itself. Unlike those of ``SyncVectorEnv``, every step's ``infos`` hold
     ``illegal_action``, shape (num_envs,), also where no action was illegal and of the rows that ended.
 
     ## Arguments
@@ -109,10 +109,10 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         ``options={"reset_mask": …}``, booleans of shape (num_envs,), resets only the rows that it marks.
         """
         seeds, chosen = self._seeds(seed), self._reset_mask(options)
-        for e, own in enumerate(seeds):
+        for e, row_seed in enumerate(seeds):
             if chosen[e]:
-                if own is not None:
-                    self._rngs[e] = seeding.np_random(own)[0]
+                if row_seed is not None:
+                    self._rngs[e] = seeding.np_random(row_seed)[0]
                 self._begin_episode(e)
         self._started = True
         return self._observations(), self._bounds(chosen)
@@ -126,13 +126,13 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         NDArray[np.bool_],
         dict[str, Any],
     ]:
-        """Step every row; what becomes of those that end is told by ``autoreset_mode``."""
+        """Step every row; ``autoreset_mode`` says what follows on the end of an episode."""
         self._advance(self._checked(actions))
         rows, same_step = self.rows, self.autoreset_mode == AutoresetMode.SAME_STEP
         infos: dict[str, Any] = {}
         if self.max_episode_steps:
             self.steps += 1
-        if not same_step and self._over.any():  # they were stepped along, which nobody sees
+        if not same_step and self._over.any():  # their step changed nothing that is returned
             infos = self._begin_instead_of_step(self._over.copy())
         if self.max_episode_steps:
             rows.truncated[self.steps >= self.max_episode_steps] = True
@@ -205,7 +205,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.steps[e], self._over[e] = 0, False
 
     def _begin_next(self, over: NDArray[np.bool_]) -> dict[str, Any]:
-        """Begin the next episodes of the ended rows; return what they leave, in Gymnasium's form."""
+        """Begin the next episodes of the ended rows; return their final infos, in Gymnasium's form."""
         last: dict[str, Any] = {}
         final = np.full(self.num_envs, None, dtype=object)
         for e in np.flatnonzero(over):
@@ -232,7 +232,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         return self._bounds(waiting)
 
     def _bounds(self, begun: NDArray[np.bool_]) -> dict[str, Any]:
-        """Return what the infos of rows hold that have just begun an episode."""
+        """Return the infos of rows that have just begun an episode."""
         bounds_s = np.where(begun, self.state.episodes["bound_s"], 0.0)
         return {"lower_bound_s": bounds_s, "_lower_bound_s": begun.copy()}
 
@@ -249,7 +249,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
                 raise ServegymError(
                     f"{self.num_envs} environments need as many seeds, got {len(seed)}"
                 )
-            return [None if own is None else whole_number("seed", own, 0) for own in seed]
+            return [None if value is None else whole_number("seed", value, 0) for value in seed]
         first = whole_number("seed", seed, 0)
         return range(first, first + self.num_envs)
 

@@ -1,11 +1,11 @@
-"""What results depend on: noted beside them, compared before more are added to them."""
+"""What results depend on: noted beside the results, compared before results are added."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -51,11 +51,11 @@ _ABSENT: Final = object()
 
 
 class DifferentError(ServegymError):
-    """What a result depends on has changed."""
+    """Something that results depend on has changed."""
 
 
 def compare(place: str, words: str, found: Any, wanted: Mapping[str, Any], remedy: str) -> None:
-    """Refuse notes of other things than are wanted, naming the first difference.
+    """Refuse notes that differ from those wanted, naming the first difference.
 
     A workload file or a task file counts by what is in it: the same under another path is the same.
     A key of the configuration that the notes lack, as those of an earlier version do, stands for its
@@ -64,9 +64,9 @@ def compare(place: str, words: str, found: Any, wanted: Mapping[str, Any], remed
     Parameters
     ----------
     place, words
-        Where the notes are, and how a difference is put, with ``{name}``, ``{old}`` and ``{new}``.
+        Where the notes are, and the message about a difference, with ``{name}``, ``{old}``, ``{new}``.
     found, wanted
-        The notes as read from JSON, and what they ought to be.
+        The notes as read from JSON, and those of this task and version.
     remedy
         What to do about a difference.
 
@@ -114,11 +114,8 @@ def _difference(
 @cache
 def _defaults() -> Mapping[str, Any]:
     """Return the defaults of a task's keys as notes hold them: by section, by part of the cost."""
-    sections = {
-        item.name: asdict(item.default)
-        for item in fields(TaskConfig)
-        if is_dataclass(item.default) and not isinstance(item.default, type)
-    }
+    sections = asdict(TaskConfig(""))
+    del sections["name"]  # which has no default
     sections["cost"] = {
         part: {
             item.name: item.default
@@ -149,16 +146,16 @@ def _short(value: Any) -> str:
 def claim(
     path: Path, wanted: Mapping[str, Any], what: str, indent: int = 2, tables: Sequence[str] = ()
 ) -> Any:
-    """Note in a JSON file what results depend on; return the notes, those that stood there if any did.
+    """Note in a JSON file what results depend on; return the notes in the file, old ones if any.
 
     Parameters
     ----------
     path, wanted, indent
-        The file, what is to stand in it, and its indentation.
+        The file, its contents, and its indentation.
     what
-        What the folder of the file holds, such as ``episodes``.
+        The results in the folder of the file, such as ``episodes``.
     tables
-        Names of what stands beside the file and depends on it; it is written after the notes.
+        Names of tables beside the file that depend on it, and are written after it.
 
     Raises
     ------
@@ -202,12 +199,12 @@ def claim_task(task: TaskConfig, output: Path) -> TaskConfig:
 
 
 def check_unchanged(task: TaskConfig, known: Mapping[str, str]) -> None:
-    """Refuse to go on where the task's workload file is not what it was.
+    """Refuse to go on if the task's workload file has changed.
 
     Parameters
     ----------
     task, known
-        The task and what :func:`hash_of` said of it before.
+        The task and its :func:`hash_of` from before.
     """
     if hash_of(task) != known:
         raise DifferentError(

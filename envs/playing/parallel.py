@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from joblib import Parallel, cpu_count, delayed
@@ -76,7 +77,7 @@ def run_parallel(
         backend="loky",
         return_as="generator_unordered",
         initializer=_begin_worker,
-        initargs=(os.getpid(), os.getcwd()),
+        initargs=(os.getpid(), str(Path.cwd())),
     )
     try:
         with pool as parallel:

@@ -18,11 +18,11 @@ Predict = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.int64]]
 
 
 class Step(NamedTuple):
-    """What one step of all rows has done."""
+    """One step of all rows."""
 
     actions: NDArray[np.int64]  # (cases,)
-    played: NDArray[np.bool_]  # (cases,) the case was not over before it
-    ended: NDArray[np.bool_]  # (cases,) … and is now
+    played: NDArray[np.bool_]  # (cases,) the case was not over before the step
+    ended: NDArray[np.bool_]  # (cases,) the case was over after the step and not before
     rewards: NDArray[np.float64]  # (cases,)
 
 
@@ -32,9 +32,9 @@ class SideBySide:
     Parameters
     ----------
     task
-        Of the cases.
+        Task of the cases.
     cases
-        At most so many cases are played at once.
+        Most cases that are played at once.
     requests
         Requests of the largest case.
     """
@@ -47,8 +47,8 @@ class SideBySide:
     def play(self, cases: Sequence[Case], predict: Predict) -> Iterator[Step]:
         """Play every case once to its end; yield after each step.
 
-        ``predict`` is asked for rows that have ended, too; what it says of them is not heeded. Those
-        that have terminated stand still, those that were truncated play on unheard.
+        ``predict`` is asked for rows that have ended, too, and its actions there change no result:
+        terminated rows stay as they are, truncated rows play on without being reported.
         """
         state, n = self.state, len(cases)
         rows = make_rows(n, 1 + len(self.task.process.rules))
