@@ -21,7 +21,7 @@ do t_1 and C themselves: S of the M pairs are far, and S(S − 1)/2 + 1 differen
 **The bound.** With R rounds by ``batch.py``, a schedule of S stages takes at least (decoding with
 ⌈(D + pad(M))/J⌉ rounds or R, if that is more) + (prefilling with S stages). The least over S ≥ the
 fewest stages possible holds for every schedule. Prefilling does not fall with S, so the search over S
-ends where prefilling more often costs more than the best S.
+ends where R rounds and S stages reach the best sum.
 
 **pad(m)** is a clustering of sorted numbers, each cluster padded to its largest. Its cost satisfies the
 Monge condition, so pad is convex in m (Aggarwal, Schieber, Tokuyama 1994, "Finding a minimum-weight
