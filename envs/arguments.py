@@ -1,4 +1,4 @@
-"""What Python callers pass in: numpy's values become Python's own, anything else is refused in one line."""
+"""Checks of what Python callers pass: numpy values become Python's own, wrong values are refused."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _NO_NUMBERS: Final = {
     "S": "bytes",
     "U": "texts",
 }
-"""What arrays of a kind hold that is no number."""
+"""What arrays without numbers hold, by the kind of their dtype; for messages."""
 
 
 def plain(value: Any) -> Any:
-    """Return numpy's numbers, texts and arrays as Python's own, a path as a text; the rest as it is."""
+    """Return numpy numbers, texts and arrays as Python's own, a path as a text; other values unchanged."""
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufU":
         wide = value.astype(float) if value.dtype.kind == "f" else value
         return wide.tolist()
@@ -36,20 +36,20 @@ def plain(value: Any) -> Any:
 
 
 def field_types(cls: Any) -> dict[str, Any]:
-    """Return what type each field of a dataclass is annotated with; the class's own, not a copy."""
+    """Return the annotated type of each field of a dataclass; the dict is shared, not a copy."""
     return _resolved(cls)
 
 
-_resolved = cache(get_type_hints)  # which takes longer than all checks of a dataclass
+_resolved = cache(get_type_hints)  # it takes longer than all checks of a dataclass
 
 
 def as_annotated(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as the annotated type, numpy's and paths as Python's own.
+    """Return ``value`` as the annotated type; numpy values and paths become Python's own.
 
     Raises
     ------
     ServegymError
-        If it is not of that type; ``name`` says which value it was.
+        If ``value`` is not of that type; the message calls it ``name``.
     """
     origin, value = get_origin(hint), plain(value)
     if origin is tuple:
@@ -73,15 +73,15 @@ def as_annotated(name: str, value: Any, hint: Any) -> Any:
 
 
 def check_fields(section: str, config: Any) -> None:
-    """Refuse fields that are not what their annotation says; keep the others as plain Python types."""
+    """Refuse fields that do not fit their annotation; store the others as plain Python types."""
     hints = field_types(type(config))
     for item in fields(config):
         value = as_annotated(f"{section}.{item.name}", getattr(config, item.name), hints[item.name])
-        object.__setattr__(config, item.name, value)  # the way into a frozen dataclass
+        object.__setattr__(config, item.name, value)  # the dataclass is frozen
 
 
 def as_array(values: ArrayLike) -> NDArray[Any]:
-    """Return ``values`` as an array; lists of different lengths become one that holds no numbers."""
+    """Return ``values`` as an array; ragged lists become ``array(None)``, which is refused later."""
     try:
         return np.asarray(values)
     except (TypeError, ValueError):
@@ -89,12 +89,12 @@ def as_array(values: ArrayLike) -> NDArray[Any]:
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """Return ``value`` as an int; Python's and numpy's integers are taken, booleans are not.
+    """Return ``value`` as an int; Python's and numpy's integers are accepted, booleans are not.
 
     Raises
     ------
     ServegymError
-        If it is not a whole number in ``least`` … ``most``.
+        If ``value`` is not a whole number in ``least`` … ``most``.
     """
     try:
         number = operator.index(value)
@@ -109,9 +109,9 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
 
 
 def whole_numbers(name: str, values: ArrayLike, least: int, most: int) -> NDArray[np.int64]:
-    """Return a list or an array of whole numbers, shape (entries,); it may be ``values`` itself.
+    """Return ``values`` as int64, shape (entries,); an array that fits is not copied.
 
-    Floats are taken where they are whole.
+    Floats are accepted if they are whole.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def whole_numbers(name: str, values: ArrayLike, least: int, most: int) -> NDArra
 
 
 def real_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    """Return a list or an array of numbers, shape (entries,); it may be ``values`` itself.
+    """Return ``values`` as float64, shape (entries,); an array that fits is not copied.
 
     Raises
     ------
@@ -160,7 +160,7 @@ def _row(name: str, values: ArrayLike, what: str) -> NDArray[Any]:
 
 
 def _number(name: str, what: str, entry: int, value: Any) -> float:
-    """Return one of many Python objects as a float, inf where it is beyond all floats."""
+    """Return an entry of an object array as a float, ±inf if it is beyond 64 bits."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real:
         raise ServegymError(f"{name} must be {what}, got {shown(value)} (entry {entry})")
@@ -171,7 +171,7 @@ def _number(name: str, what: str, entry: int, value: Any) -> float:
 
 
 def _refuse_first(name: str, rule: str, array: NDArray[Any], bad: NDArray[np.bool_]) -> None:
-    """Refuse an array of which any entry is bad, naming the first."""
+    """Refuse an array with a bad entry; the message names the first."""
     if bad.any():
         entry = int(np.argmax(bad))
         raise ServegymError(f"{name} must {rule}, got {array[entry]} (entry {entry})")

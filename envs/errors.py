@@ -1,4 +1,4 @@
-"""The one error that bad input raises, and the words it uses."""
+"""The error that bad input raises, and helpers that word its message."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ServegymError(ValueError):
     def __init__(self, message: str, key: str | tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.key: tuple[str, ...] = tuple(key.split(".")) if isinstance(key, str) else key
-        """The configuration key to blame, as ``("decode", "base")``; empty where that is not known."""
+        """The configuration key at fault, as ``("decode", "base")``; empty if unknown."""
 
 
-_SHOWN = 120
+_MAX_CHARACTERS = 120
 
 
 def shown(value: object) -> str:
@@ -33,17 +33,19 @@ def shown(value: object) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # Python writes no number of more than 4300 digits
         return f"a value of type {type(value).__name__} that is too long to be shown"
-    if "\n" in text:  # of an array, say
+    if "\n" in text:  # the repr of an array, for example
         text = " ".join(text.split())
-    if len(text) <= _SHOWN:
+    if len(text) <= _MAX_CHARACTERS:
         return text
-    return f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 4 :]} ({len(text)} characters)"
+    return (
+        f"{text[: _MAX_CHARACTERS // 2]} … {text[-_MAX_CHARACTERS // 4 :]} ({len(text)} characters)"
+    )
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the option closest to ``name``, else the list of options."""
     known = [str(option) for option in options]
-    if len(name) <= _SHOWN:  # the comparison takes the product of the lengths
+    if len(name) <= _MAX_CHARACTERS:  # the comparison takes the product of the lengths
         matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         if matches:
             return f"; did you mean {matches[0]!r}?"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read whole or refused in one line."""
+"""Write files whole or not at all; read them whole or refuse them in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Final
 from servegym.envs.errors import ServegymError, shown
 
 MAX_BYTES: Final = 2**30
-"""Largest file that is read whole; none of the project's comes near."""
+"""Largest file that is read, in bytes; the project's own are far smaller."""
 
 _OTHER_ENCODINGS: Final = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
@@ -24,7 +24,7 @@ _OTHER_ENCODINGS: Final = {
 WRONG_VALUES: Final = (
     ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-"""What code raises on values that a damaged file holds: of another type, out of range, missing."""
+"""Errors that a damaged file's values cause: of another type, out of range, missing."""
 
 
 def make_folder(folder: Path) -> None:
@@ -51,13 +51,13 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def read_bytes(path: Path, kind: str = "file") -> bytes:
-    """Return what is in a file; ``kind`` is what the message calls one that is missing.
+    """Return a file's content; messages call the file a ``kind``.
 
     Raises
     ------
     ServegymError
-        If there is none, or it is a folder, a device or a pipe (which may never end), larger than
-        ``MAX_BYTES``, or may not be read.
+        If the file is missing, a folder, a device or a pipe (which may never end), larger than
+        ``MAX_BYTES``, or not readable.
     """
     check_readable(path, kind)
     try:
@@ -69,14 +69,14 @@ def read_bytes(path: Path, kind: str = "file") -> bytes:
 def check_readable(path: Path, kind: str = "file") -> None:
     """Refuse what :func:`read_bytes` refuses, for readers that open a file themselves."""
     try:
-        about = path.stat()
-        if stat.S_ISDIR(about.st_mode):
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
             raise ServegymError(f"{path}: cannot be read: is a folder, not a {kind}")
-        if not stat.S_ISREG(about.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise ServegymError(f"{path}: cannot be read: a device or a pipe, not a {kind}")
-        if about.st_size > MAX_BYTES:
+        if status.st_size > MAX_BYTES:
             raise ServegymError(
-                f"{path}: cannot be read: of {about.st_size} bytes, more than {MAX_BYTES}"
+                f"{path}: cannot be read: of {status.st_size} bytes, more than {MAX_BYTES}"
             )
     except (FileNotFoundError, NotADirectoryError):
         raise ServegymError(f"{path}: no such {kind}") from None
@@ -89,18 +89,18 @@ def check_readable(path: Path, kind: str = "file") -> None:
 
 
 def read_text(path: Path, kind: str = "file") -> str:
-    r"""Return a text in UTF-8, without the mark that some editors begin with; lines end in ``\n``.
+    r"""Return a UTF-8 file's text without a byte-order mark; lines end in ``\n``.
 
     Raises
     ------
     ServegymError
-        If it is no such text, or :func:`read_bytes` refuses it.
+        If the file is not UTF-8, or :func:`read_bytes` refuses it.
     """
     return decode_text(path, read_bytes(path, kind)).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def decode_text(path: Path, data: bytes) -> str:
-    """Return the text of a file's bytes, its line ends as they are; see :func:`read_text`."""
+    """Decode a file's bytes; line ends stay as they are. See :func:`read_text`."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -112,12 +112,12 @@ def decode_text(path: Path, data: bytes) -> str:
 
 
 def read_json(path: Path, kind: str = "file") -> Any:
-    """Return what a JSON file holds.
+    """Return the value that a JSON file holds.
 
     Raises
     ------
     ServegymError
-        If it is not JSON, or :func:`read_text` refuses it.
+        If the file is not JSON, or :func:`read_text` refuses it.
     """
     text = read_text(path, kind)
     try:
@@ -129,11 +129,11 @@ def read_json(path: Path, kind: str = "file") -> Any:
 
 
 def beyond_limits(error: ValueError | RecursionError) -> str:
-    """Return which limit of Python's a text of right syntax is beyond."""
+    """Name the limit of Python's parser that a syntactically valid text exceeds."""
     return "too deep" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def shortened(path: Path) -> str:
-    """Return a path as a message shows it; a name may be longer than any system takes."""
+    """Return a path for a message, cut in the middle if it is longer than any system takes."""
     text = str(path)
     return text if len(text) <= 300 else f"{text[:100]} … {text[-50:]} ({len(text)} characters)"

@@ -22,29 +22,28 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def kernel(function: Function) -> Function:
     """Compile ``function`` on first call (no Python objects) and cache the machine code on disk.
 
-    A kernel makes and returns no array or list, so it need not count references to those it is
-    given, and it is compiled into its callers: ``State`` and ``CostTables`` are over a hundred words,
-    which every call would copy, after two atomic additions for each array. Both together took three
-    quarters of a step's time.
+    A kernel makes and returns no array or list, so references are not counted. It is inlined into its
+    callers: a call would copy the hundred words of ``State`` and ``CostTables``. Counting (two atomic
+    additions for each array) and copying took three quarters of a step's time.
     """
     return _cached(function, _nrt=False, forceinline=True)
 
 
 def rare_kernel(function: Function) -> Function:
-    """Do as ``kernel`` for what only some tasks run; called as usual, so that callers stay small."""
+    """Do as ``kernel``, not inlined: for code that few tasks run, so that its callers stay small."""
     return _cached(function, _nrt=False)
 
 
 def allocating_kernel(function: Function) -> Function:
-    """Do as ``kernel`` for a function that makes arrays or draws random numbers; called as usual."""
+    """Do as ``kernel``, not inlined, for a function that makes arrays or draws random numbers."""
     return _cached(function, _nrt=True)
 
 
 def parallel_kernel(function: Function) -> Function:
     """Do as ``allocating_kernel``, and run ``prange`` loops on numba's threads.
 
-    For calls from Python only. They raise ``ServegymError`` in a process that was forked after its
-    parent had started threads of GNU OpenMP: those are lost, and the library would end the process.
+    For calls from Python only. A call raises ``ServegymError`` in a process that was forked after its
+    parent had started GNU OpenMP's threads: a fork loses them, and the library would end the process.
     """
     compiled = _cached(function, _nrt=True, parallel=True)
 
@@ -64,7 +63,7 @@ def _cached(function: Function, **options: bool) -> Function:
     if config.DISABLE_JIT:
         return function
     dispatcher: Any = numba.njit(function, **options)
-    dispatcher._cache = KernelCache(function)  # what enable_caching sets, with another class
+    dispatcher._cache = KernelCache(function)  # as enable_caching does, with another class
     return cast(Function, dispatcher)
 
 

@@ -1,12 +1,12 @@
-"""Machine code of kernels on disk: which folders may hold it, and files that damage cannot hurt.
+"""Compiled kernels on disk: in folders that only trusted users write, in files with a checked hash.
 
 Numba keys its cache by the file that defines a function, so a cached caller would keep an old callee
-of another file. Here the folder's name carries a hash of the kernel's module and of every module that
+of another file. Here the folder's name holds a hash of the kernel's module and of every module that
 it imports from servegym or from its own folder, directly or not.
 
-Numba unpickles what it finds, and unpickling runs code. Here a folder counts only if it belongs to
-this user, to root or to the owner of the sources, and nobody else may write to it. A file counts only
-if the hash in front of its content fits: what is damaged is compiled anew.
+Numba unpickles the files, and unpickling can run code. A folder is used only if it belongs to this
+user, to root or to the owner of the sources, and nobody else may write to it. A file is used only if
+its content fits the hash in front of it; a damaged file is compiled anew.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class KernelCache(FunctionCache):
-    """Numba's cache of one function, in folders of our own.
+    """Numba's cache of one function, in the folders of ``cache_folders``.
 
     Parameters
     ----------
     function
-        The kernel. Its machine code is read from the first folder of ``cache_folders`` that holds it
-        and written to the first that can be written.
+        The kernel. Its machine code is read from the first folder that holds it and saved in the
+        first that can be written.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -74,23 +74,23 @@ class _Implementation(CompileResultCacheImpl):
 
 
 class _Files:
-    """The files of one kernel in several folders; a folder that cannot be used is passed over."""
+    """The files of one kernel in several folders; folders that cannot be used are skipped."""
 
     def __init__(self, folders: Iterable[Path], source: Path, base: str) -> None:
         self._source = source
         self._places = [(folder, _CheckedFiles(str(folder), base, None)) for folder in folders]
 
     def load(self, key: Any) -> Any:
-        """Return what was saved under ``key``; None where no folder has it."""
+        """Return the machine code saved under ``key``; None if no folder has it."""
         for folder, files in self._places:
             if is_trusted(folder, self._source):
-                found = files.load(key)
-                if found is not None:
-                    return found
+                machine_code = files.load(key)
+                if machine_code is not None:
+                    return machine_code
         return None
 
     def save(self, key: Any, data: Any) -> None:
-        """Save in the first folder that can be written; warn once where none can."""
+        """Save in the first folder that can be written; warn once if none can."""
         for folder, files in self._places:
             try:
                 make_private_folder(folder, _mode_of_new(folder, self._source))
@@ -102,7 +102,7 @@ class _Files:
         _warn_of_no_folder(self._places[-1][0].parent)
 
     def flush(self) -> None:
-        """Forget what was saved, where that can be written."""
+        """Empty the index in every trusted folder."""
         for folder, files in self._places:
             if is_trusted(folder, self._source):
                 files.flush()
@@ -111,8 +111,7 @@ class _Files:
 class _CheckedFiles(IndexDataCacheFile):
     """Numba's index and data files, each behind the hash of its content.
 
-    A file that is damaged, or was written for another key by a process that ran at the same time,
-    counts as missing.
+    A file that is damaged, or that a concurrent process wrote for another key, counts as missing.
     """
 
     def load(self, key: Any) -> Any:
@@ -143,7 +142,7 @@ class _CheckedFiles(IndexDataCacheFile):
 
 
 def _read_checked(path: str) -> bytes | None:
-    """Return what stands behind the hash; None if there is no such file or the hash does not fit."""
+    """Return the content behind the hash; None if the file is missing or the hash does not fit."""
     file = Path(path)
     try:
         if not file.is_file():
@@ -157,9 +156,9 @@ def _read_checked(path: str) -> bytes | None:
 
 
 def cache_folders(source: Path) -> tuple[Path, ...]:
-    """Return the folders for machine code of the kernels of a source file, the first choice first.
+    """Return the folders for the compiled kernels of a source file, the preferred one first.
 
-    ``NUMBA_CACHE_DIR`` where it is set; else beside the sources, then the user's cache folder.
+    ``NUMBA_CACHE_DIR`` if it is set; else beside the sources, then the user's cache folder.
     """
     name = f"kernels-{_digest(source)}"
     if os.environ.get("NUMBA_CACHE_DIR"):
@@ -179,15 +178,15 @@ def _digest(source: Path) -> str:
 
 
 def _imported_by(source: Path) -> set[Path]:
-    """Return the file and all it imports, directly or not, of servegym or of the file's folder."""
-    found: set[Path] = set()
+    """Return a file and its imports, direct or not, from servegym or from the importing file's folder."""
+    sources: set[Path] = set()
     waiting = [source]
     while waiting:
         path = waiting.pop()
-        if path not in found:
-            found.add(path)
+        if path not in sources:
+            sources.add(path)
             waiting.extend(_direct_imports(path))
-    return found
+    return sources
 
 
 @cache
@@ -202,7 +201,7 @@ def _direct_imports(source: Path) -> tuple[Path, ...]:
 
 
 def is_trusted(folder: Path, source: Path) -> bool:
-    """Return whether a folder exists and only this user, root or the sources' owner writes to it."""
+    """Return whether a folder exists and only this user, root or the sources' owner can write to it."""
     try:
         status = folder.stat()
         owners = {os.getuid(), 0, source.stat().st_uid} if hasattr(os, "getuid") else None
@@ -215,20 +214,20 @@ def is_trusted(folder: Path, source: Path) -> bool:
 
 
 def make_private_folder(folder: Path, mode: int) -> None:
-    """Make a folder with what leads to it, each new one with the given mode."""
+    """Make a folder and its missing parents, with the given mode."""
     for path in (*reversed(folder.parents), folder):
         if not path.exists():
             path.mkdir(mode=mode, exist_ok=True)
 
 
 def _mode_of_new(folder: Path, source: Path) -> int:
-    """Return 0o755 beside the sources, which whoever uses the checkout may read, else 0o700."""
+    """Return the mode of a new folder: beside the sources every user may read it, else only this one."""
     return 0o755 if folder.is_relative_to(source.parent) else 0o700
 
 
 @cache
 def _warn_of_no_folder(last: Path) -> None:
-    """Warn once; ``last`` is the folder that was tried after all others."""
+    """Warn once that no folder can be written; ``last`` was tried last."""
     warnings.warn(
         "compiled kernels cannot be kept, so every start compiles them for a minute or two: "
         f"{last} cannot be written, or another user may write there; set NUMBA_CACHE_DIR to a folder "

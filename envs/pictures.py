@@ -28,9 +28,9 @@ _REFERENCE_STYLES: Final[tuple[Any, ...]] = ("--", ":", "-.", (0, (7, 1, 1, 1, 1
 
 
 def draw_gantt_rows(axes: Axes, log: Records, clients: int) -> None:
-    """Draw clients over time: decoding in blue (two shades in turn), prefill stages as red bands.
+    """Draw clients over time: decoding in two alternating blues, prefill stages as red bands.
 
-    Everyone stalls in a prefill stage, so a stage is a band over all clients; white is idle.
+    All clients stall in a prefill stage, so its band spans them; idle time is white.
     """
     started = np.isfinite(log.admitted_s)
     last_s = _last_seconds(log)
@@ -51,19 +51,19 @@ def draw_gantt_rows(axes: Axes, log: Records, clients: int) -> None:
 def _rectangles(
     begin_s: NDArray[np.float64], end_s: NDArray[np.float64], client: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """Return one rectangle a request, as high as a client, shape (requests, 4 corners, 2)."""
+    """Return a rectangle per request, one client high, shape (requests, 4 corners, 2)."""
     left = np.stack([begin_s, begin_s, end_s, end_s], axis=1)
     height = client[:, None] + np.array([-0.5, 0.5, 0.5, -0.5])
     return np.stack([left, height], axis=2)
 
 
 def draw_gantt(log: Records, clients: int, title: str) -> Figure:
-    """Return one episode's clients over time."""
+    """Draw one episode's clients over time."""
     return draw_gantts([(title, log)], clients)
 
 
 def draw_gantts(episodes: Sequence[tuple[str, Records]], clients: int) -> Figure:
-    """Return several episodes of the same clients under each other, on one time axis."""
+    """Draw several episodes with equally many clients below each other, on one time axis."""
     figure = Figure(figsize=(10, 0.6 + 2.7 * len(episodes)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(episodes), 1, sharex=True, squeeze=False)[:, 0]
@@ -83,7 +83,7 @@ def draw_gantts(episodes: Sequence[tuple[str, Records]], clients: int) -> Figure
 
 
 def draw_makespans(episodes: pd.DataFrame) -> Figure:
-    """Return makespan against lower bound, one dot an episode, one colour a policy."""
+    """Draw makespan against lower bound: one mark per episode, one colour per policy."""
     figure = Figure(figsize=(7, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     groups = list(episodes.groupby("policy", sort=False))
@@ -91,7 +91,7 @@ def draw_makespans(episodes: pd.DataFrame) -> Figure:
         axes.scatter(
             group["lower_bound_s"],
             group["makespan_s"],
-            # Hollow marks, later ones smaller: policies that do the same stay visible.
+            # Hollow marks, later ones smaller: policies with equal results stay visible.
             s=60 * (1 - k / len(groups)) + 8,
             marker="osD^vP"[k % 6],
             facecolors="none",
@@ -110,9 +110,9 @@ def draw_makespans(episodes: pd.DataFrame) -> Figure:
 def draw_values(
     clock_s: NDArray[np.float64], estimates: NDArray[np.float64], returns: NDArray[np.float64]
 ) -> Figure:
-    """Return a critic's value estimates beside what the episode then returned, over its time.
+    """Draw a critic's value estimates and the actual returns over an episode's time.
 
-    All of shape (decisions,): simulated seconds, and estimate and return in the reward's units.
+    Shapes (decisions,): simulated seconds; estimates and returns in the reward's unit.
     """
     figure = Figure(figsize=(10, 3.3), dpi=110, layout="constrained")
     axes = figure.subplots()
@@ -125,17 +125,17 @@ def draw_values(
 
 
 def draw_learning_curves(curves: pd.DataFrame, references: Mapping[str, float]) -> Figure:
-    """Return the gap over minutes of training, a line and a band a run, dashed lines to compare with.
+    """Draw the gap over minutes of training: a line and a band per label, references as dashed lines.
 
     Parameters
     ----------
     curves
-        One row an evaluation: ``label`` (which line), ``seed`` (the training run), ``training_s`` and
-        ``gap_percent``, as ``evaluations.csv`` has them. The line is the mean over seeds, the band
-        reaches from the best seed to the worst, over the time that all of them trained.
+        One row per evaluation: ``label`` (the line), ``seed`` (the training run), ``training_s`` and
+        ``gap_percent``, as in ``evaluations.csv``. The line is the mean over seeds, the band
+        reaches from the best seed to the worst, over the time that all seeds trained.
     references
-        Gap in percent by policy name. What lies above three times the largest is cut off: an
-        untrained agent's gap would press all that matters flat.
+        Gap in percent by policy name. The axis ends at three times the largest: an untrained
+        agent's gap would hide all differences.
     """
     figure = Figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
     axes = figure.subplots()
@@ -153,7 +153,7 @@ def draw_learning_curves(curves: pd.DataFrame, references: Mapping[str, float]) 
     axes.set_xlim(left=0)
     highest = 3.0 * max(references.values(), default=np.inf)
     axes.set_ylim(top=min(axes.get_ylim()[1], highest))
-    if axes.get_ylim()[0] > 0:  # what is gained late is small beside what is gained early
+    if axes.get_ylim()[0] > 0:  # late gains are small beside early ones
         lowest = min([curves["gap_percent"].min(), *references.values()])
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.8 * lowest)
@@ -166,7 +166,7 @@ def draw_learning_curves(curves: pd.DataFrame, references: Mapping[str, float]) 
 
 
 def _on_one_grid(runs: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return minutes, shape (points,), and each seed's gap at them, shape (seeds, points)."""
+    """Return minutes, shape (points,), and the gap of each seed then, shape (seeds, points)."""
     seeds = [run.sort_values("training_s") for _, run in runs.groupby("seed", sort=False)]
     begin_s = max(run["training_s"].iloc[0] for run in seeds)
     end_s = min(run["training_s"].iloc[-1] for run in seeds)
@@ -196,7 +196,7 @@ def _last_seconds(log: Records) -> float:
 
 
 def _turn(log: Records) -> NDArray[np.int64]:
-    """Return the how-manieth request of its client each one is, shape (requests,)."""
+    """Return the index of each request among those its client served, shape (requests,)."""
     turn = np.zeros(len(log.client), dtype=np.int64)
     order = np.lexsort((log.admitted_s, log.client))
     first = np.flatnonzero(np.diff(log.client[order], prepend=-2))

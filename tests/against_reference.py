@@ -42,9 +42,9 @@ PHASES = {FUTURE: "future", WAITING: "waiting", RUNNING: "running", FINISHED: "f
 
 def same_times(ours: Sequence[float] | Times, theirs: Sequence[float | None]) -> bool:
     """Equal but for rounding: one adds up rounds, the other uses a closed form. None is NaN."""
-    found, expected = np.asarray(ours), np.array(theirs, dtype=float)
-    near = np.abs(found - expected) <= 1e-12 + 1e-9 * np.abs(expected)
-    return bool((near | (np.isnan(found) & np.isnan(expected))).all())
+    values, expected = np.asarray(ours), np.array(theirs, dtype=float)
+    near = np.abs(values - expected) <= 1e-12 + 1e-9 * np.abs(expected)
+    return bool((near | (np.isnan(values) & np.isnan(expected))).all())
 
 
 def random_case(

@@ -93,9 +93,10 @@ def chunks_of(episodes: int) -> list[Chunk]:
     """Share the episodes out evenly, in chunks."""
     chunks: list[Chunk] = []
     for kind, information in enumerate(INFORMATION):
-        own = episodes // len(INFORMATION) + (kind < episodes % len(INFORMATION))
+        count = episodes // len(INFORMATION) + (kind < episodes % len(INFORMATION))
         chunks += [
-            (information, range(first, min(first + CHUNK, own))) for first in range(0, own, CHUNK)
+            (information, range(first, min(first + CHUNK, count)))
+            for first in range(0, count, CHUNK)
         ]
     return chunks
 

@@ -24,12 +24,12 @@ class Played:
 
     def finishes(self) -> list[tuple[float, int]]:
         """(second, request) in order of finishing."""
-        return [(second, request) for second, kind, request, _ in self.trace if kind == "finish"]
+        return [(second, request) for second, event, request, _ in self.trace if event == "finish"]
 
     def stages(self) -> list[tuple[float, float, list[int]]]:
         """(start, end, requests in order of their clients) of every prefill stage."""
-        ends = {request: second for second, kind, request, _ in self.trace if kind == "first"}
-        admitted = sorted((s, c, r) for s, kind, r, c in self.trace if kind == "admit")
+        ends = {request: second for second, event, request, _ in self.trace if event == "first"}
+        admitted = sorted((s, c, r) for s, event, r, c in self.trace if event == "admit")
         stages: dict[float, list[int]] = {}
         for second, _, request in admitted:
             stages.setdefault(second, []).append(request)

@@ -109,15 +109,15 @@ def trace(log: Records) -> list[tuple[float, str, int, int]]:
     """What happened, in order: (second, "first" | "finish" | "admit", request, client)."""
     kinds = ("first", "finish", "admit")  # a stage ends before the next begins
     events = [
-        (float(second), kinds.index(kind), request, int(log.client[request]))
-        for kind, seconds in zip(
+        (float(second), kinds.index(event), request, int(log.client[request]))
+        for event, seconds in zip(
             kinds, (log.first_token_s, log.finished_s, log.admitted_s), strict=True
         )
         for request, second in enumerate(seconds)
         if np.isfinite(second)
     ]
     return [
-        (second, kinds[kind], request, client) for second, kind, request, client in sorted(events)
+        (second, kinds[event], request, client) for second, event, request, client in sorted(events)
     ]
 
 

@@ -293,7 +293,7 @@ def make_reference(
     rules: Sequence[str] = RULES,
     max_prefill_tokens: int = 0,
     every_round: bool = False,
-    kind: type[ReferenceSimulator] = ReferenceSimulator,
+    simulator_class: type[ReferenceSimulator] = ReferenceSimulator,
 ) -> ReferenceSimulator:
     """A simulator at its first decision point; without `queues` it follows the greedy plan."""
     listed = make_requests_list(requests) if isinstance(requests, Requests) else list(requests)
@@ -301,7 +301,9 @@ def make_reference(
         planned = greedy_queues(listed, clients)
     else:
         planned = [[listed[i] for i in queue] for queue in queues]
-    simulator = kind(listed, clients, costs, planned, rules, max_prefill_tokens, every_round)
+    simulator = simulator_class(
+        listed, clients, costs, planned, rules, max_prefill_tokens, every_round
+    )
     simulator.begin()
     return simulator
 

@@ -91,16 +91,16 @@ TWINS: list[tuple[str, str, Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("section", "key", "other", "own"), TWINS)
-def test_numpys_values_become_pythons(section: str, key: str, other: Any, own: Any) -> None:
+@pytest.mark.parametrize(("section", "key", "other", "plain"), TWINS)
+def test_numpys_values_become_pythons(section: str, key: str, other: Any, plain: Any) -> None:
     """Equal tasks, equal hashes, equal JSON, which numpy's integers cannot be written to."""
     task = ServingEnv("Tiny-v0", overrides={section: {key: other}}).task
-    twin = ServingEnv("Tiny-v0", overrides={section: {key: own}}).task
+    twin = ServingEnv("Tiny-v0", overrides={section: {key: plain}}).task
     assert task == twin
     assert hash(task) == hash(twin)
     assert json.dumps(asdict(task)) == json.dumps(asdict(twin))
     if section != "cost":
-        assert type(getattr(getattr(task, section), key)) is type(own)
+        assert type(getattr(getattr(task, section), key)) is type(plain)
 
 
 def test_cost_tables_take_arrays() -> None:

@@ -332,5 +332,5 @@ def test_the_linear_programs_are_solved_as_highs_solves_them(
             solved = linprog(cost, rows[:1], sides[:1], -rows[1:], -sides[1:], method="highs")
         else:
             solved = linprog(cost, rows, sides, method="highs")
-        found = _cover(cost, size, total, count, exact=exact)
-        assert found == pytest.approx(solved.fun, rel=1e-9)
+        seconds = _cover(cost, size, total, count, exact=exact)
+        assert seconds == pytest.approx(solved.fun, rel=1e-9)

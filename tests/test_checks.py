@@ -143,8 +143,8 @@ def test_a_collection_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         parts.rows(task, seeds, stopped, 1)
     assert list(pd.read_csv(tmp_path / "parts/Tiny-v0.csv")["seed"]) == [5, 5, 6, 6]
     pd.testing.assert_frame_equal(parts.rows(task, seeds, fake_case, 1), table)
-    one, two = ((tmp_path / name / "Tiny-v0.csv").read_bytes() for name in ("whole", "parts"))
-    assert one == two
+    first, second = ((tmp_path / name / "Tiny-v0.csv").read_bytes() for name in ("whole", "parts"))
+    assert first == second
     assert list(parts.rows(task, seeds[:1], fake_case, 1)["kind"]) == ["a", "b"]
 
 

@@ -37,9 +37,9 @@ def test_constructed_outputs_have_the_papers_mean(name: str) -> None:
 
 
 def test_a_preset_gives_the_tasks_own_case() -> None:
-    own = make_case(SMALL, 5).requests.output_tokens
+    drawn = make_case(SMALL, 5).requests.output_tokens
     made = make_constructed_case(SMALL, "gsm8k-lognormal", 5).requests.output_tokens
-    assert np.array_equal(own, made)
+    assert np.array_equal(drawn, made)
 
 
 @pytest.mark.parametrize(

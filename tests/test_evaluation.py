@@ -53,9 +53,9 @@ def test_policies_meet_the_same_cases_in_the_order_asked_for(tmp_path: Path) -> 
 
 
 def test_two_processes_give_the_same_rows(tmp_path: Path) -> None:
-    one = run(tmp_path / "one", ["random", "hybrid"], range(4))
-    two = run(tmp_path / "two", ["random", "hybrid"], range(4), jobs=2)
-    pd.testing.assert_frame_equal(one.drop(columns=TIMED), two.drop(columns=TIMED))
+    serial = run(tmp_path / "one", ["random", "hybrid"], range(4))
+    parallel = run(tmp_path / "two", ["random", "hybrid"], range(4), jobs=2)
+    pd.testing.assert_frame_equal(serial.drop(columns=TIMED), parallel.drop(columns=TIMED))
 
 
 def test_finished_episodes_are_not_run_again(tmp_path: Path) -> None:

@@ -166,7 +166,8 @@ def test_evolution_takes_a_candidate_that_is_cut_short_for_the_worst() -> None:
     free = Evolution(make_model(TINY, h), TINY, h)
     with torch.no_grad():
         gaps, whole = (
-            one._play_pairs(candidates, np.random.default_rng(1))[0] for one in (evolution, free)
+            strategy._play_pairs(candidates, np.random.default_rng(1))[0]
+            for strategy in (evolution, free)
         )
     cut_short = gaps != whole
     assert 0 < cut_short.sum() < 64
@@ -228,8 +229,8 @@ def test_which_evaluation_is_the_best_and_what_is_said_of_it(
 ) -> None:
     callback = watcher(tmp_path, imitation_rounds=int(imitated))
     callback.evaluations = pd.DataFrame([evaluation(*row) for row in rows])
-    found = callback.best
-    assert (None if found is None else found["timesteps"]) == best
+    best_evaluation = callback.best
+    assert (None if best_evaluation is None else best_evaluation["timesteps"]) == best
     assert words in outcome(callback)
 
 
@@ -268,14 +269,14 @@ def test_the_untrained_network_is_not_kept(tmp_path: Path) -> None:
     ],
 )
 def test_a_short_run_makes_as_many_updates(task: str, timesteps: int, environments: int) -> None:
-    usual, own = default_hyperparameters(task), default_hyperparameters(task, timesteps)
-    assert own.environments == environments
+    usual, short = default_hyperparameters(task), default_hyperparameters(task, timesteps)
+    assert short.environments == environments
     if timesteps >= usual.timesteps:
-        assert own == replace(usual, timesteps=timesteps)
+        assert short == replace(usual, timesteps=timesteps)
     elif timesteps > usual.timesteps / usual.environments:
         updates = usual.timesteps / usual.rollout
-        assert timesteps / own.rollout == pytest.approx(updates, rel=0.1)
-        assert own.rollout / own.batch_size == usual.rollout / usual.batch_size
+        assert timesteps / short.rollout == pytest.approx(updates, rel=0.1)
+        assert short.rollout / short.batch_size == usual.rollout / usual.batch_size
 
 
 @pytest.mark.parametrize(

@@ -111,22 +111,22 @@ def test_directions_are_the_leading_ones_of_the_information(
     monkeypatch.setattr(module, "_STATES", 200)
     model = make_model(SMALL, H)
     evolution = Evolution(model, SMALL, H)
-    own = layer(model).astype(float)
+    weights = layer(model).astype(float)
     with torch.no_grad():
-        features, masks, _ = evolution._states(own, np.random.default_rng(0))
+        features, masks, _ = evolution._states(weights, np.random.default_rng(0))
     assert features.shape == (200, 9)
     assert (features[:, -1] == 1).all()
-    size = own.size
+    size = weights.size
     matrix, undecided = np.zeros((size, size)), 0.0
     for state, mask in zip(features, masks, strict=True):
-        scores = np.where(mask, np.exp(own @ state / module._TEMPERATURE), 0.0)
+        scores = np.where(mask, np.exp(weights @ state / module._TEMPERATURE), 0.0)
         p = scores / scores.sum()
         matrix += np.kron(np.diag(p) - np.outer(p, p), np.outer(state, state))
         undecided += 1 - np.square(p).sum()
     values, vectors = np.linalg.eigh(matrix / undecided)
     with torch.no_grad():
-        directions, _ = evolution._directions(own, np.random.default_rng(0))
-    assert directions.shape == (3, *own.shape)
+        directions, _ = evolution._directions(weights, np.random.default_rng(0))
+    assert directions.shape == (3, *weights.shape)
     floor = module._LEAST_INFORMATION * values[-1]
     for direction in directions.reshape(3, size):
         length = np.linalg.norm(direction)
@@ -222,6 +222,6 @@ def test_the_command_line_shows_and_keeps_an_evolution(tmp_path: Path) -> None:
 def test_a_task_whose_agents_evolve_is_validated_on_many_cases() -> None:
     assert default_hyperparameters("servegym/GSM8KPredicted-v0").evolves
     assert script.read_args(["--task", "GSM8KPredicted-v0"]).validation_cases == 300
-    own = ["--task", "GSM8KPredicted-v0", "--validation-cases", "7"]
-    assert script.read_args(own).validation_cases == 7
+    words = ["--task", "GSM8KPredicted-v0", "--validation-cases", "7"]
+    assert script.read_args(words).validation_cases == 7
     assert script.read_args(["--task", "GSM8K-v0"]).validation_cases == 20

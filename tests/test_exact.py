@@ -84,10 +84,10 @@ def test_three_ways_agree(block: int) -> None:
         assert replay(problem, alone.schedule) == expected, seed
         assert alone.bound_s + problem.constant_s == expected, seed
         for method in METHODS:
-            found = solve(requests, clients, costs, budget, method=method)
-            assert found.proven, (seed, method)
-            assert found.lower_bound_s == found.makespan_s == expected, (seed, method)
-            assert replay(problem, found.schedule) == found.makespan_s
+            optimum = solve(requests, clients, costs, budget, method=method)
+            assert optimum.proven, (seed, method)
+            assert optimum.lower_bound_s == optimum.makespan_s == expected, (seed, method)
+            assert replay(problem, optimum.schedule) == optimum.makespan_s
 
 
 @pytest.mark.filterwarnings("ignore:decode table ends")
@@ -106,25 +106,25 @@ def test_the_cases_are_varied() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_by_hand(method: str) -> None:
     """Rounds 3, 3, 1 and 1 on two clients, a stage 2 s: pairs of a length, 2 + 3 + 2 + 1 s."""
-    found = solve(instance((5, 4), (5, 2), (5, 4), (5, 2)), 2, UNIT_COSTS, method=method)
-    assert found.makespan_s == 8.0
-    assert {frozenset(ids) for _, ids in found.schedule} == {frozenset({0, 2}), frozenset({1, 3})}
+    optimum = solve(instance((5, 4), (5, 2), (5, 4), (5, 2)), 2, UNIT_COSTS, method=method)
+    assert optimum.makespan_s == 8.0
+    assert {frozenset(ids) for _, ids in optimum.schedule} == {frozenset({0, 2}), frozenset({1, 3})}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_requests_without_rounds(method: str) -> None:
     """Each stage holds two at most, nothing is decoded."""
-    found = solve(instance(*[(5, 1)] * 5), 2, UNIT_COSTS, method=method)
-    assert found.makespan_s == 6.0
-    assert all(clock == 0 for clock, _ in found.schedule)
+    optimum = solve(instance(*[(5, 1)] * 5), 2, UNIT_COSTS, method=method)
+    assert optimum.makespan_s == 6.0
+    assert all(clock == 0 for clock, _ in optimum.schedule)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_waiting_can_pay(method: str) -> None:
     """Two clients together are slower than one after the other: a client stays idle on purpose."""
     costs = StageCosts(TableDecode((1, 2), (1.0, 5.0)), AffinePrefill(0.5, 0.0))
-    found = solve(instance((5, 3), (5, 3)), 2, costs, method=method)
-    assert found.makespan_s == 0.5 + 2.0 + 0.5 + 2.0
+    optimum = solve(instance((5, 3), (5, 3)), 2, costs, method=method)
+    assert optimum.makespan_s == 0.5 + 2.0 + 0.5 + 2.0
 
 
 @pytest.mark.parametrize(("clients", "longest"), [(3, 9), (3, 30), (4, 9)])
@@ -132,10 +132,10 @@ def test_larger_cases_are_proven(clients: int, longest: int) -> None:
     """The bound of ``servegym.envs.bounds.batch`` is below, and the search closes what it leaves open."""
     for seed in range(3):
         requests = tiny_requests(10, longest, seed)
-        found = solve(requests, clients, TINY.cost)
+        result = solve(requests, clients, TINY.cost)
         bound = lower_bound(requests, clients, TINY.cost.tables(clients))
-        assert found.proven
-        assert bound.seconds <= found.makespan_s
+        assert result.proven
+        assert bound.seconds <= result.makespan_s
 
 
 @settings(max_examples=40)
@@ -164,10 +164,10 @@ def test_out_of_time(method: str) -> None:
     requests = tiny_requests(12, 30, 0)
     optimum = solve(requests, 4, TINY.cost)
     assert optimum.proven
-    found = solve(requests, 4, TINY.cost, method=method, time_limit_s=0.001)
-    assert not found.proven
-    assert found.lower_bound_s <= optimum.makespan_s < found.makespan_s
-    assert found.gap == found.makespan_s / found.lower_bound_s - 1 > 0
+    result = solve(requests, 4, TINY.cost, method=method, time_limit_s=0.001)
+    assert not result.proven
+    assert result.lower_bound_s <= optimum.makespan_s < result.makespan_s
+    assert result.gap == result.makespan_s / result.lower_bound_s - 1 > 0
 
 
 @pytest.mark.parametrize(

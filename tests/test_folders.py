@@ -139,13 +139,13 @@ def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> 
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     left = tmp_path / f".episodes.csv.{gone.pid}.tmp"
-    alive, own = tmp_path / f".plan.json.{os.getppid()}.tmp", tmp_path / ".note.tmp"
-    for path in (left, alive, own):
+    alive, foreign = tmp_path / f".plan.json.{os.getppid()}.tmp", tmp_path / ".note.tmp"
+    for path in (left, alive, foreign):
         path.touch()
     with locked(tmp_path):
         assert not left.exists()
         assert alive.exists()
-        assert own.exists()
+        assert foreign.exists()
 
 
 @pytest.mark.parametrize("name", ["file", "file/out"])

@@ -100,8 +100,8 @@ def test_as_gymnasium_steps_it(
             assert same(begun[0], anew[0])
             assert same(begun[1], anew[1])
     assert episodes >= 6
-    for own, row in zip(ours._rngs, theirs.envs, strict=True):
-        assert own.bit_generator.state == row.unwrapped.np_random.bit_generator.state
+    for ours_rng, row in zip(ours._rngs, theirs.envs, strict=True):
+        assert ours_rng.bit_generator.state == row.unwrapped.np_random.bit_generator.state
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)

@@ -64,7 +64,7 @@ def test_fcfs_goes_by_arrival(play: Player) -> None:
 
 def clients_of(played: Played) -> dict[int, int]:
     """The client that each request was admitted to."""
-    return {request: client for _, kind, request, client in played.trace if kind == "admit"}
+    return {request: client for _, event, request, client in played.trace if event == "admit"}
 
 
 def test_greedy_plan(play: Player) -> None:

@@ -158,8 +158,8 @@ def test_padding_is_the_least_of_all_sets(seed: int) -> None:
     # And by the definition: sets of lengths of which one is the longest.
     sets = itertools.combinations(lengths[:-1], min(differences, n) - 1)
     assert padding == min(
-        int(((found[np.searchsorted(found, lengths)] - lengths) * counts).sum())
-        for found in (np.array([*chosen, lengths[-1]]) for chosen in sets)
+        int(((chosen_lengths[np.searchsorted(chosen_lengths, lengths)] - lengths) * counts).sum())
+        for chosen_lengths in (np.array([*chosen, lengths[-1]]) for chosen in sets)
     )
 
 

@@ -115,9 +115,9 @@ def test_equal_arguments_give_equal_plans() -> None:
     def plan(seed: int) -> JointPlan:
         return plan_jointly(case.requests, 3, TINY.cost.tables(3), seed=seed, moves=5_000)
 
-    one, other = plan(1), plan(1)
-    assert one.makespan_s == other.makespan_s
-    for mine, its in zip(one.stages, other.stages, strict=True):
+    first, second = plan(1), plan(1)
+    assert first.makespan_s == second.makespan_s
+    for mine, its in zip(first.stages, second.stages, strict=True):
         assert mine.clock == its.clock
         np.testing.assert_array_equal(mine.requests, its.requests)
 

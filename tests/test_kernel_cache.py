@@ -64,11 +64,11 @@ class Sources:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sources:
-    found = Sources(tmp_path)
-    monkeypatch.syspath_prepend(found.folder)
+    folders = Sources(tmp_path)
+    monkeypatch.syspath_prepend(folders.folder)
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(found.users))
-    return found
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folders.users))
+    return folders
 
 
 def test_what_was_compiled_once_is_read(sources: Sources) -> None:
@@ -134,9 +134,11 @@ def test_no_other_cache_where_no_folder_can_be_written(
 ) -> None:
     (tmp_path / "blocked").write_text("no folder")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "blocked"))
-    with pytest.warns(RuntimeWarning, match="set NUMBA_CACHE_DIR to a folder of your own") as said:
+    with pytest.warns(
+        RuntimeWarning, match="set NUMBA_CACHE_DIR to a folder of your own"
+    ) as warned:
         assert sources.run() == (21, 0)
-    assert len(said) == 1
+    assert len(warned) == 1
     assert not sources.files(tmp_path)
 
 
@@ -192,9 +194,12 @@ def test_another_users_folder_is_not_trusted(
 @pytest.mark.skipif(os.name != "posix", reason="there are no owners")
 def test_the_temporary_folder_is_never_used() -> None:
     source = Path(kernel_cache.__file__)
-    own = [folder for folder in cache_folders(source) if not folder.is_relative_to(source.parent)]
+    folders = [
+        folder for folder in cache_folders(source) if not folder.is_relative_to(source.parent)
+    ]
     assert (
-        all(folder.parent.name == "servegym" for folder in own) or "NUMBA_CACHE_DIR" in os.environ
+        all(folder.parent.name == "servegym" for folder in folders)
+        or "NUMBA_CACHE_DIR" in os.environ
     )
 
 

@@ -60,8 +60,8 @@ def test_what_goes_on_where_it_was_killed_has_no_fault(
 def test_every_fault_is_seen(
     begin: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = kill(begin, tmp_path, monkeypatch).faults
-    assert any(fault in line for line in found), found
+    reported = kill(begin, tmp_path, monkeypatch).faults
+    assert any(fault in line for line in reported), reported
 
 
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:

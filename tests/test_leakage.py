@@ -63,10 +63,10 @@ def in_step(envs: list[ServingEnv]) -> Iterator[list[Situation]]:
 
 
 def assert_alike(envs: list[ServingEnv], situations: list[Situation]) -> None:
-    one, other = situations
-    assert one.view == other.view
-    assert one.observation.tobytes() == other.observation.tobytes()
-    assert one.mask.tolist() == other.mask.tolist()
+    first, second = situations
+    assert first.view == second.view
+    assert first.observation.tobytes() == second.observation.tobytes()
+    assert first.mask.tolist() == second.mask.tolist()
     assert imagined_bytes(envs[0]) == imagined_bytes(envs[1])
 
 
@@ -89,10 +89,10 @@ def test_no_policy_sees_true_lengths(name: str, lengths: str) -> None:
             coarse = requests.predicted_output_tokens // 150 * 150 + 75
             requests = replace(requests, predicted_output_tokens=coarse)
         # A swap of a few is told of late, one of many soon.
-        other = other_truth(requests, rng, most=(2, 5, 1000)[seed % 3])
-        trials += not np.array_equal(other.output_tokens, requests.output_tokens)
+        altered = other_truth(requests, rng, most=(2, 5, 1000)[seed % 3])
+        trials += not np.array_equal(altered.output_tokens, requests.output_tokens)
         envs = [ServingEnv(task), ServingEnv(task)]
-        for env, policy, truth in zip(envs, policies, (requests, other), strict=True):
+        for env, policy, truth in zip(envs, policies, (requests, altered), strict=True):
             case = replace(make_case(task, seed), requests=truth)
             plan = policy.prepare(brief(task, case, seed))
             env.reset(seed=seed, options={"requests": truth, "plan": plan})
@@ -114,13 +114,13 @@ def test_no_policy_sees_true_lengths(name: str, lengths: str) -> None:
 def test_the_leak_test_would_notice() -> None:
     """With known lengths another truth is seen at once."""
     requests = sample_requests(UNKNOWN, np.random.default_rng(0))
-    other = other_truth(requests, np.random.default_rng(1))
+    altered = other_truth(requests, np.random.default_rng(1))
     half = np.arange(len(requests)) % 2 == 0
-    longer = replace(other, output_tokens=np.where(half, 700, 20))
+    longer = replace(altered, output_tokens=np.where(half, 700, 20))
     alike = [ServingEnv(UNKNOWN).reset(options={"requests": r})[0] for r in (requests, longer)]
     assert alike[0].tobytes() == alike[1].tobytes()
-    told = [ServingEnv(KNOWN).reset(options={"requests": r})[0] for r in (requests, longer)]
-    assert told[0].tobytes() != told[1].tobytes()
+    observations = [ServingEnv(KNOWN).reset(options={"requests": r})[0] for r in (requests, longer)]
+    assert observations[0].tobytes() != observations[1].tobytes()
 
 
 @given(ROWS, st.integers(1, 6), st.booleans(), st.integers(0, 2**32 - 1))
@@ -160,9 +160,9 @@ def test_aligned_aims_at_expected_finishes() -> None:
 
 def test_a_briefing_holds_predictions_only() -> None:
     case = make_case(SMALL, 0)
-    told = brief(SMALL, case, 0).requests
-    assert told is not None
-    assert told.output_tokens.tolist() == case.requests.predicted_output_tokens.tolist()
+    briefed = brief(SMALL, case, 0).requests
+    assert briefed is not None
+    assert briefed.output_tokens.tolist() == case.requests.predicted_output_tokens.tolist()
     known = brief(KNOWN, make_case(KNOWN, 0), 0).requests
     assert known is not None
     assert known.output_tokens.tolist() == case.requests.output_tokens.tolist()

@@ -38,10 +38,10 @@ VARIANTS = list(itertools.product(FORMULATIONS, [False, True]))
 def test_by_hand(formulation: str, break_symmetry: bool) -> None:
     """5 + 5 and 5 + 3: no better plan, although the area says 9."""
     rounds = whole(3, 5, 5, 5)
-    found = solve_mip(
+    solution = solve_mip(
         rounds, 2, time_limit_s=10, formulation=formulation, break_symmetry=break_symmetry
     )
-    assert load_of(rounds, found.client_of, 2) == found.lower_bound == 10
+    assert load_of(rounds, solution.client_of, 2) == solution.lower_bound == 10
 
 
 @settings(max_examples=15)
@@ -57,7 +57,7 @@ def test_agrees_with_the_planner(
     rounds = whole(*lengths)
     planned = plan_offline(rounds, clients)
     start = np.arange(len(rounds)) % clients
-    found = solve_mip(
+    solution = solve_mip(
         rounds,
         clients,
         time_limit_s=20,
@@ -66,7 +66,7 @@ def test_agrees_with_the_planner(
         formulation=variant[0],
         break_symmetry=variant[1],
     )
-    assert load_of(rounds, found.client_of, clients) == found.lower_bound == planned.load
+    assert load_of(rounds, solution.client_of, clients) == solution.lower_bound == planned.load
 
 
 HARD = np.random.default_rng(0).integers(100, 1000, 240)
@@ -79,7 +79,7 @@ def test_a_start_is_kept_or_improved(formulation: str, break_symmetry: bool) -> 
     start = np.empty(len(HARD), dtype=np.int64)
     for client in range(60):
         start[planned.plan.queue(client)] = client
-    found = solve_mip(
+    solution = solve_mip(
         HARD,
         60,
         time_limit_s=0.5,
@@ -88,8 +88,8 @@ def test_a_start_is_kept_or_improved(formulation: str, break_symmetry: bool) -> 
         formulation=formulation,
         break_symmetry=break_symmetry,
     )
-    assert load_of(HARD, found.client_of, 60) <= planned.load
-    assert found.lower_bound >= planned.lower_bound
+    assert load_of(HARD, solution.client_of, 60) <= planned.load
+    assert solution.lower_bound >= planned.lower_bound
 
 
 def test_cold_under_a_time_limit_is_worse() -> None:

@@ -116,8 +116,8 @@ def test_a_plan_at_risk_of_the_longest_lengths() -> None:
     requests = Requests(*vars(requests).values())
     task = TaskConfig("test", cluster=ClusterConfig(clients=2), cost=UNIT_COSTS)
     case = bound_case(lower(task), requests)
-    told = brief(task, case, seed=0)
-    assert plan_at_risk(requests.as_predicted(), told, deviations=100.0).clients == 2
+    briefing = brief(task, case, seed=0)
+    assert plan_at_risk(requests.as_predicted(), briefing, deviations=100.0).clients == 2
 
 
 # ---- bounds that hold -----------------------------------------------------------------------

@@ -48,12 +48,12 @@ def test_optima_are_kept_and_unproven_ones_searched_again(tmp_path: Path) -> Non
     assert not hurried["proven"].any()
     path = tmp_path / module.FILE
     assert find_optima(TINY, range(3), tmp_path, 1e-4, progress=False).equals(hurried)
-    found = find_optima(TINY, range(4), tmp_path, 10.0, progress=False)
-    assert found["proven"].all()
-    assert (found["bound_s"] == found["optimum_s"]).all()
-    assert (hurried["bound_s"] <= found["bound_s"][:3]).all()
-    assert (hurried["optimum_s"] >= found["optimum_s"][:3]).all()
-    path.write_text(path.read_text().replace(f"{found['optimum_s'][1]}", "3.5"))
+    optima = find_optima(TINY, range(4), tmp_path, 10.0, progress=False)
+    assert optima["proven"].all()
+    assert (optima["bound_s"] == optima["optimum_s"]).all()
+    assert (hurried["bound_s"] <= optima["bound_s"][:3]).all()
+    assert (hurried["optimum_s"] >= optima["optimum_s"][:3]).all()
+    path.write_text(path.read_text().replace(f"{optima['optimum_s'][1]}", "3.5"))
     kept = find_optima(TINY, [1, 4], tmp_path, 20.0, progress=False)
     assert list(kept["seed"]) == [1, 4]
     assert kept["optimum_s"][0] == 3.5
@@ -93,8 +93,8 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
 def test_no_policy_is_below_the_optimum(tmp_path: Path, policy: str, lengths: str) -> None:
     """Every registered one, also where it does not know the lengths."""
     task = with_overrides(TINY, {"information": {"output_lengths": lengths}})
-    found = find_optima(task, range(4), tmp_path, 10.0, progress=False)
-    for seed, optimum_s in zip(found["seed"], found["optimum_s"], strict=True):
+    optima = find_optima(task, range(4), tmp_path, 10.0, progress=False)
+    for seed, optimum_s in zip(optima["seed"], optima["optimum_s"], strict=True):
         case = make_case(task, seed)
         makespan_s = play(task, policy, make_policy(policy), case, seed).row["makespan_s"]
         assert case.bound.seconds * (1 - 1e-9) <= optimum_s <= makespan_s * (1 + 1e-9)
@@ -157,9 +157,9 @@ def test_bound_optimum_best_known_and_policies_stand_in_order(
     rows = played(policies)
     rows["lower_bound_s"] = np.tile(bounds[:, 0], 2)
     rows["gap"] = rows["makespan_s"] / rows["lower_bound_s"] - 1
-    found = np.array([case[0] for case in cases])  # perhaps a poor one
+    best_known_s = np.array([case[0] for case in cases])  # perhaps a poor one
     known = pd.DataFrame(
-        {"seed": range(len(cases)), "best_known_s": np.maximum(found, bounds[:, 1])}
+        {"seed": range(len(cases)), "best_known_s": np.maximum(best_known_s, bounds[:, 1])}
     )
     by_case = best_known_by_case(rows, known)
     fastest = rows.groupby("seed")["makespan_s"].min()

@@ -61,7 +61,7 @@ def test_a_worker_that_is_killed_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("jobs", "things", "processors", "useful", "said"),
+    ("jobs", "things", "processors", "useful", "notice"),
     [
         (2, 100, 8, 2, ""),
         (2, 1, 8, 1, ""),  # the usual number is nobody's wish
@@ -78,7 +78,7 @@ def test_jobs_are_capped_at_what_is_useful(
     things: int,
     processors: int,
     useful: int,
-    said: str,
+    notice: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -87,8 +87,8 @@ def test_jobs_are_capped_at_what_is_useful(
     for _ in range(3):
         assert useful_jobs(jobs, things) == useful
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == (1 if said else 0)
-    assert all(line.startswith(said) for line in lines)
+    assert len(lines) == (1 if notice else 0)
+    assert all(line.startswith(notice) for line in lines)
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "1025", str(10**20), "9" * 400])

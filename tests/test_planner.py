@@ -106,19 +106,19 @@ class TestHandSolved:
     )
     def test_queues(self, rounds: list[int], clients: int, expected: list[list[int]]) -> None:
         """Clients are alike: only their queues count, not who has which."""
-        found = plan_offline(whole(*rounds), clients)
-        assert found.status == "optimal"
+        certified = plan_offline(whole(*rounds), clients)
+        assert certified.status == "optimal"
         if 0 not in rounds:
-            assert sorted(queues(found.plan)) == expected
+            assert sorted(queues(certified.plan)) == expected
 
     def test_requests_without_rounds_go_to_the_shortest_queues(self) -> None:
-        found = plan_offline(whole(0, 9, 0, 0, 0), 3)
-        assert sorted(len(queue) for queue in queues(found.plan)) == [1, 2, 2]
-        assert found.load == 9
+        certified = plan_offline(whole(0, 9, 0, 0, 0), 3)
+        assert sorted(len(queue) for queue in queues(certified.plan)) == [1, 2, 2]
+        assert certified.load == 9
 
     def test_no_request_at_all(self) -> None:
-        found = plan_offline(whole(), 2)
-        assert (queues(found.plan), found.load, found.status, found.gap) == (
+        certified = plan_offline(whole(), 2)
+        assert (queues(certified.plan), certified.load, certified.status, certified.gap) == (
             [[], []],
             0,
             "optimal",
@@ -127,27 +127,27 @@ class TestHandSolved:
 
     def test_the_optimum_may_be_above_the_bound(self) -> None:
         """5 + 5 and 5 + 3: the area says 9, and only whole requests show that 9 is impossible."""
-        found = plan_offline(whole(5, 5, 5, 3), 2)
-        assert (found.load, found.lower_bound, found.status) == (10, 10, "optimal")
+        certified = plan_offline(whole(5, 5, 5, 3), 2)
+        assert (certified.load, certified.lower_bound, certified.status) == (10, 10, "optimal")
 
 
 @given(tiny)
 def test_agrees_with_brute_force(case: tuple[NDArray[np.int64], int]) -> None:
-    found = plan_offline(*case)
-    assert found.load == found.lower_bound == least_load(*case)
+    certified = plan_offline(*case)
+    assert certified.load == certified.lower_bound == least_load(*case)
 
 
 @given(small, st.integers(0, 3))
 def test_every_plan_is_sound(case: tuple[NDArray[np.int64], int], seed: int) -> None:
     rounds, clients = case
-    found = plan_offline(rounds, clients, time_limit_s=0.02, seed=seed)
-    assert sorted(found.plan.order.tolist()) == list(range(len(rounds)))
-    assert found.plan.clients == clients
-    assert found.load == found.plan.loads(rounds).max()
-    assert rounds_lower_bound(rounds, clients) <= found.lower_bound <= found.load
-    assert (found.status == "optimal") == (found.load == found.lower_bound)
-    assert found.load <= plan_offline(rounds, clients, solver="lpt").load
-    for queue in queues(found.plan):
+    certified = plan_offline(rounds, clients, time_limit_s=0.02, seed=seed)
+    assert sorted(certified.plan.order.tolist()) == list(range(len(rounds)))
+    assert certified.plan.clients == clients
+    assert certified.load == certified.plan.loads(rounds).max()
+    assert rounds_lower_bound(rounds, clients) <= certified.lower_bound <= certified.load
+    assert (certified.status == "optimal") == (certified.load == certified.lower_bound)
+    assert certified.load <= plan_offline(rounds, clients, solver="lpt").load
+    for queue in queues(certified.plan):
         assert queue == sorted(queue, key=lambda request: (-rounds[request], request))
 
 
@@ -155,8 +155,8 @@ def test_every_plan_is_sound(case: tuple[NDArray[np.int64], int], seed: int) -> 
 def test_the_papers_size_is_solved(seed: int) -> None:
     """1319 requests on 200 clients: the area bound is met."""
     rounds = lognormal(1319, seed)
-    found = rebalanced_plan(rounds, 200)
-    assert found.load == math.ceil(rounds.sum() / 200)
+    certified = rebalanced_plan(rounds, 200)
+    assert certified.load == math.ceil(rounds.sum() / 200)
 
 
 @pytest.mark.parametrize(
@@ -169,29 +169,29 @@ def test_the_papers_size_is_solved(seed: int) -> None:
 )
 def test_long_queues_and_long_requests(scale: int, requests: int, clients: int) -> None:
     rounds = lognormal(requests, seed=0) * scale
-    found = rebalanced_plan(rounds, clients, tries=2000)
-    assert sorted(found.plan.order.tolist()) == list(range(requests))
-    assert found.gap < 0.02
-    assert found.load < plan_offline(rounds, clients, solver="lpt").load
+    certified = rebalanced_plan(rounds, clients, tries=2000)
+    assert sorted(certified.plan.order.tolist()) == list(range(requests))
+    assert certified.gap < 0.02
+    assert certified.load < plan_offline(rounds, clients, solver="lpt").load
 
 
 def test_pricing_proves_what_the_area_cannot() -> None:
     """Each client takes two of 511 and one of 300; the last 300 costs far more than its area."""
     rounds = np.repeat(whole(511, 300), [40, 21])
-    found = plan_offline(rounds, 20, time_limit_s=20)
-    assert rounds_lower_bound(rounds, 20) < found.lower_bound == found.load
+    certified = plan_offline(rounds, 20, time_limit_s=20)
+    assert rounds_lower_bound(rounds, 20) < certified.lower_bound == certified.load
 
 
 class TestReproducibility:
     def test_the_clock_is_not_asked(self) -> None:
         rounds = lognormal(320, seed=2)
-        one, two = (rebalanced_plan(rounds, 100, tries=3000) for _ in range(2))
-        assert queues(one.plan) == queues(two.plan)
+        first, second = (rebalanced_plan(rounds, 100, tries=3000) for _ in range(2))
+        assert queues(first.plan) == queues(second.plan)
 
     def test_another_seed_walks_elsewhere(self) -> None:
         rounds = lognormal(320, seed=2)
-        one, two = (rebalanced_plan(rounds, 100, tries=3000, seed=seed) for seed in (0, 1))
-        assert queues(one.plan) != queues(two.plan)
+        first, second = (rebalanced_plan(rounds, 100, tries=3000, seed=seed) for seed in (0, 1))
+        assert queues(first.plan) != queues(second.plan)
 
     def test_no_tries_are_longest_first(self) -> None:
         rounds = lognormal(320, seed=2)
@@ -286,9 +286,9 @@ class TestCertifiedPlan:
             CertifiedPlan(**good | values)
 
     def test_summary(self) -> None:
-        found = CertifiedPlan(self.PLAN, 10, 8, "lpt", 0.0125)
-        assert found.gap == 0.25
-        assert found.summary() == (
+        certified = CertifiedPlan(self.PLAN, 10, 8, "lpt", 0.0125)
+        assert certified.gap == 0.25
+        assert certified.summary() == (
             "load 10 rounds, lower bound 8, feasible (gap 25.000%), 0.013 s, solver lpt"
         )
 
@@ -326,8 +326,8 @@ def test_tries_must_not_be_negative() -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_gives_a_plan(solver: str) -> None:
     rounds = whole(9, 8, 0, 7, 6, 5, 4)
-    found = plan_offline(rounds, 3, solver=solver)
-    assert sorted(found.plan.order.tolist()) == list(range(7))
-    assert found.solver == solver
-    assert found.load == 13  # 9 + 4, 8 + 5, 7 + 6
-    assert found.status == "optimal"
+    certified = plan_offline(rounds, 3, solver=solver)
+    assert sorted(certified.plan.order.tolist()) == list(range(7))
+    assert certified.solver == solver
+    assert certified.load == 13  # 9 + 4, 8 + 5, 7 + 6
+    assert certified.status == "optimal"

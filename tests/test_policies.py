@@ -164,9 +164,9 @@ def test_keys_reach_planners_and_comparisons() -> None:
         ("offline-risk(risk=2)", "offline-risk-2"),
         ("offline-saa(scenarios=9)", "offline-saa-9"),
     ]:
-        one, other = make_trigger_policy(long), make_trigger_policy(short)
-        assert one.comparison == other.comparison
-        assert getattr(one.planner, "keywords", None) == getattr(other.planner, "keywords", None)
+        first, second = make_trigger_policy(long), make_trigger_policy(short)
+        assert first.comparison == second.comparison
+        assert getattr(first.planner, "keywords", None) == getattr(second.planner, "keywords", None)
     assert make_trigger_policy("quantile(quantile=0.9)").comparison["quantile"] == 0.9
 
 

@@ -221,12 +221,12 @@ def test_fractions_of_tokens_are_refused() -> None:
 
 
 def test_unsorted_or_unequal_fields_cannot_be_built() -> None:
-    one, two = np.ones(1, dtype=np.int64), np.ones(2, dtype=np.int64)
+    single, pair = np.ones(1, dtype=np.int64), np.ones(2, dtype=np.int64)
     with pytest.raises(ServegymError, match="arrival_s must not decrease; sort the requests first"):
-        Requests(np.array([1.0, 0.5]), two, two, two)
+        Requests(np.array([1.0, 0.5]), pair, pair, pair)
     with pytest.raises(ServegymError, match="output_tokens has 1 entries, arrival_s has 2"):
-        Requests(np.zeros(2), two, one, two)
-    assert len(Requests(np.array([0.5, 0.5]), two, two, two)) == 2
+        Requests(np.zeros(2), pair, single, pair)
+    assert len(Requests(np.array([0.5, 0.5]), pair, pair, pair)) == 2
 
 
 def test_predictions_default_to_the_truth() -> None:

@@ -59,8 +59,8 @@ def test_the_gsm8k_table_follows_from_its_episodes() -> None:
     best_known = pd.read_csv(RESULTS / "gsm8k/best_known.csv")
     table = to_markdown(summarise(episodes, "hybrid", best_known=best_known))
     assert table in (RESULTS / "gsm8k/summary.md").read_text()
-    found = pd.read_csv(RESULTS / "best_known/best_known.csv")
-    assert best_known.equals(found[list(best_known.columns)])
+    source = pd.read_csv(RESULTS / "best_known/best_known.csv")
+    assert best_known.equals(source[list(best_known.columns)])
 
 
 @pytest.mark.parametrize("name", ["paper/study", "paper/case", "gsm8k"])

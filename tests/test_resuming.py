@@ -182,13 +182,13 @@ def test_a_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path) -> No
 
 def test_a_checkpoint_that_lies_about_its_run_is_refused(tmp_path: Path) -> None:
     """The names agree, the arrays do not fit: one line all the same."""
-    own = identity(TINY, SMALL)
+    expected = identity(TINY, SMALL)
     for other in (replace(SMALL, width=9), replace(SMALL, environments=2)):
         model = make_model(TINY, other)
         model._setup_learn(1)
-        path = save_checkpoint(model, own, tmp_path)
+        path = save_checkpoint(model, expected, tmp_path)
         with pytest.raises(ServegymError, match=r"damaged|other environments") as caught:
-            load_checkpoint(make_model(TINY, SMALL), own, path)
+            load_checkpoint(make_model(TINY, SMALL), expected, path)
         assert "\n" not in str(caught.value)
 
 

@@ -179,11 +179,12 @@ def test_lines_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_commands_in_notes_can_be_pasted() -> None:
-    found = cli.command_line(
+    command = cli.command_line(
         "tune", task="a b.toml", policies="x,y", time_limit=0.5, workload="", jobs=2
     )
     assert (
-        found == "python scripts/tune.py --task 'a b.toml' --policies x,y --time-limit 0.5 --jobs 2"
+        command
+        == "python scripts/tune.py --task 'a b.toml' --policies x,y --time-limit 0.5 --jobs 2"
     )
 
 
@@ -275,6 +276,6 @@ def test_what_the_system_refuses_is_a_line(
     with pytest.raises(SystemExit) as stop:
         cli.run(main, [])
     assert stop.value.code in (2, 74)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.endswith(f"{line}\n")
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.endswith(f"{line}\n")

@@ -64,11 +64,11 @@ def content(state: State) -> dict[str, Any]:
     return named
 
 
-def assert_same(one: dict[str, Any], other: dict[str, Any], but: tuple[str, ...] = ()) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
+def assert_same(first: dict[str, Any], second: dict[str, Any], but: tuple[str, ...] = ()) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
         if name not in but:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+            np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
 def state_of(env: ServingEnv) -> State:
@@ -196,8 +196,8 @@ def test_values_are_those_of_branches_in_the_real_environment(name: str, task: T
 def test_values_do_not_depend_on_threads() -> None:
     env = ServingVectorEnv(5, TINY)
     env.reset(seed=0)
-    one, two = (make_rollout_expert("lpt", TINY, threads)(env) for threads in (1, 2))
-    np.testing.assert_array_equal(one, two)
+    serial, parallel = (make_rollout_expert("lpt", TINY, threads)(env) for threads in (1, 2))
+    np.testing.assert_array_equal(serial, parallel)
 
 
 def test_the_expert_leaves_the_environment_as_it_was() -> None:

@@ -122,11 +122,11 @@ def test_damaged_records(
     with pytest.raises(SystemExit) as stop:
         run_script(script.main, ["--resume", "--output", str(tmp_path)])
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert f"{path}: " in said
-    assert words in said
-    assert "begin a run in another folder" in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"{path}: " in message
+    assert words in message
+    assert "begin a run in another folder" in message
 
 
 @pytest.mark.parametrize("file", [CARD_FILE, WEIGHTS_FILE])

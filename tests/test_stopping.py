@@ -112,10 +112,10 @@ def test_callbacks_of_stable_baselines3_stop_it(kind: str, tmp_path: Path) -> No
     if kind == "episodes":
         callback: BaseCallback = StopTrainingOnMaxEpisodes(max_episodes=2)  # in each environment
     else:
-        own = VecMonitor(ServingSB3VecEnv(ServingVectorEnv(2, TINY)))
+        vector_env = VecMonitor(ServingSB3VecEnv(ServingVectorEnv(2, TINY)))
         threshold = StopTrainingOnRewardThreshold(-1e9)
         callback = EvalCallback(
-            own, callback_on_new_best=threshold, n_eval_episodes=2, eval_freq=10, verbose=0
+            vector_env, callback_on_new_best=threshold, n_eval_episodes=2, eval_freq=10, verbose=0
         )
     model = train(TINY, SMALL, tmp_path / "run", callbacks=[callback], options=QUIET)
     assert 0 < model.num_timesteps < SMALL.timesteps

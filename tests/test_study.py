@@ -45,7 +45,7 @@ def default_grid() -> list[Run]:
 def test_the_grid_is_what_the_study_needs() -> None:
     """All tasks with five seeds; every round; each rule left out; with imitation; no masks."""
     runs = default_grid()
-    names = [one.name for one in runs]
+    names = [training.name for training in runs]
     tasks = ("GSM8K-v0", "Paper-v0", "Tiny-v0", "GSM8KPredicted-v0")
     main = [f"{task}/main/{seed}" for task in tasks for seed in range(5)]
     assert names[:20] == main  # in the order of their worth
@@ -53,9 +53,14 @@ def test_the_grid_is_what_the_study_needs() -> None:
     variants = {"short", "imitation", "every-round", "ppo-unmasked"}
     variants |= {f"without-{rule}" for rule in rules}
     assert set(names[20:]) == {f"GSM8K-v0/{variant}/0" for variant in variants}
-    assert [one.timesteps for one in runs[4:20:5]] == [8_000_000, 3_000_000, 300_000, 3_000_000]
-    assert {one.timesteps for one in runs[20:]} == {2_000_000}
-    assert [one.policy for one in (runs[1], runs[20])] == ["ppo-1", "short-0"]
+    assert [training.timesteps for training in runs[4:20:5]] == [
+        8_000_000,
+        3_000_000,
+        300_000,
+        3_000_000,
+    ]
+    assert {training.timesteps for training in runs[20:]} == {2_000_000}
+    assert [training.policy for training in (runs[1], runs[20])] == ["ppo-1", "short-0"]
 
 
 def test_ablations_are_of_one_task_only() -> None:
@@ -64,23 +69,23 @@ def test_ablations_are_of_one_task_only() -> None:
     ]
 
 
-@pytest.mark.parametrize("one", default_grid(), ids=lambda one: str(one.name))
-def test_train_reads_the_arguments_as_they_are_meant(one: Run, tmp_path: Path) -> None:
-    args = train.read_args(arguments(one, tmp_path))
-    task, home = load_task(args.task), load_task(one.task)
+@pytest.mark.parametrize("training", default_grid(), ids=lambda run: str(run.name))
+def test_train_reads_the_arguments_as_they_are_meant(training: Run, tmp_path: Path) -> None:
+    args = train.read_args(arguments(training, tmp_path))
+    task, home = load_task(args.task), load_task(training.task)
     assert (args.seed, args.timesteps, args.output) == (
-        one.seed,
-        one.timesteps,
-        tmp_path / one.name,
+        training.seed,
+        training.timesteps,
+        tmp_path / training.name,
     )
     assert task.cost == home.cost
     assert task.workload == home.workload
     left_out = set(home.process.rules) - set(task.process.rules)
-    assert left_out == {one.variant.removeprefix("without-")} & set(home.process.rules)
-    assert task.process.decisions == ("rounds" if one.variant == "every-round" else "events")
-    assert args.algorithm == ("ppo" if one.variant == "ppo-unmasked" else "maskable-ppo")
+    assert left_out == {training.variant.removeprefix("without-")} & set(home.process.rules)
+    assert task.process.decisions == ("rounds" if training.variant == "every-round" else "events")
+    assert args.algorithm == ("ppo" if training.variant == "ppo-unmasked" else "maskable-ppo")
     imitated = (args.imitation_rounds, args.imitation_states, args.expert)
-    assert (imitated == (2, 15000, "aligned-lookahead-0.7")) == (one.variant == "imitation")
+    assert (imitated == (2, 15000, "aligned-lookahead-0.7")) == (training.variant == "imitation")
 
 
 @pytest.fixture
@@ -105,16 +110,16 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_stop_ends_what_runs_and_starts_no_more(stub: Path, tmp_path: Path) -> None:
     stub.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
-    one = Run("Tiny-v0", "main", 0, 100)
+    training = Run("Tiny-v0", "main", 0, 100)
     processes = runs.TrainingProcesses(tmp_path)
     log = tmp_path / "Tiny-v0" / "main" / "0.log"
     with ThreadPoolExecutor(1) as executor:
-        status = executor.submit(processes.train, one)
+        status = executor.submit(processes.train, training)
         while not (log.is_file() and log.read_text()) and not status.done():
             time.sleep(0.01)
         processes.stop()
         assert status.result(timeout=20) < 0  # ended by a signal
-    assert processes.train(one) == 1
+    assert processes.train(training) == 1
     assert log.read_text() == "begun\n"
 
 
@@ -136,23 +141,23 @@ def test_runs_are_resumed_or_skipped_and_failures_named(tmp_path: Path) -> None:
         train_all([Run("Tiny-v0", "main", 0, 200)], tmp_path, 1)
 
 
-def make_run(one: Run, runs: Path, gap_percent: float) -> None:
+def make_run(training: Run, runs: Path, gap_percent: float) -> None:
     """What a finished run of random weights leaves."""
-    generator = np.random.default_rng(one.seed)
+    generator = np.random.default_rng(training.seed)
     weights = generator.normal(size=(7, len(FEATURES))).astype(np.float32)
     network = Network([(weights, np.zeros(7, np.float32))])
     for name in ("agent", "final"):
-        save_agent(network, runs / one.name / name, TINY.process.rules, "events", {}, {})
-    rows = {"timesteps": [0, one.timesteps], "wall_s": [0.0, 9.0], "training_s": [0.0, 6.0]}
+        save_agent(network, runs / training.name / name, TINY.process.rules, "events", {}, {})
+    rows = {"timesteps": [0, training.timesteps], "wall_s": [0.0, 9.0], "training_s": [0.0, 6.0]}
     table = pd.DataFrame(rows).assign(gap_percent=[90.0, gap_percent])
-    table.to_csv(runs / one.name / "evaluations.csv", index=False)
+    table.to_csv(runs / training.name / "evaluations.csv", index=False)
 
 
 def test_agents_are_copied_played_and_tabulated(tmp_path: Path) -> None:
     runs, output = tmp_path / "runs", tmp_path / "out"
     chosen = [Run("Tiny-v0", "main", seed, 100) for seed in range(3)]
-    for one, gap in zip(chosen[:2], (30.0, 25.0), strict=True):
-        make_run(one, runs, gap)
+    for training, gap in zip(chosen[:2], (30.0, 25.0), strict=True):
+        make_run(training, runs, gap)
     evaluate_agents("Tiny-v0", chosen, runs, output, 2, 1)  # seed 2 is not finished
     folder = output / "Tiny-v0"
     digests = [
@@ -271,12 +276,12 @@ def test_curves_are_drawn_with_the_best_threshold() -> None:
 
 
 def test_the_settings_of_transfer_scale_with_the_clients() -> None:
-    found = settings()
-    sizes = [(task.cluster.clients, task.workload.requests) for task in found.values()]
+    tasks = settings()
+    sizes = [(task.cluster.clients, task.workload.requests) for task in tasks.values()]
     assert sizes == [(50, 330), (500, 3298), (2000, 13190), *[(200, 1319)] * 3]
-    assert found["outputs-cap512"].workload.source == "gsm8k-cap512"
-    assert len({task.cost for task in found.values()}) == 3
-    assert len({task.name for task in found.values()}) == 6
+    assert tasks["outputs-cap512"].workload.source == "gsm8k-cap512"
+    assert len({task.cost for task in tasks.values()}) == 3
+    assert len({task.name for task in tasks.values()}) == 6
 
 
 def test_thresholds_are_tuned_on_the_setting_itself() -> None:

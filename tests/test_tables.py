@@ -110,9 +110,9 @@ def test_what_is_refused(write: Write, text: str, message: str) -> None:
     path = write("t.csv", text)
     with pytest.raises(ServegymError) as refused:
         read(path)
-    said = str(refused.value)
-    assert said.startswith(f"{path}: {message}")
-    assert "\n" not in said
+    refusal = str(refused.value)
+    assert refusal.startswith(f"{path}: {message}")
+    assert "\n" not in refusal
 
 
 def test_what_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:

@@ -144,8 +144,8 @@ def test_killed_training_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
 
 
 def _steps(folder: Path) -> int:
-    found = checkpoints(folder / "checkpoints")
-    return int(found[-1].stem) if found else -1
+    paths = checkpoints(folder / "checkpoints")
+    return int(paths[-1].stem) if paths else -1
 
 
 def test_references_admit_by_rules_that_the_agent_lacks() -> None:

@@ -200,18 +200,18 @@ def briefing(requests: Requests, clients: int) -> Briefing:
 def test_the_plan_at_risk_gives_the_unsure_one_room() -> None:
     """Two clients. By means 6 + 2 against 4 + 4; with a deviation of 5 the unsure 4 stands alone."""
     unsure = float(np.sqrt(np.log1p((5 / 4) ** 2)))  # spread whose deviation is 5 at a mean of 4
-    told = predicted((7, 0.0), (3, 0.0), (5, 0.0), (4, unsure), outputs=[7, 3, 5, 4])
-    assert standard_deviations(told)[3] == pytest.approx(5.0)
-    expected = plan_expected(told, briefing(told, 2)).loads(told.decode_rounds)
+    requests = predicted((7, 0.0), (3, 0.0), (5, 0.0), (4, unsure), outputs=[7, 3, 5, 4])
+    assert standard_deviations(requests)[3] == pytest.approx(5.0)
+    expected = plan_expected(requests, briefing(requests, 2)).loads(requests.decode_rounds)
     assert sorted(expected.tolist()) == [7, 8]  # rounds 6, 2, 4, 3
-    risky = plan_at_risk(told, briefing(told, 2), 1.0)
+    risky = plan_at_risk(requests, briefing(requests, 2), 1.0)
     with_unsure = next(queue for queue in map(risky.queue, range(2)) if 3 in queue)
     assert sorted(with_unsure.tolist()) == [1, 3]  # 2 + (3 + 5) = 10 against 6 + 4
 
 
 def test_dealing_in_turn() -> None:
-    told = predicted(*[(5, 0.0)] * 5)
-    plan = deal_in_turn(told, briefing(told, 2))
+    requests = predicted(*[(5, 0.0)] * 5)
+    plan = deal_in_turn(requests, briefing(requests, 2))
     assert [plan.queue(client).tolist() for client in range(2)] == [[0, 2, 4], [1, 3]]
 
 
@@ -235,16 +235,18 @@ def test_a_sampled_plan_is_a_plan_and_nearly_the_best(seed: int) -> None:
         int(rng.integers(1, 7)),
         int(rng.integers(1, 5)),
     )
-    told = predicted(*[(int(rng.integers(1, 20)), float(rng.choice([0.1, 0.8]))) for _ in range(n)])
-    rounds = sample_rounds(told, scenarios, rng)
-    found = plan_by_samples(told, clients, rounds, rng)
-    assert sorted(found.plan.order.tolist()) == list(range(n))
-    assert found.plan.clients == clients
-    assert found.in_sample_rounds == pytest.approx(mean_largest_load(found.plan, rounds))
+    requests = predicted(
+        *[(int(rng.integers(1, 20)), float(rng.choice([0.1, 0.8]))) for _ in range(n)]
+    )
+    rounds = sample_rounds(requests, scenarios, rng)
+    sampled = plan_by_samples(requests, clients, rounds, rng)
+    assert sorted(sampled.plan.order.tolist()) == list(range(n))
+    assert sampled.plan.clients == clients
+    assert sampled.in_sample_rounds == pytest.approx(mean_largest_load(sampled.plan, rounds))
     best = best_mean(rounds, clients)
-    assert best - 1e-9 <= found.in_sample_rounds
-    greedy = plan_by_samples(told, clients, rounds, np.random.default_rng(0))
-    assert min(found.in_sample_rounds, greedy.in_sample_rounds) <= 1.25 * best + 2
+    assert best - 1e-9 <= sampled.in_sample_rounds
+    greedy = plan_by_samples(requests, clients, rounds, np.random.default_rng(0))
+    assert min(sampled.in_sample_rounds, greedy.in_sample_rounds) <= 1.25 * best + 2
 
 
 def test_samples_see_what_means_do_not() -> None:
@@ -253,16 +255,16 @@ def test_samples_see_what_means_do_not() -> None:
     By means everything is alike. In either scenario the loads are even, 20 and 20, only where both of
     the unsure are at one client (0 + 20 against 10 + 10).
     """
-    told = predicted((11, 0.0), (11, 0.0), (11, 0.5), (11, 0.5))
+    requests = predicted((11, 0.0), (11, 0.0), (11, 0.5), (11, 0.5))
     rounds = np.array([[10, 10, 0, 20], [10, 10, 20, 0]])
-    found = plan_by_samples(told, 2, rounds, np.random.default_rng(0))
-    assert found.in_sample_rounds == 20.0
-    assert sorted(sorted(found.plan.queue(c).tolist()) for c in range(2)) == [[0, 1], [2, 3]]
+    sampled = plan_by_samples(requests, 2, rounds, np.random.default_rng(0))
+    assert sampled.in_sample_rounds == 20.0
+    assert sorted(sorted(sampled.plan.queue(c).tolist()) for c in range(2)) == [[0, 1], [2, 3]]
 
 
 def test_scenarios_are_drawn_from_the_predictions() -> None:
-    told = predicted((50, 0.4), (80, 0.0))
-    rounds = sample_rounds(told, 20_000, np.random.default_rng(1))
+    requests = predicted((50, 0.4), (80, 0.0))
+    rounds = sample_rounds(requests, 20_000, np.random.default_rng(1))
     assert rounds.shape == (20_000, 2)
     assert rounds[:, 0].mean() == pytest.approx(49, rel=0.01)
     assert np.log(rounds[:, 0] + 1.0).std() == pytest.approx(0.4, rel=0.03)
@@ -275,19 +277,19 @@ def test_scenarios_are_drawn_from_the_predictions() -> None:
     "scenarios", [np.zeros((0, 2), int), np.zeros((1, 3), int), np.zeros(2, int)]
 )
 def test_scenarios_of_another_shape_are_refused(scenarios: np.ndarray) -> None:
-    told = predicted((5, 0.1), (6, 0.1))
+    requests = predicted((5, 0.1), (6, 0.1))
     with pytest.raises(ServegymError, match=r"shape \(any, 2\)"):
-        plan_by_samples(told, 1, scenarios, np.random.default_rng(0))
+        plan_by_samples(requests, 1, scenarios, np.random.default_rng(0))
     with pytest.raises(ServegymError, match="clients must be ≥ 1"):
-        plan_by_samples(told, 0, np.zeros((1, 2), int), np.random.default_rng(0))
-    plan_by_samples(told, 1, np.zeros((1, 2), int), np.random.default_rng(0))
+        plan_by_samples(requests, 0, np.zeros((1, 2), int), np.random.default_rng(0))
+    plan_by_samples(requests, 1, np.zeros((1, 2), int), np.random.default_rng(0))
 
 
 def test_a_sampled_plan_beats_the_means_on_scenarios_it_has_not_seen() -> None:
     task = with_overrides(TASKS["servegym/GSM8KMixed-v0"], {"cluster": {"clients": 50}})
     task = with_overrides(task, {"workload": {"requests": 300}})
-    told = make_case(task, 0)
-    requests = brief(task, told, 0).requests
+    case = make_case(task, 0)
+    requests = brief(task, case, 0).requests
     assert requests is not None
     fresh = sample_rounds(requests, 300, np.random.default_rng(99))
     how = Briefing(task, requests, np.random.default_rng(0))
@@ -317,10 +319,11 @@ def test_feedback_does_not_look_at_predictions() -> None:
     noise = np.random.default_rng(0).integers(1, 1000, len(requests))
     others = replace(requests, predicted_output_tokens=noise)
     policy = make_trigger_policy("feedback")
-    one, other = (
-        play_compiled(MIXED, policy, replace(case, requests=told)) for told in (requests, others)
+    first, second = (
+        play_compiled(MIXED, policy, replace(case, requests=informed))
+        for informed in (requests, others)
     )
-    assert one == other
+    assert first == second
 
 
 # ---- the study -------------------------------------------------------------------------------------

@@ -69,8 +69,8 @@ def test_a_reference_that_never_finished_gives_no_difference() -> None:
 
 def test_the_best_known_is_never_nan() -> None:
     known = pd.DataFrame({"seed": [0, 1, 2], "best_known_s": [1.05, 1.5, 1.5]})
-    found = best_known_by_case(cut({"a": [0.1, NAN, NAN], "b": [0.2, NAN, 0.2]}), known)
-    assert list(found) == [1.05, 1.5, 1.2]
+    best_known_s = best_known_by_case(cut({"a": [0.1, NAN, NAN], "b": [0.2, NAN, 0.2]}), known)
+    assert list(best_known_s) == [1.05, 1.5, 1.2]
     table = summarise(cut({"a": [NAN, NAN, NAN]}), None, best_known=known)
     assert list(table["policy"]) == ["best known", "a"]
     assert list(table["unfinished"]) == ["", "3"]
@@ -157,8 +157,8 @@ def test_compiled_episodes_are_cut_where_others_are(tmp_path: Path) -> None:
         for name in ("fcfs", "aligned"):
             case, policy = make_case(task, 1), make_trigger_policy(name)
             row = play(task, name, policy, case, 1).row
-            found = play_compiled(task, policy, case)
-            assert str(found) == str({metric: row[metric] for metric in METRICS})
+            metrics = play_compiled(task, policy, case)
+            assert str(metrics) == str({metric: row[metric] for metric in METRICS})
 
 
 def test_tune_names_no_winner_where_nothing_finishes(

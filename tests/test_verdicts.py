@@ -40,8 +40,13 @@ def test_prefilling_is_better_where_it_fills_a_round_that_runs_anyway() -> None:
     makespan, verdicts = judged("lpt", 2, 1, 10, 9)
     assert verdicts == [Verdict(0, False, 0.5, (15.0, 15.0), (14.0, 14.0))]
     assert makespan == 15
-    said = tally(verdicts, [0])
-    assert (said["late"], said["early"], said["regret_s"], said["stake_s"]) == (1, 0, 1.0, 1.0)
+    counts = tally(verdicts, [0])
+    assert (counts["late"], counts["early"], counts["regret_s"], counts["stake_s"]) == (
+        1,
+        0,
+        1.0,
+        1.0,
+    )
     makespan, verdicts = judged("lpt-0.5", 2, 1, 10, 9)  # the λ that just fires
     assert makespan == 14
     assert verdicts[0].prefills
@@ -71,10 +76,10 @@ def test_too_early_and_a_tie() -> None:
     assert makespan == 16
     assert [verdict.prefills for verdict in verdicts] == [True, True]
     assert [verdict.lost_s([0]) for verdict in verdicts] == [-2, 0]
-    said = tally(verdicts, [0])
-    assert (said["ties"], said["early"]) == (1, 1)
-    assert (said["regret_s"], said["early_s"], said["decode_regret_s"]) == (2, 2, 0)
-    assert np.isnan(said["auc"])  # prefilling was never better
+    counts = tally(verdicts, [0])
+    assert (counts["ties"], counts["early"]) == (1, 1)
+    assert (counts["regret_s"], counts["early_s"], counts["decode_regret_s"]) == (2, 2, 0)
+    assert np.isnan(counts["auc"])  # prefilling was never better
 
 
 def test_several_judges_count_by_their_mean() -> None:
@@ -113,13 +118,13 @@ def test_samples_are_spread_evenly() -> None:
 def test_noise_is_repeated_by_its_seed_and_moves_decisions() -> None:
     policy = make_trigger_policy("hybrid-0.2")
     case = make_case(SMALL, 3)
-    one, two, other, none = (
+    first, again, other, none = (
         judge_episode(SMALL, case, policy, [policy], 1000, seed, noise)[1]
         for seed, noise in [(3, 0.5), (3, 0.5), (4, 0.5), (3, 0.0)]
     )
-    assert one == two
-    assert one != other
-    assert one != none
+    assert first == again
+    assert first != other
+    assert first != none
 
 
 def test_without_a_choice_there_is_no_verdict() -> None:

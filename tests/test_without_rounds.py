@@ -78,9 +78,9 @@ def test_mixed_with_long_ones(policy: str, mixture: str) -> None:
 @pytest.mark.parametrize("outputs", [[1] * 12, [1] * 9 + [6, 4, 3]], ids=["alone", "mixed"])
 def test_every_solver_spreads_them(solver: str, outputs: list[int]) -> None:
     requests = make_requests(np.ones(12, int), np.array(outputs))
-    found = plan_offline(requests.decode_rounds, 6, solver=solver)
-    assert found.status == "optimal"
-    assert most_without_rounds(found.plan, requests) <= 2
+    certified = plan_offline(requests.decode_rounds, 6, solver=solver)
+    assert certified.status == "optimal"
+    assert most_without_rounds(certified.plan, requests) <= 2
 
 
 def play_own_queues(env: ServingEnv) -> int:

@@ -20,10 +20,9 @@ level counts as several); Σ cap_l·z_l ≥ ΣT and Σ z_l ≥ S, and the linear
 requests alone) holds for every a. Other requests may share their rounds and stages, which only adds to
 Σ n·x_n; the program then has ≥ in place of =.
 
-Each linear program has two constraints, so its dual has two variables, and the vertices of the dual
-depend on the costs alone: they are found once per cost model, and a bound is the best of them (weak
-duality: every vertex proves a bound by itself, no solver tolerance enters). The tests compare with
-HiGHS.
+Each linear program has two constraints, so its dual has two variables, and the dual's vertices depend on
+the costs alone: they are computed once per cost model. A bound is the best over the vertices. By weak
+duality each vertex proves a bound by itself, without a solver's tolerance. The tests compare with HiGHS.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.workload.requests import Requests
 
-_RELEASE_POINTS: Final = 16  # arrival times tried; more cost time and gain little
+_RELEASE_POINTS: Final = 16  # arrival times tried; more take longer and gain little
 _TOLERANCE: Final = 1e-13  # relative, of a bound's rounding
 
 
@@ -79,7 +78,7 @@ def lower_bound(
     Raises
     ------
     ServegymError
-        If the shortest stage would not advance a clock that shows the bound, a 64-bit float.
+        If the shortest stage would not advance a clock, a 64-bit float, that shows the bound.
 
     Examples
     --------
@@ -103,10 +102,10 @@ def lower_bound(
 
 
 def _refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> None:
-    """Refuse an instance whose clock, a float, a stage would not advance once it shows the bound."""
+    """Refuse an instance whose shortest stage would not advance a clock that shows the bound."""
     step_s = math.ulp(bound_s)
     if _shortest_stage_s(costs, 1.0, decodes=True) >= step_s:
-        return  # the usual case, without a look at the requests
+        return  # the usual case, decided without the requests
     prompt = float(requests.prompt_tokens.min())
     stage_s = _shortest_stage_s(costs, prompt, decodes=bool(requests.output_tokens.max() > 1))
     if stage_s < step_s:
@@ -118,7 +117,7 @@ def _refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) ->
 
 
 def _shortest_stage_s(costs: CostTables, prompt: float, *, decodes: bool) -> float:
-    """Return the seconds of the shortest stage with prompts of at least so many tokens."""
+    """Return the seconds of the shortest stage if every prompt has at least ``prompt`` tokens."""
     _, base_s, token_s, square_s, floor_s, overhead_s, client_s = costs.rates[0].item()
     stage_s = max(base_s + token_s * prompt + square_s * prompt**2, floor_s)
     if costs.prefill_level_s.shape[1] > 0:
@@ -143,7 +142,7 @@ def _bound_from(
 
 
 def least_stages(prompts: NDArray[np.int64], clients: int, max_prefill_tokens: int) -> int:
-    """Return the fewest prefill stages that can admit these prompts (token budget 0: none)."""
+    """Return the fewest prefill stages that can admit these prompts (0: no token budget)."""
     by_clients = -(-len(prompts) // clients)
     if max_prefill_tokens == 0:
         return by_clients
@@ -158,7 +157,7 @@ def decode_bound(
     costs: CostTables,
     alone: bool,
 ) -> float:
-    """Return the least seconds of decoding in at least so many rounds.
+    """Return the least seconds of decoding in at least ``least_rounds`` rounds.
 
     ``alone``: no other requests share these rounds. See the module docstring for the proof.
     """
@@ -171,7 +170,7 @@ def decode_bound(
 
 
 def prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) -> float:
-    """Return the least seconds that prefilling these prompts in at least so many stages takes."""
+    """Return the least seconds of prefilling these prompts in at least ``stages`` stages."""
     rates = costs.rates[0]
     tokens = float(prompts.sum())
     if costs.prefill_level_tokens.shape[1] > 0:
@@ -200,7 +199,7 @@ def _cover(
     """Return min cost·x subject to size·x = total (≥ unless ``exact``), Σx ≥ count, x ≥ 0.
 
     By duality the largest total·u + count·v over size·u + v ≤ cost, v ≥ 0 (and u ≥ 0 unless
-    ``exact``). The vertices of that set depend on the costs alone and are found once.
+    ``exact``). The vertices of that set depend on the costs alone and are computed once.
     """
     if total == 0:
         return float(count * cost.min())
@@ -213,9 +212,9 @@ def dual_vertices(
 ) -> NDArray[np.float64]:
     """Return the vertices (u, v) of the dual, shape (vertices, 2).
 
-    They are slope and intercept of each edge of the lower convex hull of the points (size, cost),
-    where these are allowed, and the corners on the axes v = 0 and u = 0. What they prove holds for sums
-    in floats, too, up to 10⁻¹³ of it: an edge whose rounding would claim more is lowered.
+    A vertex is the slope and intercept of an edge of the lower convex hull of the points (size, cost),
+    if feasible, or a corner on the axis v = 0 or u = 0. An edge that rounding puts above a point is
+    lowered, so the bounds hold for sums in floats, up to a relative 10⁻¹³.
 
     Parameters
     ----------
@@ -245,9 +244,9 @@ def _dual_vertices(cost_bytes: bytes, size_bytes: bytes, exact: bool) -> NDArray
 
 
 def _excess(u: float, v: float, cost: NDArray[np.float64], size: NDArray[np.float64]) -> float:
-    """Return what the line v + u · size must be lowered by to prove what it claims; mostly 0.
+    """Return by how much the line v + u · size must be lowered to be feasible; mostly 0.
 
-    ``cost`` and ``size`` are the hull's: between them a line is no farther above the points.
+    ``cost`` and ``size`` are the hull's corners: no point between them lies farther below the line.
     """
     rounding = 4.0 * np.finfo(float).eps * (size * abs(u) + abs(v) + cost)
     above = size * u + v - cost + rounding
@@ -277,27 +276,27 @@ def lower_hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int
 def _weighted_sum_sign(
     a: float, u: float, b: float, v: float, c: float, w: float, parts: NDArray[np.float64]
 ) -> float:
-    """Return a·u + b·v + c·w to its exact sign; ``parts`` (6,) is scratch.
+    """Return a number with the exact sign of a·u + b·v + c·w; ``parts`` (6,) is scratch.
 
-    On a nearly straight line of a million points rounding decides which of them are corners, and slopes
-    between wrong ones prove bounds that do not hold. Where rounding could decide, each product is taken
-    as the sum of two floats, and the six are added without loss (Shewchuk 1997, "Adaptive precision
+    On a nearly straight line of a million points rounded sums pick wrong corners, and slopes between
+    wrong corners prove false bounds. If rounding could change the sign, each product is written as the
+    sum of two floats, and the six are added without loss (Shewchuk 1997, "Adaptive precision
     floating-point arithmetic and fast robust geometric predicates").
     """
-    one, two, three = a * u, b * v, c * w
-    total = one + two + three
-    if abs(total) > 1e-15 * (abs(one) + abs(two) + abs(three)):
+    first, second, third = a * u, b * v, c * w
+    total = first + second + third
+    if abs(total) > 1e-15 * (abs(first) + abs(second) + abs(third)):
         return total
-    parts[0], parts[1] = _product_error(a, u, one), one
-    parts[2], parts[3] = _product_error(b, v, two), two
-    parts[4], parts[5] = _product_error(c, w, three), three
+    parts[0], parts[1] = _product_error(a, u, first), first
+    parts[2], parts[3] = _product_error(b, v, second), second
+    parts[4], parts[5] = _product_error(c, w, third), third
     for k in range(1, 6):
         carry = parts[k]
         for i in range(k):
-            both = carry + parts[i]
-            gained = both - carry
-            parts[i] = (carry - (both - gained)) + (parts[i] - gained)
-            carry = both
+            total = carry + parts[i]
+            added = total - carry
+            parts[i] = (carry - (total - added)) + (parts[i] - added)
+            carry = total
         parts[k] = carry
     for k in range(5, -1, -1):
         if parts[k] != 0.0:
@@ -307,7 +306,7 @@ def _weighted_sum_sign(
 
 @kernel
 def _product_error(a: float, b: float, product: float) -> float:
-    """Return a·b − ``product`` exactly, where that is the rounded product (Dekker)."""
+    """Return the exact rounding error a·b − ``product`` of a rounded product (Dekker)."""
     a_high, b_high = _high_half(a), _high_half(b)
     a_low, b_low = a - a_high, b - b_high
     rest = product - a_high * b_high - a_low * b_high - a_high * b_low

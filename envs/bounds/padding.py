@@ -1,6 +1,6 @@
-"""A stronger lower bound on the makespan: what few prefill stages save, clients lose by idling.
+"""A stronger lower bound on the makespan: the fewer prefill stages, the longer clients idle.
 
-``bounds.py`` bounds decoding and prefilling each by itself. But a client that has finished idles until
+``batch.py`` bounds decoding and prefilling separately. But a client that has finished idles until
 the next stage, and the fewer stages there are, the fewer lengths fit between two of them.
 
 **Padding.** Let a schedule run S prefill stages at the values t_1 ≤ … ≤ t_S of the decode clock, and
@@ -18,10 +18,10 @@ Requests without rounds hold no client for a round and are left out.
 they count as one. If C ≥ 2L, each of t_2 … t_S lies at least L after t_1 or at least L before C, and so
 do t_1 and C themselves: S of the M pairs are far, and S(S − 1)/2 + 1 differences remain.
 
-**The bound.** With R rounds by ``bounds.py``, a schedule of S stages takes at least (decoding with
+**The bound.** With R rounds by ``batch.py``, a schedule of S stages takes at least (decoding with
 ⌈(D + pad(M))/J⌉ rounds or R, if that is more) + (prefilling with S stages). The least over S ≥ the
 fewest stages possible holds for every schedule. Prefilling does not fall with S, so the search over S
-ends where prefilling alone exceeds what the best S has found.
+ends where R rounds and S stages reach the best sum.
 
 **pad(m)** is a clustering of sorted numbers, each cluster padded to its largest. Its cost satisfies the
 Monge condition, so pad is convex in m (Aggarwal, Schieber, Tokuyama 1994, "Finding a minimum-weight
@@ -66,14 +66,14 @@ def joint_bound(
     Parameters
     ----------
     requests
-        Where some arrive later than t = 0, the ordinary bound is returned.
+        If any arrives after t = 0, the result is that of ``lower_bound``.
     clients, costs, max_prefill_tokens
         One replica: its clients, its cost tables, the token budget of a stage (0: none).
 
     Returns
     -------
     LowerBound
-        Its rounds and stages are those of the number of stages that the bound is least for.
+        Its stages are the S with the least bound, its rounds those for this S.
     """
     ordinary = lower_bound(requests, clients, costs, max_prefill_tokens)
     if np.any(requests.arrival_s > 0):
@@ -102,7 +102,7 @@ def joint_bound(
 
 
 def least_padding(lengths: Whole, counts: Whole, differences: int) -> int:
-    """Return pad(``differences``): the least client-rounds that padding to so many lengths adds.
+    """Return pad(``differences``): the fewest client-rounds added by padding to so many lengths.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def least_padding(lengths: Whole, counts: Whole, differences: int) -> int:
     counts
         Requests of each, ≥ 1, shape (lengths,).
     differences
-        How many lengths may be padded to, ≥ 1.
+        Number of lengths to pad to, ≥ 1.
     """
     if differences >= len(lengths):
         return 0
@@ -121,8 +121,8 @@ def least_padding(lengths: Whole, counts: Whole, differences: int) -> int:
 @allocating_kernel
 def _padding(lengths: Whole, counts: Whole, clusters: int) -> int:
     """Maximise F(λ) − λ·clusters, a concave function of λ, by bisecting the clusters it uses."""
-    # pad falls ever more slowly, so the last of these clusters saves no more than their mean does. A
-    # higher price is not the best; and price · clusters stays below 64 bits.
+    # pad is convex, so the last cluster saves at most the mean saving: no higher price is the best, and
+    # price · clusters stays within 64 bits.
     low = np.int64(0)
     high = counts.sum() * lengths[-1] // clusters + 1
     best = np.int64(0)
@@ -139,7 +139,7 @@ def _padding(lengths: Whole, counts: Whole, clusters: int) -> int:
 
 @allocating_kernel
 def _cluster(lengths: Whole, counts: Whole, price: int) -> tuple[int, int]:
-    """Return F(``price``) and the clusters it uses, the fewest of equal cost.
+    """Return F(``price``) and the clusters it uses, the fewest at equal cost.
 
     The first j lengths cost f(j) = min over i < j of f(i) + (N_j − N_i)·length_j − (W_j − W_i) +
     price, with N and W the requests and their rounds up to there: for each i a line in length_j.
@@ -156,11 +156,9 @@ def _cluster(lengths: Whole, counts: Whole, price: int) -> tuple[int, int]:
         requests += counts[j]
         rounds += counts[j] * x
         while first + 1 < after:
-            now, then = (
-                heights[first] - slopes[first] * x,
-                heights[first + 1] - slopes[first + 1] * x,
-            )
-            if then > now or (then == now and links[first + 1] >= links[first]):
+            value = heights[first] - slopes[first] * x
+            following = heights[first + 1] - slopes[first + 1] * x
+            if following > value or (following == value and links[first + 1] >= links[first]):
                 break
             first += 1
         cost = heights[first] - slopes[first] * x + requests * x - rounds + price
@@ -185,8 +183,8 @@ def _cluster(lengths: Whole, counts: Whole, price: int) -> tuple[int, int]:
 def _less(a: int, b: int, c: int, d: int) -> bool:
     """Return whether a·b < c·d, whole numbers ≥ 0 below 2⁵⁰, 2²⁴, 2⁵⁰ and 2²⁴.
 
-    The products may be beyond 64 bits: a and c are taken apart.
+    The products may exceed 64 bits, so a and c are split in halves.
     """
     high = (a >> _HALF) * b - (c >> _HALF) * d
     low = (a & _LOW_BITS) * b - (c & _LOW_BITS) * d
-    return high + (low >> _HALF) < 0  # what is left of low is ≥ 0 and less than one of high
+    return high + (low >> _HALF) < 0  # the rest of low is ≥ 0 and below one unit of high

@@ -1,4 +1,4 @@
-"""What an episode was worth: metrics from the simulator's records."""
+"""Metrics of an episode, from the simulator's records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from servegym.envs.simulator.state import State
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Per-request records of one episode; NaN and −1 for what has not happened."""
+    """Per-request records of one episode; NaN or −1 for events that have not happened."""
 
     arrival_s: NDArray[np.float64]  # (requests,)
     admitted_s: NDArray[np.float64]  # (requests,) start of the prefill stage
@@ -65,15 +65,14 @@ metrics that are left out here.
 
 
 def episode_metrics(state: State, e: int) -> dict[str, float]:
-    """Return the metrics of environment ``e``, also of an episode that was cut short.
+    """Return the metrics of the episode in environment ``e``, which may have been cut short.
 
-    ``unfinished_requests`` counts the requests that had not finished at the end. Where there are any,
-    ``makespan_s`` and ``gap`` are NaN: the episode was cut short before it had a makespan. Every
-    other metric is then of the part that was played.
+    ``unfinished_requests`` counts the requests that had not finished at the end. If there are any,
+    ``makespan_s`` and ``gap`` are NaN, and every other metric covers the simulated part.
 
     ``client_utilization`` is Σ_j (time client j holds a request) / (J · makespan) and
     ``decode_utilization`` Σ_rounds (n/J · round seconds) / makespan. Time to first token counts from
-    arrival; time per output token is over the tokens after the first (NaN if nobody has any).
+    arrival; time per output token is over the tokens after the first (NaN if no request has any).
     """
     log, episode, replicas = records(state, e), state.episodes[e], state.replicas[e]
     clients = state.clients.shape[2]
@@ -114,7 +113,7 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
 def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
     """Return median and 99th percentile; NaN without values.
 
-    What ``np.percentile`` gives, to the last bit, in a tenth of its time: every episode ends here.
+    Equal to ``np.percentile`` to the last bit in a tenth of its time, as every episode ends here.
     """
     if len(values) == 0:
         return float("nan"), float("nan")

@@ -1,7 +1,7 @@
 """The observation: a float32 vector in [0, 1] whose size does not depend on the number of clients.
 
-It holds shares, logarithms and histograms, so that one policy runs on 50 or 5,000 clients, and only
-what a scheduler can know: expected, never true, output lengths.
+Shares, logarithms and histograms let one policy run on 50 or 5,000 clients. Output lengths are expected
+ones, never true ones.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.flo
     out[13] = _balance(now.prefill_s, now.round_s)
     _observe_waiting(state, e, out)
     _observe_running(state, e, r, out)
-    _observe_patience(state, e, r, fixed_cost / now.round_s, out)
+    _observe_idling(state, e, r, fixed_cost / now.round_s, out)
 
 
 @kernel
@@ -132,12 +132,12 @@ def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> 
     now = state.replicas[e, r].rounds
     first = 17
     for k in range(FINISH_SHARES.size):
-        # The idle clients count as done; the next to finish is the first of those still active.
+        # Idle clients count as done; the next to finish is the first of the active ones.
         done = max(int(np.ceil(FINISH_SHARES[k] * clients)) - (clients - active), 1)
         place = active - done
         out[first + k] = _log(finishes[place].due - now, _ROUND_DOUBLINGS) if place >= 0 else 0.0
     histogram = first + FINISH_SHARES.size
-    longer = active  # how many run for at least as long as the bucket's first length
+    longer = active  # requests with at least the bucket's first length left
     for bucket in range(_BUCKETS - 1):
         still = _due_from(state, e, r, now + LENGTH_BUCKETS[bucket + 1])
         out[histogram + bucket] = (longer - still) / clients
@@ -149,8 +149,8 @@ def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> 
 def _due_from(state: State, e: int, r: int, due: int) -> int:
     """Return how many running requests should finish at round ``due`` of the decode clock or later.
 
-    A binary search whose number of steps depends on the active clients only and that chooses without
-    branching: a processor runs the searches of all buckets side by side.
+    A binary search without branches, its number of steps given by the active clients alone: a processor
+    runs the searches of all buckets in parallel.
     """
     finishes = state.expected[e, r]
     first = 0
@@ -163,12 +163,12 @@ def _due_from(state: State, e: int, r: int, due: int) -> int:
 
 
 @kernel
-def _observe_patience(
+def _observe_idling(
     state: State, e: int, r: int, stage_rounds: float, out: NDArray[np.float32]
 ) -> None:
-    """Write what waiting on would bring: clients idle, and rounds gone, by the time it has a cost.
+    """Write idle clients and rounds passed when further idling has cost ``STAGE_COSTS`` stages.
 
-    ``stage_rounds``: client-rounds that the fixed cost of one stage is worth.
+    ``stage_rounds``: the fixed cost of one stage in client-rounds.
     """
     clients = state.clients.shape[2]
     finishes = state.expected[e, r]

@@ -1,10 +1,10 @@
 """Rewards, each the decrease of a loss that accumulates over the episode.
 
 ``gap``: loss = 100 · (clock − credit) / bound. Every decode token and every prompt token earns a
-fixed share of the lower bound once it is served, and all shares add up to the bound; so the return
-is exactly −100 · gap: minus the gap in percent. What a step loses is client-time spent idle or on
-the fixed cost of stages. An episode that is cut short (truncated) has no gap: its return is minus what
-was lost until then, and tells nothing of the requests that are left.
+fixed share of the lower bound once it is served, and all shares add up to the bound. So the return is
+exactly −100 · gap, minus the gap in percent. A step loses client-time spent idle or on the fixed cost of
+stages. A truncated episode has no gap: its return is minus the loss until then and ignores the remaining
+requests.
 
 ``latency``: loss = ∫ requests in the system dt / requests; the return is minus the mean latency in
 seconds.
@@ -39,7 +39,7 @@ def _latest_clock(state: State, e: int) -> float:
 
 
 def write_credits(state: State, e: int, requests: Requests, bound: LowerBound) -> None:
-    """Share the bound out over the tokens to decode (the bound's decode share) and the prompts'."""
+    """Divide the bound among the tokens to decode (its decode share) and the prompt tokens (the rest)."""
     rounds = int(requests.decode_rounds.sum())
     decode_share = bound.decode_share if rounds > 0 else 0.0
     episode = state.episodes[e]

@@ -1,10 +1,9 @@
-"""What the scheduler believes of running requests where output lengths are not known.
+"""Expected finishes of running requests where output lengths are not known.
 
-``State.expected`` holds when each running request should finish, latest first, as ``finishes`` holds
-when it will. An expectation stands until it is outlived: a request that still runs when it should
-have finished is then expected at its conditional mean, that of a lognormal length given that it
-exceeds the tokens emitted so far. A finish reveals the true length. Where lengths are known none of
-this runs.
+``State.expected`` holds the expected finishes, latest first, as ``finishes`` holds the true ones. An
+expected finish stays until the request outlives it. The request's expected length then becomes its
+conditional mean: that of a lognormal length given that it exceeds the tokens emitted so far. A finish
+reveals the true length. None of this runs where lengths are known.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from servegym.envs.simulator.state import State
 from servegym.envs.workload.requests import MAX_TOKENS
 
 _FAR: Final = 8.0
-"""Standard deviations from where on a tail's ratio is its asymptote, before both parts underflow."""
+"""Standard deviations beyond which the ratio of tails takes its asymptote; both tails underflow later."""
 
 
 @kernel
@@ -43,7 +42,7 @@ def expected_output_tokens(log_median: float, spread: float, emitted: int) -> in
 
 @rare_kernel
 def expect_admitted(state: State, e: int, r: int, admitted: int) -> None:
-    """Expect the finishes of the ``admitted`` picked requests, which count as active already."""
+    """Insert the expected finishes of the ``admitted`` picked requests, already counted as active."""
     replica = state.replicas[e, r]
     span = state.requests.shape[1]
     if admitted == 1:
@@ -60,7 +59,7 @@ def expect_admitted(state: State, e: int, r: int, admitted: int) -> None:
 
 @rare_kernel
 def reveal(state: State, e: int, r: int, done: int) -> None:
-    """Take in that the ``done`` requests due first are finishing: their true lengths are known."""
+    """Replace expected by true lengths for the ``done`` requests due first, which are finishing."""
     active = state.replicas[e, r].active
     places = state.keys[e, :done]
     for k in range(done):
@@ -75,7 +74,7 @@ def reveal(state: State, e: int, r: int, done: int) -> None:
 
 @rare_kernel
 def revise(state: State, e: int, r: int) -> None:
-    """Give every running request that should have finished by now a later expected finish."""
+    """Give every running request that has outlived its expected finish a later one."""
     replica, expected = state.replicas[e, r], state.expected[e, r]
     span = state.requests.shape[1]
     late = 0
@@ -83,16 +82,16 @@ def revise(state: State, e: int, r: int) -> None:
     while late < replica.active and expected[replica.active - 1 - late].due <= replica.rounds:
         i = expected[replica.active - 1 - late].request
         request, belief = state.requests[e, i], state.beliefs[e, i]
-        own = state.clients[e, r, request.client]
-        admitted = own.expected_end - request.expected_rounds  # decode clock of its stage
+        client = state.clients[e, r, request.client]
+        admitted = client.expected_end - request.expected_rounds  # decode clock of its stage
         emitted = replica.rounds - admitted + 1
         tokens = expected_output_tokens(belief.log_median, belief.spread, emitted)
         more = tokens - 1 - request.expected_rounds
         request.expected_rounds += more
-        own.expected_end += more
+        client.expected_end += more
         replica.due_sum += more
         state.episodes[e].arrived_rounds += more
-        due = own.expected_end
+        due = client.expected_end
         state.keys[e, late] = (due - replica.rounds) * span + i
         late += 1
     if late == 1:

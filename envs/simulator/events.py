@@ -1,4 +1,4 @@
-"""From one decision point to the next: the loop every environment and every rule runs."""
+"""From one decision point to the next: the loop of every environment and every rule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from servegym.envs.simulator.stages import (
 from servegym.envs.simulator.state import State
 
 DECODE: Final = 0
-"""The action that decodes on; action 1 + k prefills under the k-th admission rule of the task."""
+"""The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""
 
 
 @kernel
@@ -55,6 +55,6 @@ def decode(state: State, costs: CostTables, e: int, r: int, every_round: bool) -
 def prefill(
     state: State, costs: CostTables, e: int, r: int, rule: int, max_prefill_tokens: int
 ) -> None:
-    """Run one prefill stage under an admission rule, which must admit someone."""
+    """Run one prefill stage under an admission rule, which must admit a request."""
     admitted = admit(state, e, r, rule, max_prefill_tokens)
     run_prefill(state, costs, e, r, admitted)

@@ -1,6 +1,6 @@
-"""When running requests finish, or should: arrays of FINISH, latest first, of equal ones the higher id.
+"""True or expected finishes of running requests: arrays of FINISH, latest first, ties by higher id.
 
-Every operation takes one pass over the array, however many requests it puts in or takes out.
+Every operation takes one pass over the array, however many requests it inserts or removes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Finishes = Any
 
 @kernel
 def merge(finishes: Finishes, running: int, now: int, keys: NDArray[np.int64], span: int) -> None:
-    """Put requests among the first ``running``, which are in order.
+    """Insert requests into the first ``running`` finishes, which are sorted.
 
-    ``keys``: (due − ``now``) · ``span`` + request of each, whose order ``keys`` does not keep; the array
-    must have room for them.
+    ``keys`` holds (due − ``now``) · ``span`` + id of each request and is sorted in place. The array must
+    have room.
     """
     sort_keys(keys)
-    # From the back, soonest first: who finishes after all of the new ones stays in place.
+    # From the back, soonest first: finishes after all the new ones stay in place.
     old = running - 1
     place = old + keys.size
     for k in range(keys.size):
@@ -42,7 +42,7 @@ def merge(finishes: Finishes, running: int, now: int, keys: NDArray[np.int64], s
 
 @kernel
 def insert(finishes: Finishes, running: int, due: int, i: int) -> None:
-    """Put one request among the first ``running``: as ``merge``, without its divisions."""
+    """Insert one request into the first ``running`` finishes: ``merge`` without its divisions."""
     place = running
     while place > 0 and not _later(finishes, place - 1, due, i):
         finishes[place].due = finishes[place - 1].due
@@ -61,7 +61,7 @@ def _later(finishes: Finishes, place: int, due: int, i: int) -> bool:
 
 @kernel
 def find(finishes: Finishes, running: int, due: int, i: int) -> int:
-    """Return the place of request ``i`` that is due at ``due``, one of the first ``running``."""
+    """Return the place of request ``i``, due at ``due``, among the first ``running`` finishes."""
     low, high = 0, running - 1
     while low < high:
         middle = (low + high) // 2
@@ -74,13 +74,13 @@ def find(finishes: Finishes, running: int, due: int, i: int) -> int:
 
 @kernel
 def remove(finishes: Finishes, running: int, places: NDArray[np.int64]) -> None:
-    """Take out the finishes at ``places``, at least one, of the first ``running``; sorts ``places``."""
+    """Remove the finishes at ``places`` (≥ 1) from the first ``running``; sorts ``places``."""
     sort_keys(places)
     kept = places[0]
-    taken = 0
+    removed = 0
     for place in range(places[0], running):
-        if taken < places.size and places[taken] == place:
-            taken += 1
+        if removed < places.size and places[removed] == place:
+            removed += 1
             continue
         finishes[kept].due = finishes[place].due
         finishes[kept].request = finishes[place].request
@@ -94,7 +94,7 @@ def _sort_many(keys: NDArray[np.int64]) -> None:
 
 @kernel
 def sort_keys(keys: NDArray[np.int64]) -> None:
-    """Sort in place; most stages admit a handful, and then a call to a library costs more."""
+    """Sort in place, a few keys without a library call: most stages admit a handful."""
     if keys.size > 16:
         _sort_many(keys)
         return

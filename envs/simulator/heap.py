@@ -1,4 +1,4 @@
-"""Dealing work to clients: who has least to do, compiled."""
+"""The least loaded client, by a heap or a tournament tree; and requests dealt by it. Compiled."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ Whole = NDArray[np.int64]
 
 @allocating_kernel
 def deal(rounds: Whole, clients: int) -> Whole:
-    """Deal requests in their order to the least loaded client; return each one's client.
+    """Deal requests in their order to the least loaded client; return each request's client.
 
-    ``rounds`` and what is returned have shape (requests,). Of equal loads the lowest client is taken.
-    Requests without rounds add no load and would all go to one client, one stage each: they are dealt
-    last, each to the client with the fewest requests, of these the least loaded.
+    ``rounds`` and the result have shape (requests,). Ties go to the lowest client. Requests without
+    rounds add no load: all would go to one client and take a stage each. So they are dealt last, each to
+    the client with the fewest requests, ties to the least loaded.
     """
     heap = np.arange(clients)
     load = np.zeros_like(heap)
     held = np.zeros_like(heap)
     client_of = np.empty(rounds.size, np.int64)
-    without = 0
+    without_rounds = 0
     for place in range(rounds.size):
         if rounds[place] == 0:
-            without += 1
+            without_rounds += 1
             continue
         client = heap[0]
         client_of[place] = client
         load[client] += rounds[place]
         held[client] += 1
         sift_down(heap, load)
-    if without > 0:
+    if without_rounds > 0:
         _deal_evenly(rounds, load, held, client_of)
     return client_of
 
 
 @allocating_kernel
 def _deal_evenly(rounds: Whole, load: Whole, held: Whole, client_of: Whole) -> None:
-    """Deal the requests without rounds to clients that hold ``held`` of the others."""
+    """Deal the requests without rounds; ``held`` counts the others at each client."""
     clients = load.size
     by_load = np.argsort(load, kind="mergesort")
-    # What a client holds and, below that, its place by load, in one number.
+    # The requests a client holds and, for ties, its place by load, in one number.
     key = np.empty_like(load)
     for place in range(clients):
         key[by_load[place]] = held[by_load[place]] * clients + place
@@ -58,8 +58,8 @@ def _deal_evenly(rounds: Whole, load: Whole, held: Whole, client_of: Whole) -> N
 def sift_down(heap: Whole, load: Whole) -> None:
     """Restore the heap after the load of its top has grown.
 
-    ``heap`` (clients,) holds clients, the least loaded on top, of equal loads the lowest; ``load``
-    (clients,) is indexed by client.
+    ``heap`` (clients,) holds clients, the least loaded on top, ties to the lowest; ``load`` (clients,)
+    is indexed by client.
     """
     client = heap[0]
     hole = 0
@@ -77,16 +77,16 @@ def sift_down(heap: Whole, load: Whole) -> None:
 
 
 @kernel
-def _lighter(one: int, other: int, load: Whole) -> bool:
-    return load[one] < load[other] or (load[one] == load[other] and one < other)
+def _lighter(a: int, b: int, load: Whole) -> bool:
+    return load[a] < load[b] or (load[a] == load[b] and a < b)
 
 
 @allocating_kernel
 def tournament(first: Whole, second: Whole) -> Whole:
     """Return a tree whose entry 1 is the client with the least ``first``.
 
-    Of equal ones it is the client with the least ``second``, then the lowest; both have shape (clients,).
-    ``play_again`` keeps the tree, of shape (2 · clients,), when a client's values have changed.
+    Ties go to the least ``second``, then to the lowest client; both have shape (clients,), the tree
+    (2 · clients,). ``update_tournament`` restores it after a client's values have changed.
     """
     clients = first.size
     winner = np.empty(2 * clients, np.int64)
@@ -98,7 +98,7 @@ def tournament(first: Whole, second: Whole) -> Whole:
 
 
 @kernel
-def play_again(winner: Whole, client: int, first: Whole, second: Whole) -> None:
+def update_tournament(winner: Whole, client: int, first: Whole, second: Whole) -> None:
     """Restore a tournament after the values of ``client`` have changed."""
     node = (first.size + client) // 2
     while node > 0:
@@ -107,9 +107,9 @@ def play_again(winner: Whole, client: int, first: Whole, second: Whole) -> None:
 
 
 @kernel
-def _winner(one: int, other: int, first: Whole, second: Whole) -> int:
-    if first[one] != first[other]:
-        return one if first[one] < first[other] else other
-    if second[one] != second[other]:
-        return one if second[one] < second[other] else other
-    return min(one, other)
+def _winner(a: int, b: int, first: Whole, second: Whole) -> int:
+    if first[a] != first[b]:
+        return a if first[a] < first[b] else b
+    if second[a] != second[b]:
+        return a if second[a] < second[b] else b
+    return min(a, b)

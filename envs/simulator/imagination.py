@@ -1,4 +1,4 @@
-"""Copies of an episode to try things on: what a scheduler believes is to come, without the truth."""
+"""Copies of an episode for look-ahead, in which expected lengths replace the true ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from servegym.envs.simulator.state import WAITING, Records, State
 
 @kernel
 def copy_row(source: State, e: int, target: State, f: int) -> None:
-    """Copy the episode in row ``e`` of ``source`` into row ``f`` of ``target``, made for as many.
+    """Copy the episode in row ``e`` of ``source`` into row ``f`` of ``target``, of the same shape.
 
-    Only what an episode is made of: scratch arrays and what lies behind its requests stay. Both
-    states are made for known lengths; what is believed beside the truth is not copied.
+    Not copied are scratch arrays, entries beyond the episode's requests, and expected finishes and
+    beliefs: ``target`` is made for known lengths.
     """
     n = source.episodes[e].requests
     target.episodes[f] = source.episodes[e]
@@ -41,11 +41,10 @@ def _copy(source: Records, target: Records, count: int) -> None:
 
 @kernel
 def imagine_row(source: State, e: int, target: State, f: int) -> None:
-    """Copy row ``e`` of ``source`` as its scheduler believes it to be into row ``f`` of ``target``.
+    """Copy row ``e`` of ``source`` into row ``f`` of ``target`` with expected as true lengths.
 
-    ``target`` is made for known lengths: in imagination the expected ones are the truth. Requests
-    that have not arrived are left out: the imagined episode ends with those present. Its lower bound,
-    credits and reported loss are 0, as the true ones depend on true lengths.
+    ``target`` is made for known lengths. Requests that have not arrived are left out. Lower bound, credits
+    and reported loss are 0, as the real ones depend on true lengths.
     """
     copy_row(source, e, target, f)
     episode = target.episodes[f]
@@ -65,7 +64,7 @@ def imagine_row(source: State, e: int, target: State, f: int) -> None:
 
 @kernel
 def _forget_future(state: State, e: int) -> None:
-    """Leave out the requests that have not arrived; they have the highest ids."""
+    """Remove the requests that have not arrived; they have the highest ids."""
     episode = state.episodes[e]
     place = 0
     for k in range(state.waiting_tree.shape[1]):
@@ -80,7 +79,7 @@ def _forget_future(state: State, e: int) -> None:
                 add(state.waiting_tree[e], place, 1)
             place += 1
     for i in range(episode.arrived, episode.requests):
-        state.by_length[e, i] = 0  # as many places as requests are left out
+        state.by_length[e, i] = 0  # as many places as requests were removed
         state.lengths[e, i] = 0
         request = state.requests[e, i]
         request.arrival_s = np.inf

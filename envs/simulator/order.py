@@ -1,7 +1,7 @@
-"""Order statistics of the waiting requests: a bit per length rank, and a Fenwick tree over words.
+"""Order statistics of waiting requests: one bit per length rank, and a Fenwick tree over words of bits.
 
 A word holds 32 ranks. ``tree`` has shape (``tree_size(requests)``,): entry 0 is unused, 1 … W are the
-Fenwick tree of the words' counts (W a power of two), the words follow, one to spare. All operations
+Fenwick tree of the words' counts (W a power of two), then come the words and a spare. All operations
 are O(log W) and touch few cache lines: a tree over 1319 requests is 1 kB. Rank 0 is the shortest
 request.
 """
@@ -17,7 +17,7 @@ from servegym.envs.jit import kernel
 
 Tree = NDArray[np.int64]
 
-_BITS: Final = 32  # signed 64-bit arithmetic on them neither overflows nor meets a sign
+_BITS: Final = 32  # so few that signed 64-bit arithmetic never reaches the sign
 
 
 def tree_size(ranks: int) -> int:
@@ -28,7 +28,7 @@ def tree_size(ranks: int) -> int:
 
 @kernel
 def add(tree: Tree, rank: int, amount: int) -> None:
-    """Count ``rank`` (+1), which is not counted yet, or count it no more (−1)."""
+    """Count ``rank``, not counted yet (``amount`` +1), or uncount it (−1)."""
     words = tree.size // 2 - 1
     position = rank // _BITS + 1
     tree[words + position] ^= 1 << (rank % _BITS)
@@ -42,7 +42,7 @@ def count_below(tree: Tree, rank: int) -> int:
     """Return how many counted entries have a rank < ``rank``."""
     words = tree.size // 2 - 1
     position = rank // _BITS
-    total = _ones(tree[words + 1 + position] & ((1 << (rank % _BITS)) - 1))
+    total = _count_bits(tree[words + 1 + position] & ((1 << (rank % _BITS)) - 1))
     while position > 0:
         total += tree[position]
         position -= position & -position
@@ -63,12 +63,12 @@ def select(tree: Tree, k: int) -> int:
         step >>= 1
     word = tree[words + 1 + position]
     for _ in range(k):
-        word &= word - 1  # without its lowest one
-    return position * _BITS + _ones((word & -word) - 1)
+        word &= word - 1  # clear the lowest set bit
+    return position * _BITS + _count_bits((word & -word) - 1)
 
 
 @kernel
-def _ones(word: int) -> int:
+def _count_bits(word: int) -> int:
     """Return how many of the low 32 bits are set; no other bit is."""
     word -= (word >> 1) & 0x55555555
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)

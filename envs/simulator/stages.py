@@ -1,8 +1,8 @@
-"""What stages do to the state: arrivals, prefill stages, decode rounds and their exact times.
+"""Arrivals, prefill stages and decode rounds: their effect on the state and their exact times.
 
-The semantics of CONTRIBUTING.md. At one replica stages never overlap; a prefill stage emits each
-admitted request's first token; decode rounds between two events are run in one go, their exact times
-summed in closed form.
+The semantics are those of CONTRIBUTING.md. At one replica stages never overlap. A prefill stage emits each
+admitted request's first token. Decode rounds between two events are one step, their times summed in
+closed form.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.beliefs import expect_admitted, reveal, revise
 from servegym.envs.simulator.finishes import merge, sort_keys
-from servegym.envs.simulator.heap import play_again, tournament
+from servegym.envs.simulator.heap import tournament, update_tournament
 from servegym.envs.simulator.order import add
 from servegym.envs.simulator.queues import enqueue
 from servegym.envs.simulator.state import (
@@ -27,7 +27,7 @@ from servegym.envs.simulator.state import (
 )
 
 _MANY_ARRIVALS: Final = 8
-"""Arrivals seen together from which on ranking the clients once takes less time than looking at all."""
+"""With more arrivals at once, ranking the clients once takes less time than a scan for each arrival."""
 
 
 @kernel
@@ -37,7 +37,7 @@ def decode_seconds(
     """Return the time of ``rounds`` successive rounds of ``active`` clients, none finishing within.
 
     The k-th round (k = 0, 1, …) starts with ``cached_tokens`` + k · ``active`` tokens, so the sum is
-    arithmetic. In floats: 64-bit integers would wrap from a hundred thousand of the longest requests on.
+    arithmetic. Floats, because a hundred thousand of the longest requests would overflow 64-bit integers.
     """
     n = float(rounds)
     cached = n * cached_tokens + active * (n * (n - 1.0) / 2.0)
@@ -69,14 +69,14 @@ def prefill_seconds(costs: CostTables, r: int, tokens: int, squares: float, requ
 
 @kernel
 def client_work(state: State, e: int, r: int, client: int) -> int:
-    """Return the decode rounds a client has before it: its running request and its planned queue."""
-    own = state.clients[e, r, client]
-    return own.queue_rounds + max(own.expected_end - state.replicas[e, r].rounds, 0)
+    """Return the decode rounds left to a client, of its running request and its planned queue."""
+    record = state.clients[e, r, client]
+    return record.queue_rounds + max(record.expected_end - state.replicas[e, r].rounds, 0)
 
 
 @kernel
 def receive_arrivals(state: State, e: int, r: int) -> None:
-    """Let every request that has arrived by now wait; an unplanned one joins a client's queue.
+    """Make every request that has arrived wait; an unplanned request joins a client's queue.
 
     Arrivals during a stage are seen at its end.
     """
@@ -107,10 +107,10 @@ def receive_arrivals(state: State, e: int, r: int) -> None:
 def _client_to_join(state: State, e: int, r: int, i: int) -> int:
     """Return the client whose queue an unplanned request joins.
 
-    It has the least work before it, of equal ones the fewest requests queued, then the lowest number. A
-    request without rounds adds no work, so many would join the same client: it goes by requests queued,
-    then by work. The running request does not count among them: while all clients run, arrivals are
-    received only at the next finish, and must join as if at once.
+    It has the least work left, then the fewest queued requests, then the lowest number. A request without
+    rounds adds no work, so many would join the same client: for it queued requests count before work. A
+    running request is not counted as queued: while all clients run, arrivals are received only at the
+    next finish, and must join as if received at once.
     """
     by_work = state.requests[e, i].expected_rounds > 0
     best = 0
@@ -132,7 +132,7 @@ def _client_to_join(state: State, e: int, r: int, i: int) -> int:
 
 @allocating_kernel
 def _queue_many(state: State, e: int, r: int, first: int) -> None:
-    """Queue the unplanned arrivals from ``first`` on as ``_client_to_join`` says, all in one pass."""
+    """Queue the unplanned arrivals from ``first`` on in one pass, each as by ``_client_to_join``."""
     clients = state.clients.shape[2]
     work = np.empty(clients, np.int64)
     requests = np.empty(clients, np.int64)
@@ -148,13 +148,13 @@ def _queue_many(state: State, e: int, r: int, first: int) -> None:
         enqueue(state, e, r, client, i)
         work[client] += rounds
         requests[client] += 1
-        play_again(least, client, work, requests)
-        play_again(fewest, client, requests, work)
+        update_tournament(least, client, work, requests)
+        update_tournament(fewest, client, requests, work)
 
 
 @kernel
 def _count_waiting(state: State, e: int, i: int, sign: int) -> None:
-    """Count request ``i`` in (+1) or out (−1) of those waiting."""
+    """Add request ``i`` to the counts of waiting requests (``sign`` +1) or subtract it (−1)."""
     episode, request = state.episodes[e], state.requests[e, i]
     prompt = np.int64(request.prompt_tokens)
     episode.waiting += sign
@@ -212,7 +212,7 @@ def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) 
 
 @kernel
 def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
-    """Merge the admitted requests into the order of finishing."""
+    """Merge the admitted requests into the replica's finishes."""
     replica = state.replicas[e, r]
     span = state.requests.shape[1]
     keys = state.keys[e, :admitted]
@@ -225,9 +225,9 @@ def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
 
 @kernel
 def _finish_due(state: State, e: int, r: int) -> None:
-    """Finish every running request whose last token the stage that just ended has emitted.
+    """Finish every request whose last token the stage that just ended has emitted.
 
-    Whoever has not finished by now although it should have gets a new expected finish.
+    A request that has outlived its expected finish gets a later one.
     """
     replica, finishes = state.replicas[e, r], state.finishes[e, r]
     known = state.episodes[e].lengths_known
@@ -250,7 +250,7 @@ def _finish_due(state: State, e: int, r: int) -> None:
 
 @kernel
 def _leave_idle(state: State, e: int, r: int, client: int) -> None:
-    """Put a client whose request has finished behind the idle ones."""
+    """Append a client whose request has finished to the idle clients."""
     replica = state.replicas[e, r]
     replica.due_sum -= state.clients[e, r, client].expected_end
     state.clients[e, r, client].expected_end = 0
@@ -260,7 +260,7 @@ def _leave_idle(state: State, e: int, r: int, client: int) -> None:
 
 @kernel
 def sort_idle(state: State, e: int, r: int) -> None:
-    """Bring the idle clients into ascending order; finishes have put theirs at the end.
+    """Sort the idle clients in ascending order; finishes have appended theirs at the end.
 
     Overwrites ``picked``.
     """
@@ -270,31 +270,31 @@ def sort_idle(state: State, e: int, r: int) -> None:
         ascending += 1
     if ascending >= idle.size:
         return
-    behind = state.picked[e, : idle.size - ascending]
-    for k in range(behind.size):
-        behind[k] = idle[ascending + k]
-    sort_keys(behind)
+    appended = state.picked[e, : idle.size - ascending]
+    for k in range(appended.size):
+        appended[k] = idle[ascending + k]
+    sort_keys(appended)
     place = idle.size - 1
     before = ascending - 1
-    for k in range(behind.size - 1, -1, -1):
-        while before >= 0 and idle[before] > behind[k]:
+    for k in range(appended.size - 1, -1, -1):
+        while before >= 0 and idle[before] > appended[k]:
             idle[place] = idle[before]
             place -= 1
             before -= 1
-        idle[place] = behind[k]
+        idle[place] = appended[k]
         place -= 1
 
 
 @kernel
 def rounds_to_next_finish(state: State, e: int, r: int) -> int:
-    """Return the true decode rounds to the next finish; a client must be active. Physics only."""
+    """Return the true decode rounds to the next finish; a client must be active. Not for schedulers."""
     replica = state.replicas[e, r]
     return state.finishes[e, r, replica.active - 1].due - replica.rounds
 
 
 @kernel
 def rounds_to_arrival(state: State, costs: CostTables, e: int, r: int, most: int) -> int:
-    """Return the fewest rounds ≥ 1 after which the next arrival is seen, at most ``most``."""
+    """Return the fewest rounds ≥ 1 that reach the next arrival, at most ``most``."""
     arrived = state.episodes[e].arrived
     if arrived == state.episodes[e].requests:
         return most
@@ -313,7 +313,7 @@ def rounds_to_arrival(state: State, costs: CostTables, e: int, r: int, most: int
 
 @kernel
 def run_decode(state: State, costs: CostTables, e: int, r: int, rounds: int) -> None:
-    """Run decode rounds, at most as many as to the next finish."""
+    """Run decode rounds, none beyond the next finish."""
     episode, replica = state.episodes[e], state.replicas[e, r]
     active = replica.active
     clients = state.clients.shape[2]

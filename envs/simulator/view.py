@@ -1,4 +1,4 @@
-"""What a scheduler sees at a decision point, as a tuple of numbers for rules."""
+"""The numbers that rules read at a decision point, all known to a scheduler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from servegym.envs.simulator.state import State
 
 
 class DecisionView(NamedTuple):
-    """One replica at a decision point. Times in seconds; holds nothing a scheduler cannot know.
+    """One replica at a decision point, without what a scheduler cannot know. Times in seconds.
 
     Examples
     --------
@@ -37,7 +37,7 @@ class DecisionView(NamedTuple):
     rounds_to_finish: int  # until the next running request should finish (0: none runs)
     seconds_to_finish: float
     prefill_s: float  # a stage that fills the idle clients with waiting prompts of mean length
-    prefill_fixed_s: float  # the part of it that its tokens do not explain
+    prefill_fixed_s: float  # the part that grows with neither tokens nor requests
 
 
 @kernel
@@ -56,9 +56,9 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
         tokens = episode.waiting_prompt_tokens
         if tokens < 1 << 40:
             tokens = tokens * admitted // waiting
-        else:  # the same; the product itself may be beyond 64 bits
-            each = tokens // waiting
-            tokens = each * admitted + (tokens - each * waiting) * admitted // waiting
+        else:  # the same; the product may exceed 64 bits
+            mean = tokens // waiting
+            tokens = mean * admitted + (tokens - mean * waiting) * admitted // waiting
         squares = episode.waiting_squares_high * 4294967296.0 + episode.waiting_squares_low
         squares *= admitted / waiting
         prefill_s = prefill_seconds(costs, r, tokens, squares, admitted)

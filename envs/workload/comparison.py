@@ -1,8 +1,8 @@
-"""By what waiting requests of uncertain length are compared: which one counts as the longest.
+"""The length by which waiting requests are compared where true lengths are not known.
 
-A predicted length is a lognormal distribution (``Requests``). Its mean says what a request costs on
-average; who is pulled late and turns out long sets the makespan, which is a matter of the upper tail.
-Expected finishes, and so triggers and observation, go by the mean all the same.
+A predicted length is a lognormal distribution (``Requests``). The makespan is set by requests started
+late that prove long: the upper tail of a prediction matters, not its mean. Expected finishes, and so
+triggers and the observation, use the mean regardless.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ COMPARISONS: Final = ("mean", "quantile", "mean-sd")
 def compared_tokens(
     requests: Requests, compare_by: str, quantile: float, deviations: float
 ) -> NDArray[np.int64]:
-    """Return the output tokens that each request counts for, shape (requests,).
+    """Return the output tokens by which each request is compared, shape (requests,).
 
-    ``mean``: those predicted. ``quantile``: exceeded with probability 1 − ``quantile``. ``mean-sd``: the
-    mean plus ``deviations`` standard deviations. Requests without predictions count for their true
-    lengths.
+    ``mean``: the predicted mean. ``quantile``: the length exceeded with probability 1 − ``quantile``.
+    ``mean-sd``: the mean plus ``deviations`` standard deviations. Requests without predictions have
+    their true lengths.
     """
     mean, spread = requests.predicted_output_tokens, requests.predicted_spread
     if spread is None or compare_by == "mean":

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from servegym.envs.arguments import whole_numbers
 from servegym.envs.errors import ServegymError, shown
 
-_MOST: Final = np.iinfo(np.int32).max  # the kernels hold request ids in 32 bits
+_MAX_ID: Final = np.iinfo(np.int32).max  # the kernels hold request ids in 32 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,13 +20,13 @@ class Plan:
     """Queues of request ids, one per client, laid out one after another.
 
     Client ``j`` serves ``order[offsets[j]:offsets[j + 1]]`` in that order. Every request stands in
-    at most one queue; a request that stands in none joins the shortest queue when it arrives.
+    at most one queue; a request in no queue joins the shortest one when it arrives.
 
     Raises
     ------
     ServegymError
-        If an array holds anything but whole numbers ≥ 0 in one dimension, a request stands there twice
-        or the offsets do not span the order.
+        If an array holds anything but whole numbers ≥ 0 in one dimension, a request is planned twice or
+        the offsets do not span the order.
 
     Examples
     --------
@@ -40,7 +40,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("order", "offsets"):
-            checked = whole_numbers(f"plan {name}", getattr(self, name), 0, _MOST)
+            checked = whole_numbers(f"plan {name}", getattr(self, name), 0, _MAX_ID)
             object.__setattr__(self, name, checked)
         steps = np.diff(self.offsets)
         if len(self.offsets) < 2 or self.offsets[0] != 0 or np.any(steps < 0):
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def clients(self) -> int:
-        """Number of clients the plan is made for."""
+        """Number of clients of the plan."""
         return len(self.offsets) - 1
 
     def queue(self, client: int) -> NDArray[np.int64]:
@@ -73,7 +73,7 @@ def plan_from_queues(queues: Sequence[ArrayLike] | NDArray[np.integer]) -> Plan:
     Raises
     ------
     ServegymError
-        If it is not a sequence of such sequences, or a request stands there twice.
+        If ``queues`` is no sequence of such sequences, or a request is planned twice.
 
     Examples
     --------
@@ -86,8 +86,8 @@ def plan_from_queues(queues: Sequence[ArrayLike] | NDArray[np.integer]) -> Plan:
         raise ServegymError(
             f"a plan is made from a list of request ids per client, got {shown(queues)}"
         )
-    held = [
-        whole_numbers(f"queue of client {j}", queue, 0, _MOST) for j, queue in enumerate(queues)
+    checked = [
+        whole_numbers(f"queue of client {j}", queue, 0, _MAX_ID) for j, queue in enumerate(queues)
     ]
-    order = np.concatenate([np.zeros(0, np.int64), *held])
-    return Plan(order, np.cumsum([0, *(len(queue) for queue in held)]))
+    order = np.concatenate([np.zeros(0, np.int64), *checked])
+    return Plan(order, np.cumsum([0, *(len(queue) for queue in checked)]))

@@ -1,4 +1,4 @@
-"""Predictors of output lengths: how good they are is a figure, what they say is calibrated.
+"""Predictors of output lengths: calibrated distributions of a given accuracy.
 
 A prediction is a lognormal distribution, given by its mean and by the standard deviation of the log
 length (``Requests``). **Calibrated** by Kendall's τ, with r = sin(πτ/2) and m and s the mean and the
@@ -7,9 +7,9 @@ standard deviation of log y over the workload,
     log median = m + r² · (log y − m) + r · sqrt(1 − r²) · s · z,    spread = s · sqrt(1 − r²),
 
 z standard normal: for lognormal lengths the rank correlation is τ and E[log y | prediction] = log median.
-**Classified**: a classifier with a measured confusion matrix names a class of lengths; the prediction is
-the mean and the spread of the workload's lengths to which it gives that name. Nobody is predicted to
-exceed the workload's longest length.
+**Classified**: a classifier with a measured confusion matrix gives each request a class of lengths; the
+prediction is the mean and the spread of the workload's lengths that are given this class. No prediction
+exceeds the workload's longest length.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ class Predictor:
     """A measured predictor: a rank correlation, or a confusion matrix of length classes."""
 
     source: str
-    """Where its figures come from."""
+    """Publication of the figures."""
     kendall_tau: float
     thresholds: tuple[int, ...] = ()
-    """First token count of each class but the first; empty: it is calibrated by τ."""
+    """First token count of each class but the first; empty: calibrated by τ."""
     confusion: tuple[tuple[int, ...], ...] = ()
-    """How many of each true class (row) were given each class (column)."""
+    """Number of requests by true class (row) and given class (column)."""
 
     def predict(self, requests: Requests, lengths: Tokens, rng: Generator) -> Requests:
-        """Return the requests with its predictions; ``lengths`` stand for the workload."""
+        """Return the requests with predictions; ``lengths`` sample the workload's output tokens."""
         if not self.thresholds:
             return predict(requests, self.kendall_tau, lengths, rng)
         return _classify(requests, self, lengths, rng)
 
 
 def predict(requests: Requests, kendall_tau: float, lengths: Tokens, rng: Generator) -> Requests:
-    """Return the requests with predictions of a rank correlation; see the module docstring.
+    """Return the requests with predictions of rank correlation τ; see the module docstring.
 
-    ``lengths`` stand for the workload's distribution of output tokens, shape (any,). At τ = 1 the
-    predictions are the true lengths, at τ = 0 all are the same.
+    ``lengths`` sample the workload's output tokens, shape (any,). At τ = 1 the predictions are the true
+    lengths, at τ = 0 all are equal.
     """
     center, deviation = _log_moments(lengths)
     r = np.sin(np.pi * kendall_tau / 2.0)
@@ -63,7 +63,7 @@ def predict(requests: Requests, kendall_tau: float, lengths: Tokens, rng: Genera
 
 
 def expect_alike(requests: Requests, lengths: Tokens) -> Requests:
-    """Return the requests, each expected to be of the workload's mean length, with its spread."""
+    """Return the requests, each predicted with the workload's mean length and spread."""
     n = len(requests)
     _, deviation = _log_moments(lengths)
     return _with_predictions(requests, np.full(n, lengths.mean()), np.full(n, deviation), lengths)
@@ -84,7 +84,7 @@ def _with_predictions(
 def _classify(
     requests: Requests, predictor: Predictor, lengths: Tokens, rng: Generator
 ) -> Requests:
-    """Draw the class each request is given, and predict what such requests are like."""
+    """Draw the class each request is given; predict the mean and spread of that class."""
     counts = np.array(predictor.confusion, dtype=float)
     chances = counts / counts.sum(axis=1, keepdims=True)  # (true, given)
     weights = chances[np.searchsorted(predictor.thresholds, lengths, side="right")]

@@ -1,12 +1,11 @@
-"""Where requests come from: presets sampled with a seed, or a CSV file.
+"""Sources of requests: presets sampled with a seed, or a CSV file.
 
-Prompt lengths of the GSM8K presets are the 1319 measured ones, shuffled; other numbers
-of requests take whole copies and a random part of one. Output lengths of the paper's model are not
-public; two families made for its mean (344.83) and standard deviation (187.99) are shipped, joined to
-the prompts by a Gaussian copula with the measured rank correlation. The generation limit of
-``gsm8k-lognormal`` lowers them to 342.9 and 179.1; ties at the cap lower the correlation of
-``gsm8k-cap512`` to 0.50. ``gsm8k-mixed`` brings predictions of its own, some of which are worth much more
-than others.
+The GSM8K presets shuffle the 1319 measured prompt lengths; another number of requests takes whole
+copies and a random part of one. Output lengths of the paper's model are not public: two families are
+fitted to its mean (344.83) and standard deviation (187.99) and joined to the prompts by a Gaussian copula
+with the measured rank correlation. The generation limit of ``gsm8k-lognormal`` lowers mean and deviation
+to 342.9 and 179.1; ties at the cap lower the correlation of ``gsm8k-cap512`` to 0.50. ``gsm8k-mixed``
+brings its own predictions: about half are accurate, the others rough.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ MAX_ARRIVAL_RATE_PER_S: Final = 1e9
 
 
 class Sample(NamedTuple):
-    """Sampled requests, and how their lengths are predicted where the preset says so itself."""
+    """Sampled requests, with predicted lengths if the preset brings its own."""
 
     prompt_tokens: Tokens  # (n,)
     output_tokens: Tokens  # (n,)
@@ -114,10 +113,10 @@ def sample_gsm8k_lognormal(requests: int, rng: Generator) -> Sample:
 
 
 def sample_gsm8k_mixed(requests: int, rng: Generator) -> Sample:
-    """GSM8K prompts; *predicted* means as ``gsm8k-lognormal``'s outputs, every other one a guess.
+    """GSM8K prompts; the *predicted* means are distributed as ``gsm8k-lognormal``'s outputs.
 
-    The output is lognormal about its prediction with a spread of 0.1 or 0.8, by a fair coin, and the
-    spread is known; at most 1024 tokens are generated.
+    An output is lognormal about its prediction, with a spread of 0.1 or 0.8 at equal chance, and at most
+    1024 tokens long. The spread is part of the prediction.
     """
     prompts = sample_gsm8k_prompts(requests, rng)
     normals = _correlated_normals(prompts, rng)
@@ -133,7 +132,7 @@ def sample_gsm8k_cap512(requests: int, rng: Generator) -> Sample:
     """GSM8K prompts; 54.72 % of outputs run to a cap of 512, the rest are lognormal.
 
     A hypothesis that reproduces the paper's mean and standard deviation from a 512 cap alone
-    (μ 4.88307, σ 0.39596). The longest uniforms are the capped ones.
+    (μ 4.88307, σ 0.39596). The largest uniforms are the capped ones.
     """
     prompts = sample_gsm8k_prompts(requests, rng)
     uniforms = ndtr(_correlated_normals(prompts, rng))
@@ -166,7 +165,7 @@ def is_csv(source: str) -> bool:
 
 
 def check_source(source: str) -> None:
-    """Refuse a source that is neither a preset nor looks like a file."""
+    """Refuse a source that is neither a preset nor the name of a CSV file."""
     if source not in WORKLOAD_PRESETS and not is_csv(source):
         raise ServegymError(
             f"workload.source {shown(source)} is neither a preset nor a .csv file"
@@ -175,7 +174,7 @@ def check_source(source: str) -> None:
 
 
 def check_readable(source: str) -> None:
-    """Refuse a workload file that is missing or holds no workload, before an episode asks for it."""
+    """Refuse a missing or invalid workload file before an episode reads it."""
     if source not in WORKLOAD_PRESETS:
         _read_file(source)
 
@@ -183,8 +182,8 @@ def check_readable(source: str) -> None:
 def check_arrival_rate(requests: int, arrival_rate_per_s: float) -> None:
     """Refuse a rate above 10⁹, or so low that requests would arrive after ``MAX_ARRIVAL_S``.
 
-    The last of n Poisson arrivals comes after n / rate on average, and before (n + 10·√n + 50) / rate as
-    good as always: later in one episode of 10²⁰.
+    The last of n Poisson arrivals comes after n / rate on average, and later than
+    (n + 10·√n + 50) / rate in one episode of 10²⁰.
     """
     least = math.ceil(requests + 10.0 * math.sqrt(requests) + 50.0) / MAX_ARRIVAL_S
     if arrival_rate_per_s != 0 and not least <= arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S:
@@ -200,10 +199,10 @@ _LENGTHS_SAMPLED: Final = 100_000
 
 
 def output_lengths(source: str) -> Tokens:
-    """Return output lengths that stand for a workload's distribution, in no order that tells more.
+    """Return a fixed sample of output lengths from the workload's distribution, shape (any,).
 
-    All that is known of a length before anything is predicted: a large sample of a preset, always the
-    same; of a CSV file its column.
+    Without predictions nothing else is known of a length. Of a preset it is a large sample, of a CSV
+    file the whole column.
     """
     check_source(source)
     if source not in WORKLOAD_PRESETS:
@@ -244,20 +243,20 @@ _FileState = tuple[int, int, int, int]
 
 
 def _state_of(path: Path) -> _FileState | None:
-    """Return what no change of a file leaves as it was; None without a file.
+    """Return values that differ after every change of a file; None without a file.
 
-    The time of the last change of its inode cannot be set as that of its content can.
+    Among them is the inode's change time, which cannot be set as the content's can.
     """
     try:
-        about = path.stat()
-    except (OSError, ValueError):  # the reader says what is wrong
+        status = path.stat()
+    except (OSError, ValueError):  # reading the file says what is wrong
         return None
-    return about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @lru_cache(maxsize=8)
 def _read_once(path: Path, state: _FileState | None) -> Requests:
-    """Read a file that every episode asks for; ``state`` tells that it has changed."""
+    """Read a workload file once, and again when its ``state`` has changed."""
     return read_requests(path)
 
 
@@ -271,7 +270,7 @@ def make_workload(
 ) -> Requests:
     """Return the requests of one episode.
 
-    A preset samples ``requests`` of them with ``rng``, all present at t = 0 or, with a positive
+    A preset samples ``requests`` requests with ``rng``, all present at t = 0 or, with a positive
     ``arrival_rate_per_s``, arriving as a Poisson process. A CSV file is the same for every seed and
     brings its own number and arrivals.
 
