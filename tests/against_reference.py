@@ -33,7 +33,7 @@ from tests.reference_simulator import RULES, ReferenceSimulator, make_reference
 Times = NDArray[np.float64]
 
 Information = Literal["known", "predicted", "quantile", "mean-sd", "unknown"]
-"""What is known of output lengths: they, predictions compared by mean or otherwise, the workload."""
+"""What is known of output lengths: all, predictions and how they are compared, or the workload's."""
 
 INFORMATION: tuple[Information, ...] = get_args(Information)
 
@@ -41,7 +41,7 @@ PHASES = {FUTURE: "future", WAITING: "waiting", RUNNING: "running", FINISHED: "f
 
 
 def same_times(ours: Sequence[float] | Times, theirs: Sequence[float | None]) -> bool:
-    """Equal but for rounding: one adds up rounds, the other uses a closed form. None is NaN."""
+    """Equal up to rounding: the reference adds up rounds, the kernel has a closed form. None is NaN."""
     values, expected = np.asarray(ours), np.array(theirs, dtype=float)
     near = np.abs(values - expected) <= 1e-12 + 1e-9 * np.abs(expected)
     return bool((near | (np.isnan(values) & np.isnan(expected))).all())
@@ -121,7 +121,7 @@ def informed(
 
 
 def with_predictions(requests: Requests, listed: Sequence[PredictedRequest]) -> Requests:
-    """The same predictions for the environment; one that knows nothing overwrites them."""
+    """The same predictions for the environment, which overwrites them where lengths are unknown."""
     return make_requests(
         requests.prompt_tokens,
         requests.output_tokens,
@@ -139,7 +139,7 @@ def crowd(rng: np.random.Generator) -> tuple[int, Requests, list[str]]:
 
 
 def compare(env: ServingEnv, reference: ReferenceSimulator) -> None:
-    """Everything that both know, at a decision point or at the end."""
+    """Compare all state of both simulators, at a decision point or at the end."""
     state, now = inside(env), env.view()
     assert env.action_masks().tolist() == reference.legal_actions()
     assert state.decisions == reference.decisions
@@ -164,7 +164,7 @@ def compare(env: ServingEnv, reference: ReferenceSimulator) -> None:
 
 
 def compare_view(env: ServingEnv, reference: ReferenceSimulator) -> None:
-    """What rules are shown of a decision point; its costs are in tests/test_observation.py."""
+    """Compare the view of rules; tests/test_observation.py checks its costs."""
     now = env.view()
     left = [request.expected_left for request in reference.running()]
     assert now.clients == reference.clients
@@ -203,7 +203,7 @@ def expected_return(env: ServingEnv, reference: ReferenceSimulator) -> float:
 
 
 def play_one(rng: np.random.Generator, information: Information) -> tuple[int, int]:
-    """Play one random episode in both; AssertionError where they differ. Its requests and decisions."""
+    """Play a random episode in both, AssertionError if they differ; return its requests and decisions."""
     env, reference = random_case(rng, information)
     total = play_both(env, reference, rng)
     assert np.isclose(total, expected_return(env, reference), rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""What the tests of the three checks share: a small task, and cases whose times add up in the head."""
+"""Shared by the tests of the three checks: a small task, and cases whose times are easy to add up."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Args:
 
 @dataclass
 class Count:
-    """What a number of episodes came to."""
+    """Totals over episodes."""
 
     episodes: int = 0
     requests: int = 0
@@ -72,7 +72,7 @@ Chunk = tuple[Information, range]
 
 
 def play_chunk(seed: int, chunk: Chunk) -> tuple[Information, Count, list[str]]:
-    """Play some episodes; returns what they came to and a line for each that differs."""
+    """Play a chunk of episodes; return its totals and a line for each episode that differs."""
     information, numbers = chunk
     count, differences = Count(), list[str]()
     for number in numbers:
@@ -90,7 +90,7 @@ def play_chunk(seed: int, chunk: Chunk) -> tuple[Information, Count, list[str]]:
 
 
 def chunks_of(episodes: int) -> list[Chunk]:
-    """Share the episodes out evenly, in chunks."""
+    """Divide the episodes evenly among the kinds of information, in chunks."""
     chunks: list[Chunk] = []
     for kind, information in enumerate(INFORMATION):
         count = episodes // len(INFORMATION) + (kind < episodes % len(INFORMATION))

@@ -26,7 +26,7 @@ settings.load_profile("servegym")
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """A generator with a fixed seed; a test that wants another makes its own."""
+    """A generator with a fixed seed."""
     return np.random.default_rng(0)
 
 
@@ -53,7 +53,7 @@ def three_on_two() -> Requests:
 
 @pytest.fixture
 def lone_rule_env() -> ServingEnv:
-    """One client and one rule: there is never a choice, an episode is over when it begins."""
+    """One client and one rule: without a choice the episode ends in reset."""
     return make_env(1, rules=("fcfs",))
 
 

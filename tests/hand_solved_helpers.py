@@ -1,4 +1,4 @@
-"""Plays named actions in the environment and in the reference, for instances solved by hand."""
+"""Play named actions in the environment and in the reference, for instances solved by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.reference_simulator import RULES, ReferenceSimulator, make_reference
 
 @dataclass
 class Played:
-    """What an episode left behind."""
+    """Results of an episode."""
 
     trace: list[tuple[float, str, int, int]]  # (second, what, request, client)
     decisions: list[tuple[float, int, int]]  # (second, active, waiting) at every decision point

@@ -1,4 +1,4 @@
-"""What several test files share: building instances, environments and traces in one line."""
+"""Shared by many test files: instances, environments and traces in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the simulator's tests do without torch
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 UNIT_COSTS = StageCosts(AffineDecode(1.0), AffinePrefill(2.0, 0.0))
-"""A round is 1 s, a prefill stage 2 s, whatever they hold: traces can be added up in the head."""
+"""A round takes 1 s and a prefill stage 2 s, whatever they hold: traces are easy to add up."""
 
 HUGE = "1" + "0" * 400  # a TOML integer may be that long
 
@@ -73,7 +73,7 @@ def start(
 
 @dataclass(frozen=True)
 class Inside:
-    """What the simulator keeps and no public method shows; the only reader of its state's layout."""
+    """State of the simulator that no public method shows. Tests read its layout only here."""
 
     decisions: int
     stages: int
@@ -106,7 +106,7 @@ def inside(env: ServingEnv) -> Inside:
 
 
 def trace(log: Records) -> list[tuple[float, str, int, int]]:
-    """What happened, in order: (second, "first" | "finish" | "admit", request, client)."""
+    """Events in order: (second, "first" | "finish" | "admit", request, client)."""
     kinds = ("first", "finish", "admit")  # a stage ends before the next begins
     events = [
         (float(second), kinds.index(event), request, int(log.client[request]))
@@ -137,7 +137,7 @@ def play_randomly(env: ServingEnv, rng: np.random.Generator) -> tuple[float, dic
 
 
 def random_costs(rng: np.random.Generator, clients: int, *, dyadic: bool) -> StageCosts:
-    """A cost model of any family. Dyadic ones add up without rounding, so that ties are ties."""
+    """A cost model of any family. Dyadic costs add up without rounding, so ties are exact."""
 
     def seconds(most: float) -> float:
         return (
@@ -201,7 +201,7 @@ def weights(model: OnPolicyAlgorithm) -> dict[str, bytes]:
 
 
 def refused(call: Callable[[], Any], words: str) -> None:
-    """It is refused in one line that a terminal shows, and these words are in it."""
+    """The error's message is one printable line that contains these words."""
     with pytest.raises(ServegymError) as error:
         call()
     message = str(error.value)

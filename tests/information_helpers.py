@@ -1,4 +1,4 @@
-"""What the tests of predicted and unknown output lengths share: tasks, and rows of requests."""
+"""Shared by the tests of predicted and unknown output lengths: tasks, and rows of requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the planner and of its bound share: rounds, brute force, tiny instances."""
+"""Shared by the tests of the planner and of its bound: rounds, brute force, tiny instances."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def whole(*numbers: int) -> NDArray[np.int64]:
 
 
 def least_load(rounds: NDArray[np.int64], clients: int) -> int:
-    """Try every assignment: the least that the busiest client can have to do."""
+    """The least load of the busiest client, by trying every assignment."""
     assignments = itertools.product(range(clients), repeat=len(rounds))
     return int(
         min(np.bincount(each, weights=rounds, minlength=clients).max() for each in assignments)

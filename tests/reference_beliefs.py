@@ -23,7 +23,7 @@ Comparison = Literal["mean", "quantile", "mean-sd"]
 
 @dataclass(eq=False)
 class PredictedRequest(Request):
-    """A request and what was predicted of it."""
+    """A request and its predicted length."""
 
     mean: int = 0  # output tokens
     spread: float = 0.0  # standard deviation of log(true / predicted)
@@ -49,7 +49,7 @@ def mean_beyond(mean: int, spread: float, emitted: int) -> int:
 
 
 def compared_tokens(mean: int, spread: float, by: Comparison, number: float) -> int:
-    """The tokens that a waiting request counts for: its mean, a quantile, or mean plus deviations."""
+    """The tokens by which a waiting request is compared: mean, quantile, or mean plus deviations."""
     if by == "quantile":
         center = math.log(mean) - spread * spread / 2
         tokens = math.exp(center + spread * NormalDist().inv_cdf(number))
@@ -61,7 +61,7 @@ def compared_tokens(mean: int, spread: float, by: Comparison, number: float) -> 
 
 
 class BelievingSimulator(ReferenceSimulator):
-    """The reference whose scheduler goes by beliefs; requests must be `PredictedRequest`s."""
+    """The reference with expected lengths for its scheduler; requests must be `PredictedRequest`s."""
 
     def apply(self, action: int) -> None:
         if action == 0:

@@ -26,27 +26,27 @@ class Request:
 
     @property
     def rounds(self) -> int:
-        """Decode rounds it needs in all: the prefill stage emits the first token."""
+        """True decode rounds in all: the prefill stage emits the first token."""
         return self.output - 1
 
     @property
     def rounds_left(self) -> int:
-        """Decode rounds a running request needs still, truly: nobody is told."""
+        """True decode rounds left to a running request, hidden from the scheduler."""
         return self.output - self.emitted
 
     @property
     def expected_rounds(self) -> int:
-        """Decode rounds that the scheduler believes it needs in all."""
+        """Decode rounds in all that the scheduler expects."""
         return (self.output if self.believed is None else self.believed) - 1
 
     @property
     def expected_left(self) -> int:
-        """Decode rounds that the scheduler believes a running request needs still."""
+        """Decode rounds left to a running request that the scheduler expects."""
         return self.expected_rounds + 1 - self.emitted
 
     @property
     def compared_rounds(self) -> int:
-        """What says whether it is longer than another that waits."""
+        """Decode rounds by which waiting requests are compared."""
         return (self.output if self.compared is None else self.compared) - 1
 
 
@@ -59,7 +59,7 @@ def make_requests_list(requests: Requests) -> list[Request]:
 def greedy_queues(requests: list[Request], clients: int) -> list[list[Request]]:
     """Those present at t = 0, longest first, each to the least loaded client.
 
-    One without rounds adds no load; it goes to the client with the fewest requests.
+    A request without rounds adds no load; it goes to the client with the fewest requests.
     """
     queues: list[list[Request]] = [[] for _ in range(clients)]
     present = [request for request in requests if request.arrival_s == 0]

@@ -105,7 +105,7 @@ class ReferenceSimulator:
             changed = self.decode_round()
 
     def run_to_choice(self) -> None:
-        """Run on while there is only one thing to do."""
+        """Run until there is a choice, or the episode ends."""
         while not self.finished():
             legal = self.legal_actions()
             if legal.count(True) > 1:
@@ -124,13 +124,13 @@ class ReferenceSimulator:
     # ---- stages -----------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """Nobody is active and nothing waits: wait for the next arrival."""
+        """Without active clients and waiting requests, go to the next arrival."""
         coming = [request.arrival_s for request in self.requests if request.phase == "future"]
         self.clock_s = max(self.clock_s, min(coming))
         self.receive_arrivals()
 
     def decode_round(self) -> bool:
-        """Run one decode round; return whether anyone finished or arrived."""
+        """Run one decode round; return whether a request finished or arrived."""
         return self.end_stage(self.emit_tokens())
 
     def emit_tokens(self) -> list[Request]:
@@ -149,7 +149,7 @@ class ReferenceSimulator:
         return active
 
     def prefill_stage(self, rule: str) -> None:
-        """Admit a batch; everyone else stalls; each admitted request emits its first token."""
+        """Admit a batch; all other requests stall; each admitted request emits its first token."""
         batch = self.admit(rule)
         seconds = prefill_stage_s(self.costs, [request.prompt for request in batch])
         self.log.append(("prefill", self.clock_s, [request.id for request in batch]))
@@ -169,7 +169,7 @@ class ReferenceSimulator:
         self.clock_s += seconds
 
     def end_stage(self, emitting: list[Request]) -> bool:
-        """Requests whose last token this was finish; then arrivals of the stage are seen."""
+        """Finish the requests that have emitted their last token; then receive arrivals."""
         done = [request for request in emitting if request.emitted == request.output]
         for request in done:
             request.phase = "finished"
@@ -195,7 +195,7 @@ class ReferenceSimulator:
         return bool(seen)
 
     def client_to_join(self, request: Request) -> int:
-        """Least work, then fewest requests queued; the other way round for one without rounds."""
+        """Least work, then fewest requests queued; for a request without rounds the reverse order."""
         before = [(self.work(client), len(self.queues[client])) for client in range(self.clients)]
         if request.expected_rounds == 0:
             before = [(queued, work) for work, queued in before]
@@ -244,7 +244,7 @@ class ReferenceSimulator:
         return waiting[0] if waiting else None
 
     def work(self, client: int) -> int:
-        """Rounds before a client: of its planned queue and of what it runs (paper, Algorithm 1)."""
+        """Rounds left to a client: its planned queue and its running request (paper, Algorithm 1)."""
         queued = sum(request.expected_rounds for request in self.queues[client])
         return queued + sum(
             request.expected_rounds if request.emitted == 0 else max(request.expected_left, 0)
@@ -253,7 +253,7 @@ class ReferenceSimulator:
         )
 
     def stolen(self) -> Request:
-        """The longest request of the client with most work; ties go to the first of each."""
+        """The longest request of the client with most work; ties go to the first client and request."""
         victims = [client for client in range(self.clients) if self.head(client) is not None]
         victim = max(victims, key=lambda client: (self.work(client), -client))
         return max(self.queues[victim], key=lambda request: request.expected_rounds)
@@ -319,8 +319,8 @@ def optimal_makespan(
     """The shortest makespan of any schedule at all, by Dijkstra's search over the tokens emitted.
 
     A schedule may prefill any batch of arrived requests that fits, decode one round, or sleep until
-    the next arrival. Of two ways to the same tokens and the same arrivals the earlier one is never
-    worse: whatever the later one does, the earlier one can do no later.
+    the next arrival. Of two schedules with the same tokens and arrivals so far the earlier is never
+    worse: it can copy the later one's stages, each no later.
     """
     listed = make_requests_list(requests)
     seen: set[tuple[Emitted, int]] = set()

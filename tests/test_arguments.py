@@ -1,4 +1,4 @@
-"""Tasks, actions and seeds that Python callers pass in: what is refused in one line, and its legal twins."""
+"""Tasks, actions and seeds from Python callers: what is refused in one line, and its legal twins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Best-known tables: bounds, best known and policies in order, and schedules that can be carried out."""
+"""Best-known tables: bounds ≤ best known ≤ policies, and every schedule can be replayed."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ DIPS = [
 
 @pytest.mark.parametrize(("rounds", "seconds"), DIPS)
 def test_dip(rounds: tuple[int, ...], seconds: float) -> None:
-    """Rounds of one take 4 s, of two 1 s; without arrivals nobody else can share them."""
+    """Rounds of one take 4 s, of two 1 s; without arrivals no other request can share them."""
     costs = StageCosts(TableDecode((1, 2), (4.0, 1.0)), AffinePrefill(2.0, 0.0))
     requests = instance(*((5, 1 + count) for count in rounds))
     assert bound_of(requests, 2, costs).decode_s == pytest.approx(seconds)

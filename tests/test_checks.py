@@ -1,4 +1,4 @@
-"""The scripts of the three checks: stealing by hand, what they refuse, going on, and committed results."""
+"""The scripts of the three checks: stealing by hand, refusals, resuming, and committed results."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def fake_case(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
 
 
 def test_a_collection_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
-    """Stopped in the middle, or asked for more later: the same file as in one go."""
+    """Interrupted, or extended later: the same file as from a single run."""
     task, seeds = load_task("Tiny-v0"), range(5, 9)
 
     def stopped(task: TaskConfig, seed: int) -> list[dict[str, Any]]:

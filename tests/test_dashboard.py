@@ -1,4 +1,4 @@
-"""The picture of a training run: what its charts show of known event files."""
+"""The picture of a training run: its charts of known event files."""
 
 from __future__ import annotations
 

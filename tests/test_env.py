@@ -1,4 +1,4 @@
-"""The environment keeps its promises: actions and masks, observations, the end, rewards."""
+"""The environment: actions and masks, observations, the end of episodes, rewards."""
 
 from __future__ import annotations
 

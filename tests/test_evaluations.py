@@ -1,4 +1,4 @@
-"""Evaluations in training: sampled play, cases cut short, which agent is the best, what is said of it."""
+"""Evaluations in training: sampled play, cases cut short, the best agent and the words of the outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evolution strategy after PPO: what is perturbed, what is played, what is kept by a resume."""
+"""The evolution strategy after PPO: perturbed weights, played cases, and the state that a resume keeps."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_what_luck_adds_is_clipped() -> None:
 
 
 def test_equal_candidates_move_nothing() -> None:
-    """One client and one rule: there is nothing to decide, every gap is the same."""
+    """One client and one rule leave no choice: every gap is the same."""
     task = changed(
         TINY,
         cluster={"clients": 1},

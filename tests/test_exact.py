@@ -1,4 +1,4 @@
-"""The exact optimum: three ways agree, schedules are valid, no policy is faster, limits are honest."""
+"""The exact optimum: three methods agree, schedules are valid, no policy is faster, time limits hold."""
 
 from __future__ import annotations
 

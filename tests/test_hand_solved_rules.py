@@ -1,4 +1,4 @@
-"""Whom a prefill stage admits, in tiny instances solved by hand.
+"""Which requests a prefill stage admits, in tiny instances solved by hand.
 
 They are played by the environment and by the reference. A decode round takes 1 s and a prefill
 stage 2 s. Requests are (prompt, output[, arrival]).

@@ -1,4 +1,4 @@
-"""Imitation before training: soft targets, returns to go, states of whole episodes, what it needs."""
+"""Imitation before training: soft targets, returns to go, states of whole episodes, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expectations of output lengths, how they are revised, and what better ones are worth."""
+"""Expected output lengths, their revision, and the gap that better predictions save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The joint planner: its schedules are real ones, never below the optimum, and often reach it."""
+"""The joint planner: its schedules can be replayed, are never below the optimum and often reach it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel cache: what it holds counts only if it is whole, fresh and nobody else's."""
+"""The kernel cache: files are used only if they are whole, fresh and in a trusted folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trial by kills sees what it is there to see; stubs stand in for the scripts."""
+"""The robustness trial by kills reports each fault; stubs replace the scripts."""
 
 from __future__ import annotations
 

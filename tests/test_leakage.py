@@ -1,4 +1,4 @@
-"""No leakage: another truth behind the same predictions changes nothing until a completion tells."""
+"""No leakage: other true lengths under the same predictions change nothing before a finish."""
 
 from __future__ import annotations
 

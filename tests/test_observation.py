@@ -1,4 +1,4 @@
-"""What policies see: every entry of the observation and of the view, against plain formulas.
+"""What policies observe: every entry of the observation and of the view, against plain formulas.
 
 The formulas are written from ``FEATURES``, entry by entry, over the reference simulator's requests.
 """

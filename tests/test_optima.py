@@ -1,4 +1,4 @@
-"""Optima and best-known schedules beside policies: kept, honest where not proven, never above them."""
+"""Optima and best-known schedules beside policies: resumed, marked where unproven, never above policies."""
 
 from __future__ import annotations
 

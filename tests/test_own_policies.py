@@ -1,4 +1,4 @@
-"""Anybody's policy: a class of a module that lies where the shell stands."""
+"""A user's policy: a class of a module in the working directory."""
 
 from __future__ import annotations
 

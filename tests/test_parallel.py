@@ -1,4 +1,4 @@
-"""Worker processes: as many as are of use, and none left behind, however the parent ends."""
+"""Worker processes: no more than are useful, and none left, however the parent ends."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class TestHandSolved:
         ],
     )
     def test_queues(self, rounds: list[int], clients: int, expected: list[list[int]]) -> None:
-        """Clients are alike: only their queues count, not who has which."""
+        """Clients are alike: only the set of queues counts."""
         certified = plan_offline(whole(*rounds), clients)
         assert certified.status == "optimal"
         if 0 not in rounds:

@@ -1,4 +1,4 @@
-"""Predictors of output lengths: calibrated, as good as asked for, and the user's own columns."""
+"""Predictors of output lengths: calibration, accuracy, and the user's own columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds in every episode, whatever the instance, the costs and the actions."""
+"""Properties of every episode, for any instance, costs and actions."""
 
 from __future__ import annotations
 

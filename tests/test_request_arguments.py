@@ -1,4 +1,4 @@
-"""Requests and plans that Python callers pass in: columns that are refused, and their legal twins."""
+"""Requests and plans from Python callers: refused columns, and their legal twins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests and workload files: every row of a table of bad input has a legal neighbour."""
+"""Requests and workload files: every bad input has a legal twin."""
 
 from __future__ import annotations
 

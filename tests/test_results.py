@@ -1,4 +1,4 @@
-"""Published numbers agree with each other: README, results/, and the constants they led to."""
+"""Published numbers agree: README, results/, and constants taken from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables that a run goes on with: what is missing, what is saved and when, and the committed ones."""
+"""Tables that a run resumes: missing rows, saved rows, and the committed tables."""
 
 from __future__ import annotations
 

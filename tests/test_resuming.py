@@ -1,4 +1,4 @@
-"""Resumed training ends in the same bits; checkpoints and folders that do not fit are refused."""
+"""Resumed training ends in the same bits; checkpoints and folders of other runs are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong arguments, damaged files and odd terminals, a few of those of scripts/check_robustness.py.
+"""Wrong arguments, damaged files and odd terminals: a sample of scripts/check_robustness.py.
 
 And what the generators themselves would hide: that they see a traceback, a hang and what is left.
 """

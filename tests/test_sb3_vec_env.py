@@ -1,4 +1,4 @@
-"""The vector environment as Stable-Baselines3 sees it, and what training leaves behind."""
+"""The vector environment under Stable-Baselines3, and the files that training leaves."""
 
 from __future__ import annotations
 

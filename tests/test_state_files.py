@@ -1,4 +1,4 @@
-"""State that training reads back: whatever has become of it, one line names the file and the remedy."""
+"""State that training reads back: for any damage one line names the file and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training that ends early: callbacks that return False, weights that are no numbers, full disks."""
+"""Training that ends early: callbacks that return False, non-finite weights, full disks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ QUIET = Options(checkpoint_every=100, tensorboard=False, progress=False)
 
 
 class StopAfter(BaseCallback):
-    """Says after some calls that training shall stop, as callbacks of stable-baselines3 do."""
+    """Stops training after a number of calls, as callbacks of stable-baselines3 do."""
 
     def __init__(self, calls: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def last_state(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of runs that nobody stopped."""
+    """Folders of runs that were not stopped."""
     folders = {}
     for name, h in (
         ("ppo", replace(SMALL, algorithm="ppo")),
@@ -184,7 +184,7 @@ def test_weights_that_are_no_numbers_end_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rules", [("fcfs",), ("fcfs", "longest")])
 def test_a_task_without_a_choice_is_refused(rules: tuple[str, ...], tmp_path: Path) -> None:
-    """All requests fit at once: there is only whom to admit first, by one rule or two."""
+    """All requests fit at once: only the order of admission is left, by one rule or two."""
     task = changed(TINY, workload={"requests": 2}, process={"rules": rules})
     h = replace(SMALL, timesteps=64)
     if len(rules) > 1:

@@ -1,4 +1,4 @@
-"""The study of agents: which runs, how they are run, and what its tables say of hand-made rows."""
+"""The study of agents: its runs, their processes, and tables of hand-made rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of results: what is read, to the last bit, and what is refused with its line."""
+"""Tables of results: read to the last bit, or refused with the line."""
 
 from __future__ import annotations
 

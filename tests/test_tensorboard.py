@@ -1,4 +1,4 @@
-"""What training leaves behind: event files read back, evaluations.csv, the best and the last agent."""
+"""Files that training leaves: event files, evaluations.csv, the best and the last agent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The script train.py: its options, what it refuses, Ctrl-C and being killed."""
+"""The script train.py: options, refusals, Ctrl-C and kills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies for uncertain lengths: what counts as longest, plans by risk and by samples, feedback."""
+"""Policies for uncertain lengths: the compared length, plans by risk and by samples, feedback."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_is_certain_counts_for_its_length() -> None:
     ],
 )
 def test_longest_first_goes_by_the_comparison(keys: dict[str, str | float], first: int) -> None:
-    """One client, a sure request of 120 and an unsure one of 100: who is pulled first?"""
+    """One client, a sure request of 120 and an unsure request of 100: which starts first?"""
     requests = predicted((100, 0.8), (120, 0.0), outputs=[3, 3])
     env = make_env(1, lengths="predicted")
     env = ServingEnv(with_overrides(env.task, {"information": keys}))
@@ -216,7 +216,7 @@ def test_dealing_in_turn() -> None:
 
 
 def best_mean(rounds: np.ndarray, clients: int) -> float:
-    """The least mean largest load over all assignments, one by one."""
+    """The least mean largest load over all assignments, by trying each."""
     n = rounds.shape[1]
     return min(
         mean_largest_load(

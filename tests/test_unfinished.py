@@ -1,4 +1,4 @@
-"""Episodes that were cut short: they have no gap, and none is made up for them anywhere."""
+"""Episodes that were cut short have no gap in any table."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_checks_refuse_tasks_that_cut_episodes_short(write: Callable[[str, str],
 
 
 def test_some_episodes_finished_and_some_not(tmp_path: Path) -> None:
-    """The limit lies between what the policies need: the mean is that of the finished ones."""
+    """The limit lies between the policies' needs: the mean is over finished episodes."""
     whole = play_all(TINY, make_policy, ["fcfs"], range(12), tmp_path / "a", progress=False)
     limit = float(whole["makespan_s"].median())
     task = with_overrides(TINY, {"process": {"max_seconds": limit}})

@@ -1,4 +1,4 @@
-"""Verdicts on single decisions: solved by hand, judged by branches, and what cannot be judged."""
+"""Verdicts on single decisions: solved by hand, judged by branches, or undecidable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.test_policies import VIEW
 
 
 def judged(name: str, clients: int, *rounds: int) -> tuple[float, list[Verdict]]:
-    """The makespan of a one-queue rule and all its verdicts; judges are the rule and ``fcfs``."""
+    """The makespan of a one-queue rule and its verdicts, judged by the rule and ``fcfs``."""
     task, case = unit_case(clients, *rounds)
     policy = make_trigger_policy(name)
     judges = (policy, make_trigger_policy("threshold-1"))

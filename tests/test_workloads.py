@@ -1,4 +1,4 @@
-"""The shipped workloads are what they say: exact prompts, and outputs within stated tolerances."""
+"""The shipped workloads: exact prompts, and outputs within stated tolerances."""
 
 from __future__ import annotations
 

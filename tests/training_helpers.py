@@ -1,4 +1,4 @@
-"""What the tests of training share: a small run, experts, Ctrl-C, and the script's refusals."""
+"""Shared by the tests of training: a small run, experts, Ctrl-C, and the script's refusals."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ QUIET = Options(checkpoint_every=2, tensorboard=False, progress=False)
 
 
 def prefer_prefill(env: ServingVectorEnv) -> NDArray[np.float64]:
-    """An expert that likes the last legal action best; what it says costs nothing to compute."""
+    """An expert that prefers the last legal action; it takes no time."""
     masks = env.action_masks()
     return np.where(masks, np.arange(masks.shape[1]) - 10.0, -np.inf)
 
 
 def some_reference(case: Case) -> float:
-    """A reference that is another for each case."""
+    """A reference gap that differs between cases."""
     return float(case.requests.output_tokens.sum() % 17)
 
 
