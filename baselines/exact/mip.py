@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csc_array
 
-from servegym.baselines.exact.problem import JointProblem, Outcome, Schedule, count_batches, replay
+from servegym.baselines.exact.problem import JointProblem, Outcome, count_batches
 from servegym.baselines.planning.highs import silent_highs, solve_interruptibly
+from servegym.baselines.schedules import Schedule, Stage
 from servegym.envs.bounds.batch import lower_bound
 from servegym.envs.errors import ServegymError
 
@@ -106,7 +107,7 @@ def solve_joint_mip(problem: JointProblem, known: Schedule, time_limit_s: float)
     ServegymError
         If the program would be too large.
     """
-    known_s = replay(problem, known) - problem.constant_s
+    known_s = problem.makespan_s(known) - problem.constant_s
     horizon = _horizon(problem, known_s)
     stages = count_batches(problem.kinds.count.tolist(), problem.clients) * (horizon + 1)
     if stages > MAX_STAGES:
@@ -255,8 +256,8 @@ def _schedule(problem: JointProblem, batches: _Batches, values: NDArray[np.int64
         busy[t + 1 : t + 1 + np.count_nonzero(batches.running[b])] = 1
     clock = np.cumsum(busy)
     waiting = [list(ids) for ids in problem.kinds.members]
-    schedule: Schedule = []
+    schedule: list[Stage] = []
     for t, b in sorted(chosen, key=lambda stage: (stage[0], -batches.brief[stage[1]])):
         ids = [waiting[k].pop(0) for k, n in enumerate(batches.taken[b]) for _ in range(n)]
-        schedule.append((int(clock[t]), tuple(sorted(ids))))
-    return schedule
+        schedule.append(Stage(int(clock[t]), tuple(sorted(ids))))
+    return tuple(schedule)

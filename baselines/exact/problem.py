@@ -28,12 +28,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.baselines.schedules import Schedule, Stage, replay
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
+from servegym.envs.simulator.stages import prefill_seconds
 from servegym.envs.workload.requests import Requests
-
-Schedule = list[tuple[int, tuple[int, ...]]]
-"""Prefill stages in order: the decode rounds run before each, and the ids it admits."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +133,11 @@ class JointProblem:
             + float(rates.prefill_per_token_squared_s * (prompts**2).sum())
         )
 
+    def makespan_s(self, schedule: Schedule) -> float:
+        """Return the makespan of a schedule in seconds; refuse one that is not of the problem."""
+        budget = self.max_prefill_tokens
+        return replay(self.requests, self.clients, self.costs, schedule, budget)
+
     def fits(self, ids: Sequence[int]) -> bool:
         """Return whether a stage may admit these requests together: the token budget."""
         budget = self.max_prefill_tokens
@@ -151,57 +154,16 @@ def count_batches(counts: Sequence[int], clients: int) -> int:
     return int(min(ways[1:].sum(), 2.0**62))
 
 
-def replay(problem: JointProblem, schedule: Schedule) -> float:
-    """Return the makespan of a schedule in seconds, added up stage by stage as the simulator does.
-
-    Raises
-    ------
-    ValueError
-        If it is no schedule of the problem: a request admitted never or twice, no client for it, a
-        stage over the token budget, or a clock that runs back or on while nobody is active.
-    """
-    rounds, prompts = problem.requests.decode_rounds, problem.requests.prompt_tokens
-    admitted = sorted(i for _, ids in schedule for i in ids)
-    if admitted != list(range(len(problem.requests))):
-        raise ValueError("a schedule admits every request once")
-    clock_s, clock, cached = 0.0, 0, 0
-    due: dict[int, int] = {}  # running request → decode clock at which it finishes
-    for start, ids in [*schedule, (None, ())]:
-        until = max(due.values(), default=clock) if start is None else start
-        while clock < until:
-            if not due:
-                raise ValueError(f"nobody is active at decode clock {clock}")
-            run = min(until, *due.values()) - clock
-            clock_s += float(decode_seconds(problem.costs, 0, len(due), cached, run))
-            clock += run
-            cached += run * len(due)
-            for i in [i for i, end in due.items() if end == clock]:
-                cached -= int(prompts[i] + rounds[i] + 1)
-                del due[i]
-        if start is None:
-            break
-        if start < clock or not ids or len(due) + len(ids) > problem.clients:
-            raise ValueError(f"the stage at decode clock {start} cannot admit {ids}")
-        if not problem.fits(ids):
-            raise ValueError(f"the stage at decode clock {start} is over the token budget")
-        clock_s += problem.batch_s(prompts[list(ids)])
-        for i in ids:
-            if rounds[i] > 0:
-                due[i] = clock + int(rounds[i])
-                cached += int(prompts[i]) + 1
-    return clock_s
-
-
 def greedy_schedule(problem: JointProblem) -> Schedule:
     """Return the best of some simple schedules: longest first, once K clients are idle, K = 1 … J."""
     schedules = [_threshold_schedule(problem, k) for k in range(1, problem.clients + 1)]
-    return min(schedules, key=lambda schedule: replay(problem, schedule))
+    return min(schedules, key=problem.makespan_s)
 
 
 def _threshold_schedule(problem: JointProblem, threshold: int) -> Schedule:
     rounds = problem.requests.decode_rounds
     waiting = np.argsort(-rounds, kind="stable").tolist()
-    schedule: Schedule = []
+    stages: list[Stage] = []
     ends: list[int] = []
     clock = 0
     while waiting:
@@ -210,9 +172,9 @@ def _threshold_schedule(problem: JointProblem, threshold: int) -> Schedule:
             ids: list[int] = []
             while waiting and len(ids) < idle and problem.fits([*ids, waiting[0]]):
                 ids.append(waiting.pop(0))
-            schedule.append((clock, tuple(ids)))
+            stages.append(Stage(clock, tuple(ids)))
             ends += [clock + int(rounds[i]) for i in ids if rounds[i] > 0]
         else:
             clock = min(ends)
             ends = [end for end in ends if end > clock]
-    return schedule
+    return tuple(stages)

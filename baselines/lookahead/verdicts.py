@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from scipy import stats
 
-from servegym.baselines.lookahead.rollout import Base, Schedule, final_clock, make_base
+from servegym.baselines.lookahead.rollout import Base, StageChoices, final_clock, make_base
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
@@ -85,7 +85,7 @@ def balance(trigger: int, view: DecisionView) -> float:
 
 
 @dataclass
-class JudgedPolicy:
+class VerdictRecorder:
     """Plays as ``policy`` does and notes a verdict at the decisions asked for.
 
     Parameters
@@ -134,7 +134,7 @@ class JudgedPolicy:
         self.verdicts, self.played = [], 0
         self._rng = briefing.rng
         self._action = 1 + task.process.rules.index(self.policy.rule)
-        self._court = _Court(task, self.judges)
+        self._judges = _Judges(task, self.judges)
         return self.policy.prepare(briefing)
 
     def act(self, situation: Situation) -> int:
@@ -154,22 +154,22 @@ class JudgedPolicy:
                     self.played,
                     prefills,
                     balance(trigger, situation.view),
-                    self._court.ends(imagined, DECODE),
-                    self._court.ends(imagined, self._action),
+                    self._judges.ends(imagined, DECODE),
+                    self._judges.ends(imagined, self._action),
                 )
             )
         self.played += 1
         return self._action if prefills else DECODE
 
 
-class _Court:
+class _Judges:
     """The judges of one task, and what finishing an episode needs."""
 
     def __init__(self, task: TaskConfig, judges: Sequence[TriggerPolicy]) -> None:
         self._clients, self._costs, self._settings = lower(task)
         self._bases: list[Base] = [make_base(judge, self._settings) for judge in judges]
         self._scratch: State | None = None
-        self._schedules: list[Schedule] = []
+        self._schedules: list[StageChoices] = []
 
     def ends(self, imagined: State, first: int) -> tuple[float, ...]:
         """Return the makespan after action ``first``, by judge."""
@@ -179,7 +179,7 @@ class _Court:
             # Every stage admits someone; the same rule and parameter at each.
             stages = requests + 1
             self._schedules = [
-                Schedule(np.full(stages, base.rule), np.full(stages, base.parameter))
+                StageChoices(np.full(stages, base.rule), np.full(stages, base.parameter))
                 for base in self._bases
             ]
         return tuple(
@@ -216,14 +216,14 @@ def judge_episode(
     """
     if samples < 1:
         raise ServegymError(f"samples must be ≥ 1, got {samples}")
-    first = JudgedPolicy(policy, (), (), noise)
+    first = VerdictRecorder(policy, (), (), noise)
     if noise > 0:  # compiled code draws no noise; the same seed draws the same again
         play(task, "judged", first, case, seed)
         decisions = first.played
     else:
         decisions = int(play_compiled(task, policy, case)["decisions"])
     spread = np.linspace(0, decisions - 1, min(samples, decisions)).round().astype(int)
-    judged = JudgedPolicy(policy, judges, frozenset(spread.tolist()), noise)
+    judged = VerdictRecorder(policy, judges, frozenset(spread.tolist()), noise)
     row = play(task, "judged", judged, case, seed).row
     return row | {"decisions": judged.played}, judged.verdicts
 
