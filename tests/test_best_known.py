@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from servegym.baselines.calendar.planner import Stage, replay
+from servegym.baselines.schedules import Stage, replay
 from servegym.envs.bounds.padding import joint_bound
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
@@ -85,7 +85,7 @@ def test_a_committed_schedule_is_what_the_table_says() -> None:
     requests = make_case(task, int(row["seed"])).requests
     assert joint_bound(requests, clients, costs).seconds == pytest.approx(row["joint_bound_s"])
     stages = json.loads((COMMITTED / f"{row['seed']}.json").read_text())["stages"]
-    schedule = [Stage(stage["clock"], np.array(stage["requests"])) for stage in stages]
+    schedule = [Stage(stage["clock"], tuple(stage["requests"])) for stage in stages]
     assert replay(requests, clients, costs, schedule) == pytest.approx(row["searched_s"])
 
 

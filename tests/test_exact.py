@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servegym.baselines.exact.optimum import METHODS, ExactOptimum, exact_optimum
-from servegym.baselines.exact.problem import JointProblem, Schedule, replay
+from servegym.baselines.exact.problem import JointProblem
 from servegym.baselines.exact.search import search
 from servegym.baselines.registry import REGISTRY, make_policy
+from servegym.baselines.schedules import Schedule, Stage
 from servegym.envs import Requests, make_requests
 from servegym.envs.bounds.batch import lower_bound
 from servegym.envs.errors import ServegymError
@@ -81,13 +82,13 @@ def test_three_ways_agree(block: int) -> None:
         problem = JointProblem(requests, clients, costs.tables(clients), budget)
         alone = search(problem, np.inf, 60)
         assert alone.schedule is not None
-        assert replay(problem, alone.schedule) == expected, seed
+        assert problem.makespan_s(alone.schedule) == expected, seed
         assert alone.bound_s + problem.constant_s == expected, seed
         for method in METHODS:
             optimum = solve(requests, clients, costs, budget, method=method)
             assert optimum.proven, (seed, method)
             assert optimum.lower_bound_s == optimum.makespan_s == expected, (seed, method)
-            assert replay(problem, optimum.schedule) == optimum.makespan_s
+            assert problem.makespan_s(optimum.schedule) == optimum.makespan_s
 
 
 @pytest.mark.filterwarnings("ignore:decode table ends")
@@ -173,26 +174,26 @@ def test_out_of_time(method: str) -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ([(0, (0, 1))], "every request once"),
-        ([(0, (0, 1)), (1, (1, 2))], "every request once"),
-        ([(0, (0, 1, 2))], "cannot admit"),
-        ([(0, (0, 1)), (0, (2,))], "cannot admit"),
-        ([(0, (1,)), (1, (0,)), (0, (2,))], "cannot admit"),
-        ([(1, (0, 1)), (1, (2,))], "nobody is active"),
-        ([(0, (0, 1)), (4, (2,))], "nobody is active"),
+        ([Stage(0, (0, 1))], "no stage admits request 2"),
+        ([Stage(0, (0, 1)), Stage(1, (1, 2))], "each once"),
+        ([Stage(0, (0, 1, 2))], "3 requests, but 2 clients are idle"),
+        ([Stage(0, (0, 1)), Stage(0, (2,))], "1 requests, but 0 clients are idle"),
+        ([Stage(0, (1,)), Stage(1, (0,)), Stage(0, (2,))], "decoding stands at 1 with 2 active"),
+        ([Stage(1, (0, 1)), Stage(1, (2,))], "decoding stands at 0 with 0 active"),
+        ([Stage(0, (0, 1)), Stage(4, (2,))], "decoding stands at . with 0 active"),
     ],
 )
 def test_replay_refuses(three_on_two: Requests, schedule: Schedule, message: str) -> None:
     problem = JointProblem(three_on_two, 2, UNIT_COSTS.tables(2))
-    assert replay(problem, [(0, (0, 1)), (1, (2,))]) == 2 + 1 + 2 + 2
-    with pytest.raises(ValueError, match=message):
-        replay(problem, schedule)
+    assert problem.makespan_s([Stage(0, (0, 1)), Stage(1, (2,))]) == 2 + 1 + 2 + 2
+    with pytest.raises(ServegymError, match=message):
+        problem.makespan_s(schedule)
 
 
 def test_replay_refuses_a_stage_over_the_budget(three_on_two: Requests) -> None:
     problem = JointProblem(three_on_two, 2, UNIT_COSTS.tables(2), 9)
-    with pytest.raises(ValueError, match="over the token budget"):
-        replay(problem, [(0, (0, 1)), (1, (2,))])
+    with pytest.raises(ServegymError, match="over the token budget"):
+        problem.makespan_s([Stage(0, (0, 1)), Stage(1, (2,))])
 
 
 FEW = instance((5, 2), (5, 4))

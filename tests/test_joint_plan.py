@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servegym.baselines.calendar.planner import JointPlan, Stage, plan_jointly, replay
+from servegym.baselines.calendar.planner import JointPlan, plan_jointly
 from servegym.baselines.calendar.search import anneal, make_calendar, misfit
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
+from servegym.baselines.schedules import Stage, replay
 from servegym.envs import Requests, make_requests
 from servegym.envs.errors import ServegymError
 from servegym.envs.machine.costs import StageCosts
@@ -26,7 +27,7 @@ GSM8K = TASKS["servegym/GSM8K-v0"]
 
 
 def stage(clock: int, *ids: int) -> Stage:
-    return Stage(clock, np.array(ids, dtype=np.int64))
+    return Stage(clock, ids)
 
 
 def carried_out_s(
@@ -39,7 +40,7 @@ def carried_out_s(
     while coming or any(0 < e < o for e, o in zip(emitted, outputs, strict=True)):
         active = [i for i in range(len(requests)) if 0 < emitted[i] < outputs[i]]
         if coming and coming[0].clock == clock:
-            batch = coming.pop(0).requests.tolist()
+            batch = list(coming.pop(0).requests)
             assert 0 < len(batch) <= clients - len(active)
             assert all(emitted[i] == 0 for i in batch)
             seconds += prefill_stage_s(costs, [prompts[i] for i in batch])

@@ -144,7 +144,14 @@ FLOORS = {
         "serving_env",
         "playing vector_env",
     ],
-    "baselines": ["planning", "rules", "calendar exact lookahead", "registry", "expert", "warmup"],
+    "baselines": [
+        "planning schedules",
+        "rules",
+        "calendar exact lookahead",
+        "registry",
+        "expert",
+        "warmup",
+    ],
     "agents": [
         "hyperparameters policy sb3_vec_env validation",
         "export imitation record",

@@ -24,26 +24,18 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.baselines.calendar.search import Calendar, Whole, anneal, make_calendar
+from servegym.baselines.calendar.search import Calendar, anneal, make_calendar
 from servegym.baselines.rules.compiled import run_episode
 from servegym.baselines.rules.triggers import LOOKAHEAD
+from servegym.baselines.schedules import Stage, replay
 from servegym.envs.bounds.batch import decode_bound, lower_bound, prefill_bound
 from servegym.envs.bounds.padding import least_padding
 from servegym.envs.bounds.rounds import rounds_lower_bound
 from servegym.envs.errors import ServegymError
-from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.metrics import records
 from servegym.envs.simulator.loading import load
-from servegym.envs.simulator.stages import (
-    pick,
-    receive_arrivals,
-    rounds_to_next_finish,
-    run_decode,
-    run_prefill,
-    sort_idle,
-)
-from servegym.envs.simulator.state import State, make_state
+from servegym.envs.simulator.state import make_state
 from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.requests import Requests
 
@@ -79,16 +71,9 @@ _MOST_LATENESS: Final = 1 << 61  # requests × rounds²
 _NOWHERE: Final = -1  # the decode clock of a request without a place
 
 
-class Stage(NamedTuple):
-    """A prefill stage: the decode clock at which it runs and the requests that it admits."""
-
-    clock: int  # decode rounds run before it
-    requests: NDArray[np.int64]  # ids
-
-
 @dataclass(frozen=True, eq=False)
 class JointPlan:
-    """A whole schedule, carried out by ``replay``."""
+    """A whole schedule, its makespan by ``replay`` and the lower bound of its case."""
 
     stages: tuple[Stage, ...]
     makespan_s: float
@@ -170,71 +155,6 @@ def _check(requests: Requests, clients: int, time_limit_s: float, moves: int) ->
         )
 
 
-# ---- carrying out a schedule ----------------------------------------------------------------
-
-
-def replay(requests: Requests, clients: int, costs: CostTables, stages: Sequence[Stage]) -> float:
-    """Return the makespan of a schedule, carried out by the simulator's kernels.
-
-    Raises
-    ------
-    ServegymError
-        If a stage cannot happen when it should (its clock is past, or nobody is left to decode until
-        then), admits nobody, more than are idle or a request a second time, or a request is left out.
-    """
-    state = make_state(1, len(requests), clients)
-    load(state, 0, requests, None)
-    receive_arrivals(state, 0, 0)
-    replica = state.replicas[0, 0]
-    waiting = np.ones(len(requests), np.bool_)
-    for place, stage in enumerate(stages):
-        ids = np.asarray(stage.requests, np.int64)
-        where = f"stage {place} at decode clock {stage.clock}"
-        known = np.unique(ids[(ids >= 0) & (ids < len(requests))])
-        if len(ids) == 0 or len(known) < len(ids) or not waiting[known].all():
-            raise ServegymError(
-                f"{where} must admit requests that wait, each once, and at least one"
-            )
-        waiting[known] = False
-        if not _decode_until(state, costs, stage.clock):
-            raise ServegymError(
-                f"{where} cannot happen: decoding stands at {int(replica.rounds)} with "
-                f"{int(replica.active)} active clients"
-            )
-        idle = clients - int(replica.active)
-        if len(ids) > idle:
-            raise ServegymError(f"{where} admits {len(ids)} requests, but {idle} clients are idle")
-        _admit_these(state, costs, ids)
-    if waiting.any():
-        first = int(np.argmax(waiting))
-        raise ServegymError(f"no stage admits request {first}, and {waiting.sum() - 1} others")
-    _decode_until(state, costs, np.iinfo(np.int64).max)
-    return float(replica.clock_s)
-
-
-@kernel
-def _decode_until(state: State, costs: CostTables, clock: int) -> bool:
-    """Decode until the decode clock shows ``clock`` or nobody is active; return whether it does."""
-    replica = state.replicas[0, 0]
-    while replica.active > 0 and replica.rounds < clock:
-        rounds = min(rounds_to_next_finish(state, 0, 0), clock - replica.rounds)
-        run_decode(state, costs, 0, 0, rounds)
-    return replica.rounds == clock
-
-
-@kernel
-def _admit_these(state: State, costs: CostTables, ids: Whole) -> None:
-    """Run a stage that gives the first idle clients these waiting requests."""
-    sort_idle(state, 0, 0)
-    idle = state.idle[0, 0]
-    for k in range(ids.size):
-        pick(state, 0, 0, idle[k], ids[k])
-        state.picked[0, k] = ids[k]
-    for k in range(ids.size, state.clients.shape[2] - state.replicas[0, 0].active):
-        idle[k - ids.size] = idle[k]
-    run_prefill(state, costs, 0, 0, ids.size)
-
-
 # ---- the search -----------------------------------------------------------------------------
 
 
@@ -296,7 +216,9 @@ class _Search:
                 run_episode(state, self._costs, 0, rule_id, LOOKAHEAD, parameter, False, 0)
                 stage_s = records(state, 0).admitted_s  # a stage's requests share its start
                 self._offer([np.flatnonzero(stage_s == start) for start in np.unique(stage_s)])
-        self._rule_end = max(stage.clock + int(rounds[stage.requests].max()) for stage in self.best)
+        self._rule_end = max(
+            stage.clock + int(rounds[list(stage.requests)].max()) for stage in self.best
+        )
 
     def run(self, moves: int) -> None:
         """Spend the budget: trials of some numbers of stages, searches around the best, polishing."""
@@ -459,7 +381,7 @@ class _Search:
         for batch in fitting:
             while running and (len(running) + len(batch) > self._clients or running[0] <= clock):
                 clock = max(clock, heapq.heappop(running))
-            stages.append(Stage(clock, np.sort(batch)))
+            stages.append(Stage(clock, tuple(np.sort(batch).tolist())))
             for rounds in self._rounds(batch):
                 if rounds > 0:
                     heapq.heappush(running, clock + int(rounds))

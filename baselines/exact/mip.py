@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import combinations_with_replacement, pairwise
+from itertools import pairwise
 from typing import Final
 
 import highspy
@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csc_array
 
-from servegym.baselines.exact.problem import JointProblem, Outcome, Schedule, count_batches, replay
+from servegym.baselines.exact.problem import JointProblem, Outcome, count_batches
 from servegym.baselines.planning.highs import silent_highs, solve_interruptibly
+from servegym.baselines.schedules import Schedule, Stage
 from servegym.envs.bounds.batch import lower_bound
 from servegym.envs.errors import ServegymError
 
@@ -106,7 +107,7 @@ def solve_joint_mip(problem: JointProblem, known: Schedule, time_limit_s: float)
     ServegymError
         If the program would be too large.
     """
-    known_s = replay(problem, known) - problem.constant_s
+    known_s = problem.makespan_s(known) - problem.constant_s
     horizon = _horizon(problem, known_s)
     stages = count_batches(problem.kinds.count.tolist(), problem.clients) * (horizon + 1)
     if stages > MAX_STAGES:
@@ -151,18 +152,8 @@ def _horizon(problem: JointProblem, known_s: float) -> int:
 
 def _batches(problem: JointProblem) -> _Batches:
     kinds = problem.kinds
-    places = range(len(kinds.count))
-    rows = [
-        np.bincount(batch, minlength=len(places))
-        for size in range(1, min(problem.clients, len(problem.requests)) + 1)
-        for batch in combinations_with_replacement(places, size)
-    ]
+    rows = sorted(problem.batches(), key=lambda row: (sum(row), [-count for count in row]))
     taken = np.array(rows, dtype=np.int64)
-    budget = problem.max_prefill_tokens
-    allowed = (taken <= kinds.count).all(axis=1)
-    if budget > 0:
-        allowed &= (taken @ kinds.prompt <= budget) | (taken.sum(axis=1) == 1)
-    taken = taken[allowed]
     elapsed = np.arange(kinds.rounds.max() + 1)
     with np.errstate(divide="ignore"):
         copies = np.where(taken > 0, kinds.count // np.maximum(taken, 1), len(problem.requests))
@@ -255,8 +246,8 @@ def _schedule(problem: JointProblem, batches: _Batches, values: NDArray[np.int64
         busy[t + 1 : t + 1 + np.count_nonzero(batches.running[b])] = 1
     clock = np.cumsum(busy)
     waiting = [list(ids) for ids in problem.kinds.members]
-    schedule: Schedule = []
+    schedule: list[Stage] = []
     for t, b in sorted(chosen, key=lambda stage: (stage[0], -batches.brief[stage[1]])):
         ids = [waiting[k].pop(0) for k, n in enumerate(batches.taken[b]) for _ in range(n)]
-        schedule.append((int(clock[t]), tuple(sorted(ids))))
+        schedule.append(Stage(int(clock[t]), tuple(sorted(ids))))
     return schedule

@@ -14,8 +14,9 @@ from typing import Final
 import numpy as np
 
 from servegym.baselines.exact.mip import solve_joint_mip
-from servegym.baselines.exact.problem import JointProblem, Schedule, greedy_schedule, replay
+from servegym.baselines.exact.problem import JointProblem, greedy_schedule
 from servegym.baselines.exact.search import search
+from servegym.baselines.schedules import Schedule
 from servegym.envs.bounds.batch import lower_bound
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.machine.costs import CostTables
@@ -35,7 +36,6 @@ class ExactOptimum:
     """No schedule is faster; ``makespan_s`` where that is proven to be the optimum."""
     proven: bool
     schedule: Schedule
-    """Prefill stages in order: decode rounds run before each, and the request ids it admits."""
 
     @property
     def gap(self) -> float:
@@ -105,8 +105,8 @@ def exact_optimum(
         raise ServegymError(
             f"{error}; a lower bound is {bound_s:.6g} s (servegym.envs.bounds.batch)"
         ) from None
-    best = min((known, *found), key=lambda schedule: replay(problem, schedule))
-    makespan_s = replay(problem, best)
+    best = min((known, *found), key=problem.makespan_s)
+    makespan_s = problem.makespan_s(best)
     if finished:
         return ExactOptimum(makespan_s, makespan_s, True, best)
     return ExactOptimum(makespan_s, min(makespan_s, max(bound_s, proven_s)), False, best)
@@ -117,7 +117,7 @@ def _solve(
 ) -> tuple[list[Schedule], float, bool]:
     """Return schedules found, if any; a proven bound in seconds; whether the best is optimal."""
     if method == "search":
-        known_s = replay(problem, known) - problem.constant_s
+        known_s = problem.makespan_s(known) - problem.constant_s
         result = search(problem, known_s * (1 - _ROUNDING), time_limit_s)
     else:
         result = solve_joint_mip(problem, known, time_limit_s)

@@ -21,19 +21,17 @@ whose last term, the cache's, is the same for every schedule. What the exact met
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.baselines.schedules import Schedule, Stage, replay
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
+from servegym.envs.simulator.stages import prefill_seconds
 from servegym.envs.workload.requests import Requests
-
-Schedule = list[tuple[int, tuple[int, ...]]]
-"""Prefill stages in order: the decode rounds run before each, and the ids it admits."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,9 @@ class Outcome:
 
     schedule: Schedule | None
     bound_s: float
-    """No schedule takes less (for the search: or the cutoff, if none takes less than that)."""
+    """Lower bound on every schedule; the search caps it at its cutoff."""
     finished: bool
-    """Nothing is better than the schedule or, without one, than what was known before."""
+    """Whether the schedule, or the one known before if none was found, is proven optimal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +139,27 @@ class JointProblem:
         tokens = int(self.requests.prompt_tokens[list(ids)].sum())
         return len(ids) <= 1 or budget == 0 or tokens <= budget
 
+    def makespan_s(self, schedule: Schedule) -> float:
+        """Return the makespan of a schedule in seconds, by ``replay``."""
+        return replay(self.requests, self.clients, self.costs, schedule, self.max_prefill_tokens)
+
+    def batches(self) -> Iterator[tuple[int, ...]]:
+        """Yield every prefill stage as the number of requests of each kind."""
+        kinds, budget = self.kinds, self.max_prefill_tokens
+
+        def extend(row: tuple[int, ...], size: int, tokens: int) -> Iterator[tuple[int, ...]]:
+            kind = len(row)
+            if kind == len(kinds.count):
+                if size > 0:
+                    yield row
+                return
+            for count in range(min(int(kinds.count[kind]), self.clients - size) + 1):
+                more = tokens + count * int(kinds.prompt[kind])
+                if budget == 0 or more <= budget or size + count <= 1:
+                    yield from extend((*row, count), size + count, more)
+
+        return extend((), 0, 0)
+
 
 def count_batches(counts: Sequence[int], clients: int) -> int:
     """Return the number of different stages of 1 … clients requests, of so many of each kind."""
@@ -151,57 +170,16 @@ def count_batches(counts: Sequence[int], clients: int) -> int:
     return int(min(ways[1:].sum(), 2.0**62))
 
 
-def replay(problem: JointProblem, schedule: Schedule) -> float:
-    """Return the makespan of a schedule in seconds, added up stage by stage as the simulator does.
-
-    Raises
-    ------
-    ValueError
-        If it is no schedule of the problem: a request admitted never or twice, no client for it, a
-        stage over the token budget, or a clock that runs back or on while nobody is active.
-    """
-    rounds, prompts = problem.requests.decode_rounds, problem.requests.prompt_tokens
-    admitted = sorted(i for _, ids in schedule for i in ids)
-    if admitted != list(range(len(problem.requests))):
-        raise ValueError("a schedule admits every request once")
-    clock_s, clock, cached = 0.0, 0, 0
-    due: dict[int, int] = {}  # running request → decode clock at which it finishes
-    for start, ids in [*schedule, (None, ())]:
-        until = max(due.values(), default=clock) if start is None else start
-        while clock < until:
-            if not due:
-                raise ValueError(f"nobody is active at decode clock {clock}")
-            run = min(until, *due.values()) - clock
-            clock_s += float(decode_seconds(problem.costs, 0, len(due), cached, run))
-            clock += run
-            cached += run * len(due)
-            for i in [i for i, end in due.items() if end == clock]:
-                cached -= int(prompts[i] + rounds[i] + 1)
-                del due[i]
-        if start is None:
-            break
-        if start < clock or not ids or len(due) + len(ids) > problem.clients:
-            raise ValueError(f"the stage at decode clock {start} cannot admit {ids}")
-        if not problem.fits(ids):
-            raise ValueError(f"the stage at decode clock {start} is over the token budget")
-        clock_s += problem.batch_s(prompts[list(ids)])
-        for i in ids:
-            if rounds[i] > 0:
-                due[i] = clock + int(rounds[i])
-                cached += int(prompts[i]) + 1
-    return clock_s
-
-
 def greedy_schedule(problem: JointProblem) -> Schedule:
     """Return the best of some simple schedules: longest first, once K clients are idle, K = 1 … J."""
     schedules = [_threshold_schedule(problem, k) for k in range(1, problem.clients + 1)]
-    return min(schedules, key=lambda schedule: replay(problem, schedule))
+    return min(schedules, key=problem.makespan_s)
 
 
 def _threshold_schedule(problem: JointProblem, threshold: int) -> Schedule:
     rounds = problem.requests.decode_rounds
     waiting = np.argsort(-rounds, kind="stable").tolist()
-    schedule: Schedule = []
+    schedule: list[Stage] = []
     ends: list[int] = []
     clock = 0
     while waiting:
@@ -210,7 +188,7 @@ def _threshold_schedule(problem: JointProblem, threshold: int) -> Schedule:
             ids: list[int] = []
             while waiting and len(ids) < idle and problem.fits([*ids, waiting[0]]):
                 ids.append(waiting.pop(0))
-            schedule.append((clock, tuple(ids)))
+            schedule.append(Stage(clock, tuple(ids)))
             ends += [clock + int(rounds[i]) for i in ids if rounds[i] > 0]
         else:
             clock = min(ends)

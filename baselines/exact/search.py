@@ -22,8 +22,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from servegym.baselines.exact.problem import JointProblem, Outcome, Schedule
+from servegym.baselines.exact.problem import JointProblem, Outcome
 from servegym.baselines.exact.tables import Tables, Whole, make_tables
+from servegym.baselines.schedules import Schedule, Stage
 from servegym.envs.jit import allocating_kernel, kernel
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
@@ -400,12 +401,12 @@ def _schedule_to(problem: JointProblem, tables: Tables, frontier: Frontier, goal
             stages.append((int(state.rounds), int(state.batch)))
         node = int(state.parent)
     waiting = [list(ids) for ids in problem.kinds.members]
-    schedule: Schedule = []
+    schedule: list[Stage] = []
     for clock, batch in reversed(stages):
         packed = int(tables.batch_packed[batch])
         ids: list[int] = []
         for kind, members in enumerate(waiting):
             count = packed >> int(tables.field[kind]) & int(tables.mask[kind])
             ids += [members.pop(0) for _ in range(count)]
-        schedule.append((clock, tuple(sorted(ids))))
+        schedule.append(Stage(clock, tuple(sorted(ids))))
     return schedule

@@ -58,7 +58,7 @@ class Base(NamedTuple):
     every_round: bool
 
 
-class Schedule(NamedTuple):
+class StageChoices(NamedTuple):
     """How to go on: what the k-th prefill stage of the episode admits by and waits for."""
 
     rules: NDArray[np.int64]  # (stages,) admission rule
@@ -74,7 +74,12 @@ def make_base(policy: TriggerPolicy, settings: Settings) -> Base:
 
 @kernel
 def run_schedule(
-    state: State, costs: CostTables, e: int, base: Base, schedule: Schedule, max_prefill_tokens: int
+    state: State,
+    costs: CostTables,
+    e: int,
+    base: Base,
+    schedule: StageChoices,
+    max_prefill_tokens: int,
 ) -> None:
     """Run row ``e`` to its end under the base trigger, as ``schedule`` says for each stage."""
     while advance(state, costs, e, 0):
@@ -97,7 +102,7 @@ def final_clock(
     costs: CostTables,
     settings: Settings,
     base: Base,
-    schedule: Schedule,
+    schedule: StageChoices,
     first: int,
     scratch: State,
 ) -> float:
@@ -234,7 +239,7 @@ class _Search:
         _, requests = imagined.requests.shape
         self._scratch = make_state(1, requests, task.cluster.clients)
         stages = requests + 1  # each admits someone; the last entry is looked at, never used
-        self._schedule = Schedule(
+        self._schedule = StageChoices(
             np.full(stages, self._base.rule), np.full(stages, self._base.parameter)
         )
 
@@ -263,7 +268,7 @@ class _Search:
                 best_action = self._own_action(situation, stage)
         return best_action
 
-    def _try(self, imagined: State, schedule: Schedule, first: int) -> float:
+    def _try(self, imagined: State, schedule: StageChoices, first: int) -> float:
         costs, settings, base = self._costs, self._settings, self._base
         return final_clock(imagined, costs, settings, base, schedule, first, self._scratch)
 
@@ -278,7 +283,7 @@ class _Search:
         parameter = self._schedule.parameters[stage]
         return action if fires(self._base.trigger, parameter, situation.view) else DECODE
 
-    def _vary(self, stage: int) -> Schedule:
+    def _vary(self, stage: int) -> StageChoices:
         """Return the kept schedule with one of the next stages changed at random."""
         rules, parameters = self._schedule.rules.copy(), self._schedule.parameters.copy()
         changed = min(stage + int(self._rng.integers(_STAGES_AHEAD)), rules.size - 1)
@@ -286,4 +291,4 @@ class _Search:
             rules[changed] = self._rng.choice(self._rules)
         end = rules.size if self._rng.random() < _ONWARD_SHARE else changed + 1
         parameters[changed:end] *= np.exp(_SPREAD * self._rng.standard_normal())
-        return Schedule(rules, parameters)
+        return StageChoices(rules, parameters)

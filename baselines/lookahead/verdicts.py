@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from scipy import stats
 
-from servegym.baselines.lookahead.rollout import Base, Schedule, final_clock, make_base
+from servegym.baselines.lookahead.rollout import Base, StageChoices, final_clock, make_base
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
@@ -169,7 +169,7 @@ class _Court:
         self._clients, self._costs, self._settings = lower(task)
         self._bases: list[Base] = [make_base(judge, self._settings) for judge in judges]
         self._scratch: State | None = None
-        self._schedules: list[Schedule] = []
+        self._schedules: list[StageChoices] = []
 
     def ends(self, imagined: State, first: int) -> tuple[float, ...]:
         """Return the makespan after action ``first``, by judge."""
@@ -179,7 +179,7 @@ class _Court:
             # Every stage admits someone; the same rule and parameter at each.
             stages = requests + 1
             self._schedules = [
-                Schedule(np.full(stages, base.rule), np.full(stages, base.parameter))
+                StageChoices(np.full(stages, base.rule), np.full(stages, base.parameter))
                 for base in self._bases
             ]
         return tuple(

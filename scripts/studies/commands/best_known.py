@@ -77,7 +77,7 @@ def search_case(
     started = perf_counter()
     plan = plan_jointly(case.requests, clients, costs, args.time_limit, seed)
     seconds = perf_counter() - started
-    stages = [{"clock": stage.clock, "requests": stage.requests.tolist()} for stage in plan.stages]
+    stages = [{"clock": stage.clock, "requests": list(stage.requests)} for stage in plan.stages]
     makespans = {SEARCH: plan.makespan_s}
     for name in parse_policies(args.policies, task.name):
         policy = make_policy(name, task.name, weights)
