@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.baselines.calendar.search import Calendar, anneal, make_calendar
-from servegym.baselines.rules.compiled import run_episode
+from servegym.baselines.rules.compiled import CompiledPolicy, run_episode
 from servegym.baselines.rules.triggers import LOOKAHEAD
 from servegym.baselines.schedules import Stage, replay
 from servegym.envs.bounds.batch import decode_bound, lower_bound, prefill_bound
@@ -212,8 +212,8 @@ class _Search:
         for rule in _RULES:
             for parameter in _PARAMETERS:
                 load(state, 0, self._requests, None)
-                rule_id = ADMISSION_RULES.index(rule)
-                run_episode(state, self._costs, 0, rule_id, LOOKAHEAD, parameter, False, 0)
+                policy = CompiledPolicy(ADMISSION_RULES.index(rule), LOOKAHEAD, parameter, False, 0)
+                run_episode(state, self._costs, 0, policy)
                 stage_s = records(state, 0).admitted_s  # a stage's requests share its start
                 self._offer([np.flatnonzero(stage_s == start) for start in np.unique(stage_s)])
         self._rule_end = max(

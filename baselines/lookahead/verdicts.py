@@ -24,9 +24,9 @@ from typing import Any, Final, Literal
 import numpy as np
 from scipy import stats
 
-from servegym.baselines.lookahead.rollout import Base, StageChoices, final_clock, make_base
+from servegym.baselines.lookahead.rollout import StageChoices, final_clock
 from servegym.baselines.rules import triggers
-from servegym.baselines.rules.compiled import play_compiled
+from servegym.baselines.rules.compiled import compile_policy, play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import play
@@ -167,7 +167,7 @@ class _Court:
 
     def __init__(self, task: TaskConfig, judges: Sequence[TriggerPolicy]) -> None:
         self._clients, self._costs, self._settings = lower(task)
-        self._bases: list[Base] = [make_base(judge, self._settings) for judge in judges]
+        self._bases = [compile_policy(judge, task) for judge in judges]
         self._scratch: State | None = None
         self._schedules: list[StageChoices] = []
 
