@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from servegym.baselines.lookahead.verdicts import (
-    JudgedPolicy,
     Verdict,
+    VerdictPolicy,
     balance,
     judge_episode,
     tally,
@@ -166,7 +166,7 @@ def test_an_error_of_an_estimate_is_another_multiplier(x: float, multiplier: flo
 )
 def test_what_cannot_be_judged(name: str, noise: float, message: str) -> None:
     with pytest.raises(ServegymError, match=message):
-        JudgedPolicy(make_trigger_policy(name), (), (), noise)
+        VerdictPolicy(make_trigger_policy(name), (), (), noise)
     with pytest.raises(ServegymError, match="compare costs"):
         balance(triggers.EAGER, VIEW)
 
