@@ -9,8 +9,9 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from servegym.baselines.lookahead.rollout import Base, action_values, make_base
+from servegym.baselines.lookahead.rollout import action_values
 from servegym.baselines.registry import make_trigger_policy
+from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy
 from servegym.envs.errors import ServegymError
 from servegym.envs.jit import kernel, parallel_kernel
 from servegym.envs.machine.costs import CostTables
@@ -19,7 +20,6 @@ from servegym.envs.process.actions import Settings
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.simulator.view import view
 from servegym.envs.task.config import TaskConfig
-from servegym.envs.task.lowering import lower
 from servegym.envs.vector_env import ServingVectorEnv
 
 Expert = Callable[[ServingVectorEnv], NDArray[np.float64]]
@@ -69,7 +69,7 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
         raise ServegymError(
             f"{base_name} admits by {policy.rule!r}, which process.rules of {task.name} leaves out"
         )
-    base = make_base(policy, lower(task).settings)
+    base = compile_policy(policy, task)
     scratch: State | None = None
 
     def value_actions(env: ServingVectorEnv) -> NDArray[np.float64]:
@@ -98,9 +98,9 @@ def _check_task(env: ServingVectorEnv, task: TaskConfig) -> None:
 def make_rule_expert(name: str, task: TaskConfig) -> Expert:
     """Return a function that values a rule's own action at 0 and every other one at −1.
 
-    To begin training as the rule: where imagination is blind to what decides an episode, the luck of
-    unknown lengths, a rollout of a good rule is worse than the rule. 0 is what the rule gains on itself,
-    so the values fit a training with the rule as its reference.
+    Use this to start training from a rule. Rollouts assume expected lengths, so under uncertainty they
+    can be worse than the rule itself. 0 is what the rule gains on itself, so the values fit a training
+    with the rule as its reference.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def _value_share(
     state: State,
     costs: CostTables,
     settings: Settings,
-    base: Base,
+    base: CompiledPolicy,
     masks: NDArray[np.bool_],
     scratch: State,
     values: NDArray[np.float64],
@@ -150,7 +150,7 @@ def _value_in_parallel(
     state: State,
     costs: CostTables,
     settings: Settings,
-    base: Base,
+    base: CompiledPolicy,
     masks: NDArray[np.bool_],
     scratch: State,
     values: NDArray[np.float64],

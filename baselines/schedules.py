@@ -1,7 +1,8 @@
-"""Schedules of a batch on one replica: which requests each prefill stage admits, and when."""
+"""A schedule of prefill stages, and its makespan by the simulator's kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +31,8 @@ class Stage(NamedTuple):
     requests: tuple[int, ...]  # ids
 
 
-Schedule = tuple[Stage, ...]
-"""Every prefill stage of an episode, in order."""
+Schedule = Sequence[Stage]
+"""Prefill stages in order; between stages every active client decodes."""
 
 
 def replay(
@@ -41,23 +42,23 @@ def replay(
     schedule: Schedule,
     max_prefill_tokens: int = 0,
 ) -> float:
-    """Return the makespan of a schedule, carried out by the simulator's kernels.
+    """Return the makespan of a schedule in seconds.
+
+    Parameters
+    ----------
+    requests
+        All present at t = 0; their true lengths are used.
+    clients, costs, max_prefill_tokens
+        One replica: its clients, its cost tables, the token budget of a stage (0: none).
+    schedule
+        Admits every request once.
 
     Raises
     ------
     ServegymError
-        If a stage cannot happen when it should (its clock is past, or nobody is left to decode until
-        then), admits nobody, more than are idle, a request a second time or, where it admits several,
-        more prompt tokens than ``max_prefill_tokens`` (0: no limit), or if a request is left out.
-
-    Examples
-    --------
-    >>> from servegym.envs import TASKS, lower, make_requests
-    >>> clients, costs, _ = lower(TASKS["servegym/Tiny-v0"])
-    >>> requests = make_requests([5, 5], [9, 4])  # prompt tokens, output tokens
-    >>> together = replay(requests, clients, costs, (Stage(0, (0, 1)),))
-    >>> together < replay(requests, clients, costs, (Stage(0, (0,)), Stage(8, (1,))))
-    True
+        If a stage cannot happen at its clock (the clock is past, or no client is active until then),
+        admits no request, more requests than clients are idle, more prompt tokens than the budget
+        (unless it admits one request) or a request a second time, or if a request is left out.
     """
     state = make_state(1, len(requests), clients)
     load(state, 0, requests, None)
@@ -73,6 +74,12 @@ def replay(
                 f"{where} must admit requests that wait, each once, and at least one"
             )
         waiting[known] = False
+        tokens = int(requests.prompt_tokens[ids].sum())
+        if len(ids) > 1 and 0 < max_prefill_tokens < tokens:
+            raise ServegymError(
+                f"{where} admits {tokens} prompt tokens, over the token budget of "
+                f"{max_prefill_tokens}"
+            )
         if not _decode_until(state, costs, stage.clock):
             raise ServegymError(
                 f"{where} cannot happen: decoding stands at {int(replica.rounds)} with "
@@ -81,12 +88,7 @@ def replay(
         idle = clients - int(replica.active)
         if len(ids) > idle:
             raise ServegymError(f"{where} admits {len(ids)} requests, but {idle} clients are idle")
-        tokens = int(requests.prompt_tokens[ids].sum())
-        if len(ids) > 1 and 0 < max_prefill_tokens < tokens:
-            raise ServegymError(
-                f"{where} admits {tokens} prompt tokens, over the token budget {max_prefill_tokens}"
-            )
-        _admit_these(state, costs, ids)
+        _run_stage(state, costs, ids)
     if waiting.any():
         first = int(np.argmax(waiting))
         raise ServegymError(f"no stage admits request {first}, and {waiting.sum() - 1} others")
@@ -96,7 +98,7 @@ def replay(
 
 @kernel
 def _decode_until(state: State, costs: CostTables, clock: int) -> bool:
-    """Decode until the decode clock shows ``clock`` or nobody is active; return whether it does."""
+    """Decode to clock ``clock`` or until no client is active; return whether the clock is reached."""
     replica = state.replicas[0, 0]
     while replica.active > 0 and replica.rounds < clock:
         rounds = min(rounds_to_next_finish(state, 0, 0), clock - replica.rounds)
@@ -105,8 +107,8 @@ def _decode_until(state: State, costs: CostTables, clock: int) -> bool:
 
 
 @kernel
-def _admit_these(state: State, costs: CostTables, ids: NDArray[np.int64]) -> None:
-    """Run a stage that gives the first idle clients these waiting requests."""
+def _run_stage(state: State, costs: CostTables, ids: NDArray[np.int64]) -> None:
+    """Run a stage that gives these waiting requests to the first idle clients."""
     sort_idle(state, 0, 0)
     idle = state.idle[0, 0]
     for k in range(ids.size):

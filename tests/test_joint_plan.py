@@ -1,4 +1,4 @@
-"""The joint planner: its schedules can be replayed, are never below the optimum and often reach it."""
+"""The joint planner: its schedules are real ones, never below the optimum, and often reach it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from servegym.baselines.calendar.planner import JointPlan, plan_jointly
 from servegym.baselines.calendar.search import anneal, make_calendar, misfit
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
-from servegym.baselines.schedules import Schedule, Stage, replay
+from servegym.baselines.schedules import Stage, replay
 from servegym.envs import Requests, make_requests
 from servegym.envs.errors import ServegymError
 from servegym.envs.machine.costs import StageCosts
@@ -30,7 +30,9 @@ def stage(clock: int, *ids: int) -> Stage:
     return Stage(clock, ids)
 
 
-def carried_out_s(requests: Requests, clients: int, costs: StageCosts, stages: Schedule) -> float:
+def carried_out_s(
+    requests: Requests, clients: int, costs: StageCosts, stages: tuple[Stage, ...]
+) -> float:
     """A second opinion: the makespan round by round, refusing what no schedule may do."""
     emitted = [0] * len(requests)
     prompts, outputs = requests.prompt_tokens.tolist(), requests.output_tokens.tolist()
@@ -162,7 +164,7 @@ def test_the_annealed_energy_is_that_of_the_schedule(seed: int) -> None:
 def test_what_is_no_schedule_is_refused(stages: list[Stage], message: str) -> None:
     requests = instance((5, 5), (5, 5), (5, 5))
     with pytest.raises(ServegymError, match=message):
-        replay(requests, 2, UNIT_COSTS.tables(2), tuple(stages))
+        replay(requests, 2, UNIT_COSTS.tables(2), stages)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Verdicts on single decisions: solved by hand, judged by branches, or undecidable."""
+"""Verdicts on single decisions: solved by hand, judged by branches, and what cannot be judged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from servegym.baselines.lookahead.verdicts import (
     Verdict,
-    VerdictRecorder,
+    VerdictPolicy,
     balance,
     judge_episode,
     tally,
@@ -25,7 +25,7 @@ from tests.test_policies import VIEW
 
 
 def judged(name: str, clients: int, *rounds: int) -> tuple[float, list[Verdict]]:
-    """The makespan of a one-queue rule and its verdicts, judged by the rule and ``fcfs``."""
+    """The makespan of a one-queue rule and all its verdicts; judges are the rule and ``fcfs``."""
     task, case = unit_case(clients, *rounds)
     policy = make_trigger_policy(name)
     judges = (policy, make_trigger_policy("threshold-1"))
@@ -166,7 +166,7 @@ def test_an_error_of_an_estimate_is_another_multiplier(x: float, multiplier: flo
 )
 def test_what_cannot_be_judged(name: str, noise: float, message: str) -> None:
     with pytest.raises(ServegymError, match=message):
-        VerdictRecorder(make_trigger_policy(name), (), (), noise)
+        VerdictPolicy(make_trigger_policy(name), (), (), noise)
     with pytest.raises(ServegymError, match="compare costs"):
         balance(triggers.EAGER, VIEW)
 

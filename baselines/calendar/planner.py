@@ -1,4 +1,4 @@
-"""A clairvoyant planner of the joint schedule: when prefill stages happen and whom each admits.
+"""A clairvoyant planner of the joint schedule: when prefill stages happen and what each admits.
 
 It sees all lengths, which no policy does in practice, and takes minutes; its schedules say how much
 of a policy's gap to the lower bound could be won. All requests are present at t = 0.
@@ -24,10 +24,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.baselines.calendar.search import Calendar, anneal, make_calendar
-from servegym.baselines.rules.compiled import run_episode
+from servegym.baselines.calendar.search import Calendar, anneal, make_calendar, repair
+from servegym.baselines.rules.compiled import CompiledPolicy, run_episode
 from servegym.baselines.rules.triggers import LOOKAHEAD
-from servegym.baselines.schedules import Schedule, Stage, replay
+from servegym.baselines.schedules import Stage, replay
 from servegym.envs.bounds.batch import decode_bound, lower_bound, prefill_bound
 from servegym.envs.bounds.padding import least_padding
 from servegym.envs.bounds.rounds import rounds_lower_bound
@@ -54,9 +54,8 @@ _RESTARTS: Final = 10  # searches that follow at most; the best of ten short one
 _RESTART_MOVES: Final = 20_000  # of each for each request, at least, unless there is but one
 _RESTARTS_SHARE: Final = 0.85  # of the budget left by the trials; polishing spends the rest
 _LATER_ENDS: Final = (0.7, 0.85)  # theirs lie so far between the bound and the best end
-_FAR: Final = (
-    2.0  # an end is too early if what comes of it lies so many times farther from the bound
-)
+# Reject an end if the schedule found is more than this factor farther from the bound.
+_FAR: Final = 2.0
 _HOT: Final = 2.0  # temperatures, in mean rounds between stages
 _WARM: Final = 0.05
 _REHEATED: Final = (0.01, 0.1)  # polishing begins between these
@@ -68,14 +67,13 @@ _FARTHEST_STEP: Final = 20  # a step is what is left over, shared by so many tim
 _POLISHES: Final = 10
 _PIECE: Final = 1_000_000  # moves between two looks at the clock
 _MOST_LATENESS: Final = 1 << 61  # requests × rounds²
-_NOWHERE: Final = -1  # the decode clock of a request without a place
 
 
 @dataclass(frozen=True, eq=False)
 class JointPlan:
-    """A whole schedule, carried out by ``replay``."""
+    """A whole schedule, its makespan by ``replay`` and the lower bound of its case."""
 
-    stages: Schedule
+    stages: tuple[Stage, ...]
     makespan_s: float
     lower_bound_s: float
 
@@ -132,7 +130,7 @@ def plan_jointly(
     search = _Search(requests, clients, costs, time_limit_s, np.random.default_rng(seed))
     search.try_rules()
     search.run(moves)
-    return JointPlan(search.best, search.best_s, bound_s)
+    return JointPlan(tuple(search.best), search.best_s, bound_s)
 
 
 def _check(requests: Requests, clients: int, time_limit_s: float, moves: int) -> None:
@@ -158,7 +156,7 @@ def _check(requests: Requests, clients: int, time_limit_s: float, moves: int) ->
 # ---- the search -----------------------------------------------------------------------------
 
 
-class _Found(NamedTuple):
+class _Attempt(NamedTuple):
     """A calendar and the schedule made of it: its makespan and the decode clock at its end."""
 
     seconds: float
@@ -166,12 +164,12 @@ class _Found(NamedTuple):
     calendar: Calendar
 
 
-def _best(found: Sequence[_Found]) -> _Found:
-    return min(found, key=lambda one: one.seconds)
+def _best(attempts: Sequence[_Attempt]) -> _Attempt:
+    return min(attempts, key=lambda attempt: attempt.seconds)
 
 
 def _aim(spare: float, made: int, nearer: float) -> float:
-    """Return the spare rounds to try next; between both if what was made is far from what was tried."""
+    """Return the spare rounds to try next: interpolate if the achieved end is far from the target."""
     return math.sqrt(spare * made) if made > _FAR * spare else nearer
 
 
@@ -200,7 +198,7 @@ class _Search:
         # A request without rounds needs an idle client, too: it is taken to hold one for a round.
         self._lengths = np.maximum(requests.decode_rounds[self._by_length], 1)
         self._least_end = max(rounds_lower_bound(requests.decode_rounds, clients), 1)
-        self.best: Schedule = ()
+        self.best: list[Stage] = []
         self.best_s = math.inf
         self._rule_end = 0  # decode clock at the end of the best rule's schedule
         self._moves = 0  # left of the budget
@@ -212,8 +210,8 @@ class _Search:
         for rule in _RULES:
             for parameter in _PARAMETERS:
                 load(state, 0, self._requests, None)
-                rule_id = ADMISSION_RULES.index(rule)
-                run_episode(state, self._costs, 0, rule_id, LOOKAHEAD, parameter, False, 0)
+                policy = CompiledPolicy(ADMISSION_RULES.index(rule), LOOKAHEAD, parameter, False, 0)
+                run_episode(state, self._costs, 0, policy)
                 stage_s = records(state, 0).admitted_s  # a stage's requests share its start
                 self._offer([np.flatnonzero(stage_s == start) for start in np.unique(stage_s)])
         self._rule_end = max(
@@ -228,30 +226,30 @@ class _Search:
         stages, spare = self._estimate()
         least = -(-len(self._requests) // self._clients)
         counts = {max(least, round(share * stages)) for share in _STAGE_SHARES}
-        tried: list[_Found] = []
+        tried: list[_Attempt] = []
         for count in sorted(counts, reverse=True):
             tried.append(self._search(count, self._end_at(spare), _TRIAL_SHARE))
             spare = _aim(spare, self._spare_of(_best(tried)), spare)
-        found = self._restart(_best(tried), spare, least)
+        best = self._restart(_best(tried), spare, least)
         for left in range(_POLISHES, 0, -1):
-            found = _best([found, self._polish(found, 1 / left)])
+            best = _best([best, self._polish(best, 1 / left)])
 
-    def _restart(self, found: _Found, spare: float, least: int) -> _Found:
+    def _restart(self, best: _Attempt, spare: float, least: int) -> _Attempt:
         """Search anew some times, around the best so far; return the best."""
         affordable = _RESTARTS_SHARE * self._moves / (_RESTART_MOVES * len(self._requests))
         restarts = max(1, min(_RESTARTS, round(affordable)))
         for left in range(restarts, 0, -1):
-            made = self._spare_of(found)
+            made = self._spare_of(best)
             spare = _aim(spare, made, self._rng.uniform(*_LATER_ENDS) * made)
             share = _RESTARTS_SHARE / (_RESTARTS_SHARE * left + (1 - _RESTARTS_SHARE) * restarts)
-            stages = len(found.calendar.times) - 1
+            stages = len(best.calendar.times) - 1
             count = max(least, round(self._rng.choice(_STAGE_FACTORS) * stages))
-            found = _best([found, self._search(count, self._end_at(spare), share)])
-        return found
+            best = _best([best, self._search(count, self._end_at(spare), share)])
+        return best
 
-    def _spare_of(self, found: _Found) -> int:
+    def _spare_of(self, attempt: _Attempt) -> int:
         """Return the rounds between the lower bound and the end, or the best rule's if that is sooner."""
-        return min(found.end, self._rule_end) - self._least_end
+        return min(attempt.end, self._rule_end) - self._least_end
 
     def _estimate(self) -> tuple[int, float]:
         """Return about how many stages are best and how many rounds clients then lose by idling.
@@ -278,7 +276,7 @@ class _Search:
     def _rounds(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._requests.decode_rounds[ids]
 
-    def _search(self, stages: int, end: int, share: float) -> _Found:
+    def _search(self, stages: int, end: int, share: float) -> _Attempt:
         """Anneal from nothing, then put the end off step by step until all fits.
 
         Spends at most a share of what is left of the budget.
@@ -288,7 +286,7 @@ class _Search:
         start = self._rng.integers(0, len(times) - 1, len(self._lengths))
         calendar = make_calendar(self._lengths, start, times)
         left = self._anneal(calendar, _HOT, _COLD, _COOLING_SHARE * moves, _COOLING_SHARE * time_s)
-        found = [self._carry_out(calendar)]
+        attempts = [self._carry_out(calendar)]
         step = (1 - _COOLING_SHARE) / _STEPS
         for _ in range(_STEPS):
             if left == 0 or perf_counter() >= self._deadline:
@@ -296,13 +294,13 @@ class _Search:
             later = int(calendar.times[-1]) + max(1, left // (_FARTHEST_STEP * self._clients))
             calendar = _until(calendar, later)
             left = self._anneal(calendar, _WARM, _COLDEST, step * moves, step * time_s)
-            found.append(self._carry_out(calendar))
-        return _best(found)
+            attempts.append(self._carry_out(calendar))
+        return _best(attempts)
 
-    def _polish(self, found: _Found, share: float) -> _Found:
+    def _polish(self, attempt: _Attempt, share: float) -> _Attempt:
         """Heat a calendar a little and let it cool with the end a round before its own."""
-        earliest = int(found.calendar.times[-2]) + 1
-        calendar = _until(found.calendar, max(earliest, self._least_end, found.end - 1))
+        earliest = int(attempt.calendar.times[-2]) + 1
+        calendar = _until(attempt.calendar, max(earliest, self._least_end, attempt.end - 1))
         low, high = _REHEATED
         hot = low * (high / low) ** self._rng.random()
         self._anneal(calendar, hot, _COLDEST, *self._slice(share))
@@ -334,38 +332,11 @@ class _Search:
                 done = (perf_counter() - started) / time_s if time_s > 0 else 1.0
         return left
 
-    def _carry_out(self, calendar: Calendar) -> _Found:
-        """Offer the schedule, with whom finds no client moved to where one is free long enough.
-
-        Where too many clients are held the shortest requests give way. Each then goes to where it
-        makes the end no later if it can; a stage of its own costs it little.
-        """
-        clients, lengths = self._clients, self._lengths
-        end = int((calendar.times[calendar.start] + lengths).max())
-        held, clock_of = calendar.held.copy(), calendar.times[calendar.start]
-        for stage in np.flatnonzero(held[:-1] > clients):
-            during = (calendar.start <= stage) & (calendar.stop > stage) & (clock_of >= 0)
-            for i in np.flatnonzero(during)[: max(held[stage] - clients, 0)]:
-                held[calendar.start[i] : calendar.stop[i]] -= 1
-                clock_of[i] = _NOWHERE
-        homeless = np.flatnonzero(clock_of == _NOWHERE)
-        running = np.zeros(end + int(lengths[homeless].sum()) + 1, np.int64)
-        placed = clock_of != _NOWHERE
-        np.add.at(running, clock_of[placed], 1)
-        np.add.at(running, clock_of[placed] + lengths[placed], -1)
-        running = np.cumsum(running)
-        is_stage = np.isin(np.arange(len(running)), clock_of[placed])
-        for i in homeless[::-1]:
-            full = np.concatenate(([0], np.cumsum(running >= clients)))
-            clocks = np.flatnonzero(full[lengths[i] :] == full[: len(full) - lengths[i]])
-            late = np.maximum(clocks + lengths[i] - end, 0)
-            best = clocks[np.argmin(2 * late + ~is_stage[clocks])]
-            clock_of[i] = best
-            is_stage[best] = True
-            running[best : best + lengths[i]] += 1
-            end = max(end, int(best + lengths[i]))
+    def _carry_out(self, calendar: Calendar) -> _Attempt:
+        """Offer the schedule of the repaired calendar."""
+        clock_of, end = repair(calendar, self._clients)
         batches = [self._by_length[clock_of == clock] for clock in np.unique(clock_of)]
-        return _Found(self._offer(batches), end, calendar)
+        return _Attempt(self._offer(batches), end, calendar)
 
     def _offer(self, batches: list[NDArray[np.int64]]) -> float:
         """Return the makespan of stages that happen as soon as their requests find idle clients."""
@@ -385,7 +356,7 @@ class _Search:
             for rounds in self._rounds(batch):
                 if rounds > 0:
                     heapq.heappush(running, clock + int(rounds))
-        seconds = replay(self._requests, self._clients, self._costs, tuple(stages))
+        seconds = replay(self._requests, self._clients, self._costs, stages)
         if seconds < self.best_s:
-            self.best, self.best_s = tuple(stages), seconds
+            self.best, self.best_s = stages, seconds
         return seconds

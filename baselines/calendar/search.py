@@ -27,13 +27,12 @@ Whole = NDArray[np.int64]
 
 # The temperatures are from training seed 0 of GSM8K-v0, the others plain choices.
 SWAPS: Final = 0.5  # share of the moves
-RANKS: Final = 24  # the two of a swap stand at most so far apart in the order of length
-DRAWS: Final = (
-    3  # stages drawn for a new start; the one after which the client idles least is tried
-)
+RANKS: Final = 24  # maximum rank distance, by length, between two swapped requests
+DRAWS: Final = 3  # stages drawn for a new start; tried is the one that idles its client least
 SHIFT_EVERY: Final = 150  # moves; a shift looks at every request
 FARTHEST_SHIFT: Final = 12  # rounds
 OVERFULL: Final = 3
+_NOWHERE: Final = -1  # the decode clock of a request without a place
 
 
 class Calendar(NamedTuple):
@@ -257,3 +256,41 @@ def anneal(
         else:
             now += _try_start(calendar, clients, i, _draw_start(calendar, i, rng), allowed)
     return now
+
+
+def repair(calendar: Calendar, clients: int) -> tuple[Whole, int]:
+    """Move requests that have no free client to the clock at which they delay the end least.
+
+    Where a stage holds more requests than clients, the shortest requests move. A stage of its own costs
+    a moved request little.
+
+    Returns
+    -------
+    tuple
+        The decode clock at which each request starts, shape (requests,), and the clock at the end.
+    """
+    lengths = calendar.lengths
+    end = int((calendar.times[calendar.start] + lengths).max())
+    held, clock_of = calendar.held.copy(), calendar.times[calendar.start]
+    for stage in np.flatnonzero(held[:-1] > clients):
+        during = (calendar.start <= stage) & (calendar.stop > stage) & (clock_of >= 0)
+        for i in np.flatnonzero(during)[: max(held[stage] - clients, 0)]:
+            held[calendar.start[i] : calendar.stop[i]] -= 1
+            clock_of[i] = _NOWHERE
+    displaced = np.flatnonzero(clock_of == _NOWHERE)
+    running = np.zeros(end + int(lengths[displaced].sum()) + 1, np.int64)
+    placed = clock_of != _NOWHERE
+    np.add.at(running, clock_of[placed], 1)
+    np.add.at(running, clock_of[placed] + lengths[placed], -1)
+    running = np.cumsum(running)
+    is_stage = np.isin(np.arange(len(running)), clock_of[placed])
+    for i in displaced[::-1]:
+        full = np.concatenate(([0], np.cumsum(running >= clients)))
+        clocks = np.flatnonzero(full[lengths[i] :] == full[: len(full) - lengths[i]])
+        late = np.maximum(clocks + lengths[i] - end, 0)
+        best = clocks[np.argmin(2 * late + ~is_stage[clocks])]
+        clock_of[i] = best
+        is_stage[best] = True
+        running[best : best + lengths[i]] += 1
+        end = max(end, int(best + lengths[i]))
+    return clock_of, end

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import combinations_with_replacement, pairwise
+from itertools import pairwise
 from typing import Final
 
 import highspy
@@ -152,18 +152,8 @@ def _horizon(problem: JointProblem, known_s: float) -> int:
 
 def _batches(problem: JointProblem) -> _Batches:
     kinds = problem.kinds
-    places = range(len(kinds.count))
-    rows = [
-        np.bincount(batch, minlength=len(places))
-        for size in range(1, min(problem.clients, len(problem.requests)) + 1)
-        for batch in combinations_with_replacement(places, size)
-    ]
+    rows = sorted(problem.batches(), key=lambda row: (sum(row), [-count for count in row]))
     taken = np.array(rows, dtype=np.int64)
-    budget = problem.max_prefill_tokens
-    allowed = (taken <= kinds.count).all(axis=1)
-    if budget > 0:
-        allowed &= (taken @ kinds.prompt <= budget) | (taken.sum(axis=1) == 1)
-    taken = taken[allowed]
     elapsed = np.arange(kinds.rounds.max() + 1)
     with np.errstate(divide="ignore"):
         copies = np.where(taken > 0, kinds.count // np.maximum(taken, 1), len(problem.requests))
@@ -260,4 +250,4 @@ def _schedule(problem: JointProblem, batches: _Batches, values: NDArray[np.int64
     for t, b in sorted(chosen, key=lambda stage: (stage[0], -batches.brief[stage[1]])):
         ids = [waiting[k].pop(0) for k, n in enumerate(batches.taken[b]) for _ in range(n)]
         schedule.append(Stage(int(clock[t]), tuple(sorted(ids))))
-    return tuple(schedule)
+    return schedule

@@ -36,7 +36,6 @@ class ExactOptimum:
     """No schedule is faster; ``makespan_s`` where that is proven to be the optimum."""
     proven: bool
     schedule: Schedule
-    """Prefill stages in order: decode rounds run before each, and the request ids it admits."""
 
     @property
     def gap(self) -> float:

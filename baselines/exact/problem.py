@@ -21,7 +21,7 @@ whose last term, the cache's, is the same for every schedule. What the exact met
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,9 +40,9 @@ class Outcome:
 
     schedule: Schedule | None
     bound_s: float
-    """No schedule takes less (for the search: or the cutoff, if none takes less than that)."""
+    """Lower bound on every schedule; the search caps it at its cutoff."""
     finished: bool
-    """Nothing is better than the schedule or, without one, than what was known before."""
+    """Whether the schedule, or the one known before if none was found, is proven optimal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,16 +133,32 @@ class JointProblem:
             + float(rates.prefill_per_token_squared_s * (prompts**2).sum())
         )
 
-    def makespan_s(self, schedule: Schedule) -> float:
-        """Return the makespan of a schedule in seconds; refuse one that is not of the problem."""
-        budget = self.max_prefill_tokens
-        return replay(self.requests, self.clients, self.costs, schedule, budget)
-
     def fits(self, ids: Sequence[int]) -> bool:
         """Return whether a stage may admit these requests together: the token budget."""
         budget = self.max_prefill_tokens
         tokens = int(self.requests.prompt_tokens[list(ids)].sum())
         return len(ids) <= 1 or budget == 0 or tokens <= budget
+
+    def makespan_s(self, schedule: Schedule) -> float:
+        """Return the makespan of a schedule in seconds, by ``replay``."""
+        return replay(self.requests, self.clients, self.costs, schedule, self.max_prefill_tokens)
+
+    def batches(self) -> Iterator[tuple[int, ...]]:
+        """Yield every prefill stage as the number of requests of each kind."""
+        kinds, budget = self.kinds, self.max_prefill_tokens
+
+        def extend(row: tuple[int, ...], size: int, tokens: int) -> Iterator[tuple[int, ...]]:
+            kind = len(row)
+            if kind == len(kinds.count):
+                if size > 0:
+                    yield row
+                return
+            for count in range(min(int(kinds.count[kind]), self.clients - size) + 1):
+                more = tokens + count * int(kinds.prompt[kind])
+                if budget == 0 or more <= budget or size + count <= 1:
+                    yield from extend((*row, count), size + count, more)
+
+        return extend((), 0, 0)
 
 
 def count_batches(counts: Sequence[int], clients: int) -> int:
@@ -163,7 +179,7 @@ def greedy_schedule(problem: JointProblem) -> Schedule:
 def _threshold_schedule(problem: JointProblem, threshold: int) -> Schedule:
     rounds = problem.requests.decode_rounds
     waiting = np.argsort(-rounds, kind="stable").tolist()
-    stages: list[Stage] = []
+    schedule: list[Stage] = []
     ends: list[int] = []
     clock = 0
     while waiting:
@@ -172,9 +188,9 @@ def _threshold_schedule(problem: JointProblem, threshold: int) -> Schedule:
             ids: list[int] = []
             while waiting and len(ids) < idle and problem.fits([*ids, waiting[0]]):
                 ids.append(waiting.pop(0))
-            stages.append(Stage(clock, tuple(ids)))
+            schedule.append(Stage(clock, tuple(ids)))
             ends += [clock + int(rounds[i]) for i in ids if rounds[i] > 0]
         else:
             clock = min(ends)
             ends = [end for end in ends if end > clock]
-    return tuple(stages)
+    return schedule

@@ -57,6 +57,17 @@ class Frontier(NamedTuple):
     used: Whole  # (2,) nodes, entries of the heap
 
 
+class Arrival(NamedTuple):
+    """One way to a state: what waits there, and how the state was reached."""
+
+    packed: int  # the waiting set
+    number: int  # of the waiting set
+    cost_s: float
+    parent: int  # node it was reached from, −1 at the start
+    batch: int  # admitted last, −1: decoded
+    clock: int  # decode clock
+
+
 def search(problem: JointProblem, cutoff_s: float, time_limit_s: float) -> Outcome:
     """Look for the cheapest schedule below ``cutoff_s``.
 
@@ -91,15 +102,14 @@ def search(problem: JointProblem, cutoff_s: float, time_limit_s: float) -> Outco
 
 
 def _start(problem: JointProblem, tables: Tables) -> Frontier:
-    """Everybody waits."""
+    """Return a frontier whose only state has every request waiting."""
     shift = problem.clients * tables.width
     packed = int(problem.kinds.count @ (1 << tables.field))
     frontier = _make_frontier(1 << 14)
     scratch = np.zeros(problem.clients + len(problem.requests) + 1, dtype=np.int64)
     left = np.zeros(problem.clients, dtype=np.int64)
-    _reach(
-        tables, frontier, packed, len(tables.count) - 1, left, 0, 0.0, -1, -1, 0, np.inf, scratch
-    )
+    everything = Arrival(packed, len(tables.count) - 1, 0.0, -1, -1, 0)
+    _reach(tables, frontier, everything, left, 0, np.inf, scratch)
     assert frontier.nodes[0].key == packed << shift
     return frontier
 
@@ -168,54 +178,70 @@ def _expand(
             continue  # a cheaper way to the state was found since
         if tables.count[number] == 0:
             return FOUND, node, bound_s
-        packed = state.key >> (clients * tables.width)
+        here = Arrival(
+            state.key >> (clients * tables.width), number, cost_s, node, state.batch, clock
+        )
         active = 0
         for j in range(clients):
             left[j] = (state.key >> (j * tables.width)) & ((1 << tables.width) - 1)
             active += left[j] > 0
-        most_admitted = min(clients - active, tables.count[number])
-        least_admitted = most_admitted if tables.counts_stages else 1
-        if most_admitted > 0:
-            for b in range(tables.first[least_admitted], tables.first[most_admitted + 1]):
-                rest = (packed | tables.guards) - tables.batch_packed[b]
-                if rest & tables.guards == tables.guards:
-                    busy = _join(left, active, tables.batch_rounds[b], after)
-                    _reach(
-                        tables,
-                        frontier,
-                        rest ^ tables.guards,
-                        number - tables.batch_number[b],
-                        after,
-                        busy,
-                        cost_s + tables.batch_s[b],
-                        node,
-                        b,
-                        clock,
-                        cutoff_s,
-                        scratch,
-                    )
+        _admit(tables, frontier, here, left, active, after, cutoff_s, scratch)
         if active > 0:
-            run = left[active - 1] if tables.counts_rounds or active == clients else 1
-            busy = 0
-            for j in range(clients):
-                after[j] = max(left[j] - run, 0)
-                busy += after[j] > 0
-            seconds = cost_s + run * tables.decode_s[active]
-            _reach(
-                tables,
-                frontier,
-                packed,
-                number,
-                after,
-                busy,
-                seconds,
-                node,
-                -1,
-                clock + run,
-                cutoff_s,
-                scratch,
-            )
+            _decode(tables, frontier, here, left, active, after, cutoff_s, scratch)
     return RUNNING, -1, 0.0
+
+
+@kernel
+def _admit(
+    tables: Tables,
+    frontier: Frontier,
+    here: Arrival,
+    left: Whole,
+    active: int,
+    after: Whole,
+    cutoff_s: float,
+    scratch: Whole,
+) -> None:
+    """Reach what every prefill stage leads to; ``here.parent`` is this state's own node."""
+    most = min(left.size - active, tables.count[here.number])
+    if most == 0:
+        return
+    least = most if tables.counts_stages else 1
+    for b in range(tables.first[least], tables.first[most + 1]):
+        rest = (here.packed | tables.guards) - tables.batch_packed[b]
+        if rest & tables.guards == tables.guards:
+            busy = _join(left, active, tables.batch_rounds[b], after)
+            reached = Arrival(
+                rest ^ tables.guards,
+                here.number - tables.batch_number[b],
+                here.cost_s + tables.batch_s[b],
+                here.parent,
+                b,
+                here.clock,
+            )
+            _reach(tables, frontier, reached, after, busy, cutoff_s, scratch)
+
+
+@kernel
+def _decode(
+    tables: Tables,
+    frontier: Frontier,
+    here: Arrival,
+    left: Whole,
+    active: int,
+    after: Whole,
+    cutoff_s: float,
+    scratch: Whole,
+) -> None:
+    """Reach what decoding on leads to; ``here.parent`` is this state's own node."""
+    run = left[active - 1] if tables.counts_rounds or active == left.size else 1
+    busy = 0
+    for j in range(left.size):
+        after[j] = max(left[j] - run, 0)
+        busy += after[j] > 0
+    cost_s = here.cost_s + run * tables.decode_s[active]
+    reached = Arrival(here.packed, here.number, cost_s, here.parent, -1, here.clock + run)
+    _reach(tables, frontier, reached, after, busy, cutoff_s, scratch)
 
 
 @kernel
@@ -240,26 +266,22 @@ def _join(left: Whole, active: int, joining: Whole, after: Whole) -> int:
 def _reach(
     tables: Tables,
     frontier: Frontier,
-    packed: int,
-    number: int,
+    reached: Arrival,
     left: Whole,
     active: int,
-    cost_s: float,
-    parent: int,
-    batch: int,
-    rounds: int,
     cutoff_s: float,
     scratch: Whole,
 ) -> None:
-    """Keep a state and line it up, unless a way as cheap is known or the cutoff is out of reach."""
-    key = packed
+    """Keep a state and queue it, unless a way as cheap is known or its bound is above the cutoff."""
+    key = reached.packed
     for j in range(left.size - 1, -1, -1):
         key = (key << tables.width) | left[j]
     place = _slot(frontier, key)
     node = frontier.slots[place] - 1
+    cost_s = reached.cost_s
     if node >= 0 and frontier.nodes[node].cost_s <= cost_s:
         return
-    bound_s = cost_s + _bound(tables, packed, number, left, active, scratch)
+    bound_s = cost_s + _bound(tables, reached.packed, reached.number, left, active, scratch)
     if bound_s >= cutoff_s:
         return
     if node < 0:
@@ -269,10 +291,10 @@ def _reach(
         frontier.nodes[node].key = key
     state = frontier.nodes[node]
     state.cost_s = cost_s
-    state.parent = parent
-    state.waiting = number
-    state.batch = batch
-    state.rounds = rounds
+    state.parent = reached.parent
+    state.waiting = reached.number
+    state.batch = reached.batch
+    state.rounds = reached.clock
     _push(frontier, bound_s, cost_s, node)
 
 
@@ -377,7 +399,7 @@ def _pop(frontier: Frontier) -> None:
 
 @kernel
 def _before(bound_s: float, cost_s: float, other_bound_s: float, other_cost_s: float) -> bool:
-    """Whether an entry comes first: the lower bound; of equal ones who has come further."""
+    """Whether an entry comes first: the lower bound; of equal bounds the higher cost so far."""
     return bound_s < other_bound_s or (bound_s == other_bound_s and cost_s > other_cost_s)
 
 
@@ -409,4 +431,4 @@ def _schedule_to(problem: JointProblem, tables: Tables, frontier: Frontier, goal
             count = packed >> int(tables.field[kind]) & int(tables.mask[kind])
             ids += [members.pop(0) for _ in range(count)]
         schedule.append(Stage(clock, tuple(sorted(ids))))
-    return tuple(schedule)
+    return schedule

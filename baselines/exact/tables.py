@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -87,7 +86,7 @@ def make_tables(problem: JointProblem) -> Tables:
     widths = np.array([int(n).bit_length() for n in kinds.count], dtype=np.int64)
     field = np.concatenate(([0], np.cumsum(widths + 1)[:-1])).astype(np.int64)
     radix = np.concatenate(([1], np.cumprod(kinds.count + 1)[:-1])).astype(np.int64)
-    taken = np.array(sorted(_batches(problem), key=sum), dtype=np.int64)  # (B, K)
+    taken = np.array(sorted(problem.batches(), key=sum), dtype=np.int64)  # (B, K)
     sizes = taken.sum(axis=1)
     batch_rounds = np.zeros((len(taken), clients), dtype=np.int64)
     for b, row in enumerate(taken):
@@ -122,24 +121,6 @@ def make_tables(problem: JointProblem) -> Tables:
     else:
         _partition(tables, held @ (1 << field))
     return tables
-
-
-def _batches(problem: JointProblem) -> Iterator[tuple[int, ...]]:
-    """Yield every prefill stage as the number of requests of each kind."""
-    kinds, budget = problem.kinds, problem.max_prefill_tokens
-
-    def extend(row: tuple[int, ...], size: int, tokens: int) -> Iterator[tuple[int, ...]]:
-        kind = len(row)
-        if kind == len(kinds.count):
-            if size > 0:
-                yield row
-            return
-        for count in range(min(int(kinds.count[kind]), problem.clients - size) + 1):
-            more = tokens + count * int(kinds.prompt[kind])
-            if budget == 0 or more <= budget or size + count <= 1:
-                yield from extend((*row, count), size + count, more)
-
-    return extend((), 0, 0)
 
 
 @allocating_kernel

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.baselines.rules.compiled import run_episode, take_turn
+from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy, run_episode, take_turn
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import fires
 from servegym.envs.errors import ServegymError, unknown
@@ -49,15 +49,6 @@ _ONWARD_SHARE: Final = 0.5  # of the variations, change the parameter of all lat
 _LEAST_GAIN: Final = 1e-9  # share of the makespan; less is rounding, and the kept schedule stays
 
 
-class Base(NamedTuple):
-    """What kernels read of the base policy."""
-
-    rule: int
-    trigger: int
-    parameter: float
-    every_round: bool
-
-
 class StageChoices(NamedTuple):
     """How to go on: what the k-th prefill stage of the episode admits by and waits for."""
 
@@ -65,35 +56,18 @@ class StageChoices(NamedTuple):
     parameters: NDArray[np.float64]  # (stages,) of the trigger
 
 
-def make_base(policy: TriggerPolicy, settings: Settings) -> Base:
-    """Lower a trigger policy to what kernels read."""
-    rule = ADMISSION_RULES.index(policy.rule)
-    every_round = policy.decisions == "rounds" or settings.every_round
-    return Base(rule, policy.trigger, policy.parameter, every_round)
-
-
 @kernel
 def run_schedule(
-    state: State,
-    costs: CostTables,
-    e: int,
-    base: Base,
-    schedule: StageChoices,
-    max_prefill_tokens: int,
+    state: State, costs: CostTables, e: int, base: CompiledPolicy, schedule: StageChoices
 ) -> None:
     """Run row ``e`` to its end under the base trigger, as ``schedule`` says for each stage."""
     while advance(state, costs, e, 0):
         stage = state.replicas[e, 0].prefill_stages
-        take_turn(
-            state,
-            costs,
-            e,
-            schedule.rules[stage],
-            base.trigger,
-            schedule.parameters[stage],
-            base.every_round,
-            max_prefill_tokens,
+        rule, parameter = schedule.rules[stage], schedule.parameters[stage]
+        policy = CompiledPolicy(
+            rule, base.trigger, parameter, base.every_round, base.max_prefill_tokens
         )
+        take_turn(state, costs, e, policy)
 
 
 @kernel
@@ -101,7 +75,7 @@ def final_clock(
     imagined: State,
     costs: CostTables,
     settings: Settings,
-    base: Base,
+    base: CompiledPolicy,
     schedule: StageChoices,
     first: int,
     scratch: State,
@@ -110,7 +84,7 @@ def final_clock(
     copy_row(imagined, 0, scratch, 0)
     if first != FOLLOW:
         apply(scratch, costs, settings, 0, 0, first)
-    run_schedule(scratch, costs, 0, base, schedule, settings.max_prefill_tokens)
+    run_schedule(scratch, costs, 0, base, schedule)
     return float(scratch.replicas[0, 0].clock_s)
 
 
@@ -119,7 +93,7 @@ def action_values(
     state: State,
     costs: CostTables,
     settings: Settings,
-    base: Base,
+    base: CompiledPolicy,
     e: int,
     mask: NDArray[np.bool_],
     scratch: State,
@@ -144,16 +118,7 @@ def action_values(
         copy_row(scratch, imagined, scratch, trial)
         if not ended:
             apply(scratch, costs, settings, trial, 0, action)
-        run_episode(
-            scratch,
-            costs,
-            trial,
-            base.rule,
-            base.trigger,
-            base.parameter,
-            base.every_round,
-            settings.max_prefill_tokens,
-        )
+        run_episode(scratch, costs, trial, base)
         values[action] = 100.0 * (1.0 - scratch.replicas[trial, 0].clock_s / bound_s)
 
 
@@ -231,7 +196,7 @@ class _Search:
     ) -> None:
         task = briefing.task
         _, self._costs, self._settings = lower(task)
-        self._base = make_base(base, self._settings)
+        self._base = compile_policy(base, task)
         self._rng = briefing.rng
         tried = [rule for rule in task.process.rules if rule in (base.rule, *rules)]
         self._rules = [ADMISSION_RULES.index(rule) for rule in tried]

@@ -3,10 +3,10 @@
 A trigger compares two costs and prefills or decodes. Here, at decisions met while it plays an episode,
 the episode is copied, continued once either way and finished by a *judge*, a rule that goes on from
 there; the better action is the one after which the episode ends earlier. With the rule itself as judge
-this is the advantage of a one-step deviation (what ``rollout`` maximises); another judge tells what
-of it is the rule's own making. Which requests happen to be left at the end moves the makespan more than
-a single decision does, so one judge's verdicts within an episode hang together; the mean end over a
-panel of judges averages much of that luck out.
+this is the advantage of a one-step deviation (what ``rollout`` maximises); another judge shows how much
+of the advantage comes from the rule that goes on. The requests left at the end change the makespan more
+than a single decision does, so one judge's verdicts within an episode are correlated; the mean end over
+several judges averages out much of that chance.
 
 **Errors of the cost estimates.** The Lagrangian rule prefills iff C_d ≥ λ · C_p. If all estimates of
 C_p are (1 + x) times the truth, it prefills iff C_d ≥ λ · (1 + x) · C_p; if those of C_d are, iff
@@ -24,9 +24,9 @@ from typing import Any, Final, Literal
 import numpy as np
 from scipy import stats
 
-from servegym.baselines.lookahead.rollout import Base, StageChoices, final_clock, make_base
+from servegym.baselines.lookahead.rollout import StageChoices, final_clock
 from servegym.baselines.rules import triggers
-from servegym.baselines.rules.compiled import play_compiled
+from servegym.baselines.rules.compiled import compile_policy, play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import play
@@ -50,7 +50,7 @@ TIE: Final = 1e-9
 class Verdict:
     """One decision of an episode and how it ends either way, by judge."""
 
-    decision: int  # the how-manieth of the episode, from 0
+    decision: int  # index among the episode's decisions at which the rule has a choice
     prefills: bool  # what the rule did
     balance: float  # C_d / C_p as the rule sees them: the largest λ at which it would prefill
     decode_s: tuple[float, ...]  # (judges,) makespan if the episode decodes on here
@@ -85,7 +85,7 @@ def balance(trigger: int, view: DecisionView) -> float:
 
 
 @dataclass
-class VerdictRecorder:
+class VerdictPolicy:
     """Plays as ``policy`` does and notes a verdict at the decisions asked for.
 
     Parameters
@@ -134,7 +134,7 @@ class VerdictRecorder:
         self.verdicts, self.played = [], 0
         self._rng = briefing.rng
         self._action = 1 + task.process.rules.index(self.policy.rule)
-        self._judges = _Judges(task, self.judges)
+        self._finish = _Judges(task, self.judges)
         return self.policy.prepare(briefing)
 
     def act(self, situation: Situation) -> int:
@@ -154,8 +154,8 @@ class VerdictRecorder:
                     self.played,
                     prefills,
                     balance(trigger, situation.view),
-                    self._judges.ends(imagined, DECODE),
-                    self._judges.ends(imagined, self._action),
+                    self._finish.ends(imagined, DECODE),
+                    self._finish.ends(imagined, self._action),
                 )
             )
         self.played += 1
@@ -167,7 +167,7 @@ class _Judges:
 
     def __init__(self, task: TaskConfig, judges: Sequence[TriggerPolicy]) -> None:
         self._clients, self._costs, self._settings = lower(task)
-        self._bases: list[Base] = [make_base(judge, self._settings) for judge in judges]
+        self._bases = [compile_policy(judge, task) for judge in judges]
         self._scratch: State | None = None
         self._schedules: list[StageChoices] = []
 
@@ -216,14 +216,14 @@ def judge_episode(
     """
     if samples < 1:
         raise ServegymError(f"samples must be ≥ 1, got {samples}")
-    first = VerdictRecorder(policy, (), (), noise)
+    first = VerdictPolicy(policy, (), (), noise)
     if noise > 0:  # compiled code draws no noise; the same seed draws the same again
         play(task, "judged", first, case, seed)
         decisions = first.played
     else:
         decisions = int(play_compiled(task, policy, case)["decisions"])
     spread = np.linspace(0, decisions - 1, min(samples, decisions)).round().astype(int)
-    judged = VerdictRecorder(policy, judges, frozenset(spread.tolist()), noise)
+    judged = VerdictPolicy(policy, judges, frozenset(spread.tolist()), noise)
     row = play(task, "judged", judged, case, seed).row
     return row | {"decisions": judged.played}, judged.verdicts
 

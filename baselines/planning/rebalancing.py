@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.jit import allocating_kernel
-from servegym.envs.simulator.heap import sift_down
+from servegym.envs.simulator.heap import deal
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
 # mypy: disable-error-code="arg-type,assignment,return-value"
@@ -69,7 +69,8 @@ def longest_first(rounds: Whole, clients: int) -> Loads:
     after = np.full(len(rounds), -1)
     load = np.zeros(clients, dtype=np.int64)
     order = np.argsort(-rounds, kind="stable")
-    _deal_longest_first(rounds, order[: np.count_nonzero(rounds)], first, after, load)
+    dealt = order[: np.count_nonzero(rounds)]
+    _hold(rounds, dealt, deal(rounds[dealt], clients), first, after, load)
     words = min(int(load.max()), MAX_BITS) // 64 + 1
     return Loads(
         rounds=rounds,
@@ -86,16 +87,15 @@ def longest_first(rounds: Whole, clients: int) -> Loads:
 
 
 @allocating_kernel
-def _deal_longest_first(
-    rounds: Whole, order: Whole, first: Whole, after: Whole, load: Whole
+def _hold(
+    rounds: Whole, dealt: Whole, client_of: Whole, first: Whole, after: Whole, load: Whole
 ) -> None:
-    heap = np.arange(load.size)  # clients, the least loaded on top
-    for request in order:
-        client = heap[0]
+    """Write the lists and loads of clients that hold these requests, dealt in this order."""
+    for place in range(dealt.size):
+        request, client = dealt[place], client_of[place]
         after[request] = first[client]
         first[client] = request
         load[client] += rounds[request]
-        sift_down(heap, load)
 
 
 @allocating_kernel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import fires
 from servegym.envs.jit import kernel
@@ -19,50 +21,53 @@ from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.vocabulary import ADMISSION_RULES
 
 
+class CompiledPolicy(NamedTuple):
+    """What kernels read of a trigger policy and the task that it plays."""
+
+    rule: int  # place in ADMISSION_RULES
+    trigger: int
+    parameter: float  # of the trigger
+    every_round: bool  # asks after each decode round, not only at events
+    max_prefill_tokens: int  # of a stage; 0: no limit
+
+
+def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
+    """Lower a trigger policy to what kernels read."""
+    return CompiledPolicy(
+        ADMISSION_RULES.index(policy.rule),
+        policy.trigger,
+        policy.parameter,
+        policy.decisions == "rounds" or task.process.decisions == "rounds",
+        task.cluster.max_prefill_tokens,
+    )
+
+
 @kernel
-def take_turn(
-    state: State,
-    costs: CostTables,
-    e: int,
-    rule: int,
-    trigger: int,
-    parameter: float,
-    every_round: bool,
-    max_prefill_tokens: int,
-) -> None:
-    """Do what a trigger and a rule say at the decision point of row ``e``: prefill or decode on."""
-    chosen = admits(state, e, 0, rule)
+def take_turn(state: State, costs: CostTables, e: int, policy: CompiledPolicy) -> None:
+    """Do what a policy says at the decision point of row ``e``: prefill or decode on."""
+    chosen = admits(state, e, 0, policy.rule)
     if chosen and state.replicas[e, 0].active > 0:
         state.episodes[e].decisions += 1
-        chosen = fires(trigger, parameter, view(state, costs, e, 0))
+        chosen = fires(policy.trigger, policy.parameter, view(state, costs, e, 0))
     if chosen:
-        prefill(state, costs, e, 0, rule, max_prefill_tokens)
+        prefill(state, costs, e, 0, policy.rule, policy.max_prefill_tokens)
     else:
-        decode(state, costs, e, 0, every_round)
+        decode(state, costs, e, 0, policy.every_round)
 
 
 @kernel
-def run_episode(
-    state: State,
-    costs: CostTables,
-    e: int,
-    rule: int,
-    trigger: int,
-    parameter: float,
-    every_round: bool,
-    max_prefill_tokens: int,
-) -> None:
-    """Run the loaded episode of row ``e`` to its end: a trigger says when, a rule whom to admit."""
+def run_episode(state: State, costs: CostTables, e: int, policy: CompiledPolicy) -> None:
+    """Run the loaded episode of row ``e`` to its end under a policy."""
     while advance(state, costs, e, 0):
-        take_turn(state, costs, e, rule, trigger, parameter, every_round, max_prefill_tokens)
+        take_turn(state, costs, e, policy)
 
 
 def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:
     """Return the metrics of one episode under a trigger policy, played in compiled code.
 
-    The same numbers as ``servegym.envs.playing.evaluation.play``, without decision times. By that function
-    where the task cuts episodes short: compiled code counts only decisions of which the rule has a
-    choice.
+    The numbers equal those of ``servegym.envs.playing.evaluation.play``, which also times decisions.
+    That function plays the episode if the task may cut it short: compiled code counts only the
+    decisions at which the rule has a choice.
 
     Examples
     --------
@@ -88,13 +93,4 @@ def play_loaded(state: State, costs: CostTables, task: TaskConfig, policy: Trigg
 
     ``task`` must be what ``asked_task`` returns for the policy.
     """
-    run_episode(
-        state,
-        costs,
-        0,
-        ADMISSION_RULES.index(policy.rule),
-        policy.trigger,
-        policy.parameter,
-        task.process.decisions == "rounds",
-        task.cluster.max_prefill_tokens,
-    )
+    run_episode(state, costs, 0, compile_policy(policy, task))
