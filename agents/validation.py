@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.side_by_side import Predict, SideBySide
-from servegym.envs.process.metrics import Records, episode_metrics, records
+from servegym.envs.process.metrics import EpisodeLog, episode_metrics, records
 from servegym.envs.task.config import TaskConfig
 
 
@@ -24,7 +24,7 @@ class Trace:
     masks: NDArray[np.bool_]  # (decisions, actions)
     rewards: NDArray[np.float64]  # (decisions,)
     clock_s: NDArray[np.float64]  # (decisions,) time of each decision
-    records: Records
+    records: EpisodeLog
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Validation:
         counts = np.zeros(1 + len(self.task.process.rules), np.int64)
         seen: list[tuple[NDArray[np.float32], NDArray[np.bool_], float]] = []
         rewards: list[float] = []
-        first: Records | None = None
+        first: EpisodeLog | None = None
 
         def watched(
             observations: NDArray[np.float32], masks: NDArray[np.bool_]

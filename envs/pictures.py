@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from servegym.envs.process.metrics import Records
+from servegym.envs.process.metrics import EpisodeLog
 
 try:
     import matplotlib as mpl
@@ -27,7 +27,7 @@ DECODE_COLOURS = ("#9ecae1", "#2171b5")
 _REFERENCE_STYLES: Final[tuple[Any, ...]] = ("--", ":", "-.", (0, (7, 1, 1, 1, 1, 1)))
 
 
-def draw_gantt_rows(axes: Axes, log: Records, clients: int) -> None:
+def draw_gantt_rows(axes: Axes, log: EpisodeLog, clients: int) -> None:
     """Draw clients over time: decoding in two alternating blues, prefill stages as red bands.
 
     All clients stall in a prefill stage, so its band spans them; idle time is white.
@@ -57,12 +57,12 @@ def _rectangles(
     return np.stack([left, height], axis=2)
 
 
-def draw_gantt(log: Records, clients: int, title: str) -> Figure:
+def draw_gantt(log: EpisodeLog, clients: int, title: str) -> Figure:
     """Draw one episode's clients over time."""
     return draw_gantts([(title, log)], clients)
 
 
-def draw_gantts(episodes: Sequence[tuple[str, Records]], clients: int) -> Figure:
+def draw_gantts(episodes: Sequence[tuple[str, EpisodeLog]], clients: int) -> Figure:
     """Draw several episodes with equally many clients below each other, on one time axis."""
     figure = Figure(figsize=(10, 0.6 + 2.7 * len(episodes)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -190,12 +190,12 @@ def to_image(figure: Figure) -> NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def _last_seconds(log: Records) -> float:
+def _last_seconds(log: EpisodeLog) -> float:
     times = np.concatenate([log.finished_s, log.first_token_s, [0.0]])
     return float(np.nanmax(times))
 
 
-def _turn(log: Records) -> NDArray[np.int64]:
+def _turn(log: EpisodeLog) -> NDArray[np.int64]:
     """Return the index of each request among those its client served, shape (requests,)."""
     turn = np.zeros(len(log.client), dtype=np.int64)
     order = np.lexsort((log.admitted_s, log.client))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from servegym.envs.arguments import plain, whole_number
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError, shown, unknown
-from servegym.envs.process.metrics import Records, episode_metrics, records
+from servegym.envs.process.metrics import EpisodeLog, episode_metrics, records
 from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE
 from servegym.envs.process.steps import begin_row, make_rows, step_row
 from servegym.envs.simulator.imagination import imagine_row
@@ -232,7 +232,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         """
         return episode_metrics(self._state, 0)
 
-    def records(self) -> Records:
+    def records(self) -> EpisodeLog:
         """Return a copy of the per-request records so far."""
         return records(self._state, 0)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from servegym.envs import Requests
 from servegym.envs.machine.costs import StageCosts
-from servegym.envs.process.metrics import Records
+from servegym.envs.process.metrics import EpisodeLog
 from tests.helpers import UNIT_COSTS, make_env, start, trace
 from tests.reference_simulator import RULES, ReferenceSimulator, make_reference
 
@@ -86,7 +86,7 @@ def play_reference(
     return Played(trace(reference_records(reference)), decisions)
 
 
-def reference_records(reference: ReferenceSimulator) -> Records:
+def reference_records(reference: ReferenceSimulator) -> EpisodeLog:
     """The reference's records in the environment's form."""
     rows = reference.requests
     times = {
@@ -98,4 +98,4 @@ def reference_records(reference: ReferenceSimulator) -> Records:
         name: np.array([-1 if (value := getattr(row, field)) is None else value for row in rows])
         for name, field in whole.items()
     }
-    return Records(**times, **ints)
+    return EpisodeLog(**times, **ints)

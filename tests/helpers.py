@@ -18,7 +18,7 @@ from servegym.envs.machine.costs import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.process.metrics import Records
+from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.config import ClusterConfig, InformationConfig, ProcessConfig, TaskConfig
 from servegym.envs.workload.plan import Plan, plan_from_queues
 
@@ -105,7 +105,7 @@ def inside(env: ServingEnv) -> Inside:
     )
 
 
-def trace(log: Records) -> list[tuple[float, str, int, int]]:
+def trace(log: EpisodeLog) -> list[tuple[float, str, int, int]]:
     """Events in order: (second, "first" | "finish" | "admit", request, client)."""
     kinds = ("first", "finish", "admit")  # a stage ends before the next begins
     events = [

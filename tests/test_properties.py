@@ -20,7 +20,7 @@ from servegym.envs.machine.costs import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.process.metrics import Records
+from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.simulator.state import FINISHED, RUNNING, WAITING
 from tests.helpers import inside, instance, make_env, start
 
@@ -145,7 +145,7 @@ def test_clocks_and_cache(case: Case) -> None:
     assert (np.diff(np.array(totals), axis=0) >= 0).all()
 
 
-def stages_of(log: Records) -> list[tuple[float, float]]:
+def stages_of(log: EpisodeLog) -> list[tuple[float, float]]:
     """Start and end of every prefill stage, in order."""
     return sorted(set(zip(log.admitted_s.tolist(), log.first_token_s.tolist(), strict=True)))
 

@@ -24,7 +24,7 @@ from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import run_parallel
 from servegym.envs.playing.policy import Briefing, Policy, Situation, asked_task
 from servegym.envs.playing.tables import ResumableTable, Row, Schema, read_rows
-from servegym.envs.process.metrics import METRIC_DEFAULTS, METRICS, Records
+from servegym.envs.process.metrics import METRIC_DEFAULTS, METRICS, EpisodeLog
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.cases import Case, sample_requests
 from servegym.envs.task.config import TaskConfig
@@ -86,7 +86,7 @@ class Episode:
     """
 
     row: dict[str, Any]
-    records: Records
+    records: EpisodeLog
 
 
 def make_case(task: TaskConfig, seed: int) -> Case:

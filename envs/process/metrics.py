@@ -13,7 +13,7 @@ from servegym.envs.simulator.state import State
 
 
 @dataclass(frozen=True, eq=False)
-class Records:
+class EpisodeLog:
     """Per-request records of one episode; NaN or −1 for events that have not happened."""
 
     arrival_s: NDArray[np.float64]  # (requests,)
@@ -25,11 +25,11 @@ class Records:
     decode_rounds: NDArray[np.int32]  # (requests,) output tokens − 1
 
 
-def records(state: State, e: int) -> Records:
+def records(state: State, e: int) -> EpisodeLog:
     """Copy the per-request records of environment ``e``."""
     n = int(state.episodes[e].requests)
     rows = state.requests[e, :n]
-    return Records(*(np.array(rows[item.name]) for item in fields(Records)))
+    return EpisodeLog(*(np.array(rows[item.name]) for item in fields(EpisodeLog)))
 
 
 METRICS: Final = (

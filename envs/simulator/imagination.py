@@ -6,7 +6,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel
 from servegym.envs.simulator.order import add
-from servegym.envs.simulator.state import WAITING, Records, State
+from servegym.envs.simulator.state import WAITING, RecordArray, State
 
 
 @kernel
@@ -33,7 +33,7 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
 
 
 @kernel
-def _copy(source: Records, target: Records, count: int) -> None:
+def _copy(source: RecordArray, target: RecordArray, count: int) -> None:
     """Copy the first entries; a loop, because numba's slices allocate."""
     for k in range(count):
         target[k] = source[k]

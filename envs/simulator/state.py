@@ -117,7 +117,7 @@ BELIEF: Final = np.dtype([("log_median", np.float64), ("spread", np.float64)])
 """A lognormal distribution of output tokens: log of its median, standard deviation of the log."""
 
 
-Records = Any
+RecordArray = Any
 """An array of records: ``array[e].field`` reads and writes; numpy's types cannot express it."""
 
 
@@ -128,18 +128,18 @@ class State(NamedTuple):
     passing a tuple to a compiled function costs about 2 ns an array.
     """
 
-    episodes: Records  # (E,) EPISODE
-    requests: Records  # (E, I) REQUEST, by id
+    episodes: RecordArray  # (E,) EPISODE
+    requests: RecordArray  # (E, I) REQUEST, by id
     by_length: NDArray[np.int32]  # (E, I) request ids, shortest first
     lengths: NDArray[np.int32]  # (E, I) the rounds that they are compared by, so ascending
     waiting_lengths: NDArray[np.int32]  # (E, B) waiting requests in each of LENGTH_BUCKETS
     waiting_tree: Tree  # (E, tree_size(I)) which ranks wait
-    replicas: Records  # (E, R) REPLICA
-    clients: Records  # (E, R, J) CLIENT
+    replicas: RecordArray  # (E, R) REPLICA
+    clients: RecordArray  # (E, R, J) CLIENT
     idle: NDArray[np.int32]  # (E, R, J) the idle clients [: J − active]; ascending after sort_idle
-    finishes: Records  # (E, R, J) FINISH of the running, latest first; [:active]; physics only
-    expected: Records  # (E, R, J) the same as the scheduler believes; ``finishes`` if known
-    beliefs: Records  # (E, I) BELIEF at first, by id; (E, 0) if known
+    finishes: RecordArray  # (E, R, J) FINISH of the running, latest first; [:active]; physics only
+    expected: RecordArray  # (E, R, J) the same as the scheduler believes; ``finishes`` if known
+    beliefs: RecordArray  # (E, I) BELIEF at first, by id; (E, 0) if known
     picked: NDArray[np.int32]  # (E, J) the requests one prefill stage admits; scratch before
     keys: NDArray[np.int64]  # (E, J) scratch
 
@@ -176,7 +176,7 @@ def make_state(
     )
 
 
-def _records(*shape: int, dtype: np.dtype[np.void]) -> Records:
+def _records(*shape: int, dtype: np.dtype[np.void]) -> RecordArray:
     """Return zeroed records whose fields are attributes, also where kernels run as plain Python.
 
     They begin at a cache line's start, so that a record of 64 bytes lies in one.
