@@ -8,7 +8,7 @@ matter, only that no more than J are held at a time.
 The end is fixed and the energy, in client-rounds, is what does not fit: clients held beyond J between
 two stages, and what runs past the end. A schedule of energy 0 can be carried out. Moves: a request
 starts at another stage; two requests of about the same length swap their stages, which hardly changes
-who is held when; some successive stages shift by the same number of rounds.
+how many clients are held; some successive stages shift by the same number of rounds.
 """
 
 from __future__ import annotations

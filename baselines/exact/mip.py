@@ -239,7 +239,7 @@ def _add_brief(
 
 
 def _schedule(problem: JointProblem, batches: _Batches, values: NDArray[np.int64]) -> Schedule:
-    """Read the stages off z; a clock at which nobody is active does not count."""
+    """Read the stages off z; a clock at which no client is active does not count."""
     busy = np.zeros(len(values) + 1, dtype=np.int64)
     chosen = [(t, b) for t, b in np.argwhere(values > 0) for _ in range(values[t, b])]
     for t, b in chosen:

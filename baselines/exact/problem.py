@@ -1,4 +1,4 @@
-"""The joint problem of small cases: who is admitted when, by which prefill stages.
+"""The joint problem of small cases: which prefill stage admits which request, and when.
 
 One replica, all requests present at t = 0, lengths known. A schedule is a list of prefill stages,
 each a decode-clock value (rounds run before it) and the requests it admits; between stages every

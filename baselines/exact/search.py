@@ -302,7 +302,7 @@ def _reach(
 def _bound(
     tables: Tables, packed: int, number: int, left: Whole, active: int, line: Whole
 ) -> float:
-    """Return seconds that a state needs still, at least; exact once nobody waits."""
+    """Return a lower bound on the seconds that a state still needs; exact once no request waits."""
     seconds = 0.0
     if tables.count[number] == 0:
         done = 0

@@ -54,7 +54,7 @@ class SampledPlan:
 def sample_rounds(requests: Requests, scenarios: int, rng: np.random.Generator) -> Whole:
     """Draw decode rounds from the predictions, shape (scenarios, requests).
 
-    Requests that nobody has predicted are certain: every scenario has their true lengths.
+    Requests without predictions are certain: every scenario has their true lengths.
     """
     if requests.predicted_spread is None:
         return np.tile(requests.decode_rounds, (scenarios, 1))

@@ -1,4 +1,4 @@
-"""Offline plans of policies: from what they are told before an episode to who serves what."""
+"""Offline plans of policies: each makes a plan from what a policy is told before an episode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan_expected(requests: Requests, briefing: Briefing) -> Plan:
 
 
 def plan_at_risk(requests: Requests, briefing: Briefing, deviations: float) -> Plan:
-    """Make the same plan by lengths that are some standard deviations above their means."""
+    """Plan by lengths that lie some standard deviations above their means."""
     longer = deviations * standard_deviations(requests)
     rounds = requests.decode_rounds + np.rint(np.minimum(longer, MAX_TOKENS)).astype(np.int64)
     rounds = np.minimum(rounds, MAX_TOKENS - 1)
@@ -32,7 +32,7 @@ def plan_at_risk(requests: Requests, briefing: Briefing, deviations: float) -> P
 
 
 def plan_sampled(requests: Requests, briefing: Briefing, scenarios: int) -> Plan:
-    """Make the mean largest load over scenarios small (``sampled_plan``)."""
+    """Plan for a small mean, over sampled scenarios, of the largest load (``planning.sampled``)."""
     clients, rng = briefing.task.cluster.clients, briefing.rng
     rounds = sample_rounds(requests, scenarios, rng)
     return plan_by_samples(requests, clients, rounds, rng).plan

@@ -1,4 +1,4 @@
-"""Baseline policies: a trigger (when to prefill) paired with an admission rule (whom to admit)."""
+"""Baseline policies: a trigger (when to prefill) paired with an admission rule (what to admit)."""
 
 from __future__ import annotations
 

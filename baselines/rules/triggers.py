@@ -1,7 +1,7 @@
 """Triggers: when to interrupt decoding for a prefill stage. One small compiled function each.
 
-A trigger is asked only where both are possible: clients decode, others idle, and its admission rule
-would admit someone. The policy object and the compiled episode loop call the same functions.
+A trigger is asked only where both actions are legal: some clients decode, others are idle, and the
+admission rule would admit a request. The policy object and the compiled episode loop call the same functions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def fires(trigger: int, parameter: float, view: DecisionView) -> bool:
     if trigger == EAGER:
         return True
     if trigger == DRAINED:
-        return False  # only where nobody decodes, and then nobody asks
+        return False  # once no client decodes, prefilling is forced and the trigger is not asked
     if trigger == THRESHOLD:
         return view.idle >= parameter
     if trigger == LAGRANGIAN:

@@ -23,13 +23,13 @@ def load(
     """Write an instance into row ``e`` and put its clock to 0.
 
     Without a plan the requests present at t = 0 go longest first to the least loaded client (``deal``).
-    The bound and the reward's credits are the caller's to write. ``compared_rounds`` (requests,) say who
-    is longer than whom; None: the expected ones.
+    The bound and the reward's credits are the caller's to write. ``compared_rounds`` (requests,) decide
+    which request is the longer one; None: the expected rounds do.
 
     Raises
     ------
     ServegymError
-        If the state is for unknown lengths and nobody has predicted those of the requests.
+        If the state is for unknown lengths and the requests carry no predictions.
     """
     known = state.expected is state.finishes
     n, rounds = len(requests), requests.decode_rounds

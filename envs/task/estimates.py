@@ -55,7 +55,10 @@ def reversed_order(requests: Requests) -> Requests:
 
 
 def taken_as_exact(requests: Requests) -> Requests:
-    """Return predicted requests with a spread of 0: who outlives its estimate should end next round."""
+    """Return predicted requests with a spread of 0.
+
+    A request that exceeds its estimate is then expected to finish in the next round.
+    """
     return replace(requests, predicted_spread=np.zeros(len(requests)))
 
 

@@ -29,8 +29,8 @@ class Requests:
     """The requests of one episode, in arrival order: a request's id is its row.
 
     A prediction is a lognormal distribution of the output length: its mean and the standard
-    deviation of the length's logarithm, 0 where the predictor is certain. Without a spread nobody has
-    predicted, and the predictions are only the true lengths over again.
+    deviation of the length's logarithm, 0 where the predictor is certain. Without a spread
+    there are no predictions: the predicted lengths repeat the true ones.
 
     Raises
     ------
@@ -89,7 +89,7 @@ class Requests:
         return len(self.arrival_s)
 
     def first(self, count: int) -> Requests | None:
-        """Return the ``count`` earliest requests, None if that is nobody."""
+        """Return the ``count`` earliest requests; None if there are none."""
         if count == 0:
             return None
         spread = self.predicted_spread
@@ -112,7 +112,7 @@ class Requests:
         Raises
         ------
         ServegymError
-            If nobody has predicted them.
+            If the requests carry no predictions.
         """
         if self.predicted_spread is None:
             raise ServegymError(
