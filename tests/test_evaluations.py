@@ -14,8 +14,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from servegym.agents import callbacks
-from servegym.agents.callbacks import EVALUATION_COLUMNS, ServingCallback
+from servegym.agents import charts
+from servegym.agents.callbacks import ServingCallback
+from servegym.agents.evaluations import EVALUATION_COLUMNS
 from servegym.agents.evolution import Evolution
 from servegym.agents.hyperparameters import Hyperparameters, Options, default_hyperparameters
 from servegym.agents.policy import Network, load_agent
@@ -47,7 +48,7 @@ def read(folder: Path) -> EventAccumulator:
 @pytest.fixture(autouse=True)
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rasterises no picture: it takes longer than all else."""
-    monkeypatch.setattr(callbacks, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(charts, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     h = replace(SMALL, evolution_updates=1, evolution_pairs=2, evolution_directions=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
+        patch.setattr(charts, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
         train(TINY, h, folder, callbacks=[watcher(folder)], options=LOGGED)
     return folder
 
@@ -107,9 +108,9 @@ def test_a_table_of_an_earlier_version_is_gone_on_from(tmp_path: Path) -> None:
     earlier.to_csv(path, index=False)
     callback = watcher(folder)
     train(TINY, h, folder, callbacks=[callback], resume=True, options=LOGGED)
-    assert tuple(callback.evaluations.columns) == EVALUATION_COLUMNS
-    assert (callback.evaluations["unfinished"] == 0).all()
-    assert callback.evaluations["gap_percent_sampled"].isna().all()
+    assert tuple(callback.evaluations.rows.columns) == EVALUATION_COLUMNS
+    assert (callback.evaluations.rows["unfinished"] == 0).all()
+    assert callback.evaluations.rows["gap_percent_sampled"].isna().all()
     assert callback.best is not None
     assert callback.best["gap_percent"] == table["gap_percent"].iloc[-1]
 
@@ -228,7 +229,7 @@ def test_which_evaluation_is_the_best_and_what_is_said_of_it(
     rows: list[Any], imitated: bool, best: int | None, words: str, tmp_path: Path
 ) -> None:
     callback = watcher(tmp_path, imitation_rounds=int(imitated))
-    callback.evaluations = pd.DataFrame([evaluation(*row) for row in rows])
+    callback.evaluations.rows = pd.DataFrame([evaluation(*row) for row in rows])
     best_evaluation = callback.best
     assert (None if best_evaluation is None else best_evaluation["timesteps"]) == best
     assert words in outcome(callback)
@@ -240,7 +241,7 @@ def test_nothing_is_advised_at_the_lower_bound(
 ) -> None:
     callback = watcher(tmp_path, imitation_rounds=0)
     rows = [(0, 0.0), (9, gap_percent)]
-    callback.evaluations = pd.DataFrame([evaluation(*row) for row in rows])
+    callback.evaluations.rows = pd.DataFrame([evaluation(*row) for row in rows])
     assert ("train for longer" in outcome(callback)) == advised
 
 

@@ -154,8 +154,9 @@ FLOORS = {
     ],
     "agents": [
         "hyperparameters policy sb3_vec_env validation",
-        "export imitation record",
-        "callbacks checkpoints dashboard evolution",
+        "evaluations export imitation record",
+        "charts checkpoints dashboard evolution",
+        "callbacks",
         "training",
         "speed",
     ],

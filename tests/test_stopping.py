@@ -20,7 +20,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.vec_env import VecMonitor
 
-from servegym.agents import callbacks
+from servegym.agents import charts
 from servegym.agents.callbacks import ServingCallback
 from servegym.agents.checkpoints import checkpoints
 from servegym.agents.hyperparameters import Hyperparameters, Options
@@ -64,7 +64,7 @@ def watcher(folder: Path) -> ServingCallback:
 @pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rasterises no picture: it takes longer than all else."""
-    monkeypatch.setattr(callbacks, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(charts, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
 
 
 def last_state(folder: Path) -> dict[str, bytes]:

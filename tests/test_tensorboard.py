@@ -17,9 +17,10 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from servegym.agents import callbacks, training
-from servegym.agents.callbacks import EVALUATION_COLUMNS, ServingCallback
+from servegym.agents import charts, training
+from servegym.agents.callbacks import ServingCallback
 from servegym.agents.checkpoints import checkpoints, load_checkpoint
+from servegym.agents.evaluations import EVALUATION_COLUMNS
 from servegym.agents.hyperparameters import Hyperparameters, Options
 from servegym.agents.policy import load_agent
 from servegym.agents.record import identity
@@ -104,7 +105,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rasterises no picture: it takes longer than all else, and most tests do not look at them."""
-    monkeypatch.setattr(callbacks, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(charts, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
 
 
 STEPS = [0, 2 * ROLLOUT, 4 * ROLLOUT, 5 * ROLLOUT]
@@ -173,7 +174,7 @@ def test_the_value_figure_compares_with_what_the_episode_returned(
         drawn.append(lines)
         return draw_values(*lines)
 
-    monkeypatch.setattr(callbacks, "draw_values", draw)
+    monkeypatch.setattr(charts, "draw_values", draw)
     model = make_model(MaskablePPO, tmp_path)
     model.learn(1, callback=make_callback(tmp_path))
     first, last = drawn
@@ -260,7 +261,7 @@ def test_a_worse_agent_does_not_replace_the_best(tmp_path: Path) -> None:
     callback = make_callback(tmp_path)
     model = make_model(MaskablePPO, tmp_path)
     model.learn(ROLLOUT, callback=callback)
-    rows = callback.evaluations.assign(gap_percent=-1.0)  # better than anything can be
+    rows = callback.evaluations.rows.assign(gap_percent=-1.0)  # better than anything can be
     rows.to_csv(tmp_path / "evaluations.csv", index=False)
     kept = (tmp_path / "agent" / "agent.json").read_bytes()
     model.learn(4 * ROLLOUT, callback=make_callback(tmp_path), reset_num_timesteps=False)

@@ -77,7 +77,7 @@ def make_reference(
 
 def outcome(callback: ServingCallback) -> str:
     """Return in one line which agent is kept as the best, and whether training was of use."""
-    first, best = callback.evaluations.iloc[0], callback.best
+    first, best = callback.evaluations.rows.iloc[0], callback.best
     if best is None:
         return "nothing was learned before the first evaluation: there is no best agent"
     folder, cases = callback.folder / "agent", int(best["cases"])
