@@ -101,6 +101,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def check_identity(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse the identity of another run, naming the first difference."""
+    """Refuse the identity of another run, naming the first difference.
+
+    A hyper-parameter that an earlier version did not have counts as its default.
+    """
+    if isinstance(found, dict) and isinstance(found.get("hyperparameters"), dict):
+        hyperparameters = asdict(Hyperparameters()) | found["hyperparameters"]
+        found = found | {"hyperparameters": hyperparameters}
     words = "belongs to a run with {name} {old}, this one has {new}"
     compare(place, words, found, wanted, "resume with the same, or begin a run in another folder")

@@ -11,7 +11,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from servegym.agents.hyperparameters import Hyperparameters
 from servegym.agents.policy import CARD_FILE, load_agent
+from servegym.agents.record import begin_run, check_run
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import (
     COLUMNS,
@@ -167,3 +169,13 @@ def test_everything_that_is_committed_is_read(tmp_path: Path) -> None:
         read_best_known(path.parent / "best_known.csv", name, episodes)
     for path in RESULTS.rglob(CARD_FILE):
         assert load_agent(path.parent).card.rules
+
+
+def test_a_run_without_a_later_hyperparameter_is_of_its_default(tmp_path: Path) -> None:
+    begin_run(TINY, Hyperparameters(), tmp_path, "", resume=False)
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["hyperparameters"]["evolution_updates"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    check_run(TINY, Hyperparameters(), tmp_path, resume=True)
+    with pytest.raises(ServegymError, match="evolution_updates 0, this one has 7"):
+        check_run(TINY, Hyperparameters(evolution_updates=7), tmp_path, resume=True)
