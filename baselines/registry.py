@@ -27,11 +27,10 @@ class Parameter:
 
     symbol: str
     """What descriptions write for it in the short form: ``hybrid[-λ]``."""
-    help: str
     fits: Callable[[float], bool]
     rule: str
     """Which numbers fit, after "must"."""
-    give: Callable[[Policy, float], Policy]
+    give: Callable[[Any, float], Policy]
     """Returns the policy with the number."""
 
 
@@ -45,71 +44,56 @@ def by_deviations(k: float) -> dict[str, str | float]:
     return {"compare_by": "mean-sd", "deviations": k}
 
 
-def _trigger(policy: Policy, **changes: Any) -> Policy:
-    assert isinstance(policy, TriggerPolicy)  # the registry gives these parameters to no other
-    return replace(policy, **changes)
+def _within(least: int, most: int) -> tuple[Callable[[float], bool], str]:
+    """Return ``fits`` and ``rule`` of a number in a range."""
+    return lambda number: least <= number <= most, f"lie in {least} … {most}"
 
 
-def _whole(least: int, most: int) -> Callable[[float], bool]:
-    return lambda number: number.is_integer() and least <= number <= most
-
-
-def _rollout(policy: Policy, **changes: Any) -> Policy:
-    assert isinstance(policy, RolloutPolicy)
-    return replace(policy, **changes)
+def _whole(least: int, most: int) -> tuple[Callable[[float], bool], str]:
+    """Return ``fits`` and ``rule`` of a whole number in a range."""
+    return (
+        lambda number: number.is_integer() and least <= number <= most,
+        f"be a whole number in {least} … {most}",
+    )
 
 
 PARAMETERS: Final[dict[str, Parameter]] = {
+    # The trigger's factor on the cost of a stage.
     "multiplier": Parameter(
-        "λ",
-        "the trigger's factor on the cost of a stage",
-        lambda number: 0 <= number <= MAX_NUMBER,
-        f"lie in 0 … {MAX_NUMBER}",
-        lambda policy, number: _trigger(policy, parameter=number),
+        "λ", *_within(0, MAX_NUMBER), lambda policy, number: replace(policy, parameter=number)
     ),
+    # Idle clients at which a stage begins.
     "idle": Parameter(
-        "K",
-        "idle clients at which a stage begins",
-        _whole(1, MAX_NUMBER),
-        f"be a whole number in 1 … {MAX_NUMBER}",
-        lambda policy, number: _trigger(policy, parameter=number),
+        "K", *_whole(1, MAX_NUMBER), lambda policy, number: replace(policy, parameter=number)
     ),
+    # By which lengths are compared.
     "quantile": Parameter(
         "q",
-        "by which lengths are compared",
         lambda q: 0 < q < 1,
         "lie between 0 and 1, as in quantile-0.99",
-        lambda policy, q: _trigger(policy, comparison=by_quantile(q)),
+        lambda policy, q: replace(policy, comparison=by_quantile(q)),
     ),
+    # Standard deviations above the mean by which lengths are compared.
     "deviations": Parameter(
-        "k",
-        "standard deviations above the mean by which lengths are compared",
-        lambda k: 0 <= k <= 100,
-        "lie in 0 … 100",
-        lambda policy, k: _trigger(policy, comparison=by_deviations(k)),
+        "k", *_within(0, 100), lambda policy, k: replace(policy, comparison=by_deviations(k))
     ),
+    # Standard deviations above the mean by which the plan counts lengths.
     "risk": Parameter(
         "k",
-        "standard deviations above the mean by which the plan counts lengths",
-        lambda k: 0 <= k <= 100,
-        "lie in 0 … 100",
-        lambda policy, k: _trigger(policy, planner=partial(plan_at_risk, deviations=k)),
+        *_within(0, 100),
+        lambda policy, k: replace(policy, planner=partial(plan_at_risk, deviations=k)),
     ),
+    # Sampled scenarios of the plan.
     "scenarios": Parameter(
         "S",
-        "sampled scenarios of the plan",
-        _whole(1, MAX_SCENARIOS),
-        f"be a whole number in 1 … {MAX_SCENARIOS}",
-        lambda policy, number: _trigger(
+        *_whole(1, MAX_SCENARIOS),
+        lambda policy, number: replace(
             policy, planner=partial(plan_sampled, scenarios=int(number))
         ),
     ),
+    # Changes of the best schedule that are tried at each decision.
     "variations": Parameter(
-        "N",
-        "changes of the best schedule that are tried at each decision",
-        _whole(0, MAX_NUMBER),
-        f"be a whole number in 0 … {MAX_NUMBER}",
-        lambda policy, number: _rollout(policy, variations=int(number)),
+        "N", *_whole(0, MAX_NUMBER), lambda policy, number: replace(policy, variations=int(number))
     ),
 }
 """Every number that a name may carry, by its key: ``hybrid(multiplier=0.5)``, short ``hybrid-0.5``."""
@@ -301,7 +285,7 @@ def make_policy(name: str) -> Policy:
     """
     family, values = _read_name(name)
     entry = REGISTRY[family]
-    policy = copy(entry.prototype)
+    policy: Any = copy(entry.prototype)  # of a class that takes the parameter
     if isinstance(policy, RolloutPolicy):
         policy.base = copy(policy.base)
     if entry.required and entry.parameter not in values:
@@ -312,7 +296,7 @@ def make_policy(name: str) -> Policy:
         )
     for key, text in values.items():
         if key == BASE:
-            policy = _rollout(policy, base=make_trigger_policy(text))
+            policy = replace(policy, base=make_trigger_policy(text))
         else:
             policy = PARAMETERS[key].give(policy, _number(name, key, text))
     return policy

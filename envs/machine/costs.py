@@ -1,7 +1,7 @@
 """What a stage costs in seconds: three families of models behind one Protocol.
 
 Every family is lowered to the same :class:`CostTables`, which the simulator's kernels read; there
-is one implementation of the formulas (``simulator/physics.py``).
+is one implementation of the formulas (``simulator/stages.py``).
 """
 
 from __future__ import annotations

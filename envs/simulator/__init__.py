@@ -1,1 +1,1 @@
-"""The compiled simulator: array state, physics, admission rules and the decision loop."""
+"""The compiled simulator: array state, stages, admission rules and the decision loop."""

@@ -84,11 +84,9 @@ def _load_noted(name: str, folder: Path, weights: Mapping[str, str]) -> Policy:
 
 def _check_noted(name: str, place: str, digest: str, weights: Mapping[str, str]) -> None:
     if weights.get(name, digest) != digest:
-        what = "source" if is_own_policy(name) else "weights"
+        what = "source has" if is_own_policy(name) else f"weights of {name!r} have"
         raise ServegymError(
-            f"{place}: the {what} of {name!r} have changed while it played; choose a new --output folder"
-            if what == "weights"
-            else f"{place}: the source has changed while it played; choose a new --output folder"
+            f"{place}: the {what} changed while it played; choose a new --output folder"
         )
 
 
