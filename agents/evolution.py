@@ -13,6 +13,7 @@ Fisher information. Each is scaled to change the policy equally. This is a natur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -30,13 +31,12 @@ from servegym.envs.process.metrics import episode_metrics
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 
+STATES: Final = 8192
+"""Directions are found from at most so many states."""
+
 _PAIRS_AT_ONCE: Final = 64
 _CASES_OF_STATES: Final = 64
-_STATES: Final = 8192
 _SHIFT: Final = 3.0  # standard deviation of an action's bonus in logits, for collecting states
-_TEMPERATURE: Final = 3.0  # flattens the policy, so that states far from its boundaries count, too
-_LEAST_INFORMATION: Final = 1e-3  # share of the leading direction's, for a direction's scale
-_CLIP: Final = 2.0  # medians at which a pair's difference is clipped: some candidates never prefill
 _LONGEST_STEP: Final = 1.0  # in the unit of the perturbation, over all directions
 
 
@@ -80,50 +80,30 @@ class Evolution:
         h = self.hyperparameters
         rng = np.random.default_rng([h.seed, number])
         layer = self._layer()
-        directions, decisions = self._directions(layer, rng)
+        features, masks, decisions = self._states(layer, rng)
+        count = min(h.evolution_directions, layer.size - 1)
+        start = rng.standard_normal(layer.size)
+        directions = leading_directions(layer, features, masks, count, start)
         steps = rng.standard_normal((h.evolution_pairs, len(directions)))
-        gains, gaps = [], []
+        gains_percent, gaps_percent = [], []
         for first in range(0, h.evolution_pairs, _PAIRS_AT_ONCE):
             chosen = steps[first : first + _PAIRS_AT_ONCE]
             signed = h.evolution_spread * np.stack([chosen, -chosen], axis=1)
             candidates = layer + np.tensordot(signed.reshape(-1, len(directions)), directions, 1)
-            pair_gaps, played = self._play_pairs(candidates.astype(np.float32), rng)
-            gains.append(pair_gaps[1::2] - pair_gaps[::2])
-            gaps.append(pair_gaps)
+            cases = self._cases(len(chosen), rng)
+            played_percent, played = self.play_pairs(candidates.astype(np.float32), cases)
+            gains_percent.append(played_percent[1::2] - played_percent[::2])
+            gaps_percent.append(played_percent)
             decisions += played
-        gain = _clipped(np.concatenate(gains))
+        gain_percent = clipped(np.concatenate(gains_percent))
         decay = linear_decay(h.evolution_learning_rate, h.final_learning_rate)
         rate = decay(1.0 - number / h.evolution_updates)
-        step = rate * (gain @ steps) / (2 * h.evolution_spread * h.evolution_pairs)
+        step = rate * (gain_percent @ steps) / (2 * h.evolution_spread * h.evolution_pairs)
         length = float(np.linalg.norm(step))
         step *= min(1.0, _LONGEST_STEP / max(length, 1e-12))
         self._set_layer(layer + np.tensordot(step, directions, 1))
-        return Update(float(np.median(np.concatenate(gaps))), min(length, _LONGEST_STEP), decisions)
-
-    def _directions(
-        self, layer: NDArray[np.float64], rng: np.random.Generator
-    ) -> tuple[NDArray[np.float64], int]:
-        """Return directions of the output layer, (directions, actions, features + 1), and decisions.
-
-        A step of 1 along one of them shifts logits by 1 (root mean square over states, weighted by how
-        undecided the flattened policy is).
-        """
-        features, masks, decisions = self._states(layer, rng)
-        shares = soft_targets(np.where(masks, features @ layer.T, -np.inf), _TEMPERATURE)
-        undecided = float((1.0 - np.square(shares).sum(axis=1)).sum())
-
-        def information(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-            # Fisher information of a softmax over linear scores: Σ (diag(p) − p·pᵀ) ⊗ f·fᵀ.
-            change = features @ vector.reshape(layer.shape).T
-            change = shares * (change - (shares * change).sum(axis=1, keepdims=True))
-            return (change.T @ features).ravel() / undecided
-
-        size = layer.size
-        count = min(self.hyperparameters.evolution_directions, size - 1)
-        operator = LinearOperator((size, size), matvec=information, dtype=np.float64)
-        values, vectors = eigsh(operator, k=count, v0=rng.standard_normal(size))
-        values = np.maximum(values, _LEAST_INFORMATION * values.max())
-        return (vectors / np.sqrt(values)).T.reshape(count, *layer.shape), decisions
+        gap_percent = float(np.median(np.concatenate(gaps_percent)))
+        return Update(gap_percent, min(length, _LONGEST_STEP), decisions)
 
     def _states(
         self, layer: NDArray[np.float64], rng: np.random.Generator
@@ -150,19 +130,29 @@ class Evolution:
 
         cases = self._cases(_CASES_OF_STATES, rng)
         met = np.stack([step.played for step in self._rows.play(cases, predict)])
-        chosen = rng.permutation(np.flatnonzero(met))[:_STATES]
+        chosen = rng.permutation(np.flatnonzero(met))[:STATES]
         flat = np.concatenate(features)[chosen].astype(np.float64)
         return flat, np.concatenate(kept)[chosen], int(met.sum())
 
-    def _play_pairs(
-        self, candidates: NDArray[np.float32], rng: np.random.Generator
+    @torch.no_grad()
+    def play_pairs(
+        self, candidates: NDArray[np.float32], cases: Sequence[Case]
     ) -> tuple[NDArray[np.float64], int]:
-        """Return the gaps in percent of candidates, two on each case, and the decisions played.
+        """Play two candidates on each case.
 
-        Those whose episodes were cut short count as twice the largest gap.
+        Parameters
+        ----------
+        candidates
+            Output layers, shape (2 · cases, actions, features + 1): those of case i are 2i and 2i + 1.
+
+        Returns
+        -------
+        gaps_percent
+            Shape (2 · cases,). A candidate whose episode was cut short has twice the largest gap.
+        decisions
+            Decisions played.
         """
         weights = torch.from_numpy(candidates)
-        cases = [case for case in self._cases(len(candidates) // 2, rng) for _ in range(2)]
 
         def predict(
             observations: NDArray[np.float32], masks: NDArray[np.bool_]
@@ -170,16 +160,16 @@ class Evolution:
             scores = torch.bmm(weights, self._features(observations).unsqueeze(2)).squeeze(2)
             return best_legal(scores.numpy(), masks)
 
-        gaps = np.zeros(len(candidates))
+        gaps_percent = np.zeros(len(candidates))
         decisions = 0
-        for step in self._rows.play(cases, predict):
+        for step in self._rows.play([case for case in cases for _ in range(2)], predict):
             decisions += int(step.played.sum())
             for e in np.flatnonzero(step.ended).tolist():
-                gaps[e] = 100.0 * episode_metrics(self._rows.state, e)["gap"]
-        # A candidate whose episode was cut short is worse than all others; _CLIP limits by how much.
-        cut_short = np.isnan(gaps)
-        gaps[cut_short] = 2.0 * gaps[~cut_short].max(initial=100.0)
-        return gaps, decisions
+                gaps_percent[e] = 100.0 * episode_metrics(self._rows.state, e)["gap"]
+        # A candidate whose episode was cut short is worse than all others; clipping limits by how much.
+        cut_short = np.isnan(gaps_percent)
+        gaps_percent[cut_short] = 2.0 * gaps_percent[~cut_short].max(initial=100.0)
+        return gaps_percent, decisions
 
     def _features(self, observations: NDArray[np.float32]) -> torch.Tensor:
         """Return the inputs of the output layer and, for its biases, a 1: (cases, features + 1)."""
@@ -203,8 +193,58 @@ class Evolution:
         return make_case(self.task, self.hyperparameters.first_environment_seed + number)
 
 
-def _clipped(gains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return differences clipped at a few medians of those that are not 0."""
-    sizes = np.abs(gains[gains != 0])
-    limit = _CLIP * float(np.median(sizes)) if len(sizes) else 0.0
-    return np.clip(gains, -limit, limit)
+def leading_directions(
+    layer: NDArray[np.float64],
+    features: NDArray[np.float64],
+    masks: NDArray[np.bool_],
+    count: int,
+    start: NDArray[np.float64],
+    temperature: float = 3.0,
+    least_information: float = 1e-3,
+) -> NDArray[np.float64]:
+    """Return the directions of an output layer along which the policy changes most.
+
+    A step of 1 along one of them shifts logits by 1 (root mean square over states, weighted by how
+    undecided the flattened policy is).
+
+    Parameters
+    ----------
+    layer
+        Weights and biases, shape (actions, features + 1).
+    features, masks
+        Inputs of the layer, with a 1 for its biases, and legal actions: (states, features + 1) and
+        (states, actions).
+    count
+        How many directions; fewer than the layer has numbers.
+    start
+        Where the search for eigenvectors begins, shape (actions · (features + 1),).
+    temperature
+        Flattens the policy, so that states far from its boundaries count, too.
+    least_information
+        A direction is scaled as if it had at least this share of the leading one's information.
+
+    Returns
+    -------
+    ndarray
+        Shape (count, actions, features + 1).
+    """
+    shares = soft_targets(np.where(masks, features @ layer.T, -np.inf), temperature)
+    undecided = float((1.0 - np.square(shares).sum(axis=1)).sum())
+
+    def information(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        # Fisher information of a softmax over linear scores: Σ (diag(p) − p·pᵀ) ⊗ f·fᵀ.
+        change = features @ vector.reshape(layer.shape).T
+        change = shares * (change - (shares * change).sum(axis=1, keepdims=True))
+        return (change.T @ features).ravel() / undecided
+
+    operator = LinearOperator((layer.size, layer.size), matvec=information, dtype=np.float64)
+    values, vectors = eigsh(operator, k=count, v0=start)
+    values = np.maximum(values, least_information * values.max())
+    return (vectors / np.sqrt(values)).T.reshape(count, *layer.shape)
+
+
+def clipped(differences: NDArray[np.float64], medians: float = 2.0) -> NDArray[np.float64]:
+    """Return differences clipped at a few medians of those that are not 0: some candidates never prefill."""
+    sizes = np.abs(differences[differences != 0])
+    limit = medians * float(np.median(sizes)) if len(sizes) else 0.0
+    return np.clip(differences, -limit, limit)

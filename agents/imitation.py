@@ -23,8 +23,8 @@ from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
 
 Expert = Callable[[ServingVectorEnv], NDArray[np.float64]]
-"""Values every action in the current state of every row, shape (num_envs, actions): minus the final
-gap in percent if the action is taken now and a rule finishes the episode; −inf where illegal."""
+"""Values every action in the current state of every row, shape (num_envs, actions): the return of the
+whole episode, −100 · gap, if the action is taken now and a rule finishes the episode; −∞ where illegal."""
 
 _Actor = Callable[[ServingVectorEnv, NDArray[np.float64] | None], NDArray[np.int64]]
 _OPENING_RATES: Final = (0.01, 0.3)
@@ -52,7 +52,7 @@ def imitate(
     Raises
     ------
     ServegymError
-        If the task's reward is not ``gap``: experts value actions in percent of the gap.
+        If the task's reward is not ``gap``: an expert's values are returns of that reward.
     """
     h = hyperparameters
     if task.process.reward != "gap":

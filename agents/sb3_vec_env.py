@@ -16,7 +16,7 @@ from servegym.envs.task.cases import Case
 from servegym.envs.vector_env import ServingVectorEnv
 
 Reference = Callable[[Case], float]
-"""Returns the gap in percent of the policy that returns are measured from."""
+"""Returns the gap, a fraction, of the policy that returns are measured from."""
 
 Infos = list[dict[str, Any]]
 Indices = Iterable[int] | int | None
@@ -33,11 +33,12 @@ class ServingSB3VecEnv(VecEnv):
     Parameters
     ----------
     env
-        Begins the next episode in the step that ends one, as SB3 expects.
+        Begins the next episode in the step that ends one, as SB3 expects. With a reference its
+        ``on_case`` is set.
     reference
-        Returns some policy's gap in percent on a case, a control variate: the gap is added to the last
-        reward of an episode, so that the return is what was gained on that policy. Which policy is best
-        does not change, but the luck of a case, which both policies have, leaves the return.
+        Returns some policy's gap on a case, a control variate: 100 · gap is added to the last reward
+        of an episode, so that the return is what was gained on that policy. Which policy is best does
+        not change, but the luck of a case, which both policies have, leaves the return.
 
     Raises
     ------
@@ -59,7 +60,9 @@ class ServingSB3VecEnv(VecEnv):
             )
         self.env = env
         self.reference = reference
-        self.reference_gaps = np.zeros(env.num_envs)  # percent, of the cases that are being played
+        self.reference_gaps_percent = np.zeros(env.num_envs)  # on the cases that are being played
+        if reference is not None:
+            env.on_case = self._refer
         self._actions = np.zeros(env.num_envs, np.int64)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
@@ -69,7 +72,6 @@ class ServingSB3VecEnv(VecEnv):
             raise ServegymError("the vector environment takes no reset options")
         observations, _ = self.env.reset(seed=list(self._seeds))
         self._reset_seeds()
-        self._refer(range(self.num_envs))
         # A copy: the caller keeps it while the rows are stepped.
         return observations.copy()
 
@@ -81,11 +83,12 @@ class ServingSB3VecEnv(VecEnv):
         self,
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], Infos]:
         """Step every row; rows that end begin their next episode at once."""
+        reference_gaps_percent = self.reference_gaps_percent.copy()  # before next cases begin
         observations, rewards, terminated, truncated, all_infos = self.env.step(self._actions)
         dones = terminated | truncated
         rewards = rewards.copy()  # SB3 adds to them
         # What would have followed on an episode that was cut short holds its reference's gap already.
-        rewards[terminated] += self.reference_gaps[terminated]
+        rewards[terminated] += reference_gaps_percent[terminated]
         infos: Infos = [{} for _ in range(self.num_envs)]
         for e in np.flatnonzero(all_infos["illegal_action"]):
             infos[e]["illegal_action"] = True
@@ -94,17 +97,13 @@ class ServingSB3VecEnv(VecEnv):
             infos[e]["TimeLimit.truncated"] = bool(truncated[e] and not terminated[e])
             metrics = all_infos["final_info"]
             infos[e]["serving"] = {name: float(metrics[name][e]) for name in METRICS}
-        self._refer(np.flatnonzero(dones).tolist())
         # A copy: SB3 keeps the observations while the rows are stepped.
         return observations.copy(), rewards, dones, infos
 
-    def _refer(self, rows: Iterable[int]) -> None:
-        """Let the reference play the cases of rows that have begun an episode."""
-        if self.reference is not None:
-            for e in rows:
-                case = self.env.cases[e]
-                assert case is not None
-                self.reference_gaps[e] = self.reference(case)
+    def _refer(self, e: int, case: Case) -> None:
+        """Let the reference play the case that a row begins."""
+        assert self.reference is not None
+        self.reference_gaps_percent[e] = 100.0 * self.reference(case)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -138,7 +137,7 @@ class ServingSB3VecEnv(VecEnv):
     def get_state(self) -> tuple[dict[str, NDArray[np.uint8]], list[Any]]:
         """Return all arrays of the rows as bytes, and the state of each row's generator (JSON)."""
         arrays = {name: array.copy() for name, array in self._arrays().items()}
-        return arrays, [rng.bit_generator.state for rng in self.env._rngs]
+        return arrays, [rng.bit_generator.state for rng in self.env.rngs]
 
     def set_state(self, arrays: Mapping[str, NDArray[np.uint8]], rngs: Sequence[Any]) -> None:
         """Put the rows where :meth:`get_state` found them; call :meth:`reset` before.
@@ -151,19 +150,19 @@ class ServingSB3VecEnv(VecEnv):
         current = self._arrays()
         sizes = {name: array.size for name, array in current.items()}
         if sizes != {name: array.size for name, array in arrays.items()} or len(rngs) != len(
-            self.env._rngs
+            self.env.rngs
         ):
             raise ServegymError("it holds the state of other environments")
         for name, array in current.items():
             array[:] = arrays[name]
-        for rng, state in zip(self.env._rngs, rngs, strict=True):
+        for rng, state in zip(self.env.rngs, rngs, strict=True):
             rng.bit_generator.state = state
 
     def _arrays(self) -> dict[str, NDArray[np.uint8]]:
         """Return every array of the rows as the bytes it consists of, not copied."""
         named = self.env.state._asdict() | self.env.rows._asdict()
         if self.reference is not None:
-            named["reference_gaps"] = self.reference_gaps
+            named["reference_gaps"] = self.reference_gaps_percent  # its name in all checkpoints
         if self.env.max_episode_steps:
             named["steps"] = self.env.steps
         return {name: np.asarray(array).reshape(-1).view(np.uint8) for name, array in named.items()}

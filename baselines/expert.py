@@ -41,9 +41,9 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
     Returns
     -------
     Callable
-        Takes the environment and returns values of shape (num_envs, actions): minus the gap to the
-        lower bound in percent with which the episode ends, as its scheduler believes, if the action
-        is taken now and the base policy goes on; −∞ where it is illegal.
+        Takes the environment and returns values, shape (num_envs, actions): the return of the whole
+        episode, −100 · gap as its scheduler believes, if the action is taken now and the base policy
+        goes on; −∞ where it is illegal.
 
     Raises
     ------

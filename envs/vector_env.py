@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import gymnasium as gym
@@ -51,6 +51,10 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     ``gymnasium.vector`` or its value, as ``"NextStep"``; ``max_episode_steps``: truncates an episode
     after so many steps, as ``gymnasium.make`` does; None or −1: never.
 
+    ## Cases
+    ``on_case``, an attribute: a function that is called with the row and the :class:`Case` of every
+    episode that begins; None at first. The environment keeps no case.
+
     Examples
     --------
     >>> env = ServingVectorEnv(4, "Tiny-v0")
@@ -89,11 +93,11 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.observation_space = batch_space(single.observation_space, self.num_envs)
         self.action_space = batch_space(single.action_space, self.num_envs)
         self.rows = make_rows(self.num_envs, 1 + len(self.task.process.rules))
-        self.cases: list[Case | None] = [None] * self.num_envs  # the last that each row began
+        self.on_case: Callable[[int, Case], object] | None = None
         self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
         self._copy = copy
-        self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
+        self.rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]  # of the rows
         requests = len(sample_requests(self.task, np.random.default_rng(0)))
         self.state = make_task_state(self.task, self.num_envs, requests)
         self._started = False
@@ -112,7 +116,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         for e, row_seed in enumerate(seeds):
             if chosen[e]:
                 if row_seed is not None:
-                    self._rngs[e] = seeding.np_random(row_seed)[0]
+                    self.rngs[e] = seeding.np_random(row_seed)[0]
                 self._begin_episode(e)
         self._started = True
         return self._observations(), self._bounds(chosen)
@@ -197,12 +201,13 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         return chosen
 
     def _begin_episode(self, e: int) -> None:
-        requests = sample_requests(self.task, self._rngs[e])
+        requests = sample_requests(self.task, self.rngs[e])
         case = bound_case(self.machine, requests)
         load_case(self.task, self.state, e, case)
-        self.cases[e] = case
         begin_row(self.state, self.costs, self.settings, self.rows, e)
         self.steps[e], self._over[e] = 0, False
+        if self.on_case is not None:
+            self.on_case(e, case)
 
     def _begin_next(self, over: NDArray[np.bool_]) -> dict[str, Any]:
         """Begin the next episodes of the ended rows; return their final infos, in Gymnasium's form."""

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from servegym.agents import charts
@@ -22,6 +21,7 @@ from servegym.agents.hyperparameters import Hyperparameters, Options, default_hy
 from servegym.agents.policy import Network, load_agent
 from servegym.agents.training import make_model, train
 from servegym.agents.validation import Validation
+from servegym.envs import make_case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import TASKS
 from servegym.studies.agents.training import outcome
@@ -165,14 +165,13 @@ def test_evolution_takes_a_candidate_that_is_cut_short_for_the_worst() -> None:
     evolution = Evolution(make_model(task, h), task, h)
     candidates = np.random.default_rng(0).normal(size=(64, 7, 9)).astype(np.float32)
     free = Evolution(make_model(TINY, h), TINY, h)
-    with torch.no_grad():
-        gaps, whole = (
-            strategy._play_pairs(candidates, np.random.default_rng(1))[0]
-            for strategy in (evolution, free)
-        )
-    cut_short = gaps != whole
+    cases = [make_case(TINY, seed) for seed in range(32)]
+    gaps_percent, whole_percent = (
+        strategy.play_pairs(candidates, cases)[0] for strategy in (evolution, free)
+    )
+    cut_short = gaps_percent != whole_percent
     assert 0 < cut_short.sum() < 64
-    assert set(gaps[cut_short]) == {2.0 * max(gaps[~cut_short].max(), 100.0)}
+    assert set(gaps_percent[cut_short]) == {2.0 * max(gaps_percent[~cut_short].max(), 100.0)}
     update = evolution.update(0)
     assert np.isfinite(update)[:2].all()
 

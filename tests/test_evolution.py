@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -17,12 +18,12 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from servegym.agents import evolution as module
 from servegym.agents.checkpoints import checkpoints
-from servegym.agents.evolution import Evolution
+from servegym.agents.evolution import Evolution, clipped, leading_directions
 from servegym.agents.export import policy_network
 from servegym.agents.hyperparameters import Hyperparameters, Options, default_hyperparameters
 from servegym.agents.training import make_model, train
 from servegym.agents.validation import Validation
-from servegym.envs import ServegymError
+from servegym.envs import ServegymError, make_case
 from servegym.envs.task.registered import TASKS
 from servegym.studies.commands import train as script
 from tests.helpers import changed, weights
@@ -54,7 +55,7 @@ def layer(model: OnPolicyAlgorithm) -> NDArray[np.float32]:
     return np.hstack([net.weight.detach().numpy(), net.bias.detach().numpy()[:, None]])
 
 
-def mean_gap(model: OnPolicyAlgorithm, seeds: range) -> float:
+def mean_gap_percent(model: OnPolicyAlgorithm, seeds: range) -> float:
     episodes = Validation(SMALL, seeds).play(policy_network(model).best).episodes
     return float(100 * episodes["gap"].mean())
 
@@ -66,13 +67,13 @@ def test_the_gap_falls_on_cases_that_were_not_played() -> None:
         net: Any = model.policy.action_net
         net.bias.copy_(torch.tensor([-2.0, 0.0, 1.0]))
     unseen = range(900_000, 900_060)
-    before = mean_gap(model, unseen)
+    before = mean_gap_percent(model, unseen)
     evolution = Evolution(model, SMALL, h)
     for number in range(h.evolution_updates):
         update = evolution.update(number)
         assert 0 < update.step <= 1
         assert update.decisions > 2 * 64
-    assert mean_gap(model, unseen) < before - 2.0
+    assert mean_gap_percent(model, unseen) < before - 2.0
 
 
 def test_an_update_depends_on_its_number_and_the_weights_alone() -> None:
@@ -95,54 +96,76 @@ def test_a_pair_plays_the_same_case_as_the_exported_agent_would() -> None:
     evolution = Evolution(model, SMALL, H)
     candidates = np.repeat(layer(model)[None], 6, axis=0)
     candidates[4:, 0] += 1.0  # the last pair likes to decode
-    with torch.no_grad():
-        gaps, decisions = evolution._play_pairs(candidates, np.random.default_rng(5))
-    seeds = (1000 * H.seed + np.random.default_rng(5).integers(1000, size=3)).tolist()
+    seeds = [3005, 3017, 3999]
+    cases = [make_case(SMALL, seed) for seed in seeds]
+    gaps_percent, decisions = evolution.play_pairs(candidates, cases)
     played = Validation(SMALL, seeds).play(policy_network(model).best)
-    assert gaps[:4].tolist() == np.repeat(100 * played.episodes["gap"][:2], 2).tolist()
-    assert gaps[4] == gaps[5] != pytest.approx(100 * played.episodes["gap"][2])
+    assert gaps_percent[:4].tolist() == np.repeat(100 * played.episodes["gap"][:2], 2).tolist()
+    assert gaps_percent[4] == gaps_percent[5] != pytest.approx(100 * played.episodes["gap"][2])
     assert decisions > 2 * played.episodes["decisions"][:2].sum()
+
+
+def test_an_update_plays_pairs_on_cases_of_the_agents_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Perturbations too small to change an action: the median gap is that of the exported agent."""
+    drawn = Mock(wraps=make_case)
+    monkeypatch.setattr(module, "make_case", drawn)
+    h = replace(H, evolution_spread=1e-6)
+    model = make_model(SMALL, h)
+    with torch.no_grad():  # scores of untrained networks are almost equal
+        net: Any = model.policy.action_net
+        net.weight.mul_(1000)
+    network = policy_network(model)
+    evolution = Evolution(model, SMALL, h)
+    update = evolution.update(0)
+    seeds = [call.args[1] for call in drawn.call_args_list][-h.evolution_pairs :]
+    assert set(seeds) <= set(range(3000, 4000))
+    assert len(set(seeds)) > 60
+    played = Validation(SMALL, seeds).play(network.best).episodes
+    assert update.gap_percent == np.median(np.repeat(100 * played["gap"], 2))
 
 
 def test_directions_are_the_leading_ones_of_the_information(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against the matrix written out, state by state."""
-    monkeypatch.setattr(module, "_STATES", 200)
+    """Against the matrix written out, state by state, of the states that an update finds them from."""
+    monkeypatch.setattr(module, "STATES", 200)
+    asked = Mock(wraps=leading_directions)
+    monkeypatch.setattr(module, "leading_directions", asked)
     model = make_model(SMALL, H)
-    evolution = Evolution(model, SMALL, H)
     weights = layer(model).astype(float)
-    with torch.no_grad():
-        features, masks, _ = evolution._states(weights, np.random.default_rng(0))
+    Evolution(model, SMALL, H).update(0)
+    (given, features, masks, count, start), _ = asked.call_args
+    assert np.array_equal(given, weights)
     assert features.shape == (200, 9)
     assert (features[:, -1] == 1).all()
+    assert masks.any(axis=1).all()
     size = weights.size
-    matrix, undecided = np.zeros((size, size)), 0.0
-    for state, mask in zip(features, masks, strict=True):
-        scores = np.where(mask, np.exp(weights @ state / module._TEMPERATURE), 0.0)
-        p = scores / scores.sum()
-        matrix += np.kron(np.diag(p) - np.outer(p, p), np.outer(state, state))
-        undecided += 1 - np.square(p).sum()
-    values, vectors = np.linalg.eigh(matrix / undecided)
-    with torch.no_grad():
-        directions, _ = evolution._directions(weights, np.random.default_rng(0))
-    assert directions.shape == (3, *weights.shape)
-    floor = module._LEAST_INFORMATION * values[-1]
-    for direction in directions.reshape(3, size):
-        length = np.linalg.norm(direction)
-        along = vectors.T @ (direction / length)
-        k = int(np.argmax(np.abs(along)))
-        assert k >= size - 3
-        assert abs(along[k]) == pytest.approx(1.0)
-        assert length == pytest.approx(1 / np.sqrt(max(values[k], floor)))
+    for temperature, least in ((3.0, 1e-3), (1.0, 0.5)):
+        matrix, undecided = np.zeros((size, size)), 0.0
+        for state, mask in zip(features, masks, strict=True):
+            scores = np.where(mask, np.exp(weights @ state / temperature), 0.0)
+            p = scores / scores.sum()
+            matrix += np.kron(np.diag(p) - np.outer(p, p), np.outer(state, state))
+            undecided += 1 - np.square(p).sum()
+        values, vectors = np.linalg.eigh(matrix / undecided)
+        directions = leading_directions(weights, features, masks, count, start, temperature, least)
+        assert directions.shape == (3, *weights.shape)
+        floor = least * values[-1]
+        for direction in directions.reshape(3, size):
+            length = np.linalg.norm(direction)
+            along = vectors.T @ (direction / length)
+            k = int(np.argmax(np.abs(along)))
+            assert k >= size - 3
+            assert abs(along[k]) == pytest.approx(1.0)
+            assert length == pytest.approx(1 / np.sqrt(max(values[k], floor)))
 
 
-def test_what_luck_adds_is_clipped() -> None:
-    assert module._clipped(np.zeros(3)).tolist() == [0, 0, 0]
-    gains = np.array([0.0, 0.0, 0.0, 0.1, -0.1, 0.1, 30.0, -30.0, 0.1])
-    assert module._clipped(gains).tolist() == pytest.approx(
-        [0, 0, 0, 0.1, -0.1, 0.1, 0.2, -0.2, 0.1]
-    )
+def test_what_chance_adds_is_clipped() -> None:
+    assert clipped(np.zeros(3)).tolist() == [0, 0, 0]
+    differences = np.array([0.0, 0.0, 0.0, 0.1, -0.1, 0.1, 30.0, -30.0, 0.1])
+    assert clipped(differences).tolist() == pytest.approx([0, 0, 0, 0.1, -0.1, 0.1, 0.2, -0.2, 0.1])
 
 
 def test_equal_candidates_move_nothing() -> None:

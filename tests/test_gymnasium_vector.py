@@ -100,7 +100,7 @@ def test_as_gymnasium_steps_it(
             assert same(begun[0], anew[0])
             assert same(begun[1], anew[1])
     assert episodes >= 6
-    for ours_rng, row in zip(ours._rngs, theirs.envs, strict=True):
+    for ours_rng, row in zip(ours.rngs, theirs.envs, strict=True):
         assert ours_rng.bit_generator.state == row.unwrapped.np_random.bit_generator.state
 
 

@@ -60,7 +60,7 @@ def test_with_a_reference_the_return_is_what_was_gained_on_it() -> None:
     """Every return is the reference's gap less the own; all but the last reward stay as they are."""
     policy = make_trigger_policy("fcfs")
     env = ServingSB3VecEnv(
-        ServingVectorEnv(3, TINY), lambda case: 100 * play_compiled(TINY, policy, case)["gap"]
+        ServingVectorEnv(3, TINY), lambda case: play_compiled(TINY, policy, case)["gap"]
     )
     plain = ServingSB3VecEnv(ServingVectorEnv(3, TINY))
     for environment in (env, plain):
@@ -68,15 +68,16 @@ def test_with_a_reference_the_return_is_what_was_gained_on_it() -> None:
         environment.reset()
     rng, returns, ended = np.random.default_rng(0), np.zeros(3), 0
     while ended < 12:
-        reference = env.reference_gaps.copy()  # of the cases that are being played
+        reference_percent = env.reference_gaps_percent.copy()  # on the cases that are being played
         masks = env.env_method("action_masks")
         actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
         _, rewards, dones, infos = env.step(actions)
-        assert np.array_equal(rewards - plain.step(actions)[1], np.where(dones, reference, 0.0))
+        gained = rewards - plain.step(actions)[1]
+        assert np.array_equal(gained, np.where(dones, reference_percent, 0.0))
         returns += rewards
         for e in np.flatnonzero(dones):
             gap = infos[e]["serving"]["gap"]
-            assert returns[e] == pytest.approx(reference[e] - 100 * gap, abs=1e-9)
+            assert returns[e] == pytest.approx(reference_percent[e] - 100 * gap, abs=1e-9)
             returns[e], ended = 0.0, ended + 1
 
 
@@ -85,7 +86,7 @@ def test_a_reference_counts_where_an_episode_is_played_to_its_end() -> None:
     rng = np.random.default_rng(0)
     task = with_overrides(TINY, {"process": {"max_decisions": 4}})
     plain = ServingSB3VecEnv(ServingVectorEnv(4, task))
-    compared = ServingSB3VecEnv(ServingVectorEnv(4, task), lambda _: 50.0)
+    compared = ServingSB3VecEnv(ServingVectorEnv(4, task), lambda _: 0.5)
     for environment in (plain, compared):
         environment.seed(0)
         environment.reset()
@@ -98,6 +99,14 @@ def test_a_reference_counts_where_an_episode_is_played_to_its_end() -> None:
         assert compared.step(actions)[1] == pytest.approx(rewards + 50.0 * terminated)
         seen |= set(zip(terminated.tolist(), truncated.tolist(), strict=True))
     assert seen == {(False, False), (True, False), (False, True)}
+
+
+def test_a_saved_state_holds_the_gaps_of_a_reference_in_percent() -> None:
+    """As in the checkpoints of all versions."""
+    env = ServingSB3VecEnv(ServingVectorEnv(2, TINY), lambda _: 0.5)
+    env.reset()
+    arrays, _ = env.get_state()
+    assert arrays["reference_gaps"].view(np.float64).tolist() == [50.0, 50.0]
 
 
 def test_bad_references() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import gymnasium as gym
@@ -12,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 from servegym.envs import ServegymError, ServingEnv
 from servegym.envs.process.metrics import METRICS
+from servegym.envs.task.cases import Case
 from servegym.envs.vector_env import ServingVectorEnv
 
 SMALL: dict[str, Any] = {"cluster": {"clients": 6}, "workload": {"requests": 25}}
@@ -124,15 +127,42 @@ def test_bad_arguments(arguments: dict[str, Any], words: str, good: dict[str, An
     ServingVectorEnv(**{"task": "Tiny-v0", **good})
 
 
-def test_the_cases_of_rows_are_those_being_played() -> None:
-    env = ServingVectorEnv(2, "Tiny-v0")
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_a_function_is_called_with_every_case_that_begins(mode: AutoresetMode) -> None:
+    """In every mode the last case of each row is the one that is being played."""
+    env = ServingVectorEnv(2, "Tiny-v0", autoreset_mode=mode)
+    cases: dict[int, Case] = {}
+    begun: list[int] = []
+
+    def begin(e: int, case: Case) -> None:
+        cases[e] = case
+        begun.append(e)
+
+    env.on_case = begin
     env.reset(seed=3)
-    rng = np.random.default_rng(0)
+    assert begun == [0, 1]
+    rng, episodes = np.random.default_rng(0), 2
     for _ in range(30):
-        for case, bound_s in zip(env.cases, env.state.episodes["bound_s"], strict=True):
-            assert case is not None
-            assert case.bound.seconds == bound_s
-        env.step([int(rng.choice(np.flatnonzero(mask))) for mask in env.action_masks()])
+        assert len(begun) == episodes
+        for e, bound_s in enumerate(env.state.episodes["bound_s"]):
+            assert cases[e].bound.seconds == bound_s
+        actions = [int(rng.choice(np.flatnonzero(mask))) for mask in env.action_masks()]
+        over = np.logical_or(*env.step(actions)[2:4])
+        if mode == AutoresetMode.DISABLED and over.any():
+            env.reset(options={"reset_mask": over})
+        if mode == AutoresetMode.NEXT_STEP and over.any():
+            env.step([0, 0])
+        episodes += int(over.sum())
+    assert episodes > 4
+
+
+def test_an_environment_keeps_no_case() -> None:
+    env = ServingVectorEnv(2, "Tiny-v0")
+    begun: list[weakref.ref[Case]] = []
+    env.on_case = lambda _, case: begun.append(weakref.ref(case))
+    env.reset(seed=3)
+    gc.collect()
+    assert [case() for case in begun] == [None, None]
 
 
 def test_the_requests_of_rows_are_not_given() -> None:

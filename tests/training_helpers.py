@@ -33,7 +33,7 @@ def prefer_prefill(env: ServingVectorEnv) -> NDArray[np.float64]:
 
 def some_reference(case: Case) -> float:
     """A reference gap that differs between cases."""
-    return float(case.requests.output_tokens.sum() % 17)
+    return float(case.requests.output_tokens.sum() % 17) / 100
 
 
 class StopAt(BaseCallback):

@@ -67,12 +67,12 @@ def make_expert(
 def make_reference(
     hyperparameters: Hyperparameters, task: TaskConfig
 ) -> Callable[[Case], float] | None:
-    """Return the gap in percent, by case, that returns are measured from; None without a reference."""
+    """Return the gap, by case, that returns are measured from; None without a reference."""
     if not hyperparameters.reference:
         return None
     policy = make_trigger_policy(hyperparameters.reference)
     task = with_overrides(task, {"process": TO_THE_END})
-    return lambda case: 100.0 * play_compiled(task, policy, case)["gap"]
+    return lambda case: play_compiled(task, policy, case)["gap"]
 
 
 def outcome(callback: ServingCallback) -> str:
