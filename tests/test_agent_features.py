@@ -132,8 +132,7 @@ def test_a_checkpoint_of_other_features_is_not_gone_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights and observations are by place."""
-    model, run = make_model(TINY, SMALL), identity(TINY, SMALL)
-    model._setup_learn(1)
+    model, run = make_model(TINY, SMALL).learn(1), identity(TINY, SMALL)
     path = save_checkpoint(model, run, tmp_path)
     load_checkpoint(make_model(TINY, SMALL), run, path)
     monkeypatch.setattr(checkpoints, "FEATURES", FEATURES[::-1])

@@ -171,8 +171,7 @@ def test_damaged_checkpoints_are_refused(run: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
     for h, words in ((replace(SMALL, timesteps=64, width=9), "width 9"), (SMALL, "timesteps 384")):
-        model = make_model(TINY, h)
-        model._setup_learn(1)
+        model = make_model(TINY, h).learn(1)
         path = save_checkpoint(model, identity(TINY, h), tmp_path / words)
         target = checkpoints(run / "checkpoints")[-1]
         target.write_bytes(path.read_bytes())
@@ -184,9 +183,7 @@ def test_a_checkpoint_that_lies_about_its_run_is_refused(tmp_path: Path) -> None
     """The names agree, the arrays do not fit: one line all the same."""
     expected = identity(TINY, SMALL)
     for other in (replace(SMALL, width=9), replace(SMALL, environments=2)):
-        model = make_model(TINY, other)
-        model._setup_learn(1)
-        path = save_checkpoint(model, expected, tmp_path)
+        path = save_checkpoint(make_model(TINY, other).learn(1), expected, tmp_path)
         with pytest.raises(ServegymError, match=r"damaged|other environments") as caught:
             load_checkpoint(make_model(TINY, SMALL), expected, path)
         assert "\n" not in str(caught.value)

@@ -23,7 +23,7 @@ from servegym.envs.task.registered import TASKS
 from servegym.studies.cli import SCRIPTS
 from servegym.studies.cli import run as run_script
 from servegym.studies.commands import train as script
-from servegym.studies.robustness.damaged_files import _BYTES, _PLACES, _TENSORS, damage
+from servegym.studies.robustness.damaged_files import BYTES, PLACES, TENSORS, damage
 
 TINY = TASKS["servegym/Tiny-v0"]
 SMALL = Hyperparameters(environments=2, steps=16, batch_size=16, epochs=1, width=4, timesteps=32)
@@ -32,9 +32,8 @@ SHIPPED = SCRIPTS.parent / "results" / "agents" / "Tiny-v0"
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a training that has not begun."""
-    model = make_model(TINY, SMALL)
-    model._setup_learn(1)
+    """A checkpoint after one rollout."""
+    model = make_model(TINY, SMALL).learn(1)
     return save_checkpoint(model, identity(TINY, SMALL), tmp_path_factory.mktemp("good"))
 
 
@@ -53,7 +52,7 @@ def refusal(path: Path) -> str:
     return message
 
 
-@pytest.mark.parametrize("kind", [*_BYTES, *_PLACES, *_TENSORS])
+@pytest.mark.parametrize("kind", [*BYTES, *PLACES, *TENSORS])
 def test_damaged_checkpoints(good: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / good.name
     path.write_bytes(good.read_bytes())
@@ -130,7 +129,7 @@ def test_damaged_records(
 
 
 @pytest.mark.parametrize("file", [CARD_FILE, WEIGHTS_FILE])
-@pytest.mark.parametrize("kind", list(_PLACES))
+@pytest.mark.parametrize("kind", list(PLACES))
 def test_agents_that_are_no_files(file: str, kind: str, tmp_path: Path) -> None:
     for name in (CARD_FILE, WEIGHTS_FILE):
         (tmp_path / name).write_bytes((SHIPPED / name).read_bytes())

@@ -104,7 +104,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "if words[words.index('--seed') + 1] == '1': sys.exit('no luck')\n"
         "(folder / 'final' / 'agent.json').write_text('')\n"
     )
-    monkeypatch.setattr(runs, "_TRAIN", script)
+    monkeypatch.setattr(runs, "TRAIN", script)
     return script
 
 

@@ -29,7 +29,8 @@ SHORT: Final = "short"
 ABLATED: Final = "GSM8K-v0"
 """The task of the ablations; a task file starts from it, so each says only what is different."""
 
-_TRAIN: Final = SCRIPTS / "train.py"
+TRAIN: Final = SCRIPTS / "train.py"
+"""The script that trains one agent."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class TrainingProcesses:
         """Train one agent in a new process; return the process's exit status."""
         log = log_file(run, self.runs)
         make_folder(log.parent)
-        command = [sys.executable, str(_TRAIN), *arguments(run, self.runs)]
+        command = [sys.executable, str(TRAIN), *arguments(run, self.runs)]
         # As many runs as cores share the machine; a log needs no bar ten times a second.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"}
         # A run ends when this process does, even by a kill.

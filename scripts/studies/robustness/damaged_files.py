@@ -196,33 +196,33 @@ def _furnish(work: Path) -> None:
 
 
 def _damages(suffix: str) -> list[str]:
-    kinds = {".json": _JSON, ".csv": _CSV, ".safetensors": _TENSORS}
-    return [*_PLACES, *_BYTES, *_TEXT, *kinds.get(suffix, {})]
+    kinds = {".json": _JSON, ".csv": _CSV, ".safetensors": TENSORS}
+    return [*PLACES, *BYTES, *_TEXT, *kinds.get(suffix, {})]
 
 
 def damage(path: Path, way: str, rng: Generator) -> None:
     """Damage a file in one of the ways of ``_damages``; an agent's card then fits its weights again."""
     data = path.read_bytes()
-    if way in _PLACES:
+    if way in PLACES:
         path.unlink()
-        _PLACES[way](path)
+        PLACES[way](path)
         return
     changes: dict[str, Callable[[bytes, Generator], bytes]] = {
-        **_BYTES,
+        **BYTES,
         **_TEXT,
         **_JSON,
         **_CSV,
-        **_TENSORS,
+        **TENSORS,
     }
     path.write_bytes(changes[way](data, rng))
     card = path.with_name(CARD_FILE)
-    if path.name == WEIGHTS_FILE and way in _TENSORS and card.is_file():
+    if path.name == WEIGHTS_FILE and way in TENSORS and card.is_file():
         values = json.loads(card.read_bytes())
         values["weights_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         card.write_text(json.dumps(values), "utf-8")
 
 
-_PLACES: Final[dict[str, Callable[[Path], object]]] = {
+PLACES: Final[dict[str, Callable[[Path], object]]] = {
     "is gone": lambda path: None,
     "is a folder": Path.mkdir,
     "is a pipe": os.mkfifo,
@@ -248,7 +248,7 @@ def _mixed_in(data: bytes, rng: Generator) -> bytes:
     return data[:place] + rng.bytes(int(rng.integers(1, 64))) + data[place:]
 
 
-_BYTES: Final[dict[str, Callable[[bytes, Generator], bytes]]] = {
+BYTES: Final[dict[str, Callable[[bytes, Generator], bytes]]] = {
     "with flipped bits": _flipped,
     "with more flipped bits": lambda data, rng: _flipped(_flipped(data, rng), rng),
     "cut off": _cut,
@@ -423,7 +423,7 @@ def _change_note_inside(header: dict[str, Any], rng: Generator) -> None:
         notes[name] = change(notes[name].encode(), rng).decode()
 
 
-_TENSORS: Final[dict[str, Callable[[bytes, Generator], bytes]]] = {
+TENSORS: Final[dict[str, Callable[[bytes, Generator], bytes]]] = {
     "with an endless header": lambda data, rng: (2**60).to_bytes(8, "little") + data[8:],
     "of other dtypes": _header_changed(lambda header, rng: _entry(header, rng).update(dtype="I32")),
     "of other shapes": _header_changed(
