@@ -1,4 +1,4 @@
-"""Results during training: evaluations, charts in TensorBoard, the best agent."""
+"""What training reports of an agent: evaluations, charts in TensorBoard, the best and the last agent."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from servegym.envs.task.config import TaskConfig
 
 
 class ServingCallback(BaseCallback):
-    """Watch PPO or MaskablePPO train on a task.
+    """Evaluates, logs and exports the agent of PPO or MaskablePPO while it is trained.
 
-    Every ``every_timesteps``, at the start and at the end it plays the validation cases greedily, with
-    the numpy network that would be exported, and logs ``serving/…`` with two figures (the first
-    case's Gantt chart; the critic's estimates against the actual return to go). ``serving/gap_sampled``
-    is of the same cases with actions drawn as in training, from a separate generator: where it is far
-    below ``serving/gap``, the agent does not mostly take the most probable action yet. Between
-    evaluations it logs ``serving/train_…``: means over the episodes that ended in a rollout (from
-    ``info["serving"]``, the METRICS of the ended episode), and ``shares/…``, those of the actions.
+    An evaluation, at the start, every ``every_timesteps`` and at the end, plays the validation cases
+    greedily, with the numpy network that would be exported. Its means are logged as ``serving/…``, with
+    two figures: the first case's Gantt chart, and the critic's values against the actual returns to
+    go. ``serving/gap_sampled`` is of the same cases with actions drawn as in training, from a separate
+    generator. Where it is far below ``serving/gap``, the policy is still spread over several actions.
+    After each rollout ``serving/train_…`` are means over the episodes that ended in it
+    (``info["serving"]`` holds the METRICS of an ended episode), ``shares/train_…`` the shares of actions.
 
-    Where the task cuts episodes short (``process.max_decisions`` or ``max_seconds``), means in training
-    are over those that finished, ``serving/train_unfinished`` and ``serving/unfinished`` are the shares
-    of the others, and an evaluation with unfinished cases has no gap.
+    If the task cuts episodes short (``process.max_decisions`` or ``max_seconds``), means in training
+    are over finished episodes, ``serving/train_unfinished`` and ``serving/unfinished`` are the shares of
+    unfinished ones, and an evaluation with unfinished cases has no gap.
 
     References are separate runs beside the training run, with the same tags. TensorBoard draws equal
-    tags of all runs below its log folder into one chart, so the lines are in the charts that open
-    first, with a legend, and can be switched off. A custom-scalars layout would show them only on
-    another page.
+    tags of all runs below its log folder into one chart. So the references' lines are in the charts
+    that open first, with a legend, and can be switched off; a custom-scalars layout would show them
+    only on another page.
 
-    The folder gets ``evaluations.csv``, the best agent so far in ``agent/`` (the fewest unfinished
-    cases, then the smallest gap; not of the first evaluation, unless an expert was imitated before), the
-    last one in ``final/`` and the references in ``tensorboard/reference-<policy>/``; the training run's own
-    events should lie in ``tensorboard/``, too. The callback draws from no global generator and changes
+    The callback writes into the folder: ``evaluations.csv``; ``agent/``, the best agent so far (fewest
+    unfinished cases, then smallest gap; never of the first evaluation, unless an expert was imitated
+    before); ``final/``, the last agent; ``tensorboard/reference-<policy>/``. The training run's own
+    events should also lie in ``tensorboard/``. The callback draws from no global generator and changes
     no weights, so the trained weights are those without the callback.
 
-    Where ``model.num_timesteps`` is not 0 at the start, training was resumed: evaluations beyond that
-    step are dropped from the table, the best so far is that of the rows kept, and the seconds go on
-    from the last of them or, under ``train``, from the checkpoint.
+    Training was resumed if ``model.num_timesteps`` is not 0 at the start. Evaluations after that step
+    are then dropped from the table, the best agent is that of the rows kept, and seconds go on from
+    the last row or, under ``train``, from the checkpoint.
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ class ServingCallback(BaseCallback):
     every_timesteps
         Environment steps between two evaluations, rounded up to whole rollouts.
     references
-        Mean metrics on the validation cases of policies to compare with, by policy name: keys as in
-        METRICS, ``gap`` as a fraction.
+        Mean metrics of the policies to compare with, on the validation cases, by policy name; keys as
+        in METRICS.
     hyperparameters
         Shown on TensorBoard's HParams page with the metrics.
     folder
@@ -96,9 +96,9 @@ class ServingCallback(BaseCallback):
         self.command = command
         imitated = hyperparameters.get("imitation_rounds", 0) > 0
         self.evaluations = Evaluations(folder / "evaluations.csv", imitated)
-        self._charts: Charts | None = None
+        self._opened: Charts | None = None
         self._ended: list[Mapping[str, float]] = []
-        self._began_s = 0.0  # perf_counter() when the run would have begun without interruption
+        self._began_s = 0.0  # perf_counter() at the start, had the run never been interrupted
         self._evaluating_s = 0.0
 
     @property
@@ -110,11 +110,11 @@ class ServingCallback(BaseCallback):
         make_folder(self.folder)
         resumed = self.num_timesteps > 0
         if resumed:
-            # A rollout that a callback stopped changed no weights: its evaluation is of this checkpoint.
+            # An evaluation in a rollout that a callback stopped is of this checkpoint's weights.
             self.evaluations.read(self.num_timesteps + self._ppo.n_steps * self._ppo.n_envs - 1)
         self._set_clocks()
         next_step = max(self.num_timesteps, self.evaluations.last_timesteps) + 1
-        self._charts = Charts(
+        self._opened = Charts(
             self.task,
             self.logger,
             self.references,
@@ -129,9 +129,9 @@ class ServingCallback(BaseCallback):
         """Let the seconds go on from the last evaluation, or from the checkpoint."""
         rows = self.evaluations.rows
         wall_s, training_s = rows[["wall_s", "training_s"]].iloc[-1] if len(rows) else (0.0, 0.0)
-        # Only `train` passes the seconds of imitation and those from the last row to the checkpoint.
-        untold_s = max(0.0, float(self.locals.get("training_s", 0.0)) - float(training_s))
-        self._began_s = perf_counter() - (float(wall_s) + untold_s)
+        # Only `train` passes seconds that no row holds: of imitation, or from the last row to the checkpoint.
+        more_s = max(0.0, float(self.locals.get("training_s", 0.0)) - float(training_s))
+        self._began_s = perf_counter() - (float(wall_s) + more_s)
         self._evaluating_s = float(wall_s) - float(training_s)
 
     def _on_rollout_start(self) -> None:
@@ -146,14 +146,14 @@ class ServingCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         actions = self.locals["rollout_buffer"].actions.astype(np.int64).ravel()
-        self._shown.log_rollout(actions, self._ended)
+        self._charts.log_rollout(actions, self._ended)
         self._ended.clear()
 
     def _on_training_end(self) -> None:
         if self.evaluations.last_timesteps < self.num_timesteps:
             self._evaluate()
         export_agent(self._ppo, self.task, self.command, self.folder / "final")
-        self._shown.close()
+        self._charts.close()
 
     @property
     def _ppo(self) -> OnPolicyAlgorithm:
@@ -162,9 +162,9 @@ class ServingCallback(BaseCallback):
         return self.model
 
     @property
-    def _shown(self) -> Charts:
-        assert self._charts is not None, "training has not started"
-        return self._charts
+    def _charts(self) -> Charts:
+        assert self._opened is not None, "training has not started"
+        return self._opened
 
     def _evaluate(self) -> None:
         """Play the validation cases; keep the row and the best agent, log and draw."""
@@ -179,5 +179,5 @@ class ServingCallback(BaseCallback):
         if self.evaluations.would_be_best(row):
             export_agent(self._ppo, self.task, self.command, self.folder / "agent")
         self.evaluations.add(row)
-        self._shown.log_evaluation(result, row, self._ppo)
+        self._charts.log_evaluation(result, row, self._ppo)
         self._evaluating_s += perf_counter() - started_s

@@ -33,11 +33,11 @@ class Charts:
     logger
         The model's; it writes the training run's own events.
     references
-        Mean metrics of policies to compare with, by policy name; ``gap`` as a fraction.
+        Mean metrics of the policies to compare with, by policy name.
     folder
         Gets a run ``reference-<policy>`` for each reference.
     purge_step
-        Where training goes on: TensorBoard hides what references logged from this step on; None: all is new.
+        In a resumed run TensorBoard hides what references logged from this step on; None: a new run.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Charts:
         self.logger.record("hparams", HParam(plain, metrics), exclude=_NOT_TEXT)
 
     def log_rollout(self, actions: NDArray[np.int64], ended: list[Mapping[str, float]]) -> None:
-        """Log the shares of the actions of a rollout and the means of the episodes that ended in it."""
+        """Log the shares of a rollout's actions and the means over the episodes that ended in it."""
         shares = np.bincount(actions, minlength=len(self._actions)) / len(actions)
         for action, share in zip(self._actions, shares, strict=True):
             self.logger.record_mean(f"shares/train_{action}", float(share))
@@ -152,7 +152,7 @@ def _value_estimates(trace: Trace, model: OnPolicyAlgorithm) -> NDArray[np.float
 
 
 def _charts(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
-    """Return the charted metrics that have a value, by tag, in the units of the charts."""
+    """Return the charted metrics that have a value, by tag; the gap in percent."""
     return {
         f"serving/{prefix}{name}": metrics[name] * (100.0 if name == "gap" else 1.0)
         for name in CHARTED
@@ -161,7 +161,7 @@ def _charts(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
 
 
 def _returns_to_go(rewards: NDArray[np.float64], discount: float) -> NDArray[np.float64]:
-    """Return Σ_k discount^k · reward of each decision and those after it, shape (decisions,)."""
+    """Return each decision's sum of discounted rewards from it on, shape (decisions,)."""
     returns = np.zeros(len(rewards))
     later = 0.0
     for k in range(len(rewards) - 1, -1, -1):

@@ -22,13 +22,13 @@ from servegym.agents.record import read_run
 from servegym.envs.errors import ServegymError
 
 _DPI: Final = 100
-_WIDTH, _CHARTS_HEIGHT = 1100, 600  # pixels; the width is that of a Gantt chart, where there is one
+_WIDTH, _CHARTS_HEIGHT = 1100, 600  # pixels; a Gantt chart has its own width
 _LOG: Final = "tensorboard"
 _REFERENCE: Final = "reference-"
-_SHARES: Final = ("serving/train_action_share/", "shares/train_")  # the first in older runs
+_SHARES: Final = ("serving/train_action_share/", "shares/train_")  # older runs have the first
 _AGENT, _OTHER, _TRAINING = "#2171b5", "#e08214", "#9ecae1"
 _DASHES: Final = ("--", ":", "-.")
-_MANY_TIMES: Final = 3.0  # an untrained agent's gap would press all that matters flat
+_MAX_OF_REFERENCES: Final = 3.0  # an untrained agent's gap would flatten the other lines
 _STYLE: Final[dict[Any, Any]] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -70,7 +70,7 @@ class _Run:
         }
 
     def line(self, tag: str) -> _Line:
-        """Return a scalar of the run; no points where there is none."""
+        """Return a scalar of the run; without points if the run has none."""
         return _scalars(self._agent, f"serving/{tag}")
 
     def shares(self) -> dict[str, _Line]:
@@ -83,12 +83,12 @@ class _Run:
         }
 
     def constants(self, tag: str) -> dict[str, float]:
-        """Return the value of every reference that has one, by policy."""
+        """Return the value of a scalar of each reference, by policy; references without it are left out."""
         lines = {name: _scalars(run, f"serving/{tag}") for name, run in self.references.items()}
         return {name: float(line.values[-1]) for name, line in lines.items() if len(line.steps)}
 
     def last_picture(self, tag: str) -> NDArray[Any] | None:
-        """Return a picture of the last evaluation, shape (height, width, channels)."""
+        """Return a picture of the last evaluation, (height, width, channels); None if there is none."""
         if f"serving/{tag}" not in self._agent.Tags()["images"]:
             return None
         data = self._agent.Images(f"serving/{tag}")[-1].encoded_image_string
@@ -101,12 +101,12 @@ def draw_training_dashboard(folder: Path) -> Figure:
     Parameters
     ----------
     folder
-        Of a training run, finished or not: it holds ``run.json`` and ``tensorboard/``.
+        Folder of a training run, finished or not, with ``run.json`` and ``tensorboard/``.
 
     Raises
     ------
     ServegymError
-        If it is no such folder.
+        If the folder is not that of a run.
     """
     run = _Run(folder)
     with mpl.rc_context(_STYLE):
@@ -136,19 +136,19 @@ def _title(run: _Run) -> str:
     name = str(record["task"].get("name", "")).rpartition("/")[2]
     chosen = record["hyperparameters"]
     text = f"{name}: {chosen.get('algorithm')}, seed {chosen.get('seed')}"
-    gap = run.line("gap")
-    if len(gap.steps):
-        # As ServingCallback: an untrained agent is not the best, an imitated one may be.
-        # Its gap may not be logged: an episode that was cut short has none.
-        untrained = gap.steps[0] == 0 and not chosen.get("imitation_rounds") and len(gap.steps) > 1
+    steps, gaps_percent = run.line("gap")
+    if len(steps):
+        # As in Evaluations, an untrained agent is not the best, an imitated one may be. The first gap
+        # may be of a later step: an evaluation with unfinished cases logs none.
+        untrained = steps[0] == 0 and not chosen.get("imitation_rounds") and len(steps) > 1
         first = int(untrained)
-        best = first + int(gap.values[first:].argmin())
-        text += f"; best gap {gap.values[best]:.2f} % after {gap.steps[best]:,} decisions"
+        best = first + int(gaps_percent[first:].argmin())
+        text += f"; best gap {gaps_percent[best]:.2f} % after {steps[best]:,} decisions"
     return text
 
 
 def _framed(picture: NDArray[Any] | None) -> Figure:
-    """Return an empty figure, with the Gantt chart pixel by pixel at its lower edge if there is one."""
+    """Return an empty figure; a Gantt chart, if given, fills its lower edge pixel by pixel."""
     height, width = (0, _WIDTH) if picture is None else picture.shape[:2]
     figure = Figure(figsize=(width / _DPI, (_CHARTS_HEIGHT + height) / _DPI), dpi=_DPI)
     if picture is not None:
@@ -173,7 +173,7 @@ def _draw_gap(axes: Axes, run: _Run) -> None:
     _plot(axes, evaluated, "agent, greedy, on validation cases", _AGENT)
     references = run.constants("gap")
     _draw_references(axes, references, "{:.2f} %")
-    highest = _MANY_TIMES * max(references.values(), default=np.inf)
+    highest = _MAX_OF_REFERENCES * max(references.values(), default=np.inf)
     axes.set_ylim(0, min(axes.get_ylim()[1], highest))
     for step, value in zip(*evaluated, strict=True):
         if value > highest:
@@ -201,7 +201,7 @@ def _draw_utilization(axes: Axes, run: _Run) -> None:
     for style, policy in zip(cycle(_DASHES), run.references, strict=False):
         axes.plot([], [], color="dimgrey", linewidth=1, linestyle=style, label=policy)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylim(max(2 * axes.get_ylim()[0] - 1.0, 0.0), 1.005)  # half for the legend
+    axes.set_ylim(max(2 * axes.get_ylim()[0] - 1.0, 0.0), 1.005)  # the lower half is for the legend
     _legend(axes, loc="lower right", ncols=2)
 
 
@@ -216,7 +216,7 @@ def _draw_stages(axes: Axes, run: _Run) -> None:
 
 
 def _draw_actions(axes: Axes, run: _Run) -> None:
-    """Stack the rules; decoding, by far the most frequent, is what is left above them."""
+    """Stack the rules' shares; the rest above them is decode, by far the most frequent action."""
     axes.set_title("rules chosen, share of decisions")
     lines = {name: line for name, line in run.shares().items() if name != "decode"}
     rules, shares = list(lines), list(lines.values())
@@ -260,9 +260,9 @@ def _plot_training(axes: Axes, line: _Line) -> None:
         axes.plot(*line, color=_TRAINING, linewidth=1, label="training episodes")
 
 
-def _draw_references(axes: Axes, values: dict[str, float], words: str) -> None:
+def _draw_references(axes: Axes, values: dict[str, float], number: str) -> None:
     for style, (policy, value) in zip(cycle(_DASHES), values.items(), strict=False):
-        label = f"{policy} ({words.format(value)})"
+        label = f"{policy} ({number.format(value)})"
         axes.axhline(value, color="black", linewidth=1.1, linestyle=style, label=label, zorder=1)
 
 
@@ -271,8 +271,8 @@ def _read(folder: Path) -> EventAccumulator:
 
 
 def _scalars(events: EventAccumulator, tag: str) -> _Line:
-    found: Sequence[Any] = events.Scalars(tag) if tag in events.Tags()["scalars"] else ()
+    points: Sequence[Any] = events.Scalars(tag) if tag in events.Tags()["scalars"] else ()
     return _Line(
-        np.array([event.step for event in found], np.int64),
-        np.array([event.value for event in found], np.float64),
+        np.array([point.step for point in points], np.int64),
+        np.array([point.value for point in points], np.float64),
     )

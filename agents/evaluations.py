@@ -27,8 +27,8 @@ CHARTED: Final = (
     "prefill_stages",
     "decode_rounds",
 )
-"""The metrics that have a chart of their own, ``serving/<name>``. ``serving/gap`` is in percent of the
-lower bound (100 · gap), utilisations are shares in 0 … 1, times are seconds."""
+"""The metrics that have a chart, ``serving/<name>``. ``serving/gap`` is in percent (100 · gap),
+utilisations are shares in 0 … 1, times are seconds."""
 
 EVALUATION_COLUMNS: Final = (
     "timesteps",
@@ -47,10 +47,10 @@ EVALUATION_COLUMNS: Final = (
 """Columns of ``evaluations.csv``: means over the validation cases, with the gap's standard error.
 ``training_s`` is ``wall_s`` without the seconds that evaluations took. ``gap_percent`` is of the most
 probable actions, as an exported agent plays; ``gap_percent_sampled`` of actions drawn as in training.
-``unfinished`` counts the cases that were cut short; with any, there is no mean gap or makespan."""
+``unfinished`` counts the cases that were cut short; if there are any, gap and makespan are empty."""
 
 _LATER_COLUMNS: Final = {"gap_percent_sampled": np.nan, "unfinished": 0}
-"""Columns of the current version, with their values for a table of an earlier one."""
+"""Columns that a table of an earlier version lacks, with the values that they have there."""
 
 _TIMED_DECISIONS: Final = 200
 _SAMPLING_SEED: Final = 0  # the same draws in every evaluation, so that only the agent changes
@@ -64,8 +64,8 @@ class Evaluations:
     path
         ``evaluations.csv`` of the run.
     imitated
-        Whether an expert was imitated before the first evaluation. Without that, the network of the
-        first evaluation is untrained and never the best, however badly training goes.
+        Whether an expert was imitated before the first evaluation. If not, the network of the first
+        evaluation is untrained and never counts as the best.
     """
 
     def __init__(self, path: Path, imitated: bool) -> None:
@@ -88,7 +88,7 @@ class Evaluations:
         return int(self.rows["timesteps"].iloc[-1]) if len(self.rows) else -1
 
     def read(self, timesteps: int) -> None:
-        """Go on from the rows of the file up to a step; the table may be of an earlier version."""
+        """Read the rows of the file up to a step; the table may be of an earlier version."""
         table = read_rows(self.path, _SCHEMA, "begin a new run")
         self.rows = table[table["timesteps"] <= timesteps].reset_index(drop=True)
 

@@ -17,12 +17,12 @@ IMITATED: Final = ("rollout", "rule")
 
 MAX_SEED: Final = 799
 SEEDS_PER_AGENT: Final = 1000
-"""Agent seed s trains on environment seeds 1000 · s …, all below those of validation (900,000 …)."""
+"""Agent seed s trains on environment seeds 1000 · s … 1000 · s + 999; validation's begin at 900,000."""
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Everything that, with the task, determines the trained weights.
+    """What determines the trained weights, together with the task.
 
     Examples
     --------
@@ -33,13 +33,13 @@ class Hyperparameters:
     algorithm: str = "maskable-ppo"
     """maskable-ppo or ppo."""
     seed: int = 0
-    """Agent seed, 0 … 799: first weights, sampled actions, and training episodes: row e of the
-    environments begins with seed 1000 · seed + e and then follows its own generator."""
+    """Agent seed, 0 … 799, of first weights, sampled actions and training episodes. Row e of the
+    environments begins with seed 1000 · seed + e; its generator draws the later episodes."""
     timesteps: int = 2_000_000
     """Decisions to train on, over all environments; rounded up to whole rollouts."""
     environments: int = 64
-    """Environments that step together, 1 … 1000. scripts/train.py takes fewer, in proportion, for fewer
-    timesteps than the task's default."""
+    """Environments that step together, 1 … 1000. With fewer timesteps than the task's default,
+    scripts/train.py takes proportionally fewer."""
     steps: int = 256
     """Steps of each environment in one rollout."""
     batch_size: int = 4096
@@ -49,21 +49,21 @@ class Hyperparameters:
     learning_rate: float = 1e-3
     """Adam's learning rate at the start."""
     final_learning_rate: float = 0.1
-    """Share of the learning rate that a linear decay over the timesteps ends at."""
+    """The learning rate decays linearly over the timesteps to this share of its start."""
     gamma: float = 1.0
     """Discount; 1 makes the return exactly minus the gap in percent."""
     gae_lambda: float = 0.998
-    """Weight of later rewards in generalized advantage estimation. What a prefill costs shows only
-    many decisions later: 0.95 learns far worse."""
+    """Weight of later rewards in generalized advantage estimation. The cost of a prefill shows only
+    many decisions later, so 0.95 learns far worse."""
     reference: str = ""
-    """A rule that plays each training episode, too; the return is then what was gained on it. That takes
-    the luck of unknown lengths out of the returns. Empty: none."""
+    """A rule that also plays each training episode. Its gap is added to the return, which cancels much
+    of the chance of unknown lengths. Empty: none."""
     clip_range: float = 0.2
     """PPO's clip range of the probability ratio."""
     entropy: float = 0.003
     """Coefficient of the entropy bonus at the start."""
     final_entropy: float = 0.0
-    """Share of the entropy coefficient that a linear decay over the timesteps ends at."""
+    """The entropy coefficient decays linearly over the timesteps to this share of its start."""
     value_coefficient: float = 0.5
     """Weight of the value loss."""
     max_gradient_norm: float = 0.5
@@ -73,12 +73,12 @@ class Hyperparameters:
     depth: int = 2
     """Hidden layers."""
     imitation_rounds: int = 0
-    """Rounds of imitation before PPO, 0: none. Round 1 plays the expert, later ones the learner."""
+    """Rounds of imitation before PPO; 0: none. Round 1 plays the expert, later rounds the learner."""
     imitate: str = "rollout"
-    """Whom to imitate: a rollout, what finishing episodes with the expert says of each action, or the
-    rule, that is the expert itself."""
+    """What is imitated. rollout: each action is valued by an episode that the expert finishes; rule: the
+    expert's own actions."""
     expert: str = "aligned"
-    """Rule that is imitated, or that the imitated rollout finishes episodes with."""
+    """The rule that is imitated, or that finishes the rollout's episodes."""
     imitation_states: int = 30_000
     """States that the expert labels in one round."""
     imitation_environments: int = 32
@@ -90,26 +90,26 @@ class Hyperparameters:
     imitation_learning_rate: float = 1e-3
     """Adam's learning rate in imitation; decays linearly to 0 in each round."""
     imitation_temperature: float = 0.02
-    """The learner imitates softmax(value / temperature); percentage points of the gap."""
+    """The learner imitates softmax(value / temperature); in percentage points of the gap."""
     imitation_random: float = 0.05
     """Share of random actions while states are collected, for diversity."""
     warm_learning_rate: float = 2e-4
-    """The learning rate at PPO's start, in place of learning_rate, where it follows imitation."""
+    """PPO's first learning rate after imitation, in place of learning_rate."""
     warm_clip_range: float = 0.1
-    """The clip range, in place of clip_range, where PPO follows imitation."""
+    """PPO's clip range after imitation, in place of clip_range."""
     value_warmup: int = 4
-    """First updates after imitation, which train the value network only: PPO must not spoil what was
-    imitated because the values are still poor."""
+    """First updates after imitation, which train the value network only: while its values are poor, PPO
+    would spoil what was imitated."""
     evolution_updates: int = 0
     """Updates of the actor's output layer by an evolution strategy, after PPO; 0: none."""
     evolution_pairs: int = 1000
-    """Pairs of episodes in one update, each of two opposite perturbations on the same case."""
+    """Pairs of episodes in one update: two opposite perturbations play the same case."""
     evolution_directions: int = 6
     """Directions that are perturbed: those along which the policy changes most."""
     evolution_spread: float = 1.0
-    """Standard deviation of a perturbation along each, in logits at undecided states."""
+    """Standard deviation of a perturbation along each direction, in logits at undecided states."""
     evolution_learning_rate: float = 100.0
-    """Logits per percentage point of the gap's slope; decays as the learning rate does."""
+    """Step in logits per percentage point of the gap's slope; decays as the learning rate does."""
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -148,15 +148,15 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class Options:
-    """What does not change the trained weights, but where and how long the training runs."""
+    """How long and with what output training runs. Only ``threads`` may change a finished run's weights."""
 
     checkpoint_every: int = 10
     """Rollouts between two checkpoints."""
     max_minutes: float = 0.0
-    """Stop after a rollout once training (without callbacks and imitation) has taken so long,
-    counted from this start or resume; 0: never. The learning rate still follows the timesteps."""
+    """Minutes of training, without callbacks and imitation, since this start or resume, after which the
+    rollout under way is the last; 0: no limit. The learning rate still follows the timesteps."""
     threads: int = 1
-    """Torch's threads; other numbers may change the last bits of the weights."""
+    """Torch's threads; another number may change the last bits of the weights."""
     tensorboard: bool = True
     """Write stable-baselines3's own scalars to ``tensorboard/``."""
     progress: bool = True
@@ -219,11 +219,11 @@ def _check(name: str, value: Any, kind: type) -> None:
 
 
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
-    # Eight requests on three clients: an episode is a handful of decisions.
+    # Eight requests on three clients: an episode has few decisions.
     "servegym/Tiny-v0": {"timesteps": 100_000, "width": 64, "environments": 16, "batch_size": 1024},
-    # The luck of a case spreads its gap ten times as far as what timing can gain: returns are measured
-    # from the best rule, training begins as that rule, steps are few and of many decisions, and what PPO
-    # cannot tell from luck is left to an evolution strategy.
+    # Chance spreads the gaps of cases ten times as far as timing can gain. So returns are measured from
+    # the best rule, training begins as that rule, updates are few and of many decisions each, and an
+    # evolution strategy learns what PPO cannot tell from chance.
     "servegym/GSM8KPredicted-v0": {
         "timesteps": 3_000_000,
         "reference": "threshold-12",
@@ -237,24 +237,24 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
         "evolution_updates": 40,
     },
 }
-"""What a task wants otherwise than the class says, by task id."""
+"""Where a task's defaults differ from those of the class, by task id."""
 
 
 def linear_decay(first: float, last_share: float) -> Callable[[float], float]:
-    """Return first · (share of training that remains, brought from 0 … 1 to last_share … 1)."""
+    """Return a linear function of the share of training that remains: ``first`` at 1, less at 0."""
     return lambda remaining: first * (last_share + (1.0 - last_share) * max(remaining, 0.0))
 
 
 def default_hyperparameters(task: str, timesteps: int | None = None) -> Hyperparameters:
-    """Return the defaults of a task by its full id; other names get those of the class.
+    """Return the defaults of a task, named by its full id; any other name has those of the class.
 
     Parameters
     ----------
     timesteps
-        Decisions to train on, if not as many as the task's default. Where they are fewer, so are the
-        environments and the batch, in proportion: the weights are updated as often as in the default
-        run. With all environments 300,000 decisions are 19 updates, too few to tell states apart;
-        what is learned then is to decode mostly, and the most probable action is always to decode.
+        Decisions to train on; None: the task's default. With fewer, environments and batch shrink in
+        proportion, so that the weights are updated as often as in the default run. With all
+        environments, 300,000 decisions are 19 updates, too few to tell states apart: the most
+        probable action is then always to decode.
 
     Examples
     --------
@@ -274,5 +274,5 @@ def default_hyperparameters(task: str, timesteps: int | None = None) -> Hyperpar
 
 
 def usual_batch_size(rollout: int) -> int:
-    """Return how many decisions one gradient step has unless told otherwise: a quarter of a rollout."""
+    """Return the usual number of decisions in one gradient step: a quarter of a rollout."""
     return max(2, rollout // 4)

@@ -1,4 +1,4 @@
-"""Agents find their features by name: in longer observations, in another order; else they are refused."""
+"""Agents find their features by name, in longer observations and in another order, or are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WithLaterObservations(LearnedPolicy):
 
 
 class WatchedNetwork(Network):
-    """Keeps what it was asked last."""
+    """Keeps the last observations that it was asked about."""
 
     asked: NDArray[np.float32]
 
@@ -70,7 +70,7 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
 
 def situation(observation: NDArray[np.float32]) -> Situation:
-    """Where every action is legal."""
+    """A situation in which every action is legal."""
     env = ServingEnv(TINY)
     env.reset(seed=0)
     return Situation(env.view(), observation, np.ones(7, np.bool_))
@@ -131,7 +131,7 @@ def test_an_observation_that_lacks_a_feature_is_refused(
 def test_a_checkpoint_of_other_features_is_not_gone_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its weights and observations are by place."""
+    """Its weights and observations go by position, not by name."""
     model, run = make_model(TINY, SMALL).learn(1), identity(TINY, SMALL)
     path = save_checkpoint(model, run, tmp_path)
     load_checkpoint(make_model(TINY, SMALL), run, path)

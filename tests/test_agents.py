@@ -141,7 +141,7 @@ def test_rules_are_found_by_name(agent: Path) -> None:
 
 
 def test_more_rules_than_the_agent_knows(tmp_path: Path) -> None:
-    """Where only a rule it does not know can go on, it takes that; otherwise it never does."""
+    """The agent takes a rule that it does not know only where no other action is legal."""
     task = with_overrides(TINY, {"process": {"rules": ("plan", "longest")}})
     export_agent(make_model(task=task), task, "", tmp_path)
     policy = load_agent(tmp_path)
@@ -170,7 +170,7 @@ def edited(**changes: Any) -> Callable[[Path], None]:
 
 
 def with_weights(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """Change tensors and let the card's hash agree: only the check of the tensors can refuse."""
+    """Change tensors and fit the card's hash to them, so that only the check of tensors can refuse."""
 
     def edit(folder: Path) -> None:
         tensors = {
@@ -195,7 +195,7 @@ def cut(name: str, share: float) -> Callable[[Path], None]:
 
 
 def flipped(folder: Path) -> None:
-    """One bit of one weight."""
+    """Flip one bit of one weight."""
     data = bytearray((folder / WEIGHTS_FILE).read_bytes())
     data[-3] ^= 1
     (folder / WEIGHTS_FILE).write_bytes(bytes(data))

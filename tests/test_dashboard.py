@@ -64,7 +64,7 @@ def test_charts_show_the_events(finished: Path) -> None:
     assert heights(lines["training episodes"]) == [9, 9]
     assert set(heights(lines["hybrid (6.00 %)"])) == {6}
     assert set(heights(lines["threshold-15 (3.00 %)"])) == {3}
-    assert gap.get_ylim() == (0, 18)  # three times the hybrid's; what lies above is written there
+    assert gap.get_ylim() == (0, 18)  # three times the hybrid's; higher gaps are written there
     assert [text.get_text() for text in gap.texts] == ["↑ 40 %"]
     stages = charts["prefill stages an episode"].get_lines()
     assert [heights(line) for line in stages] == [[41, 6, 3]]
@@ -80,7 +80,7 @@ def test_charts_show_the_events(finished: Path) -> None:
 
 def test_the_best_may_be_the_first_gap_that_was_logged(tmp_path: Path) -> None:
     begin_run(TASKS["servegym/Tiny-v0"], Hyperparameters(seed=7), tmp_path, "", resume=False)
-    with SummaryWriter(str(tmp_path / "tensorboard")) as log:  # at the start cases were cut short
+    with SummaryWriter(str(tmp_path / "tensorboard")) as log:  # at step 0 cases were cut short
         for step, gap in {1000: 2.0, 2000: 5.0}.items():
             log.add_scalar("serving/gap", gap, step)
     title = draw_training_dashboard(tmp_path).get_suptitle()

@@ -1,4 +1,4 @@
-"""Evaluations in training: sampled play, cases cut short, the best agent and the words of the outcome."""
+"""Evaluations in training: sampled play, cases cut short, the best agent, the line on the outcome."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def read(folder: Path) -> EventAccumulator:
 
 @pytest.fixture(autouse=True)
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rasterises no picture: it takes longer than all else."""
+    """Draws no pictures: they take longer than all else."""
     monkeypatch.setattr(charts, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with an evolution: evaluations at its start, in it and at its end."""
+    """The folder of a run with an evolution: evaluations at the run's start, within it and at its end."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     h = replace(SMALL, evolution_updates=1, evolution_pairs=2, evolution_directions=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -88,7 +88,7 @@ def test_sampled_play_stands_beside_greedy_play(trained: Path) -> None:
 
 
 def test_the_gap_is_on_the_first_page_of_tensorboard(trained: Path) -> None:
-    """It sorts tags, opens the groups (what stands before "/") of the first two and shows 12 of each."""
+    """TensorBoard sorts tags by group (the part before "/"), opens two groups and shows 12 tags of each."""
     tags = read(trained).Tags()
     cards = sorted([*tags["scalars"], *tags["images"]])
     assert any(tag.startswith("train/evolution") for tag in cards)
@@ -144,7 +144,7 @@ def test_cases_that_are_cut_short_have_no_gap(limit: dict[str, Any], tmp_path: P
 
 
 def test_means_of_training_are_over_episodes_that_finished(tmp_path: Path) -> None:
-    """A limit that nothing reaches changes no mean; only the share of unfinished ones is added."""
+    """A limit that no episode reaches changes no mean; only shares of unfinished episodes are added."""
     for name, process in (("free", {}), ("limited", {"max_decisions": MANY})):
         task = changed(TINY, process=process)
         folder = tmp_path / name
@@ -245,7 +245,7 @@ def test_nothing_is_advised_at_the_lower_bound(
 
 
 def test_the_untrained_network_is_not_kept(tmp_path: Path) -> None:
-    """Nothing is learned at a learning rate of 0: its gap is equal to the best, yet not called so."""
+    """At a learning rate of 0 nothing is learned: all gaps are equal, but the first is not the best."""
     folder = tmp_path / "run"
     callback = watcher(folder)
     train(TINY, replace(SMALL, learning_rate=0.0), folder, callbacks=[callback], options=LOGGED)
@@ -253,7 +253,7 @@ def test_the_untrained_network_is_not_kept(tmp_path: Path) -> None:
     assert "the untrained network has" in outcome(callback)
 
 
-# What a run does unless told otherwise
+# Defaults of a run
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_environments_and_batch_follow_what_is_given(
 def test_a_run_of_one_environment_is_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its command names no batch size, and the class's own is larger than its rollouts."""
+    """Its command names no batch size, and the default of the class is larger than its rollouts."""
     folder = tmp_path / "run"
     options = "--task Tiny-v0 --timesteps 64 --steps 32 --environments 1 --validation-cases 1"
     script.main([*options.split(), "--output", str(folder)])

@@ -63,7 +63,7 @@ def mean_gap_percent(model: OnPolicyAlgorithm, seeds: range) -> float:
 def test_the_gap_falls_on_cases_that_were_not_played() -> None:
     h = replace(H, evolution_updates=6, evolution_pairs=64)
     model = make_model(SMALL, h)
-    with torch.no_grad():  # prefers the shortest, and prefills at once: far from good
+    with torch.no_grad():  # prefers the shortest and prefills at once, far from optimal
         net: Any = model.policy.action_net
         net.bias.copy_(torch.tensor([-2.0, 0.0, 1.0]))
     unseen = range(900_000, 900_060)
@@ -83,7 +83,7 @@ def test_an_update_depends_on_its_number_and_the_weights_alone() -> None:
     once = evolution.update(1)
     changed_parts = {name for name, value in weights(first).items() if value != start[name]}
     assert changed_parts == {"action_net.weight", "action_net.bias"}
-    torch.rand(3)  # whatever draws from the global generator
+    torch.rand(3)  # something else draws from the global generator
     assert Evolution(second, SMALL, H).update(1) == once
     assert weights(second) == weights(first)
     third = make_model(SMALL, H)
@@ -205,7 +205,7 @@ def test_a_resumed_evolution_ends_in_the_same_weights(
     assert weights(resumed) == weights(whole)
     ends = [load_file(checkpoints(f / "checkpoints")[-1]) for f in (tmp_path / "whole", folder)]
     assert all(array.tobytes() == ends[1][name].tobytes() for name, array in ends[0].items())
-    # A finished one has nothing left to do.
+    # A finished evolution has nothing left to do.
     again = train(TINY, H, folder, resume=True, options=QUIET)
     assert weights(again) == weights(whole)
 

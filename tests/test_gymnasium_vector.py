@@ -58,7 +58,7 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 def split_illegal(infos: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
-    """Take what is told of illegal actions out of Gymnasium's infos; return both."""
+    """Take what Gymnasium's infos say of illegal actions out of them; return both."""
     rest, illegal = dict(infos), np.zeros(ROWS, np.bool_)
     for each in (rest, rest.get("final_info", {})):
         if "illegal_action" in each:
@@ -75,7 +75,7 @@ def split_illegal(infos: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
 def test_as_gymnasium_steps_it(
     mode: AutoresetMode, task: str, overrides: dict[str, Any], steps: int | None
 ) -> None:
-    """Legal and illegal actions; in the end also the generators stand where Gymnasium's do."""
+    """Legal and illegal actions; at the end the generators' states are also those of Gymnasium."""
     ours, theirs = both(task, overrides, mode, steps)
     assert ours.metadata == theirs.metadata
     rng, episodes = np.random.default_rng(0), 0
@@ -245,7 +245,7 @@ def test_made_again_from_its_spec(mode: str | None) -> None:
 
 
 def test_its_mode_is_its_own() -> None:
-    """What one environment was made with says nothing of the class or of another."""
+    """The arguments of one environment change neither the class nor another environment."""
     made = gym.make_vec("servegym/Tiny-v0", 2, autoreset_mode="NextStep")
     assert made.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
     assert ServingVectorEnv(2, "Tiny-v0").metadata["autoreset_mode"] == AutoresetMode.SAME_STEP

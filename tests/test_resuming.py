@@ -72,7 +72,7 @@ def test_resumed_training_ends_in_the_same_weights(algorithm: str, tmp_path: Pat
         torch.rand(3)
         np.random.rand(3)  # noqa: NPY002 (whatever else draws from the global generators)
     assert len(checkpoints(folder / "checkpoints")) == 2
-    # No expert: a finished imitation stands in the checkpoint.
+    # No expert is needed: the checkpoint is of after the imitation.
     resumed = train(task, h, folder, reference=some_reference, resume=True, options=QUIET)
     assert resumed.num_timesteps == whole.num_timesteps == 6 * 64
     assert weights(resumed) == weights(whole)
@@ -115,7 +115,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to spoil."""
+    """A copy of the finished run, to damage."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path) -> No
 
 
 def test_a_checkpoint_that_lies_about_its_run_is_refused(tmp_path: Path) -> None:
-    """The names agree, the arrays do not fit: one line all the same."""
+    """The identity agrees, the arrays do not fit: the error is one line."""
     expected = identity(TINY, SMALL)
     for other in (replace(SMALL, width=9), replace(SMALL, environments=2)):
         path = save_checkpoint(make_model(TINY, other).learn(1), expected, tmp_path)

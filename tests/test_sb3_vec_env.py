@@ -57,7 +57,7 @@ def test_a_saved_state_holds_the_steps_that_are_left() -> None:
 
 
 def test_with_a_reference_the_return_is_what_was_gained_on_it() -> None:
-    """Every return is the reference's gap less the own; all but the last reward stay as they are."""
+    """A return is 100 · (the reference's gap − the episode's); only an episode's last reward differs."""
     policy = make_trigger_policy("fcfs")
     env = ServingSB3VecEnv(
         ServingVectorEnv(3, TINY), lambda case: play_compiled(TINY, policy, case)["gap"]
@@ -82,7 +82,7 @@ def test_with_a_reference_the_return_is_what_was_gained_on_it() -> None:
 
 
 def test_a_reference_counts_where_an_episode_is_played_to_its_end() -> None:
-    """Where it is cut short, what would have followed is estimated, the reference's gap with it."""
+    """In one that is cut short, the critic estimates the rest of the return, with the reference's gap."""
     rng = np.random.default_rng(0)
     task = with_overrides(TINY, {"process": {"max_decisions": 4}})
     plain = ServingSB3VecEnv(ServingVectorEnv(4, task))

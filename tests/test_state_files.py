@@ -65,7 +65,7 @@ def test_damaged_checkpoints(good: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_changed_number_is_seen(good: Path, tmp_path: Path) -> None:
-    """A file that is whole, but holds other numbers: it would go on to crash or to learn nonsense."""
+    """A whole file with another number: a run that went on from it could crash or learn nonsense."""
     with safe_open(good, framework="numpy") as file:
         header = file.metadata()
     arrays = load_file(good)

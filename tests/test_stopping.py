@@ -65,7 +65,7 @@ def watcher(folder: Path) -> ServingCallback:
 
 @pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rasterises no picture: it takes longer than all else."""
+    """Draws no pictures: they take longer than all else."""
     monkeypatch.setattr(charts, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
 
 
@@ -95,7 +95,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_callback_stops_training_and_a_resume_ends_in_the_same_state(
     algorithm: str, calls: int, whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Also in the first step, and in a rollout's last one, which stable-baselines3 learns nothing from."""
+    """Also in the first step, and in a rollout's last step: stable-baselines3 does not learn from it then."""
     stop = StopAfter(calls)
     h = replace(SMALL, algorithm=algorithm)
     model = train(TINY, h, tmp_path / "run", callbacks=[stop], options=QUIET)
@@ -190,7 +190,7 @@ def test_weights_that_are_no_numbers_end_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rules", [("fcfs",), ("fcfs", "longest")])
 def test_a_task_without_a_choice_is_refused(rules: tuple[str, ...], tmp_path: Path) -> None:
-    """All requests fit at once: only the order of admission is left, by one rule or two."""
+    """All requests fit at once, so only the order of admission is left to choose, if there are two rules."""
     task = changed(TINY, workload={"requests": 2}, process={"rules": rules})
     h = replace(SMALL, timesteps=64)
     if len(rules) > 1:
@@ -202,7 +202,7 @@ def test_a_task_without_a_choice_is_refused(rules: tuple[str, ...], tmp_path: Pa
 
 
 class Full(BaseCallback):
-    """Fails as TensorBoard's writers do where the disk is full: in a thread, then in the caller."""
+    """Fails as TensorBoard's writers do on a full disk: in a thread, then in the caller."""
 
     def _on_step(self) -> bool:
         thread = threading.Thread(target=self.write)

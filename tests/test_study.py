@@ -48,7 +48,7 @@ def test_the_grid_is_what_the_study_needs() -> None:
     names = [training.name for training in runs]
     tasks = ("GSM8K-v0", "Paper-v0", "Tiny-v0", "GSM8KPredicted-v0")
     main = [f"{task}/main/{seed}" for task in tasks for seed in range(5)]
-    assert names[:20] == main  # in the order of their worth
+    assert names[:20] == main  # the most valuable first
     rules = load_task("GSM8K-v0").process.rules
     variants = {"short", "imitation", "every-round", "ppo-unmasked"}
     variants |= {f"without-{rule}" for rule in rules}
@@ -90,7 +90,7 @@ def test_train_reads_the_arguments_as_they_are_meant(training: Run, tmp_path: Pa
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of train.py: notes its arguments, leaves what a run leaves; seed 1 fails."""
+    """Replaces train.py: notes the arguments, writes the files of a run; seed 1 fails."""
     script = tmp_path / "train.py"
     script.write_text(
         "import json, pathlib, sys\n"
@@ -216,10 +216,10 @@ def test_the_policy_table_of_hand_made_rows() -> None:
     names = ["hybrid", "threshold-12", "rollout", "**ppo (2 seeds)**", "ppo-0", "ppo-1"]
     assert list(table.index) == names  # no ablations
     both = table.loc["**ppo (2 seeds)**"]
-    # Seeds drawn anew: 2 % on the first case in any case, on the second 2, 3 or 4 %.
+    # With seeds drawn anew the first case always has 2 %, the second 2, 3 or 4 %.
     assert both["gap (%)"] == "2.50 [2.00, 3.00]"
     assert both["− hybrid (points)"] == "-4.50 [-5.00, -4.00]"
-    # The best simple rule: rollout searches.
+    # The best simple rule; rollout searches, so it is none.
     assert both["− threshold-12 (points)"] == "-0.50 [-1.00, 0.00]"
     assert both["of hybrid's gap closed (%)"] == "64"  # 1 − 2.5 / 7
     assert table.loc["threshold-12", "− threshold-12 (points)"] == ""
@@ -285,7 +285,7 @@ def test_the_settings_of_transfer_scale_with_the_clients() -> None:
 
 
 def test_thresholds_are_tuned_on_the_setting_itself() -> None:
-    # Three clients of 200: K of 1 and 2 is all that is left to try.
+    # Three clients leave K of 1 and 2 to try.
     assert tuned_threshold(TINY, 3, 1) in {"threshold-1", "threshold-2"}
 
 

@@ -45,7 +45,7 @@ ACTIONS = ("decode", *TINY.process.rules)
 
 
 class Reporting(gym.Wrapper):
-    """Puts the metrics of an ended episode where training looks for them; the gap is always 0.25."""
+    """Puts the metrics of an ended episode into info["serving"], as training reads them; the gap is 0.25."""
 
     def step(self, action: Any) -> Any:
         observation, reward, terminated, truncated, info = super().step(action)
@@ -104,7 +104,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rasterises no picture: it takes longer than all else, and most tests do not look at them."""
+    """Draws no pictures: they take longer than all else, and most tests do not look at them."""
     monkeypatch.setattr(charts, "to_image", lambda _: np.zeros((1, 1, 3), np.uint8))
 
 
@@ -190,7 +190,7 @@ def test_the_value_figure_compares_with_what_the_episode_returned(
 
 
 def test_hyperparameters_name_their_metrics(trained: Path) -> None:
-    """The plugin joins a session's hyper-parameters with the last values of the named scalars."""
+    """TensorBoard joins a run's hyper-parameters with the last values of the named scalars."""
     metadata = read(trained, "training").summary_metadata
     hparams = {tag: metadata[tag] for tag in metadata if tag.startswith("_hparams_")}
     assert set(hparams) >= {"_hparams_/experiment", "_hparams_/session_start_info"}
@@ -229,7 +229,7 @@ def test_watching_changes_nothing(tmp_path: Path, algorithm: Any) -> None:
 
 @pytest.mark.usefixtures("unseen")
 def test_a_resumed_run_goes_on_in_table_and_charts(trained: Path, tmp_path: Path) -> None:
-    """Killed after five rollouts, its last checkpoint after three: two of four rows are kept."""
+    """Killed after five rollouts, with its last checkpoint after three: the rows until then are kept."""
     model = make_model(MaskablePPO, tmp_path)
     model.learn(3 * ROLLOUT, callback=make_callback(tmp_path))
     model.save(tmp_path / "checkpoint.zip")
@@ -271,7 +271,7 @@ def test_a_worse_agent_does_not_replace_the_best(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unseen")
 def test_seconds_of_imitation_count(tmp_path: Path) -> None:
-    """`train` tells of them; resuming a finished run adds nothing."""
+    """`train` passes them to the callback; resuming a finished run adds nothing."""
 
     def slow(env: ServingVectorEnv) -> Any:
         time.sleep(0.2)
@@ -297,7 +297,7 @@ def test_seconds_of_imitation_count(tmp_path: Path) -> None:
         TINY, h, tmp_path, callbacks=[make_callback(tmp_path)], resume=True, options=options
     )
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "evaluations.csv"), before)
-    # Killed after the checkpoint and before the evaluation: what the rollout took is not forgotten.
+    # Killed after the checkpoint and before the evaluation: the seconds of the rollout still count.
     before[:1].to_csv(tmp_path / "evaluations.csv", index=False)
     saved = checkpoints(tmp_path / "checkpoints")[-1]
     taken_s = load_checkpoint(training.make_model(TINY, h), identity(TINY, h), saved).training_s

@@ -27,7 +27,7 @@ TASKS = [
 
 
 def any_action(rng: np.random.Generator, actions: int) -> int:
-    """Legal or not: what the environment makes of it is compared, too."""
+    """Legal or illegal: how the environment replaces it is compared, too."""
     return int(rng.integers(actions))
 
 
