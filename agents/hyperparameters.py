@@ -241,7 +241,7 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
 
 
 def linear_decay(first: float, last_share: float) -> Callable[[float], float]:
-    """Return a linear function of the share of training that remains: ``first`` at 1, less at 0."""
+    """Return a linear function of the remaining share of training: first at 1, first · last_share at 0."""
     return lambda remaining: first * (last_share + (1.0 - last_share) * max(remaining, 0.0))
 
 

@@ -22,7 +22,7 @@ from servegym.envs.task.registered import TASKS
 from servegym.studies.commands import dashboard as script
 
 REFERENCES = {"hybrid": 6.0, "threshold-15": 3.0}
-GAPS = {0: 40.0, 1000: 5.0, 2000: 2.0}
+GAPS_PERCENT = {0: 40.0, 1000: 5.0, 2000: 2.0}
 PICTURE = np.full((90, 1100, 3), 127, np.uint8)
 
 
@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     begin_run(TASKS["servegym/Tiny-v0"], Hyperparameters(seed=7), folder, "", resume=False)
     with SummaryWriter(str(folder / "tensorboard")) as log:
-        for step, gap in GAPS.items():
+        for step, gap in GAPS_PERCENT.items():
             log.add_scalar("serving/gap", gap, step)
             log.add_scalar("serving/prefill_stages", gap + 1, step)
             log.add_scalar("serving/client_utilization", 0.9, step)
@@ -60,7 +60,7 @@ def test_charts_show_the_events(finished: Path) -> None:
     gap = charts["gap to the proven lower bound (%)"]
     lines = {str(line.get_label()): line for line in gap.get_lines()}
     agent = lines["agent, greedy, on validation cases"]
-    assert dict(zip(heights(agent, "x"), heights(agent), strict=True)) == GAPS
+    assert dict(zip(heights(agent, "x"), heights(agent), strict=True)) == GAPS_PERCENT
     assert heights(lines["training episodes"]) == [9, 9]
     assert set(heights(lines["hybrid (6.00 %)"])) == {6}
     assert set(heights(lines["threshold-15 (3.00 %)"])) == {3}

@@ -156,8 +156,8 @@ def make_run(training: Run, runs: Path, gap_percent: float) -> None:
 def test_agents_are_copied_played_and_tabulated(tmp_path: Path) -> None:
     runs, output = tmp_path / "runs", tmp_path / "out"
     chosen = [Run("Tiny-v0", "main", seed, 100) for seed in range(3)]
-    for training, gap in zip(chosen[:2], (30.0, 25.0), strict=True):
-        make_run(training, runs, gap)
+    for training, gap_percent in zip(chosen[:2], (30.0, 25.0), strict=True):
+        make_run(training, runs, gap_percent)
     evaluate_agents("Tiny-v0", chosen, runs, output, 2, 1)  # seed 2 is not finished
     folder = output / "Tiny-v0"
     digests = [
