@@ -82,7 +82,6 @@ def test_jobs_are_capped_at_what_is_useful(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    parallel._say.cache_clear()
     monkeypatch.setattr(parallel, "cpu_count", lambda: processors)
     for _ in range(3):
         assert useful_jobs(jobs, things) == useful
