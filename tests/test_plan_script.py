@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from servegym.baselines.planning.planner import load_kernels
 from servegym.envs.errors import ServegymError
 from servegym.envs.workload.csv import read_requests
 from servegym.envs.workload.plan import plan_from_queues
@@ -232,7 +233,8 @@ def test_ctrl_c_writes_nothing(ended: Callable[..., Outcome], workload: Path, so
     workload.write_text("prompt_tokens,output_tokens\n" + rows)
     output = workload.with_name("plan.json")
     options = ["--workload", str(workload), "--clients", "8", "--output", str(output)]
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    load_kernels()  # so that the signal comes in the search
+    timer = threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
         outcome = ended(plan.main, *options, "--solver", solver, "--time-limit", "600")
