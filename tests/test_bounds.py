@@ -260,7 +260,7 @@ def test_dip(rounds: tuple[int, ...], seconds: float) -> None:
 
 
 def test_many_arrivals(rng: np.random.Generator) -> None:
-    """Where not every arrival is tried, the first and the last are, and the bound stays a bound."""
+    """Of many arrivals only some are tried, the first and the last among them; the bound still holds."""
     arrivals = np.sort(rng.uniform(0, 200, 100))
     requests = make_requests(rng.integers(1, 9, 100), rng.integers(1, 9, 100), arrivals)
     bound = bound_of(requests, 4, UNIT_COSTS)

@@ -23,7 +23,7 @@ Transition = tuple[bytes, float, bool, bool, dict[str, Any], list[bool]]
 
 
 def rollout(env: ServingEnv, seed: int, steps: int | None = None) -> list[Transition]:
-    """Reset and take random legal actions; what came of each, exactly."""
+    """Reset and take random legal actions; return each transition exactly."""
     rng = np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
     rows: list[Transition] = [
@@ -88,7 +88,7 @@ def pickled(env: ServingEnv) -> ServingEnv:
 def test_a_copy_goes_on_identically(
     duplicate: Callable[[ServingEnv], ServingEnv], steps: int
 ) -> None:
-    """In the middle of an episode, independently, and into the next episode."""
+    """A copy made in mid-episode plays on by itself as the original does, into the next episode."""
     env = ServingEnv("GSM8K-v0")
     rollout(env, 1, steps)
     twin = duplicate(env)
@@ -169,5 +169,5 @@ print(env.step(0)[4]["makespan_s"].hex())
 
 
 def test_the_longest_outputs_without_the_compiler() -> None:
-    """Rounds times requests is beyond 32 bits, in which the records hold either."""
+    """Rounds and requests each fit 32 bits in the records; their product does not."""
     assert printed(PLAY_LONG) == printed_uncompiled(PLAY_LONG) != ""

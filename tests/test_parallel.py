@@ -139,7 +139,7 @@ def start(output: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
 def test_no_process_outlives_a_killed_evaluation(tmp_path: Path) -> None:
-    """All gone soon, and what was finished is kept and gone on with."""
+    """All processes end soon; finished episodes are kept, and a second run adds to them."""
     folders = {number: tmp_path / number.name for number in (signal.SIGKILL, signal.SIGTERM)}
     running = {number: start(folder) for number, folder in folders.items()}
     with ExitStack() as stack:

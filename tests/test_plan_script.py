@@ -202,7 +202,7 @@ def test_refuses_outputs(
 def test_refuses_a_folder_it_may_not_write(
     ended: Callable[..., Outcome], workload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root may write everywhere, so the answer of the system is feigned."""
+    """Root may write everywhere, so the system's refusal is simulated."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     output = str(workload.with_name("plan.json"))
     outcome = ended(plan.main, "--workload", str(workload), "--clients", "2", "--output", output)
@@ -334,7 +334,7 @@ class TestParse:
 
     @pytest.mark.parametrize("option", ["number", "ratio-x", "flag"])
     def test_every_refusal_is_explained(self, option: str) -> None:
-        """Whatever tyro refuses, now and in its next versions, is put in words here."""
+        """Every refusal of tyro's has a message of our own; a new version of tyro may break this."""
         type_ = {"number": int, "ratio-x": float, "flag": bool}[option]
         for text in wrong_arguments.POOLS[type_]:
             assert refusal([f"--{option}", text]) != UNEXPLAINED, text
