@@ -345,7 +345,7 @@ def test_the_linear_programs_are_solved_as_highs_solves_them(
         if exact:
             rounds_s = np.full(places[-1] + 1, 1e6)  # sizes between the columns are never worth it
             rounds_s[places] = cost
-            tables = CostTables(rounds_s[None], FREE, NO_LEVELS, NO_LEVELS)
+            tables = CostTables(rounds_s[None], FREE, NO_LEVELS, np.zeros((1, 0)))
             seconds = decode_bound(work, work, count, tables, alone=True)
         else:
             tables = CostTables(np.ones((1, 2)), FREE, places[None], cost[None])
