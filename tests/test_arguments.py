@@ -290,7 +290,7 @@ def test_bad_seeds(bad: Any) -> None:
     ],
 )
 def test_bad_seeds_of_rows(bad: Any, words: str) -> None:
-    """No row is begun anew where any seed is bad."""
+    """If one seed is bad, no row is reset."""
     env = ServingVectorEnv(2, "Tiny-v0")
     env.reset(seed=3)
     before = env.state.episodes["bound_s"].copy()

@@ -90,7 +90,7 @@ def test_a_committed_schedule_is_what_the_table_says() -> None:
 
 
 def test_a_table_without_its_note_is_refused(tmp_path: Path) -> None:
-    """It would be taken for this task's and this workload's."""
+    """Without its note, another task's or workload's table would pass for this one's."""
     options = [*OPTIONS, "--time-limit", "0.000001", "--output", str(tmp_path)]
     assert best_known.main(options) == 0
     before = (tmp_path / "best_known.csv").read_bytes()

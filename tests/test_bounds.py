@@ -10,11 +10,13 @@ import pytest
 from scipy.optimize import linprog
 
 from servegym.envs import Requests, ServegymError, make_requests
-from servegym.envs.bounds.batch import LowerBound, _cover, lower_bound
+from servegym.envs.bounds.batch import LowerBound, decode_bound, lower_bound, prefill_bound
 from servegym.envs.bounds.rounds import rounds_lower_bound
 from servegym.envs.machine.costs import (
+    RATES,
     AffineDecode,
     AffinePrefill,
+    CostTables,
     EngineOverhead,
     LevelledPrefill,
     StageCosts,
@@ -258,7 +260,7 @@ def test_dip(rounds: tuple[int, ...], seconds: float) -> None:
 
 
 def test_many_arrivals(rng: np.random.Generator) -> None:
-    """Where not every arrival is tried, the first and the last are, and the bound stays a bound."""
+    """Of many arrivals only some are tried, the first and the last among them; the bound still holds."""
     arrivals = np.sort(rng.uniform(0, 200, 100))
     requests = make_requests(rng.integers(1, 9, 100), rng.integers(1, 9, 100), arrivals)
     bound = bound_of(requests, 4, UNIT_COSTS)
@@ -315,11 +317,18 @@ def test_rounds_lower_bound_refuses_nonsense() -> None:
     assert rounds_lower_bound(np.array([3, 0]), 1) == 3
 
 
+FREE = np.zeros(1, RATES).view(np.recarray)
+NO_LEVELS = np.zeros((1, 0), np.int64)
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_linear_programs_are_solved_as_highs_solves_them(
     rng: np.random.Generator, exact: bool
 ) -> None:
-    """Random costs with dips, concave, convex and flat parts, tight and slack counts."""
+    """Random costs with dips, concave, convex and flat parts, tight and slack counts.
+
+    ``exact``: rounds give exactly the work; otherwise levels hold at least the tokens.
+    """
     for _ in range(300):
         n = int(rng.integers(1, 12))
         cost = rng.choice([1.0, 2.0, 3.0, 5.0], n) + rng.choice([0.0, 1.0]) * rng.random(n)
@@ -332,5 +341,13 @@ def test_the_linear_programs_are_solved_as_highs_solves_them(
             solved = linprog(cost, rows[:1], sides[:1], -rows[1:], -sides[1:], method="highs")
         else:
             solved = linprog(cost, rows, sides, method="highs")
-        seconds = _cover(cost, size, total, count, exact=exact)
+        work, places = np.array([int(total)]), size.astype(int)
+        if exact:
+            rounds_s = np.full(places[-1] + 1, 1e6)  # sizes between the columns are never worth it
+            rounds_s[places] = cost
+            tables = CostTables(rounds_s[None], FREE, NO_LEVELS, np.zeros((1, 0)))
+            seconds = decode_bound(work, work, count, tables, alone=True)
+        else:
+            tables = CostTables(np.ones((1, 2)), FREE, places[None], cost[None])
+            seconds = prefill_bound(work, count, tables)
         assert seconds == pytest.approx(solved.fun, rel=1e-9)

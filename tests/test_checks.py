@@ -161,7 +161,7 @@ def test_a_collection_refuses_rows_of_something_else(tmp_path: Path) -> None:
 
 
 def test_a_table_of_a_part_without_its_note_is_refused(tmp_path: Path) -> None:
-    """It would be taken for this task's and this setting's; another task's table is no part."""
+    """It would pass for this task's and this setting's. Another task's table is no part of this one's."""
     task = load_task("Tiny-v0")
     collection = Collection(tmp_path, {"samples": 5}, texts=("kind",), parts=("near", "far"))
     collection.open([task])

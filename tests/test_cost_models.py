@@ -130,9 +130,9 @@ def test_empty_tables_are_refused() -> None:
 
 
 def test_a_stage_must_take_time() -> None:
-    with pytest.raises(ServegymError, match="prefill"):
+    with pytest.raises(ServegymError, match=r"prefill .* per_token_squared and floor are all 0"):
         AffinePrefill(0.0, 0.0)
-    for legal in [(TINY, 0.0), (0.0, TINY), (0.0, 0.0, 0.0, TINY)]:
+    for legal in [(TINY, 0.0), (0.0, TINY), (0.0, 0.0, TINY), (0.0, 0.0, 0.0, TINY)]:
         AffinePrefill(*legal)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ Transition = tuple[bytes, float, bool, bool, dict[str, Any], list[bool]]
 
 
 def rollout(env: ServingEnv, seed: int, steps: int | None = None) -> list[Transition]:
-    """Reset and take random legal actions; what came of each, exactly."""
+    """Reset and take random legal actions; return each transition exactly."""
     rng = np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
     rows: list[Transition] = [
@@ -86,7 +88,7 @@ def pickled(env: ServingEnv) -> ServingEnv:
 def test_a_copy_goes_on_identically(
     duplicate: Callable[[ServingEnv], ServingEnv], steps: int
 ) -> None:
-    """In the middle of an episode, independently, and into the next episode."""
+    """A copy made in mid-episode plays on by itself as the original does, into the next episode."""
     env = ServingEnv("GSM8K-v0")
     rollout(env, 1, steps)
     twin = duplicate(env)
@@ -131,20 +133,29 @@ print(steps, digest.hexdigest())
 """
 
 
+def printed(code: str) -> str:
+    """What code prints in this process, where kernels are compiled."""
+    with redirect_stdout(io.StringIO()) as shown:
+        exec(code, {})
+    return shown.getvalue()
+
+
+def printed_uncompiled(code: str) -> str:
+    """What code prints in a process where kernels are plain Python; warnings are errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+    ).stdout
+
+
 def test_the_same_without_the_compiler() -> None:
     """NUMBA_DISABLE_JIT=1 runs the same kernels as plain Python, to the last bit."""
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", PLAY_TINY],
-            check=True,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"NUMBA_DISABLE_JIT": disabled},
-        ).stdout
-        for disabled in ("0", "1")
-    ]
-    assert printed[0] == printed[1]
-    assert int(printed[0].split()[0]) > 100
+    compiled = printed(PLAY_TINY)
+    assert compiled == printed_uncompiled(PLAY_TINY)
+    assert int(compiled.split()[0]) > 100
 
 
 PLAY_LONG = """
@@ -158,14 +169,5 @@ print(env.step(0)[4]["makespan_s"].hex())
 
 
 def test_the_longest_outputs_without_the_compiler() -> None:
-    """Rounds times requests is beyond 32 bits, in which the records hold either."""
-    compiled, plain = (
-        subprocess.run(
-            [sys.executable, "-W", "error", "-c", PLAY_LONG],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"NUMBA_DISABLE_JIT": disabled},
-        ).stdout
-        for disabled in ("0", "1")
-    )
-    assert compiled == plain != ""
+    """Rounds and requests each fit 32 bits in the records; their product does not."""
+    assert printed(PLAY_LONG) == printed_uncompiled(PLAY_LONG) != ""

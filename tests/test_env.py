@@ -174,7 +174,7 @@ def test_nothing_to_see_before_reset() -> None:
 
 
 def test_an_episode_without_any_choice(lone_rule_env: ServingEnv) -> None:
-    """It has ended when it begins; one step tells so, and its reward is the whole return."""
+    """The episode ends in reset. One step says so, and its reward is the whole return."""
     observation, _ = start(lone_rule_env, instance((5, 3), (5, 1)))
     assert lone_rule_env.observation_space.contains(observation)
     assert lone_rule_env.action_masks().tolist() == [True, False]
@@ -226,7 +226,7 @@ SECONDS = [(5.5, 1), (6.0, 2), (11.9, 2), (12.0, 3), (0.0, 10)]
 
 @pytest.mark.parametrize(("most", "steps"), SECONDS)
 def test_truncation_by_seconds(most: float, steps: int) -> None:
-    """At the first decision point after that time has passed; 0 is never."""
+    """Truncated at the first decision point after the limit; a limit of 0 never truncates."""
     env = make_env(1, max_seconds=most)
     start(env, instance(*[(5, 5)] * 10))
     ends = [env.step(np.int64(1))[2:4] for _ in range(steps)]

@@ -103,7 +103,7 @@ def test_perfect_estimates_are_known_lengths(policy: str) -> None:
 
 
 def test_a_common_factor_leaves_the_order_and_a_threshold_alone() -> None:
-    """Admission by order alone does not feel a bias; what cuts time to the next finish does."""
+    """A common factor changes no order, so threshold stays as it is; hybrid uses the time to a finish."""
     case = make_case(SMALL, 3)
     gaps = {
         name: [

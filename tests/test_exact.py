@@ -93,7 +93,7 @@ def test_three_ways_agree(block: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:decode table ends")
 def test_the_cases_are_varied() -> None:
-    """Every shortcut is taken and not taken."""
+    """Each shortcut applies to some of the 240 cases and not to others."""
     problems = []
     for seed in range(240):
         requests, clients, costs, budget = random_case(seed)
@@ -130,7 +130,7 @@ def test_waiting_can_pay(method: str) -> None:
 
 @pytest.mark.parametrize(("clients", "longest"), [(3, 9), (3, 30), (4, 9)])
 def test_larger_cases_are_proven(clients: int, longest: int) -> None:
-    """The bound of ``servegym.envs.bounds.batch`` is below, and the search closes what it leaves open."""
+    """The bound of ``servegym.envs.bounds.batch`` lies below the optimum; the search closes the gap."""
     for seed in range(3):
         requests = tiny_requests(10, longest, seed)
         result = solve(requests, clients, TINY.cost)
@@ -161,7 +161,7 @@ def test_no_policy_is_faster(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_out_of_time(method: str) -> None:
-    """What is known by then, and a gap that holds."""
+    """The best schedule so far, and a bound that holds."""
     requests = tiny_requests(12, 30, 0)
     optimum = solve(requests, 4, TINY.cost)
     assert optimum.proven

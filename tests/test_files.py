@@ -12,7 +12,6 @@ import pytest
 from servegym.envs import load_task
 from servegym.envs.errors import ServegymError, shown
 from servegym.envs.files import read_json, read_text
-from servegym.envs.task.toml import _line_of, _statement_ends
 from servegym.envs.workload.csv import read_requests
 
 Write = Callable[[str, str], Path]
@@ -208,33 +207,49 @@ def test_long_values_are_shown_short() -> None:
     assert shown(16**5000) == "a value of type int that is too long to be shown"
 
 
-STATEMENTS = {
-    # a statement by its key, over one line or several; whatever its text holds is no statement
-    "a": "a = 1 # [b]",
-    "b": 'b = """\n[x]\ny = 1 \\"""\n"""',
-    "c": 'c = [\n  1, # ]\n  \'[\', "]\\"",\n]',
-    "d": "d = {e = '}', f = \"#\"}",
-    "g": "g = '''\n\\'''''",
-    "h.i": '"h.i" = "\\\\"',
-    "j": 'j = """a"""""',
-    "k": "'k' = ''",
-    "l": 'l = """\n\\\n\n#"""',
-    "m": "m.n.'o' = [[{p = 1}], []]",
-}
+STATEMENTS = [
+    # a statement, right and wrong, over one line or several; what its text holds is no statement
+    ("cluster.clients = 3 # [b]", "cluster.clients = 0 # [b]"),
+    ("'cluster'.max_prefill_tokens = 9", "'cluster'.max_prefill_tokens = [[{p = 1}], []]"),
+    ('workload.source = """\\\n\n  tiny"""', 'workload.source = """\n[x]\ny = 1 \\"""\n"""'),
+    ("workload . 'requests' = 0x9", "workload . 'requests' = '\\'"),
+    (
+        "process.rules = [\n  'fcfs', # ]\n]",
+        "process.rules = [\n  'fcfs', # ]\n  '[', \"]\\\"\",\n]",
+    ),
+    ("process.decisions = '''\nevents'''", "process.decisions = '''\n\\'''''"),
+    ('information.output_lengths = """known"""', 'information.output_lengths = """a"""""'),
+    ("information.'compare_by' = 'mean'", 'information.compare_by = """\n\\\n\n#"""'),
+    ("information.quantile = 0.5", "information.quantile = ''"),
+    ("process.max_decisions = 7", 'process."max.decisions" = 7'),
+    (
+        "cost = {model = 'affine', decode = {base = 1}, prefill = {base = 1, per_token = 1}}",
+        "cost = {e = '}', f = \"#\"}",
+    ),
+    ("", '"h.i" = "\\\\"'),
+    ("#", "m.n.'o' = [\n[{p = 1}], []]"),
+]
 
 
-def test_statements_in_any_order(rng: np.random.Generator) -> None:
-    """Where every statement ends and begins, in texts put together at random."""
-    for _ in range(100):
-        keys = [str(key) for key in rng.permutation(list(STATEMENTS))]
-        text, begins, ends = "", {}, []
-        for key in keys:
-            for filler in ("", "# a = [\n", "\n")[: int(rng.integers(3)) + 1]:
-                text += filler
-                ends += [text.count("\n")] if filler else []
-            begins[key] = text.count("\n") + 1
-            text += STATEMENTS[key] + "\n"
-            ends.append(text.count("\n"))
-        assert _statement_ends(text) == [*ends, ends[-1] + 1]  # and the empty line after the last
-        for key, line in begins.items():
-            assert _line_of(text, (key, "unknown")) == line
+def test_statements_in_any_order(write: Write, rng: np.random.Generator) -> None:
+    """One statement is wrong, in texts put together at random: its first line is named."""
+    for _ in range(300):
+        wrong = int(rng.integers(len(STATEMENTS)))
+        text, line = "", 0
+        for k in rng.permutation(len(STATEMENTS)):
+            text += "".join(("", "# a = [\n", "\n")[: int(rng.integers(3)) + 1])
+            line = text.count("\n") + 1 if k == wrong else line
+            text += STATEMENTS[k][int(k == wrong)] + "\n"
+        path = write("any.toml", text)
+        with pytest.raises(ServegymError) as error:
+            load_task(str(path))
+        assert str(error.value).startswith(f"{path}: line {line}: "), text
+
+
+def test_the_right_statements_are_a_task(write: Write) -> None:
+    task = load_task(str(write("all.toml", "\n".join(right for right, _ in STATEMENTS))))
+    assert (task.cluster.clients, task.workload.source, task.process.rules) == (
+        3,
+        "tiny",
+        ("fcfs",),
+    )

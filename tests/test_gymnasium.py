@@ -162,7 +162,7 @@ def test_the_last_info_of_a_cut_episode_holds_every_metric(make: Callable[[], gy
 
 
 def test_a_limit_is_forgotten_with_its_wrapper() -> None:
-    """What is reset without the wrapper is not cut by it; nor is another environment."""
+    """A wrapper's limit cuts no episode that is reset without it, and no other environment's."""
     env, other = ServingEnv("Tiny-v0"), ServingEnv("Tiny-v0")
 
     class ResetsAnother(gym.Wrapper):
@@ -205,7 +205,7 @@ def test_rendering_needs_its_mode(three_on_two: Requests) -> None:
 
 
 def test_rendered_image(three_on_two: Requests) -> None:
-    """Red for the prefill stage, blue for decoding, and no pixel of it in the state."""
+    """A picture in bytes, with the red of a prefill stage."""
     env = ServingEnv("Tiny-v0", render_mode="rgb_array")
     env.reset(seed=1)
     env.step(np.int64(1))

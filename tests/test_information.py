@@ -86,7 +86,7 @@ def test_expectations_are_kept_in_order(
 
 
 def check_expectations(env: ServingEnv, requests: Requests) -> None:
-    """The arrays of what is believed agree with each other, and with the truth once it is out."""
+    """The arrays of beliefs agree with each other, and with the truth where it is known."""
     assert env.state is not None
     state, replica = env.state, env.state.replicas[0, 0]
     rows, held = state.requests[0], state.clients[0, 0]
@@ -172,7 +172,7 @@ def test_the_vector_environment_knows_no_more() -> None:
 
 
 def test_better_predictions_make_better_schedules() -> None:
-    """Mean gap of a rule over ten cases; none, the task's and a perfect predictor."""
+    """Mean gap of a rule over ten cases: with no predictor, the task's and a perfect one."""
     gaps = [
         np.mean(
             [

@@ -133,7 +133,7 @@ def test_no_time_leaves_the_rules() -> None:
 @settings(max_examples=25)
 @given(st.integers(0, 10**6))
 def test_the_annealed_energy_is_that_of_the_schedule(seed: int) -> None:
-    """Moves keep books of the energy, of who stops when and of how many clients are held."""
+    """Energy, stops and held clients after many moves equal those computed anew."""
     rng = np.random.default_rng(seed)
     lengths = np.sort(rng.integers(1, 30, 40))
     times = np.concatenate(([0], np.sort(rng.choice(np.arange(1, 60), 8, replace=False))))

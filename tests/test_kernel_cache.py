@@ -213,7 +213,7 @@ def test_new_folders_have_their_mode_whatever_the_umask(tmp_path: Path) -> None:
 
 
 def test_the_hash_covers_every_module_that_is_imported() -> None:
-    """So that no machine code outlives a change of what was compiled into it."""
+    """Otherwise machine code could outlive a change of a module compiled into it."""
     script = (
         "import sys, servegym.baselines.lookahead.rollout\n"
         "for name, found in sys.modules.items():\n"

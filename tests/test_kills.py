@@ -31,7 +31,7 @@ def kill(begin: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Outcome:
     folder.mkdir(exist_ok=True)
     (folder / "stub.py").write_text(COUNTS.format(begin=begin))
     monkeypatch.setattr(kills, "SCRIPTS", folder)
-    monkeypatch.setattr(kills, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(kills, "PATIENCE_S", 0.25)
     monkeypatch.setattr(kills, "scenarios", lambda: [Scenario("stub", "stub", [])])
     lines: list[str] = []
     [outcome] = run_kills(4, 0, folder / "runs", say=lines.append)

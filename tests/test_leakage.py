@@ -33,7 +33,7 @@ def other_truth(requests: Requests, rng: np.random.Generator, most: int = 1000) 
 
 
 def revealed(env: ServingEnv) -> list[tuple[int, float]]:
-    """What completions have told: who has finished, and when."""
+    """What finishes have revealed: which requests have finished, and when."""
     log = env.records()
     return [(int(i), float(log.finished_s[i])) for i in np.flatnonzero(np.isfinite(log.finished_s))]
 
@@ -54,7 +54,7 @@ def imagined_bytes(env: ServingEnv) -> list[bytes]:
 
 
 def in_step(envs: list[ServingEnv]) -> Iterator[list[Situation]]:
-    """The situations of two environments side by side, as long as nothing tells them apart."""
+    """Pairs of situations of two environments, until a finish tells them apart."""
     while revealed(envs[0]) == revealed(envs[1]):
         yield [
             Situation(env.view(), env.rows.observations[0], env.action_masks(), env.imagine)
@@ -77,7 +77,7 @@ NAMES = [{"threshold": "threshold-2", "rollout": "rollout-2"}.get(name, name) fo
 @pytest.mark.parametrize("lengths", ["predicted", "unknown"])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_policy_sees_true_lengths(name: str, lengths: str) -> None:
-    """Another truth behind the same predictions: the same actions until a completion tells."""
+    """Other true lengths behind the same predictions: the same actions until a finish reveals one."""
     policies = [make_policy(name), make_policy(name)]
     task = informed(SMALL, output_lengths=lengths)
     task = asked_task(task, policies[0])
@@ -112,7 +112,7 @@ def test_no_policy_sees_true_lengths(name: str, lengths: str) -> None:
 
 
 def test_the_leak_test_would_notice() -> None:
-    """With known lengths another truth is seen at once."""
+    """With known lengths, other true lengths change the first observation."""
     requests = sample_requests(UNKNOWN, np.random.default_rng(0))
     altered = other_truth(requests, np.random.default_rng(1))
     half = np.arange(len(requests)) % 2 == 0
@@ -142,7 +142,7 @@ def test_nothing_leaks_under_any_actions(
 
 
 def test_aligned_aims_at_expected_finishes() -> None:
-    """Two that run truly finish together, or not; the rule picks the same request."""
+    """Whether two running requests truly finish together does not change the rule's pick."""
     predicted = [3, 20, 20, *range(4, 9), *range(4, 9), 12, 13]
     envs = []
     for together in (9, 12):

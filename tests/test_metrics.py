@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from servegym.envs.process.metrics import episode_metrics
-from servegym.envs.simulator.state import State, make_state
-
-
-def served(ttft_s: NDArray[np.float64]) -> State:
-    """The records of requests that arrived at 0 s; each second token took as long as the first."""
-    state = make_state(1, max(1, len(ttft_s)), 1)
-    state.episodes["requests"], state.episodes["bound_s"] = len(ttft_s), 1.0
-    rows = state.requests[0, : len(ttft_s)]
-    rows["first_token_s"], rows["finished_s"], rows["decode_rounds"] = ttft_s, 2 * ttft_s, 1
-    return state
+from servegym.envs import make_requests
+from servegym.envs.process.metrics import episode_metrics, records
+from servegym.envs.simulator.loading import load
+from servegym.envs.simulator.state import make_state
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 50, 100, 101, 102, 1319])
 def test_percentiles_are_numpys_to_the_last_bit(count: int, rng: np.random.Generator) -> None:
     """The committed results were made with `np.percentile`."""
+    state = make_state(1, count, clients=1)
+    ones = np.ones(count, dtype=np.int64)
+    load(state, 0, make_requests(ones, 2 * ones), None)
+    state.episodes[0].bound_s = 1.0
+    rows = state.requests[0]
+    rows["admitted_s"] = rows["arrival_s"]
     for _ in range(20):
-        values = rng.lognormal(size=count)
-        values[rng.random(count) < 0.3] = values[0]  # ties
-        metrics = episode_metrics(served(values), 0)
-        for name in ("ttft", "tpot"):
-            percentiles = metrics[f"{name}_p50_s"], metrics[f"{name}_p99_s"]
-            assert percentiles == tuple(np.percentile(values, (50, 99))), name
+        for name in ("first_token_s", "finished_s"):
+            values = rng.lognormal(size=count)
+            values[rng.random(count) < 0.3] = values[0]  # ties
+            rows[name] = values
+        metrics, log = episode_metrics(state, 0), records(state, 0)
+        for name, values in (
+            ("ttft", log.first_token_s),
+            ("tpot", log.finished_s - log.first_token_s),  # one token after the first
+        ):
+            shown = metrics[f"{name}_p50_s"], metrics[f"{name}_p99_s"]
+            assert shown == tuple(np.percentile(values, (50, 99)))
 
 
 def test_no_percentiles_of_nothing() -> None:
-    state = served(np.ones(2))
-    state.requests["admitted_s"] = np.nan
-    state.requests["finished_s"] = np.nan
+    state = make_state(1, 1, clients=1)
+    load(state, 0, make_requests([1], [2]), None)
+    state.episodes[0].bound_s = 1.0
     metrics = episode_metrics(state, 0)
-    assert np.isnan(
-        [metrics[f"{name}_p{k}_s"] for name in ("ttft", "tpot") for k in (50, 99)]
-    ).all()
+    for name in ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s"):
+        assert np.isnan(metrics[name])

@@ -93,7 +93,7 @@ def test_a_start_is_kept_or_improved(formulation: str, break_symmetry: bool) -> 
 
 
 def test_cold_under_a_time_limit_is_worse() -> None:
-    """The paper's way, for a second: a plan, but a poor one, and it says so."""
+    """The paper's program, started cold, has a poor plan after 1 s and does not call it optimal."""
     cold = plan_offline(HARD, 60, solver="milp-cold", time_limit_s=1)
     assert cold.load > plan_offline(HARD, 60).load
     assert cold.status == "feasible"

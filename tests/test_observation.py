@@ -63,13 +63,13 @@ def explained_s(costs: StageCosts, tokens: int, squares: float) -> float:
 
 
 def rounds_ahead_s(reference: ReferenceSimulator, rounds: int) -> float:
-    """Seconds of the next rounds, if nobody comes or goes."""
+    """Seconds of the next rounds, if no request is admitted or finishes."""
     active, cached = len(reference.running()), reference.cached_tokens()
     return sum(decode_round_s(reference.costs, active, cached + k * active) for k in range(rounds))
 
 
 def share(a: float, b: float) -> float:
-    """a / (a + b), 0 if there is neither."""
+    """a / (a + b), 0 if both are 0."""
     return a / (a + b) if a + b > 0 else 0.0
 
 
@@ -154,7 +154,7 @@ def expected_observation(reference: ReferenceSimulator) -> list[float]:
 
 
 def decode_round_s_or_idle(reference: ReferenceSimulator) -> float:
-    """The next round; with nobody active, what the tables say of a round of nobody."""
+    """Seconds of the next round; with no active client, the tables' entry for 0 clients."""
     active = len(reference.running())
     if active > 0:
         return decode_round_s(reference.costs, active, reference.cached_tokens())

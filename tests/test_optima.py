@@ -91,7 +91,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("lengths", ["known", "unknown"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_policy_is_below_the_optimum(tmp_path: Path, policy: str, lengths: str) -> None:
-    """Every registered one, also where it does not know the lengths."""
+    """Every registered policy, with known and with unknown lengths."""
     task = with_overrides(TINY, {"information": {"output_lengths": lengths}})
     optima = find_optima(task, range(4), tmp_path, 10.0, progress=False)
     for seed, optimum_s in zip(optima["seed"], optima["optimum_s"], strict=True):

@@ -14,7 +14,15 @@ from servegym.baselines.registry import make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs import ServegymError, ServingEnv
-from servegym.envs.machine.costs import RATES, CostModel, CostTables
+from servegym.envs.machine.costs import (
+    MIN_COST_S,
+    RATES,
+    AffineDecode,
+    AffinePrefill,
+    CostModel,
+    CostTables,
+    StageCosts,
+)
 from servegym.envs.playing.evaluation import evaluate, make_case
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import lower
@@ -83,6 +91,14 @@ LEVELS = {"prefill_level_tokens": np.array([[5, 9]]), "prefill_level_s": np.arra
 NO_LEVELS = {"prefill_level_tokens": np.zeros((1, 0)), "prefill_level_s": np.zeros((1, 0))}
 
 
+def rates(**seconds: float) -> dict[str, Any]:
+    """Tables' rates that are 0 except those given."""
+    record = np.zeros(1, RATES)
+    for name, value in seconds.items():
+        record[name] = value
+    return {"rates": record}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -94,8 +110,9 @@ NO_LEVELS = {"prefill_level_tokens": np.zeros((1, 0)), "prefill_level_s": np.zer
         ({"rates": np.zeros(2, RATES)}, "one record"),
         ({"rates": np.zeros(1)}, "one record"),
         ({"rates": np.array([(-1.0,) * 7], RATES)}, "rates.decode_per_kv_token_s must be 0 or"),
-        (NO_LEVELS | {"rates": np.zeros(1, RATES)}, "must take time"),
-        (LEVELS | {"prefill_level_s": np.array([[2.0, 1.0]])}, "must not decrease"),
+        (NO_LEVELS | {"rates": np.zeros(1, RATES)}, "must take time: prefill_base_s, "),
+        (NO_LEVELS | rates(overhead_base_s=1.0), "must take time"),  # as for AffinePrefill
+        (LEVELS | {"prefill_level_s": np.array([[2.0, 1.0]])}, "prefill_level_s must not decrease"),
         ({"prefill_level_s": np.array([[1.0]])}, r"shape \(1, levels\)"),
         (LEVELS | {"prefill_level_tokens": np.array([[9, 5]])}, "strictly increase"),
         (LEVELS | {"prefill_level_tokens": np.array([[0, 5]])}, "must lie in 1"),
@@ -108,11 +125,36 @@ def test_malformed_tables_are_refused(changes: dict[str, Any], message: str) -> 
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("changes", [{"decode_base_s": ROUNDS}, LEVELS])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decode_base_s": ROUNDS},
+        LEVELS,
+        LEVELS | {"prefill_level_s": np.array([[2.0, 2.0]])},
+        LEVELS | rates(),  # levels take time
+        *[
+            NO_LEVELS | rates(**{f"prefill_{name}_s": MIN_COST_S})
+            for name in ("base", "per_token", "per_token_squared", "floor")
+        ],
+    ],
+)
 def test_their_legal_twins_are_taken(changes: dict[str, Any]) -> None:
     tables = lower(with_model(Imitation(**changes))).costs
     for name, value in changes.items():
         assert np.array_equal(getattr(tables, name), value)
+
+
+def test_prefill_may_cost_by_squared_tokens_alone() -> None:
+    """A user's tables may be whatever AffinePrefill takes."""
+    costs = StageCosts(AffineDecode(0.5), AffinePrefill(0.0, 0.0, per_token_squared=0.25))
+    task = replace(TINY, cost=costs)
+    same = with_model(Imitation(task), task)
+    trigger = make_policy("hybrid")
+    assert isinstance(trigger, TriggerPolicy)
+    metrics = play_compiled(task, trigger, make_case(task, 0))
+    assert play_compiled(same, trigger, make_case(same, 0)) == metrics
+    assert metrics["prefill_s"] > 0
+    assert metrics["gap"] >= 0
 
 
 def test_no_tables_at_all() -> None:

@@ -78,9 +78,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def played(policies: str, *more: str) -> pd.DataFrame:
+def played(policies: str, jobs: int = 1) -> pd.DataFrame:
     options = ["--task", "Tiny-v0", "--policies", policies, "--seeds", "1000000:1000004"]
-    assert evaluate.main([*options, "--output", "out", *more]) == 0
+    assert evaluate.main([*options, "--output", "out", "--jobs", str(jobs)]) == 0
     return pd.read_csv("out/episodes.csv")
 
 
@@ -116,7 +116,7 @@ def test_it_is_evaluated_beside_the_others() -> None:
 @pytest.mark.usefixtures("here")
 def test_workers_find_it_too() -> None:
     alone = played("users_policies:First")
-    table = played("users_policies:First,users_policies:Often", "--jobs", "2")
+    table = played("users_policies:First,users_policies:Often", jobs=2)
     again = table[table["policy"] == "users_policies:First"]
     assert again["makespan_s"].tolist() == alone["makespan_s"].tolist()
     asked = table.groupby("policy")["decision_points"].first()

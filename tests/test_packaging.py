@@ -6,8 +6,8 @@ import multiprocessing
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,14 +27,17 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def imported_names(path: Path) -> Iterator[str]:
+@cache  # a file is asked about by several tests
+def imported_names(path: Path) -> tuple[str, ...]:
     """Every dotted name that a file imports, also inside functions; `from a import b` gives a.b."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += (f"{node.module}.{alias.name}" for alias in node.names)
+    return tuple(names)
 
 
 def offences(paths: list[Path], forbidden: set[str]) -> list[str]:
@@ -105,19 +108,28 @@ print([name for name in {list(ROOMS)!r} if find_spec(name) is not None])
     assert run_outside(code, tmp_path).strip() == "[]"
 
 
-def test_envs_import_light(tmp_path: Path) -> None:
-    heavy = HEAVY | {"matplotlib"}
-    code = f"import sys, servegym.envs; print(sorted({heavy!r} & set(sys.modules)))"
-    assert run_outside(code, tmp_path).strip() == "[]"
+def test_importing_envs_and_reading_a_task_loads_neither_heavy_libraries_nor_kernels(
+    tmp_path: Path,
+) -> None:
+    code = f"""
+import sys, servegym.envs
+print(sorted({HEAVY | {"matplotlib"}!r} & set(sys.modules)))
+servegym.envs.read_task
+print(sorted({{"numba", "llvmlite"}} & set(sys.modules)))
+"""
+    assert run_outside(code, tmp_path).split() == ["[]", "[]"]
 
 
-def test_reading_a_task_loads_no_kernels(tmp_path: Path) -> None:
-    code = (
-        "import sys, servegym.envs\n"
-        "servegym.envs.read_task\n"
-        "print(sorted({'numba', 'llvmlite'} & set(sys.modules)))"
-    )
-    assert run_outside(code, tmp_path).strip() == "[]"
+@pytest.mark.parametrize("package", ["envs", "baselines", "agents"])
+def test_a_package_gives_the_names_of_its_stub(package: str) -> None:
+    """lazy_loader reads the stub when a name is asked for, the type checker when it checks."""
+    module = importlib.import_module(f"servegym.{package}")
+    assert set(module.__all__) <= set(dir(module))
+    assert {name for name in module.__all__ if not hasattr(module, name)} == set()
+    with pytest.raises(AttributeError, match=f"servegym.{package} .*Serve"):
+        module.Serve  # noqa: B018
+    with pytest.raises(ImportError, match="'Serve'"):
+        exec(f"from servegym.{package} import Serve")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,6 @@ def test_jobs_are_capped_at_what_is_useful(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    parallel._say.cache_clear()
     monkeypatch.setattr(parallel, "cpu_count", lambda: processors)
     for _ in range(3):
         assert useful_jobs(jobs, things) == useful
@@ -140,7 +139,7 @@ def start(output: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
 def test_no_process_outlives_a_killed_evaluation(tmp_path: Path) -> None:
-    """All gone soon, and what was finished is kept and gone on with."""
+    """All processes end soon; finished episodes are kept, and a second run adds to them."""
     folders = {number: tmp_path / number.name for number in (signal.SIGKILL, signal.SIGTERM)}
     running = {number: start(folder) for number, folder in folders.items()}
     with ExitStack() as stack:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from servegym.baselines.planning.planner import load_kernels
 from servegym.envs.errors import ServegymError
 from servegym.envs.workload.csv import read_requests
 from servegym.envs.workload.plan import plan_from_queues
@@ -201,7 +202,7 @@ def test_refuses_outputs(
 def test_refuses_a_folder_it_may_not_write(
     ended: Callable[..., Outcome], workload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root may write everywhere, so the answer of the system is feigned."""
+    """Root may write everywhere, so the system's refusal is simulated."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     output = str(workload.with_name("plan.json"))
     outcome = ended(plan.main, "--workload", str(workload), "--clients", "2", "--output", output)
@@ -232,7 +233,8 @@ def test_ctrl_c_writes_nothing(ended: Callable[..., Outcome], workload: Path, so
     workload.write_text("prompt_tokens,output_tokens\n" + rows)
     output = workload.with_name("plan.json")
     options = ["--workload", str(workload), "--clients", "8", "--output", str(output)]
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    load_kernels()  # so that the signal comes in the search
+    timer = threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
         outcome = ended(plan.main, *options, "--solver", solver, "--time-limit", "600")
@@ -332,7 +334,7 @@ class TestParse:
 
     @pytest.mark.parametrize("option", ["number", "ratio-x", "flag"])
     def test_every_refusal_is_explained(self, option: str) -> None:
-        """Whatever tyro refuses, now and in its next versions, is put in words here."""
+        """Every refusal of tyro's has a message of our own; a new version of tyro may break this."""
         type_ = {"number": int, "ratio-x": float, "flag": bool}[option]
         for text in wrong_arguments.POOLS[type_]:
             assert refusal([f"--{option}", text]) != UNEXPLAINED, text

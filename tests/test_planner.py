@@ -199,7 +199,7 @@ class TestReproducibility:
         assert queues(walked.plan) == queues(plan_offline(rounds, 100, solver="lpt").plan)
 
     def test_portions_do_not_show(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The walk looks at the clock now and then; how often must not matter."""
+        """How often the walk looks at the clock does not change the plan."""
         rounds = lognormal(320, seed=2)
         plain = rebalanced_plan(rounds, 100, tries=3000)
         monkeypatch.setattr(walk_module, "PORTION_S", 0.0)

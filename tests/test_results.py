@@ -70,7 +70,7 @@ def test_no_episode_beats_its_bound(name: str) -> None:
 
 @pytest.mark.parametrize("policy", ["fcfs", "hybrid"])
 def test_the_single_case_is_reproduced(policy: str) -> None:
-    """What the table says of the single case is what the code does today."""
+    """The code still plays the single case as the committed table says."""
     row = play(
         PAPER, policy, make_policy(policy), make_case(PAPER, PAPER_CASE_SEED), PAPER_CASE_SEED
     ).row

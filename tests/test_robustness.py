@@ -39,7 +39,7 @@ QUICK_BENCHES = ("workload", "task", "agent", "readme")
 
 
 def test_wrong_arguments_are_refused() -> None:
-    """Of every script, another seed than that of the results."""
+    """Of every script, with another seed than the results have."""
     outcomes = [wrong_arguments.try_one(trial) for trial in wrong_arguments.trials(84, 11)]
     assert [outcome for outcome in outcomes if outcome.verdict != ONE_LINE] == []
 

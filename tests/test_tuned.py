@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -61,19 +64,30 @@ def test_the_baselines_are_those_of_the_committed_episodes(task: str) -> None:
     assert rules == list(baselines(task))
 
 
+@pytest.fixture
+def without_studies() -> Iterator[None]:
+    """As if no module of servegym.studies were imported yet."""
+
+    def taken_out() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if f"{name}.".startswith("servegym.studies.")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = taken_out()
+    yield
+    taken_out()
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("without_studies")
 def test_no_results_are_needed_to_import_the_studies(tmp_path: Path) -> None:
     """As in an installed package: every module below servegym.studies, from a copy without results."""
-    code = f"""
-import sys
-from importlib import import_module
-from pathlib import Path
-import servegym.studies
-root = Path({str(tmp_path / "studies")!r})
-servegym.studies.__path__[:] = [str(root)]
-for path in sorted(root.rglob("*.py")):
-    name = ".".join(("servegym.studies", *path.relative_to(root).with_suffix("").parts))
-    module = import_module(name.removesuffix(".__init__"))
-    assert module.__name__ == "servegym.studies" or module.__file__ == str(path), module
-"""
-    shutil.copytree(RESULTS.parent / "scripts" / "studies", tmp_path / "studies")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    root = tmp_path / "studies"
+    shutil.copytree(RESULTS.parent / "scripts" / "studies", root)
+    spec = spec_from_file_location("servegym.studies", root / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["servegym.studies"] = package = module_from_spec(spec)
+    spec.loader.exec_module(package)
+    for path in sorted(root.rglob("*.py")):
+        name = ".".join(("servegym.studies", *path.relative_to(root).with_suffix("").parts))
+        assert import_module(name.removesuffix(".__init__")).__file__ == str(path)

@@ -1,15 +1,17 @@
 """A clairvoyant planner of the joint schedule: when prefill stages happen and what each admits.
 
-It sees all lengths, which no policy does in practice, and takes minutes; its schedules say how much
-of a policy's gap to the lower bound could be won. All requests are present at t = 0.
+The planner knows all lengths, which no policy does in practice, and takes minutes. Its schedules show
+how much of a policy's gap to the lower bound can be closed. All requests are present at t = 0.
 
-The search begins with the best of some rules. Annealing (``calendar_search``) then looks for a
-calendar of a given number of stages and a given end that holds every request; an end that proves too
-early is put off a little at a time. About how many stages and what end are good is estimated from the
-least padding of the lengths (``joint_bound``); short trials around that choose the stages, further
-searches start anew with an end somewhat before the best one so far, and the best calendar is polished:
-heated a little and cooled with its end a round earlier. What is compared is always the true makespan,
-replayed by the simulator's kernels.
+1. Some rules are played; the best schedule is the first to beat.
+2. A good number of stages and a good end are estimated from the least padding of the lengths
+   (``bounds.padding``). Short searches with about as many stages choose their number.
+3. Further searches start anew with an end somewhat before the best one so far.
+4. The best calendar is polished: heated a little and cooled with its end a round earlier.
+
+A search anneals (``calendar.search``) a calendar of a given number of stages and a given end. Where
+not every request fits, the end moves later in small steps. Schedules are compared by their true
+makespan, which the simulator's kernels replay.
 """
 
 from __future__ import annotations
@@ -45,25 +47,25 @@ MOVES_PER_REQUEST: Final = 2_000_000
 _RULES: Final = ("aligned", "longest")
 _PARAMETERS: Final = (0.05, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0)  # λ of the rules tried first
 
-# From training seeds 2, 5 and 9 of GSM8K-v0; two searches differ by luck as much as by these.
-_DIFFERENCES: Final = 1.65  # a good calendar pads like so many lengths a stage, see _estimate
-_STAGE_SHARES: Final = (0.8, 0.9, 1.0)  # of the stages estimated, a short search each
-_TRIAL_SHARE: Final = 0.05  # of what is left of the budget, for each of them
+# Chosen on training seeds 2, 5 and 9 of GSM8K-v0; another seed changes a search as much as these do.
+_DIFFERENCES: Final = 1.65  # lengths a stage that a good calendar pads to, see _estimate
+_STAGE_SHARES: Final = (0.8, 0.9, 1.0)  # of the estimated stages, for one short search each
+_TRIAL_SHARE: Final = 0.05  # of the budget left, for each short search
 _STAGE_FACTORS: Final = (0.94, 1.0, 1.06)  # stages of the searches that follow
-_RESTARTS: Final = 10  # searches that follow at most; the best of ten short ones beats a long one
-_RESTART_MOVES: Final = 20_000  # of each for each request, at least, unless there is but one
-_RESTARTS_SHARE: Final = 0.85  # of the budget left by the trials; polishing spends the rest
-_LATER_ENDS: Final = (0.7, 0.85)  # theirs lie so far between the bound and the best end
+_RESTARTS: Final = 10  # most searches that follow; the best of ten short ones beats a long one
+_RESTART_MOVES: Final = 20_000  # least moves a request of each, unless there is only one
+_RESTARTS_SHARE: Final = 0.85  # of the budget that the trials leave; polishing spends the rest
+_LATER_ENDS: Final = (0.7, 0.85)  # their ends, as shares of the way from the bound to the best end
 # Reject an end if the schedule found is more than this factor farther from the bound.
 _FAR: Final = 2.0
 _HOT: Final = 2.0  # temperatures, in mean rounds between stages
 _WARM: Final = 0.05
 _REHEATED: Final = (0.01, 0.1)  # polishing begins between these
 _COLD: Final = 0.02
-_COLDEST: Final = 0.003  # of what follows the first anneal
-_COOLING_SHARE: Final = 0.8  # of a search's budget; the rest is for putting off the end
-_STEPS: Final = 5  # times that the end is put off
-_FARTHEST_STEP: Final = 20  # a step is what is left over, shared by so many times the clients
+_COLDEST: Final = 0.003  # lowest temperature after the first anneal
+_COOLING_SHARE: Final = 0.8  # of a search's budget; the rest is for later ends
+_STEPS: Final = 5  # times that the end is moved later
+_FARTHEST_STEP: Final = 20  # a step is the energy left / (this · clients), in rounds
 _POLISHES: Final = 10
 _PIECE: Final = 1_000_000  # moves between two looks at the clock
 _MOST_LATENESS: Final = 1 << 61  # requests × rounds²
@@ -102,7 +104,7 @@ def plan_jointly(
     costs
         Tables of the cost model for as many clients.
     time_limit_s
-        Seconds after which the best schedule so far is returned; at least some rules are played.
+        Seconds after which the best schedule so far is returned; the rules are played in any case.
         Where the limit is not reached, equal arguments give equal plans.
     seed
         Of the search's random numbers.
@@ -174,7 +176,7 @@ def _aim(spare: float, made: int, nearer: float) -> float:
 
 
 def _until(calendar: Calendar, end: int) -> Calendar:
-    """Return a copy that ends at another clock, behind its last stage."""
+    """Return a copy that ends at another clock, after its last stage."""
     times = calendar.times.copy()
     times[-1] = end
     return make_calendar(calendar.lengths, calendar.start, times)
@@ -248,13 +250,13 @@ class _Search:
         return best
 
     def _spare_of(self, attempt: _Attempt) -> int:
-        """Return the rounds between the lower bound and the end, or the best rule's if that is sooner."""
+        """Return the rounds from the lower bound to the end, or to the best rule's end if that is earlier."""
         return min(attempt.end, self._rule_end) - self._least_end
 
     def _estimate(self) -> tuple[int, float]:
-        """Return about how many stages are best and how many rounds clients then lose by idling.
+        """Return about how many stages are best and how many rounds each client then idles.
 
-        What S stages lose is taken to be the least padding to so many lengths a stage.
+        S stages are taken to idle as long as the least padding to ``_DIFFERENCES`` · S lengths.
         """
         lengths, counts = np.unique(self._lengths, return_counts=True)
         prompts, rounds = self._requests.prompt_tokens, self._requests.decode_rounds
@@ -277,7 +279,7 @@ class _Search:
         return self._requests.decode_rounds[ids]
 
     def _search(self, stages: int, end: int, share: float) -> _Attempt:
-        """Anneal from nothing, then put the end off step by step until all fits.
+        """Anneal random starts, then move the end later step by step until every request fits.
 
         Spends at most a share of what is left of the budget.
         """
@@ -298,7 +300,7 @@ class _Search:
         return _best(attempts)
 
     def _polish(self, attempt: _Attempt, share: float) -> _Attempt:
-        """Heat a calendar a little and let it cool with the end a round before its own."""
+        """Heat a calendar a little and cool it with its end a round earlier."""
         earliest = int(attempt.calendar.times[-2]) + 1
         calendar = _until(attempt.calendar, max(earliest, self._least_end, attempt.end - 1))
         low, high = _REHEATED
@@ -313,7 +315,7 @@ class _Search:
     def _anneal(
         self, calendar: Calendar, hot: float, cold: float, moves: float, time_s: float
     ) -> int:
-        """Anneal in pieces; where time is short, the temperature falls faster. Return what is left.
+        """Anneal in pieces; where time is short, the temperature falls faster. Return the energy left.
 
         Temperatures are in mean rounds between stages.
         """
@@ -339,11 +341,11 @@ class _Search:
         return _Attempt(self._offer(batches), end, calendar)
 
     def _offer(self, batches: list[NDArray[np.int64]]) -> float:
-        """Return the makespan of stages that happen as soon as their requests find idle clients."""
+        """Keep the best schedule; return the makespan of stages that start once enough clients are idle."""
         stages: list[Stage] = []
         running: list[int] = []
         clock = 0
-        # Requests without rounds may let one stage follow another at once: more than J in a batch.
+        # Stages of requests without rounds may share a clock, so a batch may hold more than J.
         fitting = [
             batch[np.argsort(self._rounds(batch), kind="stable")][first : first + self._clients]
             for batch in batches

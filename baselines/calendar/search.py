@@ -5,8 +5,8 @@ clock of each of M stages and of the end, and the stage a at which each request 
 plus its decode rounds and then keeps its client until the next stage. Which client that is does not
 matter, only that no more than J are held at a time.
 
-The end is fixed and the energy, in client-rounds, is what does not fit: clients held beyond J between
-two stages, and what runs past the end. A schedule of energy 0 can be carried out. Moves: a request
+The end is fixed. The energy, in client-rounds, measures what does not fit: clients held beyond J
+between two stages, and rounds past the end. A schedule of energy 0 can be carried out. Moves: a request
 starts at another stage; two requests of about the same length swap their stages, which hardly changes
 how many clients are held; some successive stages shift by the same number of rounds.
 """
@@ -25,18 +25,18 @@ from servegym.envs.jit import allocating_kernel, kernel
 
 Whole = NDArray[np.int64]
 
-# The temperatures are from training seed 0 of GSM8K-v0, the others plain choices.
+# Plain choices, not tuned.
 SWAPS: Final = 0.5  # share of the moves
 RANKS: Final = 24  # maximum rank distance, by length, between two swapped requests
-DRAWS: Final = 3  # stages drawn for a new start; tried is the one that idles its client least
+DRAWS: Final = 3  # stages drawn for a new start; the one that idles the client least is tried
 SHIFT_EVERY: Final = 150  # moves; a shift looks at every request
 FARTHEST_SHIFT: Final = 12  # rounds
-OVERFULL: Final = 3
+OVERFULL: Final = 3  # energy of a client-round held beyond J
 _NOWHERE: Final = -1  # the decode clock of a request without a place
 
 
 class Calendar(NamedTuple):
-    """A schedule under search: M stages, and the end in the last place of what has M + 1 places."""
+    """A schedule under search: M stages; arrays of M + 1 places have the end in the last one."""
 
     lengths: Whole  # (requests,) decode rounds, at least 1, ascending
     start: Whole  # (requests,) the stage each starts at, 0 … M − 1
@@ -57,7 +57,8 @@ def make_calendar(lengths: Whole, start: Whole, times: Whole) -> Calendar:
 def _lateness(rounds: int) -> int:
     """Return the energy of a request that runs so many rounds past the end (none if negative).
 
-    It grows with the square: the last to finish sets the makespan, all others then run late for free.
+    It grows with the square: the last request sets the makespan, so one very late request is worse
+    than several that are a little late.
     """
     return rounds * (rounds + 1) // 2 if rounds > 0 else 0
 
@@ -261,8 +262,8 @@ def anneal(
 def repair(calendar: Calendar, clients: int) -> tuple[Whole, int]:
     """Move requests that have no free client to the clock at which they delay the end least.
 
-    Where a stage holds more requests than clients, the shortest requests move. A stage of its own costs
-    a moved request little.
+    Where a stage holds more requests than clients, the shortest requests move. A new stage counts as
+    half a round of delay.
 
     Returns
     -------

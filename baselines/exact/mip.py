@@ -2,14 +2,14 @@
 
 With t = 0 … H a decode clock, b a batch (a number of requests of each kind) and J clients:
 
-* z[t, b]: stages at clock t that admit batch b, at its seconds. Requests of a kind that start at t, the
-  x[i, t] of the usual program, are sums of these; a batch in place of a token level makes the program
-  exact for every cost model and token budget.
+* z[t, b]: stages at clock t that admit batch b; each costs the batch's seconds. Requests of a kind that
+  start at t, the x[i, t] of the usual program, are sums of these; a batch in place of a token level
+  makes the program exact for every cost model and token budget.
 * y[t, n] = 1 where round t has n active clients, at b(n) seconds; where rounds count alone
   (``JointProblem.counts_rounds``) only n = J, at b₀ seconds, with "at most" in place of "exactly".
-* w[t, m] = 1 where a stage at clock t admits m requests without rounds. These leave at once, so that
-  several stages at a clock may hold more than J requests; most such requests first is the order that
-  fits if any does, and each stage must then find its places.
+* w[t, m] = 1 where a stage at clock t admits m requests without rounds. Such requests leave with their
+  stage, so several stages at a clock may admit more than J requests together. If any order of these
+  stages fits, most such requests first does; in this order each stage must find enough idle clients.
 
 Every request starts once; n requests whose rounds include round t are active in it. Cuts: no round
 without one before it; stages and rounds at least those of ``servegym.envs.bounds.batch`` (⌈I/J⌉; area,
@@ -37,7 +37,7 @@ from servegym.envs.errors import ServegymError
 MAX_STAGES: Final = 200_000
 """Most variables z; larger programs take longer to build than small cases take to solve."""
 
-_TOLERANCE: Final = 1e-6  # relative; what the solver's bound may be too high by
+_TOLERANCE: Final = 1e-6  # relative; how far too high the solver's bound may be
 
 
 @dataclass
@@ -96,7 +96,7 @@ class _Batches:
     seconds: NDArray[np.float64]  # (B,)
     running: NDArray[np.int64]  # (B, D + 1) members that run in the n-th round after the stage
     brief: NDArray[np.int64]  # (B,) members without rounds
-    copies: NDArray[np.int64]  # (B,) how often there are requests for it
+    copies: NDArray[np.int64]  # (B,) how often the requests suffice for it
 
 
 def solve_joint_mip(problem: JointProblem, known: Schedule, time_limit_s: float) -> Outcome:
@@ -122,7 +122,7 @@ def solve_joint_mip(problem: JointProblem, known: Schedule, time_limit_s: float)
     model.setOptionValue("mip_rel_gap", 0.0)
     model.setOptionValue("mip_abs_gap", 1e-9)
     # The solver's tolerances are absolute: the known schedule is scaled to a cost of 16 … 32, by a
-    # power of two, so that whole seconds stay numbers that the solver sees to have a common divisor.
+    # power of two, so that whole seconds keep a common divisor that the solver can find.
     scale = 2.0 ** (5 - math.ceil(math.log2(known_s))) if known_s > 0 else 1.0
     model.passModel(_build(problem, batches, horizon).lowered(scale))
     solve_interruptibly(model)

@@ -22,8 +22,8 @@ from servegym.envs.task.lowering import lower
 from servegym.envs.workload.requests import Requests
 
 COLUMNS: Final = ("seed", "optimum_s", "bound_s", "proven", "time_limit_s", "search_s")
-"""Columns of ``optima.csv``: of each case the best schedule's makespan, which is the optimum where
-``proven``; what no schedule is below (the same where proven); the limit, and the seconds it took."""
+"""Columns of ``optima.csv``. ``optimum_s`` is the best schedule's makespan, the optimum where ``proven``;
+``bound_s`` is a lower bound on every schedule's (equal where proven)."""
 
 OPTIMA: Final = Schema(COLUMNS, key=("seed",), flags=("proven",))
 """What ``optima.csv`` must be."""
@@ -31,11 +31,11 @@ OPTIMA: Final = Schema(COLUMNS, key=("seed",), flags=("proven",))
 FILE: Final = "optima.csv"
 
 MAX_REQUESTS: Final = 12
-"""Larger cases are not tried: they may take minutes, and most are more than the search can hold."""
+"""Larger cases are not tried: they may take minutes, and most exceed the search's tables."""
 
 
 class TooLargeError(ServegymError):
-    """A case of few requests is more than the search can hold."""
+    """A case of few requests exceeds the search's tables."""
 
 
 def is_small(requests: Requests) -> bool:
@@ -60,8 +60,8 @@ def find_optima(
     task, seeds
         The cases.
     output
-        Folder for ``optima.csv`` and ``task.json``; what stands there is not searched again, unless it
-        is not proven and the limit has been raised.
+        Folder for ``optima.csv`` and ``task.json``; a case that stands there is searched again only
+        if it is not proven and the limit has been raised.
     time_limit_s
         Seconds of search for a case, > 0.
 
@@ -69,8 +69,8 @@ def find_optima(
     ------
     ServegymError
         If the folder holds another task's results or a damaged file, or is written to by another
-        process; :class:`TooLargeError` if a case has few requests and still is more than the search
-        can hold: the message says what it can, and a lower bound.
+        process; :class:`TooLargeError` if a case has few requests and still exceeds the
+        search's tables; the message names a size that fits, and a lower bound.
     """
     path = output / FILE
     if path.exists():
@@ -97,7 +97,7 @@ def _open(path: Path) -> ResumableTable:
 
 
 def _missing(table: ResumableTable, seeds: Sequence[int], time_limit_s: float) -> list[int]:
-    """Return the seeds without a row, and those not proven in a shorter time than there is now."""
+    """Return the seeds without a row, and those that a shorter time limit left unproven."""
     again = {row["seed"] for row in table.rows if _try_again(row, time_limit_s)}
     lacking = set(table.missing(seeds))
     return [seed for seed in seeds if seed in lacking | again]

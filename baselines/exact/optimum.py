@@ -33,7 +33,7 @@ class ExactOptimum:
 
     makespan_s: float
     lower_bound_s: float
-    """No schedule is faster; ``makespan_s`` where that is proven to be the optimum."""
+    """No schedule is faster. Equal to ``makespan_s`` where that is proven optimal."""
     proven: bool
     schedule: Schedule
 
@@ -52,7 +52,7 @@ def exact_optimum(
     method: str = "search",
     time_limit_s: float = 60.0,
 ) -> ExactOptimum:
-    """Return the shortest makespan of any schedule; within the time limit, the best with its gap.
+    """Return the fastest of all schedules, or the best one found within the time limit.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def exact_optimum(
     ------
     ServegymError
         If requests arrive later, there is no such method, the time limit is not positive, or the case
-        is too large; the message then says what size would do, and the lower bound.
+        is too large; the message then names a size that fits, and a lower bound.
 
     Examples
     --------

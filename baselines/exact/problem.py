@@ -6,17 +6,17 @@ active client decodes. The makespan is
 
     Σ stages prefill(stage) + Σ rounds b(active clients) + c · Σ_i (d_i p_i + d_i (d_i + 1) / 2),
 
-whose last term, the cache's, is the same for every schedule. What the exact methods may leave out:
+whose last term, the cache's, is the same for every schedule. What makes the exact methods' search smaller:
 
 * **Requests of a kind** (equal prompt and rounds) are interchangeable.
 * **Rounds count alone** (``JointProblem.counts_rounds``). Where b(n) = b₀ + b₁ n with b₀ ≥ 0 the
-  decode time is b₀ · C + b₁ · Σ d_i, with C rounds. A stage before which nobody has just finished can
-  then run a round earlier, with the same members: so some optimal schedule has stages only at t = 0
+  decode time is b₀ · C + b₁ · Σ d_i, with C rounds. A stage at a clock where no request finishes can
+  then run a round earlier, with the same members. So some optimal schedule has stages only at t = 0
   and at finishes.
-* **Stages count alone** (``JointProblem.counts_stages``). If besides a stage costs a fixed time and
-  its members a time of their own, and there is no token budget, some optimal schedule never leaves a
+* **Stages count alone** (``JointProblem.counts_stages``). If, besides, a stage costs a fixed time
+  plus a time for each member, and there is no token budget, some optimal schedule never leaves a
   client idle at a stage while a request waits: the next request of that client can join the stage.
-  Prompts then make no kinds.
+  Kinds then differ by rounds alone.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class JointProblem:
 
     @property
     def constant_s(self) -> float:
-        """Seconds that every schedule takes and the kinds do not show: cache, and prompts if left out."""
+        """Seconds that every schedule takes and kinds leave out: cache, and prompts where kinds lack them."""
         if not self.counts_stages:
             return self.cache_s
         rates, prompts = self.costs.rates[0], self.requests.prompt_tokens.astype(float)

@@ -5,14 +5,14 @@ to a state the cheaper one is never worse. Moves are a prefill stage (any batch 
 where stages count alone) and decoding on (to the next finish; by one round where the time of a round
 is no straight line in the active clients, as then waiting a while can pay).
 
-**Bound.** If s more stages admit the w waiting requests, they leave s · J − w places over, and a
-request that runs on through a stage takes one. So at most that many requests run through any stage.
-The others each lie within one of the s + 1 stretches between stages, at most J in each, and a stretch
-is as long as its longest: sort all by rounds left and drop the s · J − w longest; every J-th of the rest,
-beginning with the first, add up to no more than the rounds to come. These are also no fewer than
-area, longest and pigeonhole say (``rounds_lower_bound``). The rounds give decode time (the bound's
-linear program, by its dual), the s stages at least the cheapest partition of the waiting into s or
-more batches; the least over s is a bound.
+**Bound.** If s more stages admit the w waiting requests, they fill w of s · J places, and a request
+that runs through a stage takes one of the others. So at most s · J − w requests run through any stage.
+Each other request lies within one of the s + 1 stretches between stages, at most J in each, and a
+stretch is as long as its longest request. Hence: sort all requests by rounds left and drop the
+s · J − w longest; every J-th of the rest, from the first on, add up to no more than the rounds to come.
+Area, longest and pigeonhole (``rounds_lower_bound``) bound these rounds, too. Decode time follows from
+the rounds (the bound's linear program, by its dual); the s stages take at least as long as the cheapest
+partition of the waiting requests into s or more batches. The least sum over s is the bound.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def search(problem: JointProblem, cutoff_s: float, time_limit_s: float) -> Outco
     frontier = _start(problem, tables)
     started = time.perf_counter()
     _expand(tables, frontier, cutoff_s, 0)
-    deadline += time.perf_counter() - started  # of compiling it, the first time
+    deadline += time.perf_counter() - started  # compiling it does not count
     status, goal, seconds = RUNNING, -1, 0.0
     while status in (RUNNING, FULL):
         if status == FULL:
@@ -156,7 +156,7 @@ def _slot(frontier: Frontier, key: int) -> int:
 def _expand(
     tables: Tables, frontier: Frontier, cutoff_s: float, expansions: int
 ) -> tuple[int, int, float]:
-    """Expand the most promising states; return how it ended, and the goal's node and cost if found."""
+    """Expand the most promising states; return the status, and the goal's node and cost if found."""
     clients = tables.decode_s.size - 1
     left = np.zeros(clients, dtype=np.int64)
     after = np.zeros(clients, dtype=np.int64)

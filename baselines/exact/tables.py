@@ -1,4 +1,4 @@
-"""What the search for the exact optimum looks up: sizes it can do, batches, waiting sets, least times."""
+"""What the search for the exact optimum looks up: batches, waiting sets, least times; its largest sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tables(NamedTuple):
     """What the search looks up; K kinds, B batches, W waiting sets, J clients.
 
     A waiting set is *packed*, a field of bits per kind with a guard bit above it, and *numbered*,
-    0 … W − 1. Both subtract a batch by subtracting its own.
+    0 … W − 1. In both forms a batch is removed by subtracting its own value.
     """
 
     rounds: Whole  # (K,) most first
@@ -55,7 +55,7 @@ class Tables(NamedTuple):
 
 
 def refuse_size(problem: JointProblem) -> None:
-    """Raise ``ServegymError`` for a case that the tables would not hold; says what they would."""
+    """Raise ``ServegymError`` for a case too large for the tables; the message names a size that fits."""
     kinds, clients = problem.kinds, problem.clients
     sets = math.prod(int(count) + 1 for count in kinds.count)
     batches = count_batches(kinds.count.tolist(), clients)

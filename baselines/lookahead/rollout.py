@@ -195,14 +195,14 @@ class _Search:
         self, base: TriggerPolicy, rules: tuple[str, ...], briefing: Briefing, imagined: State
     ) -> None:
         task = briefing.task
-        _, self._costs, self._settings = lower(task)
+        clients, self._costs, self._settings = lower(task)
         self._base = compile_policy(base, task)
         self._rng = briefing.rng
         tried = [rule for rule in task.process.rules if rule in (base.rule, *rules)]
         self._rules = [ADMISSION_RULES.index(rule) for rule in tried]
         self._actions = [DECODE, *(1 + task.process.rules.index(rule) for rule in tried)]
         _, requests = imagined.requests.shape
-        self._scratch = make_state(1, requests, task.cluster.clients)
+        self._scratch = make_state(1, requests, clients)
         stages = requests + 1  # each admits someone; the last entry is looked at, never used
         self._schedule = StageChoices(
             np.full(stages, self._base.rule), np.full(stages, self._base.parameter)

@@ -1,1 +1,1 @@
-"""The offline plan: requests to clients so that the busiest has as little to do as can be."""
+"""The offline plan: which client serves which requests, so that the largest load is least."""

@@ -41,4 +41,4 @@ def solve_interruptibly(model: highspy.Highs) -> None:
 def _wait(model: highspy.Highs) -> None:
     finished = False
     while not finished:
-        finished, _ = model.wait(0.1)  # short waits: a lock that waits for long is deaf to Ctrl-C
+        finished, _ = model.wait(0.1)  # short: Ctrl-C is noticed only between waits

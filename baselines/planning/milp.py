@@ -104,7 +104,7 @@ def solve_mip(
         return MipResult(None, bound)
     values = np.rint(np.array(model.getSolution().col_value)[:-1]).astype(np.int64)
     client_of = _clients_of(kinds, values.reshape(-1, clients))
-    # The solver's bound is true up to its tolerances; a plan in hand is exact.
+    # The solver's bound holds up to its tolerances; a plan's load is exact.
     load = int(np.bincount(client_of, weights=rounds, minlength=clients).max())
     return MipResult(client_of, max(lower_bound, min(bound, load)))
 
@@ -149,7 +149,7 @@ def _program(kinds: _Kinds, clients: int, lower_bound: int) -> highspy.HighsLp:
 def _without_permutations(
     kinds: _Kinds, clients: int, upper: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Keep from each kind the clients that only later kinds can be the first to use."""
+    """Forbid to each kind the clients that only later kinds can be the first to use."""
     kind, client = np.divmod(np.arange(len(upper) - 1), clients)
     upper[:-1][client >= np.cumsum(kinds.count)[kind]] = 0
     return upper

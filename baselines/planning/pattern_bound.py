@@ -61,8 +61,8 @@ class PatternBound:
     def raise_bound(self, bound: int, load: int, deadline: float) -> int:
         """Try one target between a bound and the load of a plan; return the bound, raised or not.
 
-        The load is most often optimal, so first comes the target just below it, then bisection.
-        Called again until it has nothing left to try, it finds the best bound that prices give.
+        The load is most often optimal, so the first target is just below it; bisection follows.
+        Repeated calls find the best bound that prices give.
 
         Parameters
         ----------
@@ -127,7 +127,7 @@ class PatternBound:
         model.changeColsCost(
             lengths, np.arange(lengths, dtype=np.int32), -self._counts.astype(float)
         )
-        # A longer request is worth no less: this costs nothing and keeps prices from swinging.
+        # A longer request is worth no less: the best prices obey this, and it damps their oscillation.
         for shorter in range(lengths - 1):
             pair = np.array([shorter, shorter + 1], dtype=np.int32)
             model.addRow(-highspy.kHighsInf, 0.0, 2, pair, np.array([1.0, -1.0]))
@@ -139,7 +139,7 @@ class PatternBound:
     def _generate(
         self, knapsack: Knapsack, prices: NDArray[np.int64], deadline: float
     ) -> list[NDArray[np.int64]]:
-        """Take the most valuable pattern, then the best of what is left, while worth a client."""
+        """Take the most valuable pattern, then the best of the rest while it is worth more than a client."""
         left = self._counts.copy()
         patterns: list[NDArray[np.int64]] = []
         while len(patterns) < PATTERNS_A_ROUND:

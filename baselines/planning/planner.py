@@ -1,9 +1,9 @@
 """The offline plan: the largest client load as small as can be, with a proof (paper, section IV.B).
 
 Longest-first loads are evened out by exact splits of pairs (``rebalancing``). Mostly the largest
-load then meets the bound that area and pigeonhole give, which proves it optimal, within
-milliseconds. Where it does not, pricing raises the bound (``pattern_bound``) while the walk goes
-on, until the two meet or the time is up.
+load meets the bound of area and pigeonhole within milliseconds, which proves it optimal. Where it
+does not, pricing raises the bound (``pattern_bound``) while the walk goes on, until load and bound
+meet or the time is up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALL_CELLS: Final = 60
 """Requests × clients up to which the mixed-integer program decides what the walk leaves open."""
 
 TRIES_A_CLIENT: Final = 1000
-"""Moves of the walk, for each client, before it is stuck and takes a kick."""
+"""Moves of the walk, for each client, before it counts as stuck and is kicked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class CertifiedPlan:
         return self.load / self.lower_bound - 1 if self.lower_bound else 0.0
 
     def summary(self) -> str:
-        """Say it all in one line."""
+        """Return load, bound, status, gap, time and solver in one line."""
         return (
             f"load {self.load} rounds, lower bound {self.lower_bound}, {self.status} "
             f"(gap {self.gap:.3%}), {self.seconds:.3f} s, solver {self.solver}"
@@ -168,7 +168,7 @@ def rebalanced_plan(
 ) -> CertifiedPlan:
     """Plan by a fixed number of moves of the walk, whatever the clock says.
 
-    The same arguments give the same plan on every machine; for the rest as ``plan_offline``.
+    The same arguments give the same plan on every machine. All else is as in ``plan_offline``.
     """
     load_kernels()
     started = time.perf_counter()

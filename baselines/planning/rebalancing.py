@@ -1,8 +1,8 @@
 """Longest-first loads and the random walk that evens them out, compiled.
 
 The walk makes one move: take two clients, pool their requests and split the pool anew. Which sums
-a share of the pool can have is computed exactly, as a bitset (subset sum), so a pair that can be
-evened out is. Lengths are small integers, so a split costs about a microsecond.
+a share of the pool can have is computed exactly, as a bitset (subset sum), so the best split of a
+pair is found. Lengths are small integers, so a split costs about a microsecond.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OVERLOADED_FIRST: Final = 0.75
 
 SHUFFLED: Final = 0.25
 """Share of the moves that shuffle the pool first: among requests that sum to the same, others are
-taken. That helps with many requests a client and hinders with three; this serves both."""
+taken. That helps where clients hold many requests and harms where they hold three; this suits both."""
 
 PARTNERS: Final = 4
 """Clients drawn as partner of a move; the least loaded is taken."""
@@ -44,7 +44,7 @@ class Loads(NamedTuple):
     first: Whole  # (clients,) a request of each client, −1: none
     after: Whole  # (requests,) next request of the same client, −1: none
     load: Whole  # (clients,) decode rounds
-    over: Whole  # (clients,) the clients above the target, then garbage
+    over: Whole  # (clients,) the clients above the target, then unused places
     place: Whole  # (clients,) where each of them stands in ``over``, −1: nowhere
     overloaded: Whole  # (1,) how many clients are above the target
     pool: Whole  # (requests,) scratch: the requests of a pair
@@ -129,8 +129,8 @@ def walk(loads: Loads, target: int, tries: int, rng: np.random.Generator) -> int
 
     A move never adds to the pair's excess over the target, nor to its larger load unless that
     stays within the target; among the splits with the least excess it takes a random one. Most
-    moves take an overloaded client, the others keep the rest from freezing. ``set_target`` goes
-    first. At least two clients are needed.
+    moves take an overloaded client, the others keep the remaining clients changing. Call
+    ``set_target`` first. At least two clients are needed.
     """
     clients = loads.load.size
     while tries > 0 and loads.overloaded[0] > 0:
@@ -291,7 +291,7 @@ def _hand_out(loads: Loads, one: int, other: int, size: int) -> None:
 
 @allocating_kernel
 def kick(loads: Loads, pairs: int, rng: np.random.Generator) -> None:
-    """Split some pairs at random, whatever the harm: a way out of a corner."""
+    """Split some pairs at random, even for the worse, to leave a local optimum."""
     for _ in range(pairs):
         one = rng.integers(0, loads.load.size)
         other = _lightest_of_some(loads.load, one, rng)

@@ -7,8 +7,8 @@ Average Approximation Method for Stochastic Discrete Optimization"). The paper l
 that beats planning by expected lengths (its section VI).
 
 Solved by local search from the longest-first plan of the means: a request of a scenario's busiest client
-is swapped with one of another client, or moved to it, if the mean falls. The largest of many loads is
-easily fitted to few scenarios: on GSM8K-v0's size 32 make worse plans than the means, hundreds are needed.
+is swapped with one of another client, or moved to it, if the mean falls. Few scenarios are
+overfitted: at GSM8K-v0's size 32 of them make worse plans than the means do; hundreds are needed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from servegym.envs.workload.requests import MAX_TOKENS, Requests
 Whole = NDArray[np.int64]
 
 MOVES_PER_REQUEST: Final = 100
-"""Moves tried for each request; more gain less than other scenarios would change."""
+"""Moves tried for each request; more gain less than another draw of scenarios changes."""
 
 MAX_SCENARIOS: Final = 10_000
 
-_SPARE_PLACES: Final = 8  # that a client has beyond the fullest one's of the first plan
+_SPARE_PLACES: Final = 8  # of each client, beyond those of the first plan's fullest client
 _NOBODY: Final = -1
 
 
@@ -43,8 +43,8 @@ _NOBODY: Final = -1
 class SampledPlan:
     """A plan and the mean over its own scenarios of the largest load, in decode rounds.
 
-    The mean flatters the plan, which was fitted to these scenarios; ``mean_largest_load`` on others is
-    the honest figure.
+    The mean is too low: the plan was fitted to these scenarios. ``mean_largest_load`` on other
+    scenarios is unbiased.
     """
 
     plan: Plan
@@ -77,7 +77,7 @@ def plan_by_samples(
     Parameters
     ----------
     requests
-        What is planned; their predictions say in what order a client serves its own: longest first.
+        The requests to plan. A client serves its own longest first, by their predictions.
     clients
         Number of clients, ≥ 1.
     rounds

@@ -1,4 +1,4 @@
-"""The walk through plans, portioned so that it heeds the clock and Ctrl-C."""
+"""The walk through plans, in portions: the clock and Ctrl-C are looked at between them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_walk() -> None:
 
 
 class Walk:
-    """Longest-first loads, the walk that evens them out, and the best it has come by.
+    """Longest-first loads, the walk that evens them out, and the best plan so far.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class Walk:
     def aim(self, target: int, tries: int) -> bool:
         """Walk until no load is above ``target`` or the tries or the time are used up.
 
-        Returns whether the target was met. How the tries are portioned does not show in the result.
+        Returns whether the target was met. The result does not depend on how the tries are portioned.
         """
         set_target(self._loads, target)
         if len(self._loads.load) < 2:
@@ -84,7 +84,7 @@ class Walk:
         return self._loads.overloaded[0] == 0
 
     def kick(self) -> None:
-        """Disturb the loads, the best plan aside, before another ``aim``."""
+        """Disturb the loads before another ``aim``; the best plan is kept."""
         kick(self._loads, KICKED_PAIRS, self._rng)
 
     def _keep(self) -> None:

@@ -60,6 +60,11 @@ def _refuse_unsorted(name: str, values: Sequence[float]) -> None:
         raise ServegymError(f"{name} must strictly increase", name)
 
 
+def _refuse_decreasing(name: str, values: Sequence[float]) -> None:
+    if any(later < earlier for earlier, later in pairwise(values)):
+        raise ServegymError(f"{name} must not decrease", name)
+
+
 RATES: Final = np.dtype(
     [
         ("decode_per_kv_token_s", np.float64),  # per cached token at the round's start
@@ -71,6 +76,9 @@ RATES: Final = np.dtype(
         ("overhead_per_client_s", np.float64),  # … and per admitted request
     ]
 )
+
+
+_PREFILL_RATES: Final = tuple(name for name in RATES.names or () if name.startswith("prefill_"))
 
 
 class CostTables(NamedTuple):
@@ -145,18 +153,15 @@ def checked_tables(tables: CostTables, clients: int) -> CostTables:
         )
     _refuse_sizes("prefill_level_tokens", tokens[0].tolist())
     _refuse_unsorted("prefill_level_tokens", tokens[0].tolist())
-    if np.any(np.diff(seconds[0]) < 0):
-        raise ServegymError("prefill_level_s must not decrease")
+    _refuse_decreasing("prefill_level_s", seconds[0].tolist())
     for name, durations in (("decode_base_s", rounds[0, 1:]), ("prefill_level_s", seconds[0])):
         for place, duration in enumerate(durations.tolist()):
             _refuse_durations(name, **{str(place): duration})
     _refuse_costs("rates", **{name: float(rates[name][0]) for name in RATES.names or ()})
-    stage_s = [
-        float(rates[name][0])
-        for name in ("prefill_base_s", "prefill_per_token_s", "prefill_floor_s")
-    ]
-    if not seconds.size and max(stage_s) < MIN_COST_S:
-        raise ServegymError("a prefill stage must take time: all of its rates are 0")
+    if not seconds.size and not any(rates[name][0] for name in _PREFILL_RATES):
+        raise ServegymError(
+            f"a prefill stage must take time: {', '.join(_PREFILL_RATES)} are all 0"
+        )
     return CostTables(rounds, rates.view(np.recarray), tokens, seconds)
 
 
@@ -270,7 +275,9 @@ class AffinePrefill:
             floor=self.floor,
         )
         if self.base + self.per_token + self.per_token_squared + self.floor == 0:
-            raise ServegymError("prefill must cost something: base, per_token and floor are all 0")
+            raise ServegymError(
+                "prefill must cost something: base, per_token, per_token_squared and floor are all 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -299,8 +306,7 @@ class LevelledPrefill:
         _refuse_sizes("prefill.level_tokens", self.level_tokens)
         for seconds in self.level_seconds:
             _refuse_durations("prefill", level_seconds=seconds)
-        if any(later < earlier for earlier, later in pairwise(self.level_seconds)):
-            raise ServegymError("prefill.level_seconds must not decrease")
+        _refuse_decreasing("prefill.level_seconds", self.level_seconds)
 
 
 def geometric_levels(

@@ -1,0 +1,12 @@
+from .calendar.planner import plan_jointly as plan_jointly
+from .exact.optimum import exact_optimum as exact_optimum
+from .expert import make_rollout_expert as make_rollout_expert
+from .lookahead.rollout import RolloutPolicy as RolloutPolicy
+from .planning.planner import CertifiedPlan as CertifiedPlan
+from .planning.planner import plan_offline as plan_offline
+from .registry import make_policy as make_policy
+from .registry import make_trigger_policy as make_trigger_policy
+from .registry import policy_descriptions as policy_descriptions
+from .rules.compiled import play_compiled as play_compiled
+from .rules.policies import RandomPolicy as RandomPolicy
+from .rules.policies import TriggerPolicy as TriggerPolicy
