@@ -8,6 +8,7 @@ import sys
 import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,6 +21,15 @@ ROOMS = {
     "envs": "envs",
     "studies": "scripts/studies",
 }
+NAMES_GIVEN = {
+    f"servegym.{room}.{alias.name}": f"servegym.{room}.{node.module}.{alias.name}"
+    for room, folder in ROOMS.items()
+    for stub in (ROOT / folder).glob("__init__.pyi")
+    for node in ast.parse(stub.read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+"""Where the names that packages give lie: servegym.envs.play in servegym.envs.playing.evaluation."""
 HEAVY = {"torch", "stable_baselines3", "sb3_contrib", "tensorboard"}
 
 
@@ -29,7 +39,11 @@ def python_files(*folders: str) -> list[Path]:
 
 @cache  # a file is asked about by several tests
 def imported_names(path: Path) -> tuple[str, ...]:
-    """Every dotted name that a file imports, also inside functions; `from a import b` gives a.b."""
+    """Every dotted name that a file imports, also inside functions; `from a import b` gives a.b.
+
+    A name that a package gives (`from servegym.envs import play`) is followed to its module, and
+    `import_module(f"a.b.{name}")` gives a.b.
+    """
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -37,7 +51,12 @@ def imported_names(path: Path) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             names += (f"{node.module}.{alias.name}" for alias in node.names)
-    return tuple(names)
+        elif isinstance(node, ast.Call) and "import_module" in vars(node.func).values():
+            text = node.args[0]
+            text = text.values[0] if isinstance(text, ast.JoinedStr) else text
+            if isinstance(text, ast.Constant):
+                names.append(str(text.value).rstrip("."))
+    return tuple(NAMES_GIVEN.get(name, name) for name in names)
 
 
 def offences(paths: list[Path], forbidden: set[str]) -> list[str]:
@@ -154,7 +173,8 @@ FLOORS = {
         "process",
         "pictures task",
         "serving_env",
-        "playing vector_env",
+        "vector_env",
+        "playing",
     ],
     "baselines": [
         "planning schedules",
@@ -185,15 +205,41 @@ FLOORS = {
 }
 """Rooms from the ground floor up: a room imports only rooms of its package that lie below it."""
 
+BY_NAME = {"start.py imports commands", "robustness/outcomes.py imports commands"}
+"""Exceptions that CONTRIBUTING names: commands are loaded by their scripts' names."""
+
 
 def floors_of(room: str) -> dict[str, int]:
     return {name: k for k, names in enumerate(FLOORS[room]) for name in names.split()}
 
 
 def rooms_imported(path: Path, package: str) -> set[str]:
-    """The rooms of `package` that a file imports."""
-    names = (name.split(".") for name in imported_names(path))
-    return {name[2] for name in names if name[:2] == ["servegym", package] and len(name) > 2}
+    """The rooms of `package` that a file imports; the package itself is none, and may hide any."""
+    names = (f"{name}.".split(".") for name in imported_names(path))
+    return {name[2] for name in names if name[:2] == ["servegym", package]}
+
+
+def upward_imports(package: str, paths: list[Path], folder: Path) -> set[str]:
+    """The imports of rooms that do not lie below, or are unknown, by the files of a package."""
+    floors = floors_of(package)
+    rooms = {path: path.relative_to(folder).parts[0].removesuffix(".py") for path in paths}
+    return {
+        f"{path.relative_to(folder).as_posix()} imports {other}"
+        for path, room in rooms.items()
+        if room != "__init__"
+        for other in rooms_imported(path, package) - {room, "data"}
+        if floors.get(other, 99) >= floors[room]
+    }
+
+
+def modules_imported(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """Which of these modules each of them imports."""
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        parts = [name.split(".") for name in imported_names(path)]
+        found = {".".join(name[:k]) for name in parts for k in range(len(name), 2, -1)}
+        graph[module] = (found & set(modules)) - {module}
+    return graph
 
 
 @pytest.mark.parametrize("package", ROOMS)
@@ -208,18 +254,19 @@ def test_every_room_has_a_floor(package: str) -> None:
 
 @pytest.mark.parametrize("package", ROOMS)
 def test_no_room_imports_one_that_is_not_below_it(package: str) -> None:
-    floors, folder = floors_of(package), ROOT / ROOMS[package]
-    upwards = []
-    for path in folder.rglob("*.py"):
-        room = path.relative_to(folder).parts[0].removesuffix(".py")
-        if room == "__init__":
-            continue
-        upwards += [
-            f"{path.relative_to(ROOT)} imports {other}"
-            for other in rooms_imported(path, package) - {room}
-            if other in floors and floors[other] >= floors[room]
-        ]
-    assert upwards == []
+    found = upward_imports(package, python_files(ROOMS[package]), ROOT / ROOMS[package])
+    assert found == (BY_NAME if package == "studies" else set())
+
+
+def test_no_modules_import_each_other_and_no_command_another() -> None:
+    modules = {
+        ".".join(("servegym", room, *path.relative_to(ROOT / folder).with_suffix("").parts)): path
+        for room, folder in ROOMS.items()
+        for path in python_files(folder)
+        if path.name != "__init__.py"
+    }
+    TopologicalSorter(modules_imported(modules)).prepare()
+    assert offences(python_files("scripts/studies/commands"), {"servegym.studies.commands"}) == []
 
 
 def test_an_arrow_upwards_is_seen(tmp_path: Path) -> None:
@@ -227,6 +274,40 @@ def test_an_arrow_upwards_is_seen(tmp_path: Path) -> None:
     module.write_text("from servegym.envs.playing.tables import Schema\nimport servegym.envs.jit\n")
     assert rooms_imported(module, "envs") == {"playing", "jit"}
     assert rooms_imported(module, "agents") == set()
+
+
+@pytest.mark.parametrize(
+    ("line", "seen"),
+    [
+        ("from servegym.envs import make_case", {"playing"}),  # a name that the package gives
+        ("from servegym.envs.playing.evaluation import make_case", {"playing"}),
+        ("import servegym.envs", {""}),  # and any name by an attribute
+        ("from servegym import envs", {""}),
+        ("from servegym.envs import new", {"new"}),  # unknown
+        ("importlib.import_module(f'servegym.envs.playing.{name}')", {"playing"}),
+        ("import_module('servegym.envs.playing')", {"playing"}),
+        ("from servegym.envs import load_task", {"task"}),
+        ("from servegym.envs import ServegymError", set()),  # below
+        ("importlib.import_module(name)", set()),  # a user's own
+        ("import servegym.agents", set()),  # another package
+    ],
+)
+def test_an_arrow_upwards_in_any_form_is_seen(tmp_path: Path, line: str, seen: set[str]) -> None:
+    module = tmp_path / "simulator" / "module.py"
+    module.parent.mkdir()
+    module.write_text(line)
+    found = upward_imports("envs", [module], tmp_path)
+    assert found == {f"simulator/module.py imports {room}" for room in seen}
+
+
+def test_a_cycle_within_a_room_is_seen(tmp_path: Path) -> None:
+    modules = {f"servegym.envs.task.{name}": tmp_path / f"{name}.py" for name in "abc"}
+    for path, other in zip(modules.values(), "bca", strict=True):
+        path.write_text(f"def late():\n    from servegym.envs.task.{other} import x\n")
+    graph = modules_imported(modules)
+    assert graph["servegym.envs.task.a"] == {"servegym.envs.task.b"}
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
 
 
 def test_rooms_never_import_scripts_or_tests() -> None:

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, Final
 
 from servegym.studies.cli import SCRIPTS, run
@@ -89,9 +89,14 @@ def scripts() -> list[str]:
     return sorted(path.stem for path in SCRIPTS.glob("*.py"))
 
 
+def command(script: str) -> ModuleType:
+    """Return the module of a script's command, which has ``main`` and mostly ``Args``."""
+    return importlib.import_module(f"servegym.studies.commands.{script}")
+
+
 def call(script: str, words: Sequence[str], limit_s: int) -> Ended:
     """Run a script in this process as a command line would, at most so many seconds."""
-    main = importlib.import_module(f"servegym.studies.commands.{script}").main
+    main = command(script).main
     out, err = io.StringIO(), io.StringIO()
     status: int | None = None
     fault = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from servegym.studies.robustness.outcomes import (
     STATUS,
     Outcome,
     call,
+    command,
     fresh_folder,
     listing,
     scripts,
@@ -126,7 +126,7 @@ def _furnish(folder: Path) -> None:
 
 def _wrong(script: str, rng: np.random.Generator) -> list[tuple[str, ...]]:
     """Return the command lines of one script with one thing wrong in each."""
-    options = importlib.import_module(f"servegym.studies.commands.{script}").Args
+    options = command(script).Args
     hints = get_type_hints(options)
     good = {item.name: _good(item.name) for item in fields(options) if item.default is MISSING}
     if "output" in hints:
