@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.envs.arguments import whole_number, whole_numbers
 from servegym.envs.errors import ServegymError
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
@@ -49,17 +50,19 @@ def replay(
     requests
         All present at t = 0; their true lengths are used.
     clients, costs, max_prefill_tokens
-        One replica: its clients, its cost tables, the token budget of a stage (0: none).
+        One replica: its clients, its cost tables (of no fewer), the token budget of a stage (0: none).
     schedule
         Admits every request once.
 
     Raises
     ------
     ServegymError
-        If a stage cannot happen at its clock (the clock is past, or no client is active until then),
-        admits no request, more requests than clients are idle, more prompt tokens than the budget
-        (unless it admits one request) or a request a second time, or if a request is left out.
+        If an argument is not as above, or no whole number where it should be; if a stage cannot happen
+        at its clock (the clock is past, or no client is active until then), admits no request, more
+        requests than clients are idle, more prompt tokens than the budget (unless it admits one
+        request) or a request a second time; or if a request is left out.
     """
+    _check(requests, clients, costs, schedule, max_prefill_tokens)
     state = make_state(1, len(requests), clients)
     load(state, 0, requests, None)
     receive_arrivals(state, 0, 0)
@@ -94,6 +97,27 @@ def replay(
         raise ServegymError(f"no stage admits request {first}, and {waiting.sum() - 1} others")
     _decode_until(state, costs, np.iinfo(np.int64).max)
     return float(replica.clock_s)
+
+
+def _check(
+    requests: Requests,
+    clients: int,
+    costs: CostTables,
+    schedule: Schedule,
+    max_prefill_tokens: int,
+) -> None:
+    """Refuse what kernels would misread or never end on."""
+    limits = np.iinfo(np.int64)
+    whole_number("clients", clients, 1, costs.decode_base_s.shape[1] - 1)
+    whole_number("max_prefill_tokens", max_prefill_tokens, 0)
+    if requests.arrival_s.max() > 0:
+        raise ServegymError(
+            "a schedule serves requests that are present at t = 0, the last arrives at "
+            f"{requests.arrival_s.max():g} s"
+        )
+    for place, stage in enumerate(schedule):
+        whole_number(f"the decode clock of stage {place}", stage.clock, 0, limits.max)
+        whole_numbers(f"the requests of stage {place}", stage.requests, limits.min, limits.max)
 
 
 @kernel

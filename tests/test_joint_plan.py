@@ -170,6 +170,40 @@ def test_what_is_no_schedule_is_refused(stages: list[Stage], message: str) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"schedule": [stage(0, 0, 1), Stage(1.5, (2,))]}, "decode clock of stage 1 must be a whole"),  # type: ignore[arg-type]
+        ({"schedule": [stage(0, 0, 1), Stage(2**63, (2,))]}, "decode clock of stage 1 must lie"),
+        ({"schedule": [stage(-1, 0, 1)]}, "decode clock of stage 0 must lie"),
+        ({"schedule": [Stage(0, (0, 0.7))]}, r"requests of stage 0 .*whole numbers, got 0.7"),  # type: ignore[arg-type]
+        ({"schedule": [Stage(0, ("a",))]}, "requests of stage 0 must be whole numbers, got texts"),  # type: ignore[arg-type]
+        ({"requests": make_requests([5, 5, 5], [2, 3, 2], arrival_s=[0.0, 0.0, 0.5])}, "arrives at 0.5 s"),
+        ({"clients": 3}, "clients must lie in 1 … 2, got 3"),
+        ({"clients": 0}, "clients must lie in 1 … 2, got 0"),
+        ({"clients": 2.0}, "clients must be a whole number"),
+        ({"max_prefill_tokens": -1}, "max_prefill_tokens must be ≥ 0"),
+    ],
+)  # fmt: skip
+def test_what_is_no_case_to_replay_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "requests": instance((5, 2), (5, 3), (5, 2)),
+        "clients": 2,
+        "costs": UNIT_COSTS.tables(2),
+        "schedule": [stage(0, 0, 1), stage(1, 2)],
+        "max_prefill_tokens": 10,
+    }
+    makespan_s = replay(**arguments)
+    assert makespan_s == 2 + 1 + 2 + 1
+    with pytest.raises(ServegymError, match=message) as refusal:
+        replay(**arguments | change)
+    assert "\n" not in str(refusal.value)
+    # As numpy has whole numbers, and with tables of more clients.
+    stages = [Stage(np.int64(0), np.array([0, 1])), Stage(np.int64(1), np.array([2.0]))]  # type: ignore[arg-type]
+    twin = {"schedule": stages, "costs": UNIT_COSTS.tables(3), "max_prefill_tokens": 0}
+    assert replay(**arguments | twin) == makespan_s
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"clients": 0}, "clients must be ≥ 1, got 0"),
         ({"time_limit_s": -1.0}, "time limit must be ≥ 0"),
         ({"time_limit_s": float("nan")}, "time limit must be ≥ 0"),
