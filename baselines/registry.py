@@ -15,7 +15,7 @@ from servegym.baselines.planning.sampled import MAX_SCENARIOS
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
 from servegym.baselines.rules.policies import RandomPolicy, TriggerPolicy
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.playing.policy import Policy
 
 MAX_NUMBER: Final = 1_000_000
@@ -221,6 +221,7 @@ REGISTRY: Final[dict[str, Entry]] = {
 
 _SHORT: Final = re.compile(r"(.+)-(\d+(?:\.\d+)?)")
 _LONG: Final = re.compile(r"([^()]*)\((.*)\)")
+_BASED: Final = re.compile(r"([^(:]*):(.*)")
 
 
 def policy_descriptions() -> dict[str, str]:
@@ -247,19 +248,40 @@ def policy_descriptions() -> dict[str, str]:
 def split_policies(text: str) -> list[str]:
     """Return the names of a comma-separated list, each once; commas within brackets separate none.
 
+    Raises
+    ------
+    ServegymError
+        If a bracket, or a quote within brackets, has no partner.
+
     Examples
     --------
     >>> split_policies("fcfs, rollout(variations=6, base=hybrid), fcfs")
     ['fcfs', 'rollout(variations=6, base=hybrid)']
     """
-    names, depth = [""], 0
+    return list(dict.fromkeys(_split(text)))
+
+
+def _split(text: str) -> list[str]:
+    """Return the parts between commas outside brackets, without blank ones."""
+    parts, depth, quote, escaped = [""], 0, "", False
     for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
-            names.append("")
+        if quote:
+            ends = letter == quote and not escaped
+            quote, escaped = "" if ends else quote, letter == "\\" and not escaped
+        elif depth > 0 and letter in "'\"":
+            quote = letter
         else:
-            names[-1] += letter
-    return list(dict.fromkeys(name.strip() for name in names if name.strip()))
+            depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth != 0 or quote:
+        what = f"quote {quote}" if quote else "bracket"
+        raise ServegymError(f"{shown(text)}: a {what} has no partner; close or remove it")
+    return [part.strip() for part in parts if part.strip()]
 
 
 def make_policy(name: str) -> Policy:
@@ -269,7 +291,8 @@ def make_policy(name: str) -> Policy:
     ----------
     name
         ``NAME`` or ``NAME(key=value, …)`` with the keys of ``PARAMETERS``, or the short form
-        ``NAME-NUMBER``. ``rollout`` takes a policy as ``base``, too, short behind a colon.
+        ``NAME-NUMBER``. ``rollout`` takes a policy as ``base``, too, short behind a colon, in either
+        form.
 
     Raises
     ------
@@ -304,21 +327,24 @@ def make_policy(name: str) -> Policy:
 
 def _read_name(name: str) -> tuple[str, dict[str, str]]:
     """Return which entry of the registry is meant, and what the name gives by key."""
-    if match := _LONG.fullmatch(name):
+    based = _BASED.fullmatch(name)
+    if not based and (match := _LONG.fullmatch(name.strip())):
         family = match[1].strip()
         if family not in REGISTRY:
             raise unknown("policy", family, REGISTRY)
         return family, _read_keys(name, family, match[2])
-    head, colon, base = name.partition(":")
+    head = (based[1] if based else name).strip()
     match = None if head in REGISTRY else _SHORT.fullmatch(head)
     family, number = match.groups() if match else (head, "")
     entry = REGISTRY.get(family)
     if entry is None or (number and not entry.parameter):
         raise unknown("policy", name, [*REGISTRY, "threshold-K"])
-    if colon and not isinstance(entry.prototype, RolloutPolicy):
+    if based and not isinstance(entry.prototype, RolloutPolicy):
         raise unknown("policy", name, [*REGISTRY, "threshold-K"])
+    if based and not based[2].strip():
+        raise ServegymError(f"policy {name!r} needs a policy after the colon, as {head}:hybrid")
     values = {entry.parameter: number} if number else {}
-    return family, values | ({BASE: base} if colon else {})
+    return family, values | ({BASE: based[2]} if based else {})
 
 
 def _read_keys(name: str, family: str, text: str) -> dict[str, str]:
@@ -327,12 +353,13 @@ def _read_keys(name: str, family: str, text: str) -> dict[str, str]:
     if isinstance(entry.prototype, RolloutPolicy):
         keys.append(BASE)
     values: dict[str, str] = {}
-    for part in split_policies(text):
+    for part in _split(text):
         key, equals, value = (word.strip() for word in part.partition("="))
         if not keys:
             raise ServegymError(f"policy {name!r}: {family} takes no parameters")
         if not (equals and value):
-            raise ServegymError(f"policy {name!r}: write {keys[0]}=VALUE, not {part!r}")
+            wanted = key if key in keys else keys[0]
+            raise ServegymError(f"policy {name!r}: write {wanted}=VALUE, not {part!r}")
         if key not in keys:
             raise unknown(f"parameter of {family}:", key, keys)
         if key in values:

@@ -12,6 +12,7 @@ from servegym.baselines.registry import (
     make_policy,
     make_trigger_policy,
     policy_descriptions,
+    split_policies,
 )
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.compiled import play_compiled
@@ -132,6 +133,17 @@ def test_good_names_carry_their_number(name: str, parameter: float) -> None:
         ("rollout(base=threshold(idle=0))", "idle must be"),
         ("hybrid(base=fcfs)", "choose from multiplier"),
         ("hybrid(multiplier=1", "unknown policy"),
+        ("threshold(idle=12,idle=12)", "idle is given twice"),  # alike, too
+        ("rollout(base=)", "write base=VALUE, not 'base='"),
+        ("rollout(variations=)", "write variations=VALUE"),
+        ("rollout(base)", "write base=VALUE"),
+        ("hybrid(multiplier=1))", "a bracket has no partner"),
+        ("rollout:threshold(idle=0)", "idle must be"),
+        ("rollout:threshold(idle=3", "unknown policy"),
+        ("rollout-6:threshold(idle=3,idle=3)", "idle is given twice"),
+        ("fcfs:threshold(idle=3)", "unknown policy 'fcfs:threshold"),
+        ("rollout: ", "needs a policy after the colon, as rollout:hybrid"),
+        ("rollout-6:", "needs a policy after the colon, as rollout-6:hybrid"),
     ],
 )
 def test_bad_keys_are_refused(name: str, message: str) -> None:
@@ -151,10 +163,49 @@ def test_bad_keys_are_refused(name: str, message: str) -> None:
         ("rollout(variations=0)", "rollout-0"),
         ("rollout(variations=3, base=threshold(idle=4))", "rollout-3:threshold-4"),
         ("rollout(base=lpt)", "rollout:lpt"),
+        ("rollout(base=threshold-3)", "rollout:threshold(idle=3)"),
+        ("rollout(variations=6, base=threshold(idle=3))", "rollout-6:threshold(idle=3)"),
+        ("rollout(base=hybrid( multiplier = 2 ))", "rollout : hybrid-2"),
+        ("threshold (idle=12)", " threshold-12"),  # spaces around a name
+        (" threshold(idle=12) ", "threshold-12 "),
     ],
 )
 def test_both_forms_of_a_name_mean_the_same(long: str, short: str) -> None:
     assert make_policy(long) == make_policy(short)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("own:P(b='('),fcfs", ["own:P(b='(')", "fcfs"]),
+        ('own:P(b=")"),fcfs', ['own:P(b=")")', "fcfs"]),
+        ("own:P(b=','),fcfs", ["own:P(b=',')", "fcfs"]),
+        (r"own:P(b='\',('),fcfs", [r"own:P(b='\',(')", "fcfs"]),
+        (r"own:P(b='\\'),fcfs", [r"own:P(b='\\')", "fcfs"]),
+        ("""own:P(b="it's"),fcfs""", ["""own:P(b="it's")""", "fcfs"]),
+        ("it's/agent, fcfs,", ["it's/agent", "fcfs"]),  # outside brackets a quote is a letter
+        ("runs(1)/agent,fcfs", ["runs(1)/agent", "fcfs"]),
+        ("", []),
+    ],
+)
+def test_a_list_of_names_is_split(text: str, names: list[str]) -> None:
+    assert split_policies(text) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("a),(b", "bracket"),
+        ("fcfs,own:P(b=1", "bracket"),
+        ("fcfs)", "bracket"),
+        ("own:P(b='),fcfs", "quote '"),
+        (r"own:P(b='\'),fcfs", "quote '"),
+    ],
+)
+def test_a_list_without_all_its_brackets_and_quotes_is_refused(text: str, what: str) -> None:
+    with pytest.raises(ServegymError, match=f"a {what} has no partner") as refusal:
+        split_policies(text)
+    assert "\n" not in str(refusal.value)
 
 
 def test_keys_reach_planners_and_comparisons() -> None:

@@ -297,7 +297,7 @@ def test_a_time_budget_ends_the_search() -> None:
     [
         ("rolout", "did you mean 'rollout'"),
         ("rollout:alined", "did you mean 'aligned'"),
-        ("rollout:", "unknown policy ''"),
+        ("rollout:", "'rollout:' needs a policy after the colon"),
         ("rollout:random", "'random' has no trigger"),
         ("rollout:rollout", "'rollout' has no trigger"),
         ("rollout:threshold", "needs a whole K"),

@@ -101,12 +101,18 @@ def _values(name: str, text: str) -> dict[str, Any]:
     """Return the keyword arguments of a name: Python literals."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
             raise ValueError
-        return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError):
+        keys = [word.arg for word in call.keywords]
+        if None in keys:
+            raise ValueError
+        values = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, TypeError, ValueError):
         raise ServegymError(
             f"policy {name!r}: write key=value with numbers, 'texts', True, False or None, not "
             f"{text!r}"
         ) from None
+    if len(values) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ServegymError(f"policy {name!r}: {twice} is given twice")
+    return values
