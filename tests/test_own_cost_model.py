@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from servegym.envs.machine.costs import (
     StageCosts,
 )
 from servegym.envs.playing.evaluation import evaluate, make_case
+from servegym.envs.playing.identity import claim_task
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import TASKS
@@ -85,6 +86,40 @@ def test_it_is_evaluated_and_noted_by_its_tables(tmp_path: Path) -> None:
         evaluate(slower, make_policy, ["fcfs"], range(3), tmp_path)
 
 
+@pytest.mark.parametrize("own_first", [True, False])
+def test_a_changed_kind_of_model_is_named_as_a_whole(own_first: bool, tmp_path: Path) -> None:
+    tasks = (with_model(Imitation()), TINY)
+    first, second = tasks if own_first else tasks[::-1]
+    assert claim_task(first, tmp_path) == claim_task(first, tmp_path)
+    old, new = ("{'class': ", "{'decode': ") if own_first else ("{'decode': ", "{'class': ")
+    with pytest.raises(ServegymError, match=f"\\(cost {old}.*, now {new}") as refusal:
+        claim_task(second, tmp_path)
+    assert "\n" not in str(refusal.value)
+    faster = with_overrides(TINY, {"cost": {"engine_overhead": {"base": 1.0}}})
+    if not own_first:  # the parts of ours are named as before
+        with pytest.raises(ServegymError, match=r"\(base 0\.\d+, now 1\.0\)"):
+            claim_task(faster, tmp_path)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A user's model that is equal where its fields are."""
+
+    slower: float = 1.0
+
+    def tables(self, clients: int) -> CostTables:
+        tables = TINY.cost.tables(clients)
+        return tables._replace(decode_base_s=self.slower * tables.decode_base_s)
+
+
+def test_a_frozen_dataclass_makes_tasks_that_are_hashed_and_equal() -> None:
+    assert with_model(Frozen(2.0)) == with_model(Frozen(2.0)) != with_model(Frozen())
+    assert hash(with_model(Frozen(2.0))) == hash(with_model(Frozen(2.0)))
+    assert lower(with_model(Frozen(2.0))).costs.decode_base_s[0, 1] == (
+        2 * lower(TINY).costs.decode_base_s[0, 1]
+    )
+
+
 ROUNDS = np.full((1, 4), 0.5)
 LEVELS = {"prefill_level_tokens": np.array([[5, 9]]), "prefill_level_s": np.array([[1.0, 2.0]])}
 
@@ -110,12 +145,27 @@ def rates(**seconds: float) -> dict[str, Any]:
         ({"rates": np.zeros(2, RATES)}, "one record"),
         ({"rates": np.zeros(1)}, "one record"),
         ({"rates": np.array([(-1.0,) * 7], RATES)}, "rates.decode_per_kv_token_s must be 0 or"),
-        (NO_LEVELS | {"rates": np.zeros(1, RATES)}, "must take time: prefill_base_s, "),
-        (NO_LEVELS | rates(overhead_base_s=1.0), "must take time"),  # as for AffinePrefill
+        (
+            NO_LEVELS | {"rates": np.zeros(1, RATES)},
+            "must take time without its overhead, too: prefill_base_s, ",
+        ),
+        (
+            NO_LEVELS | rates(overhead_base_s=1.0),
+            "take time without its overhead, too: prefill_base",
+        ),
         (LEVELS | {"prefill_level_s": np.array([[2.0, 1.0]])}, "prefill_level_s must not decrease"),
         ({"prefill_level_s": np.array([[1.0]])}, r"shape \(1, levels\)"),
         (LEVELS | {"prefill_level_tokens": np.array([[9, 5]])}, "strictly increase"),
         (LEVELS | {"prefill_level_tokens": np.array([[0, 5]])}, "must lie in 1"),
+        (LEVELS | {"prefill_level_tokens": [[10.9, 20.2]]}, "whole numbers, got 10.9"),
+        (LEVELS | {"prefill_level_tokens": [[5.0, np.nan]]}, "whole numbers, got nan"),
+        (
+            LEVELS | {"prefill_level_tokens": [["a", "b"]]},
+            "prefill_level_tokens must be whole numbers",
+        ),
+        (LEVELS | {"prefill_level_tokens": [[5], [9, 1]]}, "must hold numbers"),
+        (LEVELS | {"prefill_level_s": [[1.0, np.nan]]}, "prefill_level_s.1 must lie in"),
+        (rates(prefill_base_s=np.nan), "rates.prefill_base_s must be 0 or lie in"),
         (LEVELS | {"prefill_level_s": np.array([[0.0, 2.0]])}, "prefill_level_s.0 must lie in"),
     ],
 )
@@ -131,6 +181,7 @@ def test_malformed_tables_are_refused(changes: dict[str, Any], message: str) -> 
         {"decode_base_s": ROUNDS},
         LEVELS,
         LEVELS | {"prefill_level_s": np.array([[2.0, 2.0]])},
+        LEVELS | {"prefill_level_tokens": [[5.0, 9.0]]},
         LEVELS | rates(),  # levels take time
         *[
             NO_LEVELS | rates(**{f"prefill_{name}_s": MIN_COST_S})
@@ -142,6 +193,7 @@ def test_their_legal_twins_are_taken(changes: dict[str, Any]) -> None:
     tables = lower(with_model(Imitation(**changes))).costs
     for name, value in changes.items():
         assert np.array_equal(getattr(tables, name), value)
+    assert tables.prefill_level_tokens.dtype == np.int64
 
 
 def test_prefill_may_cost_by_squared_tokens_alone() -> None:

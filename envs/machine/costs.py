@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, Protocol, get_args, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.arguments import check_fields, field_types
+from servegym.envs.arguments import check_fields, field_types, whole_numbers
 from servegym.envs.errors import ServegymError, shown
 
 MIN_COST_S: Final = 1e-30
@@ -101,7 +101,8 @@ class CostTables(NamedTuple):
 class CostModel(Protocol):
     """A cost model is anything that can be lowered to tables for a number of clients.
 
-    ``StageCosts`` is one; a user's own class with this method is another.
+    ``StageCosts`` is one; an object of a user's own class with this method is another. A task's hash
+    takes in its model's: a dataclass as a model must be frozen.
 
     Examples
     --------
@@ -126,13 +127,14 @@ def checked_tables(tables: CostTables, clients: int) -> CostTables:
     ------
     ServegymError
         If they are no ``CostTables``, an array has another shape, a duration is not in
-        ``MIN_COST_S`` … ``MAX_COST_S``, or a rate is not in 0 … ``MAX_COST_S``.
+        ``MIN_COST_S`` … ``MAX_COST_S``, a rate is not in 0 … ``MAX_COST_S``, or a level's tokens are
+        no whole number.
     """
     if not isinstance(tables, CostTables):
         raise ServegymError(f"tables() of a cost model must return CostTables, got {shown(tables)}")
     try:
         rounds = np.array(tables.decode_base_s, dtype=float)
-        tokens = np.array(tables.prefill_level_tokens, dtype=np.int64)
+        tokens = np.array(tables.prefill_level_tokens)
         seconds = np.array(tables.prefill_level_s, dtype=float)
     except (TypeError, ValueError, OverflowError) as error:
         raise ServegymError(f"the tables of a cost model must hold numbers: {error}") from None
@@ -151,7 +153,7 @@ def checked_tables(tables: CostTables, clients: int) -> CostTables:
             "prefill_level_tokens and prefill_level_s must both have the shape (1, levels), got "
             f"{tokens.shape} and {seconds.shape}"
         )
-    _refuse_sizes("prefill_level_tokens", tokens[0].tolist())
+    tokens = whole_numbers("prefill_level_tokens", tokens[0], 1, MAX_SIZE)[None]
     _refuse_unsorted("prefill_level_tokens", tokens[0].tolist())
     _refuse_decreasing("prefill_level_s", seconds[0].tolist())
     for name, durations in (("decode_base_s", rounds[0, 1:]), ("prefill_level_s", seconds[0])):
@@ -160,7 +162,8 @@ def checked_tables(tables: CostTables, clients: int) -> CostTables:
     _refuse_costs("rates", **{name: float(rates[name][0]) for name in RATES.names or ()})
     if not seconds.size and not any(rates[name][0] for name in _PREFILL_RATES):
         raise ServegymError(
-            f"a prefill stage must take time: {', '.join(_PREFILL_RATES)} are all 0"
+            "a prefill stage must take time without its overhead, too: "
+            f"{', '.join(_PREFILL_RATES)} are all 0"
         )
     return CostTables(rounds, rates.view(np.recarray), tokens, seconds)
 

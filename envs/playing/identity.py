@@ -21,6 +21,9 @@ from servegym.envs.workload.presets import workload_sha256
 HASH: Final = "workload_sha256"
 """Key of the hash of the task's workload file, where it has one."""
 
+_CLASS: Final = "class"
+"""Key of the class of a user's own cost model."""
+
 
 def notes_of(task: TaskConfig) -> dict[str, Any]:
     """Return what a task is, for JSON: its sections.
@@ -34,7 +37,7 @@ def notes_of(task: TaskConfig) -> dict[str, Any]:
         digest.update(table.tobytes())
     model = type(task.cost)
     cost = {
-        "class": f"{model.__module__}:{model.__qualname__}",
+        _CLASS: f"{model.__module__}:{model.__qualname__}",
         "tables_sha256": digest.hexdigest(),
     }
     return asdict(replace(task, cost=TaskConfig(task.name).cost)) | {"cost": cost}
@@ -100,6 +103,8 @@ def _difference(
         default = defaults.get(name)
         old = found.get(name, default)
         if isinstance(old, dict) and isinstance(new, dict):
+            if name == "cost" and (_CLASS in old) != (_CLASS in new):
+                return name, old, new  # the keys of a user's own model are not those of ours
             deeper = defaults if name == "task" else default
             if difference := _difference(old, new, deeper or {}):
                 return difference
