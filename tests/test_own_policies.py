@@ -17,7 +17,7 @@ from servegym.studies.policies import make_policy
 
 MODULE = """
     import numpy as np
-    from servegym.envs import Policy
+    from servegym.envs import Policy, ServegymError, plan_from_queues
 
     class First(Policy):
         "Takes the last legal action; with `least`, the first."
@@ -39,6 +39,28 @@ MODULE = """
         comparison = {"output_lengths": "known"}
         def act(self, situation):
             return 0
+
+    class Listed(First):
+        comparison = ["mean"]
+
+    class Called(First):
+        def comparison(self):
+            return {"compare_by": "mean"}
+
+    class Quantiles(First):
+        comparison = {"compare_by": "quantile", "quantile": 0.9}
+
+    class Beside(First):
+        def prepare(self, briefing):
+            return plan_from_queues([[0], [1]])
+
+    class Refusing(First):
+        def prepare(self, briefing):
+            raise ServegymError("too many requests")
+
+    class Blind(First):
+        def act(self, situation):
+            raise ServegymError("nothing to see")
 
     class Illegal(Policy):
         def act(self, situation):
@@ -114,6 +136,13 @@ def test_it_is_evaluated_beside_the_others() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_it_may_say_by_what_requests_are_compared() -> None:
+    table = played("users_policies:First,users_policies:Quantiles,users_policies:First(least=1)")
+    means = table.groupby("policy")["makespan_s"].mean()
+    assert means["users_policies:Quantiles"] == means["users_policies:First"]  # lengths are known
+
+
+@pytest.mark.usefixtures("here")
 def test_workers_find_it_too() -> None:
     alone = played("users_policies:First")
     table = played("users_policies:First,users_policies:Often", jobs=2)
@@ -157,6 +186,11 @@ def test_changed_source_is_not_mixed_with_old_rows(
         ("users_policies:First(1)", "write key=value"),
         ("users_policies:First(least=x)", "write key=value"),
         ("users_policies:First(least=)", "write key=value"),
+        ("users_policies:First(least=2,least=2)", "least is given twice"),
+        ("users_policies:First(least=2)(more=1)", "write key=value"),
+        ("users_policies:First(least=2)+(1)", "write key=value"),
+        ("users_policies:First(least={[]: 1})", "write key=value"),
+        ("users_policies:First(**{})", "write key=value"),
         ("users_policies:Bare", "has no 'act'; derive its class from servegym.envs.Policy"),
         ("users_policies:Policy", "neither a class that can be built"),
     ],
@@ -174,8 +208,14 @@ def test_what_is_no_policy_is_refused(name: str, message: str) -> None:
         ("Illegal", "policy users_policies:Illegal chose illegal action"),
         ("Beyond", "policy users_policies:Beyond: action must lie in 0"),
         ("Texts", "policy users_policies:Texts: action must be a whole number"),
-        ("Never", "process.decisions"),
+        ("Never", "policy users_policies:Never: unknown value of process.decisions"),
         ("Known", "unknown key in a policy's comparison: 'output_lengths'"),
+        ("Known", "policy users_policies:Known: unknown key"),
+        ("Listed", "policy users_policies:Listed: comparison must be a table of keys"),
+        ("Called", "policy users_policies:Called: comparison must be a table of keys"),
+        ("Beside", "policy users_policies:Beside: the plan is for 2 clients"),
+        ("Refusing", "policy users_policies:Refusing: too many requests"),
+        ("Blind", "policy users_policies:Blind: nothing to see"),
     ],
 )
 def test_what_it_does_wrong_is_one_line(

@@ -6,8 +6,8 @@ evaluation goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
@@ -65,7 +65,7 @@ BEST_KNOWN: Final = Schema(
 )
 """What ``best_known.csv`` must be; a policy's makespan is NaN where it was cut short."""
 
-_REMEDY: Final = "remove it or choose a new folder"
+_REMEDY: Final = "remove the file or choose a new folder"
 
 HELD_OUT_SEED: Final = 1_000_000
 """Seeds below are for training and tuning, seeds from here on for held-out evaluation."""
@@ -111,7 +111,8 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
     Raises
     ------
     ServegymError
-        If the policy returns no legal action.
+        If the policy declares what no task can have, refuses the task, or returns a plan that does not
+        fit the case or no legal action. The message names the policy.
 
     Examples
     --------
@@ -122,33 +123,41 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
     >>> round(episode.row["makespan_s"], 2), round(episode.row["gap"], 3)
     (28.0, 0.328)
     """
-    task = asked_task(task, policy)
+    with _naming(name):
+        task = asked_task(task, policy)
     env = ServingEnv(task)
-    started = perf_counter_ns()
-    plan = policy.prepare(brief(task, case, seed))
-    prepare_s = (perf_counter_ns() - started) / 1e9
-    options = {"requests": case.requests, "bound": case.bound, "plan": plan}
-    observation, _ = env.reset(seed=seed, options=options)
     nanoseconds: list[int] = []
     ended = False
     info: dict[str, Any] = {}
-    while not ended:
+    with _naming(name):
         started = perf_counter_ns()
-        action = policy.act(Situation(env.view(), observation, env.action_masks(), env.imagine))
-        nanoseconds.append(perf_counter_ns() - started)
-        try:
+        plan = policy.prepare(brief(task, case, seed))
+        prepare_s = (perf_counter_ns() - started) / 1e9
+        options = {"requests": case.requests, "bound": case.bound, "plan": plan}
+        observation, _ = env.reset(seed=seed, options=options)
+        while not ended:
+            started = perf_counter_ns()
+            action = policy.act(Situation(env.view(), observation, env.action_masks(), env.imagine))
+            nanoseconds.append(perf_counter_ns() - started)
             observation, _, terminated, truncated, info = env.step(action)
-        except ServegymError as error:
-            raise ServegymError(f"policy {name}: {error}") from None
-        if "illegal_action" in info:
-            raise ServegymError(f"policy {name} chose illegal action {action}")
-        ended = terminated or truncated
+            ended = terminated or truncated or "illegal_action" in info
+    if "illegal_action" in info:
+        raise ServegymError(f"policy {name} chose illegal action {action}")
     row = {"task": task.name, "policy": name, "seed": seed}
     row |= {metric: info[metric] for metric in METRICS}
     row["decision_ms_p50"], row["decision_ms_p99"] = np.percentile(nanoseconds, [50, 99]) / 1e6
     row["decision_points"] = task.process.decisions
     row["prepare_s"] = prepare_s
     return Episode(row, env.records())
+
+
+@contextmanager
+def _naming(policy: str) -> Iterator[None]:
+    """Name the policy in a refusal of what it declares or returns, and in its own refusals."""
+    try:
+        yield
+    except ServegymError as error:
+        raise ServegymError(f"policy {policy}: {error}") from None
 
 
 def brief(task: TaskConfig, case: Case, seed: int) -> Briefing:
@@ -306,7 +315,7 @@ def read_best_known(path: Path, task_name: str, episodes: pd.DataFrame) -> pd.Da
     """
     if not path.exists():
         return None
-    table = read_rows(path, BEST_KNOWN, "remove it")
+    table = read_rows(path, BEST_KNOWN, "remove the file")
     if not (table["task"] == task_name).all() or not table["seed"].is_unique:
         raise ServegymError(f"{path}: must hold every case of {task_name} once and no other task")
     ours = episodes.groupby("seed")["lower_bound_s"].first()

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.simulator.state import State
 from servegym.envs.simulator.view import DecisionView
 from servegym.envs.task.config import TaskConfig, with_overrides
@@ -109,9 +109,15 @@ def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
     sections: dict[str, Mapping[str, Any]] = {}
     if policy.decisions is not None:
         sections["process"] = {"decisions": policy.decisions}
-    if policy.comparison:
-        for key in policy.comparison:
+    comparison = policy.comparison
+    if not isinstance(comparison, Mapping):
+        raise ServegymError(
+            "comparison must be a table of keys, as {'compare_by': 'mean'}, or {} for the task's, "
+            f"got {shown(comparison)}"
+        )
+    if comparison:
+        for key in comparison:
             if key not in _COMPARISON_KEYS:
                 raise unknown("key in a policy's comparison:", key, _COMPARISON_KEYS)
-        sections["information"] = policy.comparison
+        sections["information"] = comparison
     return with_overrides(task, sections) if sections else task
