@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.agents.record import begin_run, check_run
@@ -159,9 +161,22 @@ def test_a_folder_that_cannot_be_locked_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a network disk without locks."""
+
+    def acquire(lock: object, **words: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as without_locks:
+        without_locks.setattr(FileLock, "acquire", acquire)
+        words = r"cannot be locked: No locks.* another disk"
+        with pytest.raises(ServegymError, match=words), locked(tmp_path):
+            pytest.fail("held")
     (tmp_path / LOCK_FILE).mkdir()
-    with pytest.raises(ServegymError, match="cannot be locked"), locked(tmp_path):
+    words = rf"cannot be locked: {LOCK_FILE} in it is a folder"
+    with pytest.raises(ServegymError, match=words), locked(tmp_path):
         pytest.fail("held")
+    (tmp_path / LOCK_FILE).rmdir()
+    with locked(tmp_path):
+        assert (tmp_path / LOCK_FILE).is_file()
 
 
 # ---- contents that changed -------------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_evaluate_says_what_is_not_proven_and_what_is_too_large(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "empty; remove it"),
+        ("", "empty; remove the file"),
         ("task,seed\nservegym/Tiny-v0,0\n", "no column 'best_known_s'"),
         ("task,seed,best_known_s\nservegym/Paper-v0,0,99\n", "every case of servegym/Tiny-v0 once"),
         ("task,seed,best_known_s\nservegym/Tiny-v0,0,99\nservegym/Tiny-v0,0,98\n", "lines 2 and 3"),

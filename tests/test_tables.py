@@ -31,7 +31,7 @@ Write = Callable[[str, str], Path]
 
 
 def read(path: Path) -> pd.DataFrame:
-    return read_rows(path, SCHEMA, "remove it")
+    return read_rows(path, SCHEMA, "remove the file")
 
 
 def test_every_cell_is_what_it_was(write: Write) -> None:
@@ -73,11 +73,14 @@ def test_a_column_of_an_earlier_version_has_its_default(write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "empty; remove it"),
-        ("\n\n", "empty; remove it"),
-        ("a,b\n1,2\n", "not a table of this version: no column 'name'; remove it"),
+        ("", "empty; remove the file"),
+        ("\n\n", "empty; remove the file"),
+        ("a,b\n1,2\n", "not a table of this version: no column 'name'; remove the file"),
         (HEADER.replace("x", "z"), "not a table of this version: no column 'x'"),
-        (HEADER.replace("\n", ",z\n"), "not a table of this version: column 'z' is not one of its"),
+        (
+            HEADER.replace("\n", ",z\n"),
+            "not a table of this version: column 'z' is not one of its columns; remove the file",
+        ),
         (
             HEADER.replace("x,y", "y,x"),
             "not a table of this version: its columns are in another order",
@@ -117,9 +120,13 @@ def test_what_is_refused(write: Write, text: str, message: str) -> None:
 
 def test_what_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ServegymError, match=r"t\.csv: is in UTF-16; save it as UTF-8; remove it"):
+    with pytest.raises(
+        ServegymError, match=r"t\.csv: is in UTF-16; save it as UTF-8; remove the file"
+    ):
         read(tmp_path / "t.csv")
-    with pytest.raises(ServegymError, match="cannot be read: is a folder, not a table; remove it"):
+    with pytest.raises(
+        ServegymError, match="cannot be read: is a folder, not a table; remove the file"
+    ):
         read(tmp_path)
 
 

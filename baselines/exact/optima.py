@@ -93,7 +93,7 @@ def find_optima(
 
 
 def _open(path: Path) -> ResumableTable:
-    return ResumableTable(path, OPTIMA, "remove it", ("seed",), order=lambda row: row["seed"])
+    return ResumableTable(path, OPTIMA, "remove the file", ("seed",), order=lambda row: row["seed"])
 
 
 def _missing(table: ResumableTable, seeds: Sequence[int], time_limit_s: float) -> list[int]:

@@ -46,6 +46,10 @@ def locked(folder: Path) -> Iterator[None]:
             "finished or choose another folder"
         ) from None
     except OSError as error:
+        if path.is_dir():
+            raise ServegymError(
+                f"{folder}: cannot be locked: {LOCK_FILE} in it is a folder; remove or rename that"
+            ) from None
         raise ServegymError(
             f"{folder}: cannot be locked: {error.strerror}; choose a folder on another disk"
         ) from None

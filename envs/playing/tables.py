@@ -66,7 +66,7 @@ def read_rows(path: Path, schema: Schema, remedy: str) -> pd.DataFrame:
     path, schema
         The file and its columns.
     remedy
-        What to do about a file of other columns, such as ``remove it``.
+        What to do about a file of other columns, such as ``remove the file``.
 
     Raises
     ------
@@ -239,7 +239,7 @@ def _lacking(path: Path, header: Sequence[str], schema: Schema, remedy: str) -> 
     elif lost := [name for name in missing if name not in schema.defaults]:
         problem = f"no column {lost[0]!r}"
     elif strange:
-        problem = f"column {strange[0]!r} is not one of its"
+        problem = f"column {strange[0]!r} is not one of its columns"
     elif not schema.others and [x for x in schema.columns if x not in missing] != list(header):
         problem = "its columns are in another order"
     else:

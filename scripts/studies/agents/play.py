@@ -121,7 +121,7 @@ def evaluate_agents(
 def _keep_curves(finished: Sequence[Run], runs: Path, folder: Path) -> pd.DataFrame:
     """Write the learning curves of these runs; those of other runs stay in the file."""
     curves = ResumableTable(
-        folder / "curves.csv", CURVES, "remove it and play again", ("variant", "seed")
+        folder / "curves.csv", CURVES, "remove the file and play again", ("variant", "seed")
     )
     for run in finished:
         path = runs / run.name / "evaluations.csv"

@@ -272,7 +272,7 @@ def write_task(task: str, output: Path, command: str) -> list[Path]:
     """Write a task's tables and pictures; return their paths."""
     folder = output / task
     episodes = _episodes(folder / "episodes.csv")
-    curves = read_rows(_existing(folder / "curves.csv"), CURVES, "remove it and play again")
+    curves = read_rows(_existing(folder / "curves.csv"), CURVES, "remove the file and play again")
     validation = _episodes(folder / "validation" / "episodes.csv")
     tables = {
         "table.md": (task, task_notes(episodes), policy_table(episodes)),

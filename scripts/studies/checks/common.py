@@ -94,7 +94,7 @@ class Collection:
         """Return a table, without rows where there is no file; each case has as many rows."""
         schema = Schema(("seed",), others=True, texts=self.texts, optional=None)
         table = ResumableTable(
-            path, schema, "remove it or choose a new --output folder", ("seed",),
+            path, schema, "remove the file or choose a new --output folder", ("seed",),
             order=lambda row: row["seed"], float_format="%.7g",
         )  # fmt: skip
         counts = Counter(row["seed"] for row in table.rows)
