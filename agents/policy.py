@@ -121,8 +121,9 @@ class LearnedPolicy(Policy):
 
     Runs on any number of clients: the size of the observation does not depend on that number.
     Actions are matched by the names of the rules, so a task may offer more rules, or another order.
-    Inputs are matched by the names of the features, so an observation may hold more entries, or in
-    another order.
+    Inputs are matched by the names of the features, so a later servegym may observe more features, or
+    in another order, as long as its ``OBSERVATION_VERSION`` is the card's: that number says what the
+    named features mean, and :func:`load_agent` refuses another.
 
     Parameters
     ----------
@@ -201,8 +202,8 @@ def _columns_of(features: Sequence[str]) -> NDArray[np.intp] | None:
     for name in features:
         if name not in place:
             raise ServegymError(
-                f"the agent's feature {shown(name)} is not among the {len(FEATURES)} of this "
-                "version; train it again"
+                f"of the agent's {len(features)} features, feature {shown(name)} is not among the "
+                f"{len(FEATURES)} of this version; train it again"
             )
     return np.array([place[name] for name in features], np.intp)
 

@@ -222,6 +222,10 @@ def not_safetensors(folder: Path) -> None:
         ),
         (edited(observation_version=None), "observes version None"),
         (edited(features=["weather", *FEATURES[1:]]), "'weather' is not among"),
+        (
+            edited(features=["weather", *FEATURES[2:]]),
+            f"of the agent's {len(FEATURES) - 1} features, .* is not among the {len(FEATURES)} of",
+        ),
         (edited(features=list(FEATURES[:-1])), "layers must lead from 64 features to 7 actions"),
         (edited(features=[*FEATURES[:-1], FEATURES[0]]), "must name each feature once"),
         (edited(features=7), "features must be a list"),

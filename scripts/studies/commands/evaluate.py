@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -86,17 +86,23 @@ def _percent(share: float | None) -> str:
 
 def list_policies() -> str:
     """Return the policies with their descriptions."""
-    descriptions = policy_descriptions() | DESCRIPTIONS
-    return "\n".join(f"{name:22} {text}" for name, text in descriptions.items())
+    return _in_columns(policy_descriptions() | DESCRIPTIONS)
 
 
 def list_tasks() -> str:
     """Return the registered tasks."""
-    return "\n".join(
-        f"{name:24} {task.workload.requests} requests ({task.workload.source}), "
-        f"{task.cluster.clients} clients"
-        for name, task in TASKS.items()
+    return _in_columns(
+        {
+            name: f"{task.workload.requests} requests ({task.workload.source}), "
+            f"{task.cluster.clients} clients"
+            for name, task in TASKS.items()
+        }
     )
+
+
+def _in_columns(lines: Mapping[str, str]) -> str:
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
