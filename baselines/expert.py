@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from servegym.baselines.lookahead.rollout import action_values
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy
 from servegym.envs.errors import ServegymError
-from servegym.envs.jit import kernel, parallel_kernel
+from servegym.envs.jit import threaded_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.policy import Briefing, Situation, asked_task
 from servegym.envs.process.actions import Settings
@@ -36,7 +36,7 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
     task
         The task of the environments that will be given.
     threads
-        Numba threads that share the rows. The values do not depend on it.
+        Threads that share the rows. The values do not depend on it.
 
     Returns
     -------
@@ -80,11 +80,10 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
             scratch = make_state(2 * threads, requests, task.cluster.clients)
         values = np.empty(env.rows.masks.shape)
         arguments = (env.state, env.costs, env.settings, base, env.rows.masks, scratch, values)
-        if threads == 1:
-            _value_share(*arguments, 0, 1)
-        else:
-            numba.set_num_threads(threads)
-            _value_in_parallel(*arguments, threads)
+        with ThreadPoolExecutor(threads) as pool:
+            shares = [pool.submit(_value_share, *arguments, t, threads) for t in range(threads)]
+        for share in shares:
+            share.result()
         return values
 
     return value_actions
@@ -128,7 +127,7 @@ def make_rule_expert(name: str, task: TaskConfig) -> Expert:
     return value_actions
 
 
-@kernel
+@threaded_kernel
 def _value_share(
     state: State,
     costs: CostTables,
@@ -143,19 +142,3 @@ def _value_share(
     """Value the actions in every ``threads``-th row, from row ``t`` on."""
     for e in range(t, masks.shape[0], threads):
         action_values(state, costs, settings, base, e, masks[e], scratch, t, values[e])
-
-
-@parallel_kernel
-def _value_in_parallel(
-    state: State,
-    costs: CostTables,
-    settings: Settings,
-    base: CompiledPolicy,
-    masks: NDArray[np.bool_],
-    scratch: State,
-    values: NDArray[np.float64],
-    threads: int,
-) -> None:
-    """Value the actions in every row, on numba's threads."""
-    for t in prange(threads):
-        _value_share(state, costs, settings, base, masks, scratch, values, t, threads)

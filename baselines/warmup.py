@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numba
-
 from servegym.baselines.calendar.planner import plan_jointly
 from servegym.baselines.exact.optimum import exact_optimum
 from servegym.baselines.expert import make_rollout_expert
@@ -31,8 +29,7 @@ def warm_up() -> None:
     plan_jointly(case.requests, machine.clients, machine.costs, moves=1000)
     env = ServingVectorEnv(2, task)
     env.reset(seed=0)
-    for threads in range(1, min(2, numba.config.NUMBA_NUM_THREADS) + 1):
-        make_rollout_expert("aligned", task, threads)(env)
+    make_rollout_expert("aligned", task)(env)
 
 
 if __name__ == "__main__":

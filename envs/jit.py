@@ -11,10 +11,12 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core import config
+from numba.core import config, types
+from numba.core.registry import CPUDispatcher
 
 from servegym.envs.errors import ServegymError
 from servegym.envs.kernel_cache import KernelCache
+from servegym.envs.linked_code import LinkedCompiler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -31,12 +33,21 @@ def kernel(function: Function) -> Function:
 
 def rare_kernel(function: Function) -> Function:
     """Do as ``kernel``, not inlined: for code that few tasks run, so that its callers stay small."""
-    return _cached(function, _nrt=False)
+    return _cached(function, _nrt=False, forceinline=False)
 
 
 def allocating_kernel(function: Function) -> Function:
     """Do as ``kernel``, not inlined, for a function that makes arrays or draws random numbers."""
-    return _cached(function, _nrt=True)
+    return _cached(function, _nrt=True, forceinline=False)
+
+
+def threaded_kernel(function: Function) -> Function:
+    """Do as ``rare_kernel``, for calls from several Python threads, which then run side by side.
+
+    For calls that take milliseconds. Numba's threads start faster, but ``prange`` compiled the expert's
+    rollouts three times more, for 22 CPU-s.
+    """
+    return _cached(function, _nrt=False, forceinline=False, nogil=True)
 
 
 def parallel_kernel(function: Function) -> Function:
@@ -62,9 +73,33 @@ def parallel_kernel(function: Function) -> Function:
 def _cached(function: Function, **options: bool) -> Function:
     if config.DISABLE_JIT:
         return function
-    dispatcher: Any = numba.njit(function, **options)
-    dispatcher._cache = KernelCache(function)  # as enable_caching does, with another class
-    return cast(Function, dispatcher)
+    options |= {"nopython": True, "no_cfunc_wrapper": True}  # nobody passes a kernel to C
+    return cast(Function, _Dispatcher(function, {}, options))
+
+
+class _Dispatcher(CPUDispatcher):  # type: ignore[misc]
+    """A compiled function: machine code for calls from Python, linked code for calls from kernels.
+
+    Numba compiles a callee again for each constant among its arguments. Here a constant counts as any
+    number of its type: row 0 had a second copy of the whole simulator, and a cold start took 15 CPU-s more.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], types_of_locals: Any, options: dict[str, Any]
+    ) -> None:
+        super().__init__(function, types_of_locals, options)
+        self._cache = KernelCache(function)  # as enable_caching does, with another class
+        options = options | {"no_cpython_wrapper": True}
+        self._linked = CPUDispatcher(function, types_of_locals, options, LinkedCompiler)
+        self._linked._cache = KernelCache(function, linked=True)
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        """Compile for a call from a kernel."""
+        return self._linked.get_call_template([types.unliteral(each) for each in args], kws)
+
+    def get_overload(self, sig: Any) -> Any:
+        """Return what a kernel's call is linked to."""
+        return self._linked.get_overload(sig)
 
 
 _lost_threads: list[str] = []

@@ -29,6 +29,8 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 from numba.misc.appdirs import AppDirs
 
+from servegym.envs.linked_code import from_payload, to_payload
+
 _ROOT: Final = Path(__file__).resolve().parents[1]
 """The folder that holds ``envs`` and ``baselines``, in a checkout and in an installed package."""
 
@@ -45,18 +47,21 @@ class KernelCache(FunctionCache):
     function
         The kernel. Its machine code is read from the first folder that holds it and saved in the
         first that can be written.
+    linked
+        Keep the code that other kernels link (``LinkedLibrary``), not machine code.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], linked: bool = False) -> None:
         self._name = repr(function)
         self._py_func = function
-        self._impl = _Implementation(function)
+        self._impl = _LinkedImplementation(function) if linked else _Implementation(function)
         code = function.__code__
         source = Path(code.co_filename).resolve()
         base = f"{source.stem}.{function.__qualname__}-{code.co_firstlineno}"
         base = base.replace("<", "").replace(">", "")
         version = f"py{sys.version_info[0]}{sys.version_info[1]}{getattr(sys, 'abiflags', '')}"
         folders = cache_folders(source)
+        base += "-linked" if linked else ""
         self._cache_file = _Files(folders, source, f"{base}.{version}")
         self._cache_path = str(folders[0])
         self.enable()
@@ -71,6 +76,16 @@ class _Implementation(CompileResultCacheImpl):
         self._locator = SimpleNamespace(
             _py_file=function.__code__.co_filename, ensure_cache_path=lambda: None
         )
+
+
+class _LinkedImplementation(_Implementation):
+    """How code that is only linked becomes bytes and comes back."""
+
+    def reduce(self, cres: Any) -> tuple[Any, ...]:
+        return to_payload(cres)
+
+    def rebuild(self, target_context: Any, payload: tuple[Any, ...]) -> Any:
+        return from_payload(target_context, payload)
 
 
 class _Files:
