@@ -31,18 +31,16 @@ def kernel(function: Function) -> Function:
     return _cached(function, _nrt=False, forceinline=True)
 
 
-def rare_kernel(function: Function) -> Function:
-    """Do as ``kernel``, not inlined: for code that few tasks run, so that its callers stay small."""
-    return _cached(function, _nrt=False, forceinline=False)
-
-
 def allocating_kernel(function: Function) -> Function:
-    """Do as ``kernel``, not inlined, for a function that makes arrays or draws random numbers."""
+    """Do as ``kernel``, not inlined, for a function that makes arrays or draws random numbers.
+
+    Without the option a kernel would inherit it from the first caller that is compiled.
+    """
     return _cached(function, _nrt=True, forceinline=False)
 
 
 def threaded_kernel(function: Function) -> Function:
-    """Do as ``rare_kernel``, for calls from several Python threads, which then run side by side.
+    """Do as ``kernel``, not inlined, for calls from several Python threads, which then run side by side.
 
     For calls that take milliseconds. Numba's threads start faster, but ``prange`` compiled the expert's
     rollouts three times more, for 22 CPU-s.

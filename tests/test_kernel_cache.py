@@ -7,11 +7,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numba
 import pytest
 
 from servegym.envs import kernel_cache
+from servegym.envs.jit import kernel
 from servegym.envs.kernel_cache import cache_folders, is_trusted, make_private_folder
 
 # A kernel and its callee in another file, as small as can be.
@@ -23,10 +25,10 @@ def double(x):
     return {factor} * x
 """
 CALLER = """
-from servegym.envs.jit import rare_kernel
+from servegym.envs.jit import allocating_kernel
 from callee import double
 
-@rare_kernel
+@allocating_kernel
 def triple(x):
     return double(x) + x
 """
@@ -270,3 +272,23 @@ def test_threads_after_a_fork_are_refused() -> None:
         "'spawn' or 'forkserver'" in threaded and threaded[-1] == "0"
     )
     assert single == f"{parent} 0"
+
+
+@kernel
+def _twice(number: int) -> int:
+    return 2 * number
+
+
+@kernel
+def _of_constants(number: int) -> int:
+    return _twice(1) + _twice(2) + _twice(number)
+
+
+def test_a_constant_argument_is_compiled_as_any_number() -> None:
+    """Numba would compile `_twice` three times: for 1, for 2 and for a number."""
+    if numba.config.DISABLE_JIT:
+        pytest.skip("nothing is compiled")
+    assert _of_constants(3) == 12
+    called: Any = _twice
+    assert len(called._linked.signatures) == 1
+    assert not called.signatures  # nobody called it from Python: it has no machine code

@@ -166,7 +166,8 @@ def test_room_imports_only_what_it_may(room: str, forbidden: set[str]) -> None:
 FLOORS = {
     "envs": [
         "errors vocabulary",
-        "arguments files kernel_cache",
+        "arguments files linked_code",
+        "kernel_cache",
         "jit",
         "machine workload",
         "bounds simulator",

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel
 from servegym.envs.simulator.finishes import find, insert, merge, remove
 from servegym.envs.simulator.state import State
 from servegym.envs.workload.requests import MAX_TOKENS
@@ -40,7 +40,7 @@ def expected_output_tokens(log_median: float, spread: float, emitted: int) -> in
     return max(round(min(mean, float(MAX_TOKENS))), emitted + 1)
 
 
-@rare_kernel
+@kernel
 def expect_admitted(state: State, e: int, r: int, admitted: int) -> None:
     """Insert the expected finishes of the ``admitted`` picked requests, already counted as active."""
     replica = state.replicas[e, r]
@@ -57,7 +57,7 @@ def expect_admitted(state: State, e: int, r: int, admitted: int) -> None:
     merge(state.expected[e, r], replica.active - admitted, replica.rounds, keys, span)
 
 
-@rare_kernel
+@kernel
 def reveal(state: State, e: int, r: int, done: int) -> None:
     """Replace expected by true lengths for the ``done`` requests due first, which are finishing."""
     active = state.replicas[e, r].active
@@ -72,7 +72,7 @@ def reveal(state: State, e: int, r: int, done: int) -> None:
     remove(state.expected[e, r], active, places)
 
 
-@rare_kernel
+@kernel
 def revise(state: State, e: int, r: int) -> None:
     """Give every running request that has outlived its expected finish a later one."""
     replica, expected = state.replicas[e, r], state.expected[e, r]
