@@ -11,8 +11,9 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core import config, types
+from numba.core import config
 from numba.core.registry import CPUDispatcher
+from numba.core.types.misc import unliteral
 
 from servegym.envs.errors import ServegymError
 from servegym.envs.kernel_cache import KernelCache
@@ -93,7 +94,7 @@ class _Dispatcher(CPUDispatcher):  # type: ignore[misc]
 
     def get_call_template(self, args: Any, kws: Any) -> Any:
         """Compile for a call from a kernel."""
-        return self._linked.get_call_template([types.unliteral(each) for each in args], kws)
+        return self._linked.get_call_template([unliteral(each) for each in args], kws)
 
     def get_overload(self, sig: Any) -> Any:
         """Return what a kernel's call is linked to."""
