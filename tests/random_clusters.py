@@ -1,0 +1,126 @@
+"""Random small cases of the cluster: every option of the reference, little memory, many ties.
+
+``random_case(rng, dyadic=True)`` has costs, arrivals and speeds that are multiples of powers of two:
+every sum of seconds is exact in any order, so ties are ties for everybody and times compare with ==.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts, TableDecode
+from tests.reference_cluster import GUARDS, ROUTERS, VICTIMS, ClusterSpec, ReplicaSpec
+from tests.reference_costs import decode_round_s
+
+
+@dataclass(frozen=True)
+class ClusterCase:
+    """Requests (arrival in seconds, prompt, output), in any order, and the cluster they meet."""
+
+    requests: list[tuple[float, int, int]]
+    spec: ClusterSpec
+
+
+def random_case(
+    rng: np.random.Generator,
+    *,
+    dyadic: bool,
+    chunked: bool | None = None,
+    routers: list[str] = ROUTERS,
+    rejections: bool = True,
+) -> ClusterCase:
+    """A case of up to 30 requests on up to 4 replicas."""
+    block = int(rng.choice([1, 1, 2, 3, 4, 16]))
+    longest = int(rng.choice([6, 24, 80]))
+    costs = random_costs(rng, dyadic=dyadic)
+    router = str(rng.choice(routers))
+    requests = random_requests(rng, longest, decode_round_s(costs, 1, 0), dyadic=dyadic)
+    largest = max(-(-(prompt + output) // block) for _, prompt, output in requests)
+    limited = router == "llumnix" or bool(rng.random() < 0.75)
+    replicas = random_replicas(rng, largest * block, limited=limited, dyadic=dyadic)
+    if rejections and limited and rng.random() < 0.15:  # one request that fits nowhere
+        most = max(replica.kv_capacity_tokens for replica in replicas)
+        requests[int(rng.integers(len(requests)))] = (requests[0][0], most, 1 + block)
+    if chunked is None:
+        chunked = bool(rng.random() < 0.5)
+    stale = len(replicas) > 1 and rng.random() < 0.25
+    spec = ClusterSpec(
+        replicas,
+        costs,
+        kv_block_tokens=block,
+        watermark=float(rng.choice([0.0, 0.0, 0.0625, 0.25])),
+        preempt=str(rng.choice(VICTIMS)),
+        admission_guard=str(rng.choice(GUARDS, p=[0.6, 0.2, 0.2])),
+        chunk_tokens=int(rng.choice([1, 2, 5, 8, 16, 64, 1000])) if chunked else 0,
+        max_prefill_tokens=int(rng.choice([0, 0, 1, longest, 3 * longest])),
+        padded=bool(rng.random() < 0.2),
+        reserve=str(rng.choice(["chunk", "chunk", "prompt"])),
+        mixed=str(rng.choice(["one-pass", "sum"])),
+        router=router,
+        draws=[int(draw) for draw in rng.integers(0, len(replicas), len(requests))],
+        staleness_s=float(rng.choice([0.25, 1.0, 8.0])) if stale else 0.0,
+    )
+    return ClusterCase(requests, spec)
+
+
+def random_requests(
+    rng: np.random.Generator, longest: int, round_s: float, *, dyadic: bool
+) -> list[tuple[float, int, int]]:
+    """Up to 30 rows, not in order of arrival; some arrive together, some all at the start."""
+    count = int(rng.integers(1, 31))
+    until_s = float(rng.choice([0.0, 4.0, 40.0])) * (1.0 if dyadic else round_s)
+    arrivals = rng.uniform(0.0, until_s, count)
+    if dyadic:
+        arrivals = np.floor(arrivals * 4) / 4
+    else:
+        arrivals[rng.random(count) < 0.3] = arrivals[0]
+    prompts = rng.integers(1, longest + 1, count)
+    outputs = rng.integers(1, int(rng.choice([longest // 2, longest])) + 1, count)
+    outputs[rng.random(count) < 0.1] = 1
+    rows = zip(arrivals, prompts, outputs, strict=True)
+    return [(float(arrival), int(prompt), int(output)) for arrival, prompt, output in rows]
+
+
+def random_replicas(
+    rng: np.random.Generator, largest: int, *, limited: bool, dyadic: bool
+) -> tuple[ReplicaSpec, ...]:
+    """Equal replicas or different ones; the least memory holds the largest request just so."""
+    count = int(rng.choice([1, 1, 2, 3, 4]))
+    speeds = [0.5, 1.0, 2.0, 4.0] if dyadic else [0.7, 1.0, 1.3, 3.1]
+    kinds = [
+        ReplicaSpec(
+            clients=int(rng.choice([1, 2, 3, 5, 8])),
+            kv_capacity_tokens=largest
+            + int(rng.choice([0, 1, largest // 4, largest // 2, largest, 3 * largest]))
+            if limited
+            else 0,
+            speed=float(rng.choice(speeds)),
+        )
+        for _ in range(count)
+    ]
+    if rng.random() < 0.6:
+        kinds = [ReplicaSpec(kinds[0].clients, kinds[0].kv_capacity_tokens)] * count
+    return tuple(kinds)
+
+
+def random_costs(rng: np.random.Generator, *, dyadic: bool) -> StageCosts:
+    """Affine or by a table, with and without what attention and the floor add."""
+    if dyadic:  # batches a power of two apart: what lies between is exact, too
+        base, steps = float(rng.integers(1, 17)) / 8, rng.integers(0, 9, 4) / 16
+        per_client, per_token = rng.integers(0, 5, 2) / 64
+        per_kv, squared = float(rng.integers(0, 5)) / 1024, float(rng.integers(0, 3)) / 8192
+        prefill, floor = float(rng.integers(1, 33)) / 8, float(rng.choice([0.0, 2.0]))
+        batches = (1, 2, 4, 8)
+    else:
+        base, steps = float(rng.uniform(0.01, 0.1)), rng.uniform(0.0, 0.02, 4)
+        per_client, per_token = rng.uniform(0.0, 1e-3, 2)
+        per_kv, squared = float(rng.uniform(0.0, 1e-5)), float(rng.uniform(0.0, 1e-6))
+        prefill, floor = float(rng.uniform(0.01, 0.2)), float(rng.choice([0.0, 0.05]))
+        batches = (1, 3, 4, 11)
+    table = tuple(float(base + rise) for rise in np.cumsum(steps))
+    decode: AffineDecode | TableDecode = AffineDecode(base, float(per_client), per_kv)
+    if rng.random() < 0.4:
+        decode = TableDecode(batches, table, per_kv)
+    return StageCosts(decode, AffinePrefill(prefill, float(per_token), squared, floor))
