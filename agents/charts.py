@@ -19,6 +19,7 @@ from servegym.agents.evaluations import CHARTED, means
 from servegym.agents.validation import Trace, ValidationResult
 from servegym.envs.pictures import draw_gantt, draw_values, to_image
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
 
 _NOT_TEXT: Final = ("stdout", "log", "json", "csv")
 
@@ -130,7 +131,12 @@ class Charts:
             f"seed {int(episode['seed'])} after {model.num_timesteps:,} steps: {outcome}, "
             f"{int(episode['prefill_stages'])} prefill stages"
         )
-        gantt = draw_gantt(trace.records, self.task.cluster.clients, title)
+        gantt = draw_gantt(
+            trace.records,
+            lower(self.task).layout.clients,
+            title,
+            chunked=self.task.cluster.chunk_tokens > 0,
+        )
         returns = _returns_to_go(trace.rewards, float(model.gamma))
         values = draw_values(trace.clock_s, _value_estimates(trace, model), returns)
         return {"serving/gantt": to_image(gantt), "serving/value": to_image(values)}

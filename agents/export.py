@@ -63,7 +63,7 @@ def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folde
         Made if it is missing; an agent in it is replaced.
     """
     network = policy_network(model)
-    ends = (OBSERVATION_SIZE, 1 + len(task.process.rules))
+    ends = (OBSERVATION_SIZE, len(task.actions))
     if (network.sizes[0], network.sizes[-1]) != ends:
         raise ServegymError(
             f"cannot export: the network leads from {network.sizes[0]} to {network.sizes[-1]}, "

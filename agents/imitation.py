@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.envs.errors import ServegymError
+from servegym.envs.simulator.state import row_arrays
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
 
@@ -158,7 +159,7 @@ def spread_over_episodes(env: ServingVectorEnv, actor: _Actor) -> None:
     All rows play ``actor``. Then each row is set back to the first state with that share, or to the
     beginning of its next episode if its episode ended before.
     """
-    arrays = [np.asarray(array) for array in (*env.state, *env.rows)]
+    arrays = [np.asarray(array) for array in (*row_arrays(env.state).values(), *env.rows)]
     kept = [array.copy() for array in arrays]
     episodes = env.state.episodes
     wanted = np.arange(env.num_envs) / env.num_envs

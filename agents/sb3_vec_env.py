@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from servegym.envs.errors import ServegymError, shown
 from servegym.envs.process.metrics import METRICS
+from servegym.envs.simulator.state import row_arrays
 from servegym.envs.task.cases import Case
 from servegym.envs.vector_env import ServingVectorEnv
 
@@ -160,7 +161,7 @@ class ServingSB3VecEnv(VecEnv):
 
     def _arrays(self) -> dict[str, NDArray[np.uint8]]:
         """Return every array of the rows as the bytes it consists of, not copied."""
-        named = self.env.state._asdict() | self.env.rows._asdict()
+        named = row_arrays(self.env.state) | self.env.rows._asdict()
         if self.reference is not None:
             named["reference_gaps"] = self.reference_gaps_percent  # its name in all checkpoints
         if self.env.max_episode_steps:

@@ -56,7 +56,7 @@ class Validation:
         """Play every case once to its end."""
         state = self._rows.state
         metrics: list[dict[str, float]] = [{} for _ in self._cases]
-        counts = np.zeros(1 + len(self.task.process.rules), np.int64)
+        counts = np.zeros(len(self.task.actions), np.int64)
         seen: list[tuple[NDArray[np.float32], NDArray[np.bool_], float]] = []
         rewards: list[float] = []
         first: EpisodeLog | None = None
@@ -65,7 +65,7 @@ class Validation:
             observations: NDArray[np.float32], masks: NDArray[np.bool_]
         ) -> NDArray[np.int64]:
             if first is None:
-                clock_s = float(state.replicas[0, 0]["clock_s"])
+                clock_s = float(state.episodes[0]["now_s"])
                 seen.append((observations[0].copy(), masks[0].copy(), clock_s))
             return predict(observations, masks)
 

@@ -17,7 +17,8 @@ from servegym.envs.jit import threaded_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.policy import Briefing, Situation, asked_task
 from servegym.envs.process.actions import Settings
-from servegym.envs.simulator.state import State, make_state
+from servegym.envs.process.steps import deciding
+from servegym.envs.simulator.state import State, make_alike
 from servegym.envs.simulator.view import view
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
@@ -77,7 +78,7 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
         _check_task(env, task)
         _, requests = env.state.requests.shape
         if scratch is None or scratch.requests.shape[1] != requests:
-            scratch = make_state(2 * threads, requests, task.cluster.clients)
+            scratch = make_alike(env.state, 2 * threads)
         values = np.empty(env.rows.masks.shape)
         arguments = (env.state, env.costs, env.settings, base, env.rows.masks, scratch, values)
         with ThreadPoolExecutor(threads) as pool:
@@ -118,7 +119,7 @@ def make_rule_expert(name: str, task: TaskConfig) -> Expert:
         _check_task(env, task)
         values = np.where(env.rows.masks, -1.0, -np.inf)
         for e in range(env.num_envs):
-            seen = view(env.state, env.costs, e, 0)
+            seen = view(env.state, env.costs, e, deciding(env.state, e))
             values[e, policy.act(Situation(seen, env.rows.observations[e], env.rows.masks[e]))] = (
                 0.0
             )

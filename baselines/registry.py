@@ -121,6 +121,22 @@ REGISTRY: Final[dict[str, Entry]] = {
         "classic rule)",
         TriggerPolicy("fcfs", triggers.EAGER),
     ),
+    "vllm-classic": Entry(
+        "fcfs under the name of its engine", TriggerPolicy("fcfs", triggers.EAGER)
+    ),
+    "vllm": Entry(
+        "vLLM V1: in mixed stages, running requests first, then in order of arrival (the task sets "
+        "cluster.chunk_tokens; vLLM's is 8192)",
+        TriggerPolicy("fcfs", triggers.EAGER, mixed=True),
+    ),
+    "sarathi": Entry(
+        "Sarathi-Serve: the same rule, published with smaller budgets (chunk_tokens 512 or 2048)",
+        TriggerPolicy("fcfs", triggers.EAGER, mixed=True),
+    ),
+    "trt-no-evict": Entry(
+        "TensorRT-LLM's default: the same, admitting only what fits with all outputs at full length",
+        TriggerPolicy("fcfs", triggers.EAGER, mixed=True, cluster={"admission_guard": "full"}),
+    ),
     "static": Entry(
         "decode until all clients are idle, then refill them in order of arrival",
         TriggerPolicy("fcfs", triggers.DRAINED),
@@ -218,6 +234,13 @@ REGISTRY: Final[dict[str, Entry]] = {
     ),
 }
 """Policies by name."""
+
+MIXED: Final = tuple(
+    name
+    for name, entry in REGISTRY.items()
+    if isinstance(entry.prototype, TriggerPolicy) and entry.prototype.mixed
+)
+"""Names of the policies that need mixed stages: tasks with ``cluster.chunk_tokens``."""
 
 _SHORT: Final = re.compile(r"(.+)-(\d+(?:\.\d+)?)")
 _LONG: Final = re.compile(r"([^()]*)\((.*)\)")

@@ -12,13 +12,17 @@ from servegym.envs.arguments import whole_number, whole_numbers
 from servegym.envs.errors import ServegymError
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
+from servegym.envs.machine.layout import one_replica
 from servegym.envs.simulator.loading import load
+from servegym.envs.simulator.queues import push_back, tokens_to_prefill
 from servegym.envs.simulator.stages import (
+    begin_decode,
+    begin_prefill,
+    book,
+    compute,
     pick,
-    receive_arrivals,
     rounds_to_next_finish,
-    run_decode,
-    run_prefill,
+    see_arrivals,
     sort_idle,
 )
 from servegym.envs.simulator.state import State, make_state
@@ -63,9 +67,9 @@ def replay(
         request) or a request a second time; or if a request is left out.
     """
     _check(requests, clients, costs, schedule, max_prefill_tokens)
-    state = make_state(1, len(requests), clients)
+    state = make_state(1, len(requests), one_replica(clients))
     load(state, 0, requests, None)
-    receive_arrivals(state, 0, 0)
+    _let_all_wait(state)
     replica = state.replicas[0, 0]
     waiting = np.ones(len(requests), np.bool_)
     for place, stage in enumerate(schedule):
@@ -121,12 +125,21 @@ def _check(
 
 
 @kernel
+def _let_all_wait(state: State) -> None:
+    for i in range(state.episodes[0].requests):
+        push_back(state, 0, 0, i)
+    see_arrivals(state, 0, 0)
+
+
+@kernel
 def _decode_until(state: State, costs: CostTables, clock: int) -> bool:
     """Decode to clock ``clock`` or until no client is active; return whether the clock is reached."""
     replica = state.replicas[0, 0]
     while replica.active > 0 and replica.rounds < clock:
-        rounds = min(rounds_to_next_finish(state, 0, 0), clock - replica.rounds)
-        run_decode(state, costs, 0, 0, rounds)
+        begin_decode(
+            state, costs, 0, 0, min(rounds_to_next_finish(state, 0, 0), clock - replica.rounds)
+        )
+        book(state, 0, 0, replica.stage_s)
     return replica.rounds == clock
 
 
@@ -134,10 +147,12 @@ def _decode_until(state: State, costs: CostTables, clock: int) -> bool:
 def _run_stage(state: State, costs: CostTables, ids: NDArray[np.int64]) -> None:
     """Run a stage that gives these waiting requests to the first idle clients."""
     sort_idle(state, 0, 0)
-    idle = state.idle[0, 0]
+    idle, replica = state.idle[0, 0], state.replicas[0, 0]
     for k in range(ids.size):
         pick(state, 0, 0, idle[k], ids[k])
-        state.picked[0, k] = ids[k]
-    for k in range(ids.size, state.clients.shape[2] - state.replicas[0, 0].active):
+        compute(state, 0, 0, ids[k], tokens_to_prefill(state, 0, ids[k]))
+    for k in range(ids.size, replica.idle):
         idle[k - ids.size] = idle[k]
-    run_prefill(state, costs, 0, 0, ids.size)
+    replica.idle -= ids.size
+    begin_prefill(state, costs, 0, 0)
+    book(state, 0, 0, replica.stage_s)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numbers
 import operator
 import os
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import cache
+from types import UnionType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -52,6 +54,10 @@ def as_annotated(name: str, value: Any, hint: Any) -> Any:
         If ``value`` is not of that type; the message calls it ``name``.
     """
     origin, value = get_origin(hint), plain(value)
+    if origin is UnionType:  # with None: the key may be left out
+        return None if value is None else as_annotated(name, value, get_args(hint)[0])
+    if is_dataclass(hint):
+        return _as_dataclass(name, value, hint)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ServegymError(f"{name} must be a list, got {shown(value)}")
@@ -70,6 +76,23 @@ def as_annotated(name: str, value: Any, hint: Any) -> Any:
         return str.__str__(value) if hint is str else hint(value)
     except OverflowError:
         raise ServegymError(f"{name} is too large a number") from None
+
+
+def _as_dataclass(name: str, value: Any, cls: Any) -> Any:
+    """Return an instance of ``cls`` as it is, or one made from a table of its keys."""
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, Mapping):
+        raise ServegymError(f"{name} must be a table of keys, got {shown(value)}")
+    keys = [item.name for item in fields(cls)]
+    for key in value:
+        if key not in keys:
+            raise unknown("key", f"{name}.{key}", [f"{name}.{known}" for known in keys])
+    try:
+        return cls(**value)
+    except ServegymError as error:  # which names the section, not the item of a list
+        section = name.partition("[")[0]
+        raise ServegymError(str(error).replace(f"{section}.", f"{name}.", 1), error.key) from None
 
 
 def check_fields(section: str, config: Any) -> None:

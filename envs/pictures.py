@@ -27,55 +27,113 @@ DECODE_COLOURS = ("#9ecae1", "#2171b5")
 _REFERENCE_STYLES: Final[tuple[Any, ...]] = ("--", ":", "-.", (0, (7, 1, 1, 1, 1, 1)))
 
 
-def draw_gantt_rows(axes: Axes, log: EpisodeLog, clients: int) -> None:
+def draw_gantt_rows(
+    axes: Axes, log: EpisodeLog, clients: Sequence[int], *, chunked: bool = False
+) -> None:
     """Draw clients over time: decoding in two alternating blues, prefill stages as red bands.
 
-    All clients stall in a prefill stage, so its band spans them; idle time is white.
+    All clients of a replica stall in a prefill stage, so its band spans them; idle time is white. One
+    replica's clients stand above another's, a line between them. With ``chunked`` prompts others
+    decode beside a prefill, so only its own client is red. A preempted request is drawn where it ran
+    last, from its first token to its end.
     """
-    started = np.isfinite(log.admitted_s)
+    offsets = np.concatenate(([0], np.cumsum(clients)))
+    rows = _rows(log, offsets)
+    started = np.isfinite(log.admitted_s) & (rows >= 0)
     last_s = _last_seconds(log)
     ends_s = np.where(np.isfinite(log.finished_s), log.finished_s, last_s)
+    turn = _turn(log, rows)
     for shade, colour in enumerate(DECODE_COLOURS):
-        chosen = started & (_turn(log) % 2 == shade)
-        bars = _rectangles(log.first_token_s[chosen], ends_s[chosen], log.client[chosen])
+        chosen = started & (turn % 2 == shade)
+        bars = _rectangles(log.first_token_s[chosen], ends_s[chosen], rows[chosen])
         axes.add_collection(
             PolyCollection(list(bars), facecolors=colour, linewidths=0, antialiased=False)
         )
-    stages = np.unique(np.stack([log.admitted_s[started], log.first_token_s[started]]), axis=1)
-    for begin, end in stages.T:
-        axes.axvspan(begin, end, color=PREFILL_COLOUR, linewidth=0)
-    axes.set_ylim(-0.5, clients - 0.5)
+    if chunked:
+        bars = _rectangles(log.admitted_s[started], log.first_token_s[started], rows[started])
+        axes.add_collection(PolyCollection(list(bars), facecolors=PREFILL_COLOUR, linewidths=0))
+    for r in range(0 if chunked else len(clients)):
+        here = started & (log.replica == r)
+        stages = np.unique(np.stack([log.admitted_s[here], log.first_token_s[here]]), axis=1)
+        low, high = offsets[r] / offsets[-1], offsets[r + 1] / offsets[-1]
+        for begin, end in stages.T:
+            axes.axvspan(begin, end, low, high, color=PREFILL_COLOUR, linewidth=0)
+    for offset in offsets[1:-1]:
+        axes.axhline(offset - 0.5, color="black", linewidth=0.8)
+    axes.set_ylim(-0.5, offsets[-1] - 0.5)
     axes.set_ylabel("client")
+    if len(clients) > 1:
+        _name_replicas(axes, offsets)
+
+
+def _name_replicas(axes: Axes, offsets: NDArray[np.int64]) -> None:
+    """Write the replicas' numbers on the right, at most a dozen of them."""
+    count = len(offsets) - 1
+    named = range(0, count, -(-count // 12))
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(
+        [(offsets[r] + offsets[r + 1] - 1) / 2 for r in named], [f"replica {r}" for r in named]
+    )
+    right.tick_params(length=0)
+
+
+def _rows(log: EpisodeLog, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each request's client among those of all replicas, −1 without one, shape (requests,)."""
+    there = (log.client >= 0) & (log.replica >= 0)
+    return np.where(there, offsets[np.maximum(log.replica, 0)] + log.client, -1)
 
 
 def _rectangles(
-    begin_s: NDArray[np.float64], end_s: NDArray[np.float64], client: NDArray[np.int32]
+    begin_s: NDArray[np.float64], end_s: NDArray[np.float64], row: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return a rectangle per request, one client high, shape (requests, 4 corners, 2)."""
     left = np.stack([begin_s, begin_s, end_s, end_s], axis=1)
-    height = client[:, None] + np.array([-0.5, 0.5, 0.5, -0.5])
+    height = row[:, None] + np.array([-0.5, 0.5, 0.5, -0.5])
     return np.stack([left, height], axis=2)
 
 
-def draw_gantt(log: EpisodeLog, clients: int, title: str) -> Figure:
-    """Draw one episode's clients over time."""
-    return draw_gantts([(title, log)], clients)
+def draw_gantt(
+    log: EpisodeLog, clients: int | Sequence[int], title: str, *, chunked: bool = False
+) -> Figure:
+    """Draw one episode's clients over time; see :func:`draw_gantts`."""
+    return draw_gantts([(title, log)], clients, chunked=chunked)
 
 
-def draw_gantts(episodes: Sequence[tuple[str, EpisodeLog]], clients: int) -> Figure:
-    """Draw several episodes with equally many clients below each other, on one time axis."""
+def draw_gantts(
+    episodes: Sequence[tuple[str, EpisodeLog]],
+    clients: int | Sequence[int],
+    *,
+    chunked: bool = False,
+) -> Figure:
+    """Draw several episodes on the same machines below each other, on one time axis.
+
+    Parameters
+    ----------
+    episodes
+        Titles and records.
+    clients
+        How many clients there are, one number per replica if there are several.
+    chunked
+        Whether prompts are computed in chunks beside decoding clients.
+    """
+    clients = [clients] if isinstance(clients, int) else clients
     figure = Figure(figsize=(10, 0.6 + 2.7 * len(episodes)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(episodes), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, log) in zip(rows, episodes, strict=True):
         axes.set_title(title, loc="left", fontsize=10)
-        draw_gantt_rows(axes, log, clients)
+        draw_gantt_rows(axes, log, clients, chunked=chunked)
     end_s = max(_last_seconds(log) for _, log in episodes)
     rows[-1].set_xlim(0, end_s * 1.005 if end_s > 0 else 1.0)
     rows[-1].set_xlabel("simulated seconds")
+    stall = "prefill stage: all clients stall"
+    if chunked:
+        stall = "prompt being computed"
+    elif len(clients) > 1:
+        stall = "prefill stage: the replica's clients stall"
     handles = [
         mpl.patches.Patch(color=DECODE_COLOURS[1], label="decoding (shade changes with request)"),
-        mpl.patches.Patch(color=PREFILL_COLOUR, label="prefill stage: all clients stall"),
+        mpl.patches.Patch(color=PREFILL_COLOUR, label=stall),
         mpl.patches.Patch(facecolor="white", edgecolor="grey", label="idle"),
     ]
     figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
@@ -195,11 +253,11 @@ def _last_seconds(log: EpisodeLog) -> float:
     return float(np.nanmax(times))
 
 
-def _turn(log: EpisodeLog) -> NDArray[np.int64]:
+def _turn(log: EpisodeLog, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the index of each request among those its client served, shape (requests,)."""
-    turn = np.zeros(len(log.client), dtype=np.int64)
-    order = np.lexsort((log.admitted_s, log.client))
-    first = np.flatnonzero(np.diff(log.client[order], prepend=-2))
+    turn = np.zeros(len(rows), dtype=np.int64)
+    order = np.lexsort((log.admitted_s, rows))
+    first = np.flatnonzero(np.diff(rows[order], prepend=-2))
     counts = np.diff(np.append(first, len(order)))
     turn[order] = np.arange(len(order)) - np.repeat(first, counts)
     return turn

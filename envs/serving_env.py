@@ -19,9 +19,9 @@ from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.process.metrics import EpisodeLog, episode_metrics, records
 from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE
-from servegym.envs.process.steps import begin_row, make_rows, step_row
+from servegym.envs.process.steps import begin_row, deciding, make_rows, step_row
 from servegym.envs.simulator.imagination import imagine_row
-from servegym.envs.simulator.state import State, make_state
+from servegym.envs.simulator.state import State, make_alike
 from servegym.envs.simulator.view import DecisionView, view
 from servegym.envs.task.cases import Case, inform, sample_requests
 from servegym.envs.task.config import TaskConfig, with_overrides
@@ -148,7 +148,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.machine = lower(self.task)
         self.costs = self.machine.costs
         self.settings = self.machine.settings
-        self._last_action = len(self.task.process.rules)
+        self._last_action = len(self.task.actions) - 1
         self.action_space = spaces.Discrete(1 + self._last_action)
         self.observation_space = spaces.Box(0.0, 1.0, (OBSERVATION_SIZE,), np.float32)
         self.state: State | None = None
@@ -200,7 +200,10 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
             return None
         from servegym.envs.pictures import draw_gantt, to_image
 
-        return to_image(draw_gantt(self.records(), self.task.cluster.clients, self.task.name))
+        layout = self.machine.layout
+        chunked = layout.chunk_tokens > 0
+        figure = draw_gantt(self.records(), layout.clients, self.task.name, chunked=chunked)
+        return to_image(figure)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return which actions are legal now, shape (actions,); sb3-contrib asks for this name."""
@@ -210,7 +213,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     def view(self) -> DecisionView:
         """Return the numbers that rules decide by."""
-        return view(self._state, self.costs, 0, 0)
+        return view(self._state, self.costs, 0, deciding(self._state, 0))
 
     def imagine(self) -> State:
         """Return the episode as its scheduler believes it to be, one row to try things on.
@@ -220,7 +223,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         """
         state = self._state
         if self._imagined is None or self._imagined.requests.shape != state.requests.shape:
-            self._imagined = make_state(1, state.requests.shape[1], state.clients.shape[2])
+            self._imagined = make_alike(state, 1)
         imagine_row(state, 0, self._imagined, 0)
         return self._imagined
 
@@ -266,8 +269,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         return options
 
     def _load(self, requests: Requests, plan: Plan | None, bound: LowerBound | None) -> None:
-        clients = self.task.cluster.clients
-        check_plan(plan, requests, clients)
+        check_plan(plan, requests, self.machine.clients)
         if self.state is None or self.state.requests.shape[1] != len(requests):
             self.state = make_task_state(self.task, 1, len(requests))
         case = Case(requests, bound) if bound else bound_case(self.machine, requests)

@@ -92,7 +92,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.single_action_space = single.action_space
         self.observation_space = batch_space(single.observation_space, self.num_envs)
         self.action_space = batch_space(single.action_space, self.num_envs)
-        self.rows = make_rows(self.num_envs, 1 + len(self.task.process.rules))
+        self.rows = make_rows(self.num_envs, len(self.task.actions))
         self.on_case: Callable[[int, Case], object] | None = None
         self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
@@ -163,9 +163,12 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
             raise ServegymError("call reset() first")
         from servegym.envs.pictures import draw_gantt, to_image
 
-        clients, name = self.task.cluster.clients, self.task.name
+        layout, name = self.machine.layout, self.task.name
+        chunked = layout.chunk_tokens > 0
         logs = [records(self.state, e) for e in range(self.num_envs)]
-        return tuple(to_image(draw_gantt(log, clients, name)) for log in logs)
+        return tuple(
+            to_image(draw_gantt(log, layout.clients, name, chunked=chunked)) for log in logs
+        )
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return which actions are legal now, shape (num_envs, actions)."""

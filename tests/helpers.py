@@ -92,6 +92,7 @@ def inside(env: ServingEnv) -> Inside:
     replica = env.state.replicas[0, 0]
     requests = env.state.requests[0, : episode["requests"]]
     totals = {name: float(replica[name]) for name in ("clock_s", "idle_wait_s", "prefill_s")}
+    assert episode["now_s"] == replica["clock_s"]
     totals |= {"busy_decode_s": float(replica["busy_decode_s"])}
     return Inside(
         decisions=int(episode["decisions"]),

@@ -22,7 +22,7 @@ from servegym.envs.machine.costs import (
     geometric_levels,
 )
 from servegym.envs.machine.presets import COST_PRESETS, cost_preset
-from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
+from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
 from tests.helpers import random_costs
 from tests.reference_simulator import decode_round_s, prefill_stage_s
 

@@ -377,4 +377,6 @@ def test_committed_notes_are_accepted_and_left_as_they_are(path: Path, tmp_path:
     assert (tmp_path / "task.json").read_bytes() == path.read_bytes()
     (tmp_path / "task.json").unlink()
     claim_task(task, tmp_path)
-    assert (tmp_path / "task.json").read_bytes() == path.read_bytes()
+    made = json.loads((tmp_path / "task.json").read_text())
+    for section, keys in json.loads(path.read_text()).items():  # later versions note more
+        assert made[section] == (made[section] | keys if isinstance(keys, dict) else keys)

@@ -270,6 +270,14 @@ def test_metrics_by_hand() -> None:
         "tpot_p99_s": pytest.approx(1.0 + 0.98 * (2 / 3)),
         "decisions": 2,
         "unfinished_requests": 0,
+        "replicas": 1,
+        "mixed_stages": 0,
+        "preemptions": 0,
+        "recomputed_tokens": 0,
+        "rejected": 0,
+        "moves": 0,
+        "e2e_p50_s": 6.0,  # they end at 3, 6 and 7 s
+        "e2e_p99_s": pytest.approx(6.98),
     }
 
 

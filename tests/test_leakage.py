@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from servegym.baselines.registry import REGISTRY, make_policy
+from servegym.baselines.registry import MIXED, REGISTRY, make_policy
 from servegym.envs import Requests, ServingEnv
 from servegym.envs.playing.evaluation import brief, make_case
 from servegym.envs.playing.policy import Situation, asked_task
@@ -71,7 +71,11 @@ def assert_alike(envs: list[ServingEnv], situations: list[Situation]) -> None:
 
 
 TRIALS = 6
-NAMES = [{"threshold": "threshold-2", "rollout": "rollout-2"}.get(name, name) for name in REGISTRY]
+NAMES = [
+    {"threshold": "threshold-2", "rollout": "rollout-2"}.get(name, name)
+    for name in REGISTRY
+    if name not in MIXED
+]
 
 
 @pytest.mark.parametrize("lengths", ["predicted", "unknown"])

@@ -27,7 +27,7 @@ from servegym.envs.machine.costs import (
     TableDecode,
 )
 from servegym.envs.playing.evaluation import brief
-from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
+from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
 from servegym.envs.task.config import ClusterConfig, TaskConfig, WorkloadConfig
 from servegym.envs.task.estimates import noisy, scaled
 from servegym.envs.task.lowering import bound_case, lower

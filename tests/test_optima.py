@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from servegym.baselines.exact import optima as module
 from servegym.baselines.exact.optima import COLUMNS, find_optima
-from servegym.baselines.registry import REGISTRY, make_policy
+from servegym.baselines.registry import MIXED, REGISTRY, make_policy
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import evaluate, make_case, play, read_best_known
 from servegym.envs.playing.summary import best_known_by_case, summarise
@@ -22,7 +22,9 @@ from servegym.studies.commands import evaluate as script
 from tests.test_summary import episodes
 
 TINY = TASKS["servegym/Tiny-v0"]
-POLICIES = [f"{name}-2" if entry.required else name for name, entry in REGISTRY.items()]
+POLICIES = [
+    f"{name}-2" if entry.required else name for name, entry in REGISTRY.items() if name not in MIXED
+]
 
 
 def optima(rows: dict[int, tuple[float, bool]]) -> pd.DataFrame:

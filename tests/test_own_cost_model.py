@@ -227,3 +227,9 @@ def test_its_parts_are_not_overridden_from_outside() -> None:
     assert with_overrides(task, {"cost": {}}) == task
     named = with_overrides(task, {"cost": {"preset": "tiny"}})
     assert named.cost == TINY.cost
+
+
+def test_a_class_in_place_of_an_object_is_refused() -> None:
+    with pytest.raises(ServegymError, match="cost must be an object, got the class Imitation"):
+        with_model(Imitation)
+    assert lower(with_model(Imitation())).clients == 3

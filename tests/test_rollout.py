@@ -51,12 +51,13 @@ def middle(requests: Requests, lengths: Literal["known", "predicted"] = "known")
 def content(state: State) -> dict[str, Any]:
     """Everything that an imagined episode holds, by name."""
     active = int(state.replicas[0, 0]["active"])
-    clients = state.clients.shape[2]
+    idle = int(state.replicas[0, 0]["idle"])
     arrays = state._asdict() | {
         "finishes": state.finishes[0, 0, :active],
         "expected": state.expected[0, 0, :active],
-        "idle": state.idle[0, 0, : clients - active],
+        "idle": state.idle[0, 0, :idle],
     }
+    del arrays["times"]  # records of the past, not copied
     named: dict[str, Any] = {}
     for name, array in arrays.items():
         for part in array.dtype.names or ("",):

@@ -35,6 +35,7 @@ from servegym.envs.bounds.padding import least_padding
 from servegym.envs.bounds.rounds import rounds_lower_bound
 from servegym.envs.errors import ServegymError
 from servegym.envs.machine.costs import CostTables
+from servegym.envs.machine.layout import one_replica
 from servegym.envs.process.metrics import records
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import make_state
@@ -208,7 +209,7 @@ class _Search:
     def try_rules(self) -> None:
         """Play some rules and keep the best schedule."""
         rounds = self._requests.decode_rounds
-        state = make_state(1, len(self._requests), self._clients)
+        state = make_state(1, len(self._requests), one_replica(self._clients))
         for rule in _RULES:
             for parameter in _PARAMETERS:
                 load(state, 0, self._requests, None)

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from servegym.baselines.schedules import Schedule, Stage, replay
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.stages import prefill_seconds
+from servegym.envs.simulator.seconds import prefill_seconds
 from servegym.envs.workload.requests import Requests
 
 

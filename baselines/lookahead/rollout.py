@@ -30,7 +30,7 @@ from servegym.envs.playing.policy import Briefing, Situation
 from servegym.envs.process.actions import Settings, apply
 from servegym.envs.simulator.events import DECODE, advance
 from servegym.envs.simulator.imagination import copy_row, imagine_row
-from servegym.envs.simulator.state import State, make_state
+from servegym.envs.simulator.state import NOBODY, State, make_alike
 from servegym.envs.task.lowering import lower
 from servegym.envs.vocabulary import ADMISSION_RULES
 from servegym.envs.workload.plan import Plan
@@ -61,13 +61,16 @@ def run_schedule(
     state: State, costs: CostTables, e: int, base: CompiledPolicy, schedule: StageChoices
 ) -> None:
     """Run row ``e`` to its end under the base trigger, as ``schedule`` says for each stage."""
-    while advance(state, costs, e, 0):
-        stage = state.replicas[e, 0].prefill_stages
+    while True:
+        r = advance(state, costs, e)
+        if r == NOBODY:
+            break
+        stage = min(state.replicas[e, r].prefill_stages, schedule.rules.size - 1)
         rule, parameter = schedule.rules[stage], schedule.parameters[stage]
         policy = CompiledPolicy(
-            rule, base.trigger, parameter, base.every_round, base.max_prefill_tokens
+            rule, base.trigger, parameter, base.every_round, base.max_prefill_tokens, base.mixed
         )
-        take_turn(state, costs, e, policy)
+        take_turn(state, costs, e, r, policy)
 
 
 @kernel
@@ -83,9 +86,9 @@ def final_clock(
     """Return the clock at which row 0 ends if ``first`` is done now and the schedule goes on."""
     copy_row(imagined, 0, scratch, 0)
     if first != FOLLOW:
-        apply(scratch, costs, settings, 0, 0, first)
+        apply(scratch, costs, settings, 0, scratch.episodes[0].turn, first)
     run_schedule(scratch, costs, 0, base, schedule)
-    return float(scratch.replicas[0, 0].clock_s)
+    return float(scratch.episodes[0].now_s)
 
 
 @kernel
@@ -117,9 +120,9 @@ def action_values(
             continue
         copy_row(scratch, imagined, scratch, trial)
         if not ended:
-            apply(scratch, costs, settings, trial, 0, action)
+            apply(scratch, costs, settings, trial, scratch.episodes[trial].turn, action)
         run_episode(scratch, costs, trial, base)
-        values[action] = 100.0 * (1.0 - scratch.replicas[trial, 0].clock_s / bound_s)
+        values[action] = 100.0 * (1.0 - scratch.episodes[trial].now_s / bound_s)
 
 
 @dataclass
@@ -172,6 +175,11 @@ class RolloutPolicy:
         """By what the base compares waiting requests."""
         return self.base.comparison
 
+    @property
+    def cluster(self) -> Mapping[str, Any]:
+        """The guard that the base asks for."""
+        return self.base.cluster
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode's schedule; plan if the base does."""
         self._briefing, self._search = briefing, None
@@ -195,14 +203,15 @@ class _Search:
         self, base: TriggerPolicy, rules: tuple[str, ...], briefing: Briefing, imagined: State
     ) -> None:
         task = briefing.task
-        clients, self._costs, self._settings = lower(task)
+        machine = lower(task)
+        self._costs, self._settings = machine.costs, machine.settings
         self._base = compile_policy(base, task)
         self._rng = briefing.rng
         tried = [rule for rule in task.process.rules if rule in (base.rule, *rules)]
         self._rules = [ADMISSION_RULES.index(rule) for rule in tried]
         self._actions = [DECODE, *(1 + task.process.rules.index(rule) for rule in tried)]
         _, requests = imagined.requests.shape
-        self._scratch = make_state(1, requests, clients)
+        self._scratch = make_alike(imagined, 1)
         stages = requests + 1  # each admits someone; the last entry is looked at, never used
         self._schedule = StageChoices(
             np.full(stages, self._base.rule), np.full(stages, self._base.parameter)

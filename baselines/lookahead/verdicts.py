@@ -32,7 +32,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import play
 from servegym.envs.playing.policy import Briefing, Situation
 from servegym.envs.simulator.events import DECODE
-from servegym.envs.simulator.state import State, make_state
+from servegym.envs.simulator.state import State, make_alike
 from servegym.envs.simulator.view import DecisionView
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
@@ -126,6 +126,11 @@ class VerdictPolicy:
         """By what the rule compares waiting requests."""
         return self.policy.comparison
 
+    @property
+    def cluster(self) -> Mapping[str, Any]:
+        """The guard that the base asks for."""
+        return self.policy.cluster
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode; plan if the rule does."""
         task = briefing.task
@@ -166,7 +171,8 @@ class _Judges:
     """The judges of one task, and what finishing an episode needs."""
 
     def __init__(self, task: TaskConfig, judges: Sequence[TriggerPolicy]) -> None:
-        self._clients, self._costs, self._settings = lower(task)
+        machine = lower(task)
+        self._costs, self._settings = machine.costs, machine.settings
         self._bases = [compile_policy(judge, task) for judge in judges]
         self._scratch: State | None = None
         self._schedules: list[StageChoices] = []
@@ -175,7 +181,7 @@ class _Judges:
         """Return the makespan after action ``first``, by judge."""
         _, requests = imagined.requests.shape
         if self._scratch is None:
-            self._scratch = make_state(1, requests, self._clients)
+            self._scratch = make_alike(imagined, 1)
             # Every stage admits someone; the same rule and parameter at each.
             stages = requests + 1
             self._schedules = [

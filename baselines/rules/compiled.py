@@ -11,9 +11,9 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.evaluation import brief, play
 from servegym.envs.playing.policy import asked_task
 from servegym.envs.process.metrics import METRICS, episode_metrics
-from servegym.envs.simulator.admission import admits
-from servegym.envs.simulator.events import advance, decode, prefill
-from servegym.envs.simulator.state import State
+from servegym.envs.simulator.admission import admits, mixes
+from servegym.envs.simulator.events import advance, decode, mix, prefill, sleep
+from servegym.envs.simulator.state import NOBODY, State
 from servegym.envs.simulator.view import view
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
@@ -29,6 +29,7 @@ class CompiledPolicy(NamedTuple):
     parameter: float  # of the trigger
     every_round: bool  # asks after each decode round, not only at events
     max_prefill_tokens: int  # of a stage; 0: no limit
+    mixed: bool = False  # admits in mixed stages, not in prefill stages
 
 
 def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
@@ -39,27 +40,36 @@ def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
         policy.parameter,
         policy.decisions == "rounds" or task.process.decisions == "rounds",
         task.cluster.max_prefill_tokens,
+        policy.mixed,
     )
 
 
 @kernel
-def take_turn(state: State, costs: CostTables, e: int, policy: CompiledPolicy) -> None:
-    """Do what a policy says at the decision point of row ``e``: prefill or decode on."""
-    chosen = admits(state, e, 0, policy.rule)
-    if chosen and state.replicas[e, 0].active > 0:
+def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> None:
+    """Do what a policy says at the turn of replica ``r``: admit, decode on, or sleep."""
+    chosen = mixes(state, e, r, policy.rule) if policy.mixed else admits(state, e, r, policy.rule)
+    active = state.replicas[e, r].active > 0
+    if chosen and active:
         state.episodes[e].decisions += 1
-        chosen = fires(policy.trigger, policy.parameter, view(state, costs, e, 0))
-    if chosen:
-        prefill(state, costs, e, 0, policy.rule, policy.max_prefill_tokens)
+        chosen = fires(policy.trigger, policy.parameter, view(state, costs, e, r))
+    if chosen and policy.mixed:
+        mix(state, costs, e, r, policy.rule)
+    elif chosen:
+        prefill(state, costs, e, r, policy.rule, policy.max_prefill_tokens)
+    elif active:
+        decode(state, costs, e, r, policy.every_round)
     else:
-        decode(state, costs, e, 0, policy.every_round)
+        sleep(state, e, r)
 
 
 @kernel
 def run_episode(state: State, costs: CostTables, e: int, policy: CompiledPolicy) -> None:
     """Run the loaded episode of row ``e`` to its end under a policy."""
-    while advance(state, costs, e, 0):
-        take_turn(state, costs, e, policy)
+    while True:
+        r = advance(state, costs, e)
+        if r == NOBODY:
+            break
+        take_turn(state, costs, e, r, policy)
 
 
 def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:

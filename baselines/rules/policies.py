@@ -30,6 +30,10 @@ class TriggerPolicy:
         Makes an offline plan, which is handed to the environment; None: no plan.
     comparison
         Keys of the task's ``[information]``: by what waiting requests are compared.
+    mixed
+        Admit in mixed stages, not in prefill stages.
+    cluster
+        Keys of the task's ``[cluster]`` that belong to the scheduler: ``admission_guard``.
 
     Examples
     --------
@@ -46,6 +50,8 @@ class TriggerPolicy:
     decisions: Literal["events", "rounds"] | None = None
     planner: Planner | None = None
     comparison: Mapping[str, Any] = field(default_factory=dict)
+    mixed: bool = False
+    cluster: Mapping[str, Any] = field(default_factory=dict)
     _action: int = field(default=DECODE, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,13 +60,21 @@ class TriggerPolicy:
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the rule's action in this task; plan if the policy does."""
-        rules = briefing.task.process.rules
-        if self.rule not in rules:
+        task = briefing.task
+        action, key = f"prefill:{self.rule}", "process.rules"
+        if self.mixed:
+            action, key = f"mixed:{self.rule}", "process.mixed_rules"
+            if task.cluster.chunk_tokens == 0:
+                raise ServegymError(
+                    f"this policy needs mixed stages, which {task.name} has not: its "
+                    "cluster.chunk_tokens is 0, vLLM's default is 8192"
+                )
+        if action not in task.actions:
             raise ServegymError(
-                f"this policy admits by {self.rule!r}, which process.rules of "
-                f"{briefing.task.name} leaves out; add it there"
+                f"this policy admits by {self.rule!r}, which {key} of {task.name} leaves out; "
+                "add it there"
             )
-        self._action = 1 + rules.index(self.rule)
+        self._action = task.actions.index(action)
         if self.planner is None or briefing.requests is None:
             return None
         return self.planner(briefing.requests, briefing)

@@ -41,7 +41,7 @@ from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.workload.requests import Requests
 
-_RELEASE_POINTS: Final = 16  # arrival times tried; more take longer and gain little
+RELEASE_POINTS: Final = 16  # arrival times tried; more take longer and gain little
 _TOLERANCE: Final = 1e-13  # relative, of a bound's rounding
 
 
@@ -66,8 +66,9 @@ class LowerBound:
 
     @property
     def decode_share(self) -> float:
-        """Share of the work part that is decoding, 0 … 1."""
-        return self.decode_s / (self.decode_s + self.prefill_s)
+        """Share of the work part that is decoding, 0 … 1; ½ where no work is proven."""
+        work_s = self.decode_s + self.prefill_s
+        return self.decode_s / work_s if work_s > 0 else 0.5
 
 
 def lower_bound(
@@ -89,19 +90,19 @@ def lower_bound(
     10.0
     """
     releases = np.unique(requests.arrival_s)
-    if len(releases) > _RELEASE_POINTS:
-        places = np.linspace(0, len(releases) - 1, _RELEASE_POINTS).round().astype(int)
+    if len(releases) > RELEASE_POINTS:
+        places = np.linspace(0, len(releases) - 1, RELEASE_POINTS).round().astype(int)
         releases = releases[places]
     bounds = [
         _bound_from(requests, float(release), clients, costs, max_prefill_tokens)
         for release in releases
     ]
     best = max(bounds, key=lambda bound: bound.seconds)
-    _refuse_standstill(best.seconds, requests, costs)
+    refuse_standstill(best.seconds, requests, costs)
     return best
 
 
-def _refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> None:
+def refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> None:
     """Refuse an instance whose shortest stage would not advance a clock that shows the bound."""
     step_s = math.ulp(bound_s)
     if _shortest_stage_s(costs, 1.0, decodes=True) >= step_s:
@@ -165,7 +166,7 @@ def decode_bound(
     cached = float((d * prompts + d * (d + 1.0) / 2.0).sum())
     base_s = costs.decode_base_s[0, 1:]
     sizes = np.arange(1.0, len(base_s) + 1.0)
-    run_s = _cover(base_s, sizes, float(rounds.sum()), least_rounds, exact=alone)
+    run_s = cover(base_s, sizes, float(rounds.sum()), least_rounds, exact=alone)
     return run_s + float(costs.rates[0].decode_per_kv_token_s) * cached
 
 
@@ -175,7 +176,7 @@ def prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) ->
     tokens = float(prompts.sum())
     if costs.prefill_level_tokens.shape[1] > 0:
         capacities = costs.prefill_level_tokens[0].astype(float)
-        work_s = _cover(costs.prefill_level_s[0], capacities, tokens, stages, exact=False)
+        work_s = cover(costs.prefill_level_s[0], capacities, tokens, stages, exact=False)
     else:
         squares = float((prompts.astype(float) ** 2).sum())
         line_s = (
@@ -188,7 +189,7 @@ def prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) ->
     return work_s + float(overhead_s)
 
 
-def _cover(
+def cover(
     cost: NDArray[np.float64],
     size: NDArray[np.float64],
     total: float,

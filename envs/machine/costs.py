@@ -78,6 +78,7 @@ RATES: Final = np.dtype(
 )
 
 
+_NO_PASSES: Final = np.zeros((1, 0))
 _PREFILL_RATES: Final = tuple(name for name in RATES.names or () if name.startswith("prefill_"))
 
 
@@ -95,6 +96,8 @@ class CostTables(NamedTuple):
     rates: Any  # (R,) RATES, records
     prefill_level_tokens: NDArray[np.int64]  # (R, L) capacity of each level, ascending
     prefill_level_s: NDArray[np.float64]  # (R, L) cost of each level
+    # (R, M + 1) decode line of a mixed stage of n tokens in all, without its cache; M = −1: none
+    pass_base_s: NDArray[np.float64] = _NO_PASSES
 
 
 @runtime_checkable
@@ -166,6 +169,32 @@ def checked_tables(tables: CostTables, clients: int) -> CostTables:
             f"{', '.join(_PREFILL_RATES)} are all 0"
         )
     return CostTables(rounds, rates.view(np.recarray), tokens, seconds)
+
+
+def costs_of(tables: CostTables, replica: int) -> CostTables:
+    """Return the tables of one replica alone."""
+    one = slice(replica, replica + 1)
+    return CostTables(
+        decode_base_s=tables.decode_base_s[one],
+        rates=tables.rates[one],
+        prefill_level_tokens=tables.prefill_level_tokens[one],
+        prefill_level_s=tables.prefill_level_s[one],
+        pass_base_s=tables.pass_base_s[one],
+    )
+
+
+def slowed(tables: CostTables, factors: NDArray[np.float64]) -> CostTables:
+    """Return the tables of one replica for many, all seconds multiplied by ``factors`` (R,)."""
+    rates = np.repeat(np.asarray(tables.rates), len(factors))
+    for name in RATES.names or ():
+        rates[name] *= factors
+    return CostTables(
+        decode_base_s=tables.decode_base_s * factors[:, None],
+        rates=rates.view(np.recarray),
+        prefill_level_tokens=np.repeat(tables.prefill_level_tokens, len(factors), axis=0),
+        prefill_level_s=tables.prefill_level_s * factors[:, None],
+        pass_base_s=tables.pass_base_s * factors[:, None],
+    )
 
 
 @dataclass(frozen=True)

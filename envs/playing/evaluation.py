@@ -1,7 +1,7 @@
 """Play policies on the same cases and tabulate what came of it.
 
-One row per episode in ``DIR/episodes.csv``; finished episodes are never run again, so an interrupted
-evaluation goes on where it stopped.
+One row per episode in ``DIR/episodes.csv``, if asked for also one per request in ``DIR/records``;
+finished episodes are never run again, so an interrupted evaluation goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from servegym.envs.playing.identity import check_unchanged, claim_task, hash_of
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import run_parallel
 from servegym.envs.playing.policy import Briefing, Policy, Situation, asked_task
+from servegym.envs.playing.records import records_path, write_records
 from servegym.envs.playing.tables import ResumableTable, Row, Schema, read_rows
 from servegym.envs.process.metrics import METRIC_DEFAULTS, METRICS, EpisodeLog
 from servegym.envs.serving_env import ServingEnv
@@ -32,25 +33,35 @@ from servegym.envs.task.lowering import bound_case, lower
 
 UNFINISHED: Final = "unfinished_requests"
 
+_COUNTS: Final = (
+    "replicas",
+    "mixed_stages",
+    "preemptions",
+    "recomputed_tokens",
+    "rejected",
+    "moves",
+)
+_LATER: Final = (UNFINISHED, *_COUNTS, "e2e_p50_s", "e2e_p99_s")  # behind the first tables' columns
+
 COLUMNS: Final = (
     "task",
     "policy",
     "seed",
-    *(metric for metric in METRICS if metric != UNFINISHED),
+    *(metric for metric in METRICS if metric not in _LATER),
     "decision_ms_p50",
     "decision_ms_p99",
     "decision_points",
     "prepare_s",
-    UNFINISHED,
+    *_LATER,
 )
 """Columns of ``episodes.csv``."""
 
 EPISODES: Final = Schema(
     COLUMNS,
     key=("policy", "seed"),
-    whole=("seed", UNFINISHED),
+    whole=("seed", UNFINISHED, *_COUNTS),
     texts=("task", "policy", "decision_points"),
-    optional=("makespan_s", "gap", *(name for name in METRIC_DEFAULTS if name != UNFINISHED)),
+    optional=("makespan_s", "gap", *(name for name in METRIC_DEFAULTS if name not in _COUNTS)),
     defaults=METRIC_DEFAULTS,
 )
 """What ``episodes.csv`` must be; an empty cell is a metric that has no value or was not measured."""
@@ -179,6 +190,7 @@ def evaluate(
     *,
     jobs: int = 1,
     progress: bool = True,
+    records: bool = False,
 ) -> pd.DataFrame:
     """Play every policy on every seed and return these episodes, sorted by policy and seed.
 
@@ -193,6 +205,11 @@ def evaluate(
         kept there, also those of policies and seeds not asked for now.
     jobs
         Worker processes; no more are started than can be busy.
+    progress
+        Whether to show a bar on stderr.
+    records
+        Whether to write a row per request to ``records/POLICY-SEED.csv``, too; an episode without
+        that file is played again. See :mod:`servegym.envs.playing.records`.
 
     Raises
     ------
@@ -218,7 +235,7 @@ def evaluate(
     names, seeds = list(dict.fromkeys(names)), list(dict.fromkeys(seeds))
     with locked(output):
         return _evaluate(
-            claim_task(task, output), make_policy, names, seeds, output, jobs, progress
+            claim_task(task, output), make_policy, names, seeds, output, jobs, progress, records
         )
 
 
@@ -230,6 +247,7 @@ def _evaluate(
     output: Path,
     jobs: int,
     progress: bool,
+    records: bool,
 ) -> pd.DataFrame:
     place = {name: k for k, name in enumerate(names)}
 
@@ -240,10 +258,22 @@ def _evaluate(
     path = output / "episodes.csv"
     table = ResumableTable(path, EPISODES, _REMEDY, ("policy", "seed"), order=order)
     _check_episodes(path, table.frame())
-    keys = {seed: table.missing((name, seed) for name in names) for seed in seeds}
-    missing = {seed: [name for name, _ in pending] for seed, pending in keys.items() if pending}
+    missing: dict[int, list[str]] = {}
+    for seed in seeds:
+        unplayed = set(table.missing((name, seed) for name in names))
+        pending = [
+            name
+            for name in names
+            if (name, seed) in unplayed
+            or (records and not records_path(output, name, seed).exists())
+        ]
+        if pending:
+            missing[seed] = pending
     known = hash_of(task)
-    cases = [(task, known, make_policy, seed, pending) for seed, pending in missing.items()]
+    cases = [
+        (task, known, make_policy, seed, pending, output, records)
+        for seed, pending in missing.items()
+    ]
     results = run_parallel(_play_case, cases, jobs)
     bar = tqdm(total=sum(map(len, missing.values())), disable=not progress)
     with bar, closing(results), table:  # saved first: to stop the workers may take a while
@@ -261,13 +291,23 @@ def _play_case(
     make_policy: Callable[[str], Policy],
     seed: int,
     names: Sequence[str],
+    output: Path,
+    records: bool,
 ) -> list[dict[str, Any]]:
-    """Return a row a policy; refuse a workload file that is not the one of the other rows."""
+    """Return a row a policy; refuse a workload file that is not the one of the other rows.
+
+    Records are written before the row is: an episode with a row has its records. Those that stand
+    there are written again with their row, also where none were asked for.
+    """
     check_unchanged(task, known)
     case = make_case(task, seed)
-    rows = [play(task, name, make_policy(name), case, seed).row for name in names]
+    episodes = [play(task, name, make_policy(name), case, seed) for name in names]
     check_unchanged(task, known)
-    return rows
+    for name, episode in zip(names, episodes, strict=True):
+        path = records_path(output, name, seed)
+        if records or path.exists():
+            write_records(path, episode.records, case.requests.rows)
+    return [episode.row for episode in episodes]
 
 
 def read_episodes(path: Path) -> pd.DataFrame:

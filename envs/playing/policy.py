@@ -84,6 +84,11 @@ class Policy(Protocol):
         """By what waiting requests are compared, as keys of ``[information]``; empty: as the task says."""
         return {}
 
+    @property
+    def cluster(self) -> Mapping[str, Any]:
+        """Keys of ``[cluster]`` that belong to the scheduler, ``admission_guard``; empty: the task's."""
+        return {}
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Get ready for an episode; return the offline plan that the rules follow, if any."""
         return None
@@ -93,11 +98,15 @@ class Policy(Protocol):
         """Return a legal action."""
 
 
-_COMPARISON_KEYS: Final = ("compare_by", "quantile", "deviations")
+_DECLARED: Final = {
+    "comparison": ("information", ("compare_by", "quantile", "deviations")),
+    "cluster": ("cluster", ("admission_guard",)),
+}
+"""What a policy may declare besides ``decisions``: the section of the task and its keys."""
 
 
 def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
-    """Return the task with decisions and comparison as the policy declares them.
+    """Return the task with decisions, comparison and guard as the policy declares them.
 
     Nothing else of the task can be declared: all policies serve the same requests on the same machine.
 
@@ -109,15 +118,16 @@ def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
     sections: dict[str, Mapping[str, Any]] = {}
     if policy.decisions is not None:
         sections["process"] = {"decisions": policy.decisions}
-    comparison = policy.comparison
-    if not isinstance(comparison, Mapping):
-        raise ServegymError(
-            "comparison must be a table of keys, as {'compare_by': 'mean'}, or {} for the task's, "
-            f"got {shown(comparison)}"
-        )
-    if comparison:
-        for key in comparison:
-            if key not in _COMPARISON_KEYS:
-                raise unknown("key in a policy's comparison:", key, _COMPARISON_KEYS)
-        sections["information"] = comparison
+    for name, (section, keys) in _DECLARED.items():
+        values = getattr(policy, name)
+        if not isinstance(values, Mapping):
+            raise ServegymError(
+                f"{name} must be a table of keys, as {{{keys[0]!r}: …}}, or {{}} for the task's, "
+                f"got {shown(values)}"
+            )
+        for key in values:
+            if key not in keys:
+                raise unknown(f"key in a policy's {name}:", key, keys)
+        if values:
+            sections[section] = values
     return with_overrides(task, sections) if sections else task

@@ -42,7 +42,8 @@ class SideBySide:
     def __init__(self, task: TaskConfig, cases: int, requests: int) -> None:
         self.task = task
         self.state = make_task_state(task, cases, requests)
-        _, self._costs, self._settings = lower(task)
+        machine = lower(task)
+        self._costs, self._settings = machine.costs, machine.settings
 
     def play(self, cases: Sequence[Case], predict: Predict) -> Iterator[Step]:
         """Play every case once to its end; yield after each step.
@@ -51,7 +52,7 @@ class SideBySide:
         terminated rows stay as they are, truncated rows play on without being reported.
         """
         state, n = self.state, len(cases)
-        rows = make_rows(n, 1 + len(self.task.process.rules))
+        rows = make_rows(n, len(self.task.actions))
         for e, case in enumerate(cases):
             load_case(self.task, state, e, case)
             begin_row(state, self._costs, self._settings, rows, e)

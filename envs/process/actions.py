@@ -9,15 +9,16 @@ from numpy.typing import NDArray
 
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.admission import admits
-from servegym.envs.simulator.events import DECODE, decode, prefill
+from servegym.envs.simulator.admission import admits, mixes
+from servegym.envs.simulator.events import DECODE, decode, mix, prefill
 from servegym.envs.simulator.state import State
 
 
 class Settings(NamedTuple):
     """The task's choices that kernels read."""
 
-    rules: NDArray[np.int64]  # (actions − 1,) admission rule of action 1 + k
+    rules: NDArray[np.int64]  # (P,) admission rule of action 1 + k: a prefill stage
+    mixed_rules: NDArray[np.int64]  # (M,) admission rule of action 1 + P + k: a mixed stage
     every_round: bool  # ask at every decode round, not only where the choice has changed
     max_prefill_tokens: int  # prompt tokens of one prefill stage, 0: no limit
     reward: int
@@ -29,19 +30,26 @@ class Settings(NamedTuple):
 def legal_actions(state: State, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]) -> int:
     """Write which actions are legal; return how many. After the end, decode counts as legal."""
     episode = state.episodes[e]
-    ended = episode.finished == episode.requests
+    ended = episode.finished + episode.rejected == episode.requests
     mask[DECODE] = ended or state.replicas[e, r].active > 0
     count = int(mask[DECODE])
     for k in range(settings.rules.size):
         mask[1 + k] = admits(state, e, r, settings.rules[k])
         count += int(mask[1 + k])
+    first = 1 + settings.rules.size
+    for k in range(settings.mixed_rules.size):
+        mask[first + k] = mixes(state, e, r, settings.mixed_rules[k])
+        count += int(mask[first + k])
     return count
 
 
 @kernel
 def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> None:
-    """Carry out a legal action."""
+    """Begin what a legal action says at replica ``r``."""
+    prefills = settings.rules.size
     if action == DECODE:
         decode(state, costs, e, r, settings.every_round)
-    else:
+    elif action <= prefills:
         prefill(state, costs, e, r, settings.rules[action - 1], settings.max_prefill_tokens)
+    else:
+        mix(state, costs, e, r, settings.mixed_rules[action - 1 - prefills])

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.simulator.state import State
+from servegym.envs.simulator.state import REJECTED, State
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +23,24 @@ class EpisodeLog:
     client: NDArray[np.int32]  # (requests,)
     prompt_tokens: NDArray[np.int32]  # (requests,)
     decode_rounds: NDArray[np.int32]  # (requests,) output tokens − 1
+    replica: NDArray[np.int16]  # (requests,) where it ran last
+    preemptions: NDArray[np.int16]  # (requests,)
+    recomputed_tokens: NDArray[np.int32]  # (requests,) prefill tokens beyond its prompt
+    rejected: NDArray[np.bool_]  # (requests,) larger than the memory of any replica
 
 
 def records(state: State, e: int) -> EpisodeLog:
     """Copy the per-request records of environment ``e``."""
     n = int(state.episodes[e].requests)
-    rows = state.requests[e, :n]
-    return EpisodeLog(*(np.array(rows[item.name]) for item in fields(EpisodeLog)))
+    rows, times = state.requests[e, :n], state.times[e, :n]
+    columns = {name: rows[name] for name in rows.dtype.names} | {
+        name: times[name] for name in times.dtype.names
+    }
+    columns["recomputed_tokens"] = np.maximum(
+        columns["prefilled_tokens"] - columns["prompt_tokens"], 0
+    )
+    columns["rejected"] = columns["phase"] == REJECTED
+    return EpisodeLog(*(np.array(columns[item.name]) for item in fields(EpisodeLog)))
 
 
 METRICS: Final = (
@@ -49,6 +60,14 @@ METRICS: Final = (
     "tpot_p99_s",
     "decisions",
     "unfinished_requests",
+    "replicas",
+    "mixed_stages",
+    "preemptions",
+    "recomputed_tokens",
+    "rejected",
+    "moves",
+    "e2e_p50_s",
+    "e2e_p99_s",
 )
 """Names of the metrics of an episode, in the order of the result tables."""
 
@@ -56,47 +75,63 @@ METRIC_DEFAULTS: Final[Mapping[str, float]] = {
     name: float("nan")
     for name in METRICS
     if name not in ("requests", "makespan_s", "lower_bound_s", "gap")
-} | {"unfinished_requests": 0}
+} | {
+    "unfinished_requests": 0,
+    "replicas": 1,
+    "mixed_stages": 0,
+    "preemptions": 0,
+    "recomputed_tokens": 0,
+    "rejected": 0,
+    "moves": 0,
+}
 """What a metric is in a table of an earlier version, which lacks its column: NaN, not measured.
 
-The first tables were of episodes that had all been played to the end. No table lacks the four
-metrics that are left out here.
+The first tables were of episodes that had all been played to the end, on one replica without a limit
+of memory. No table lacks the four metrics that are left out here.
 """
 
 
 def episode_metrics(state: State, e: int) -> dict[str, float]:
     """Return the metrics of the episode in environment ``e``, which may have been cut short.
 
-    ``unfinished_requests`` counts the requests that had not finished at the end. If there are any,
-    ``makespan_s`` and ``gap`` are NaN, and every other metric covers the simulated part.
+    ``unfinished_requests`` counts the requests that had not finished at the end, less those that were
+    ``rejected`` as larger than the memory of any replica. If there are any, ``makespan_s`` and ``gap``
+    are NaN, and every other metric covers the simulated part. The makespan is that of the requests
+    that finished, 0 if all were rejected.
 
-    ``client_utilization`` is Σ_j (time client j holds a request) / (J · makespan) and
-    ``decode_utilization`` Σ_rounds (n/J · round seconds) / makespan. Time to first token counts from
-    arrival; time per output token is over the tokens after the first (NaN if no request has any).
+    ``client_utilization`` is Σ_j (time client j holds a request) / (J · makespan), a preempted request
+    counted from its first admission on, and ``decode_utilization`` Σ_rounds (n/J · round seconds) /
+    makespan, on average over replicas. Time to first token and end to end (``e2e``) count from arrival;
+    time per output token is over the tokens after the first (NaN if no request has any).
     """
     log, episode, replicas = records(state, e), state.episodes[e], state.replicas[e]
-    clients = state.clients.shape[2]
-    now_s = float(replicas.clock_s.max())
+    clients = int(state.machines.clients.sum())
+    now_s = float(episode.now_s)
+    rejected = int(episode.rejected)
+    unfinished = int(episode.requests - episode.finished - rejected)
+    if rejected > 0 and unfinished == 0:  # the last to come may have been rejected
+        now_s = float(log.finished_s[~log.rejected].max(initial=0.0))
     elapsed_s = now_s or float("nan")  # at t = 0 there is no utilization yet
     done = np.isfinite(log.finished_s)
     started = np.isfinite(log.admitted_s)
     held_s = np.where(done, log.finished_s, now_s) - log.admitted_s
-    tokens = int(episode.served_rounds) + int(started.sum())
-    ttft_s = (log.first_token_s - log.arrival_s)[started]
+    emitting = np.isfinite(log.first_token_s)
+    tokens = int(episode.served_rounds) + int(emitting.sum())
+    ttft_s = (log.first_token_s - log.arrival_s)[emitting]
     decoded = done & (log.decode_rounds > 0)
     tpot_s = (log.finished_s - log.first_token_s)[decoded] / log.decode_rounds[decoded]
     ttft_p50_s, ttft_p99_s = _percentiles(ttft_s)
     tpot_p50_s, tpot_p99_s = _percentiles(tpot_s)
+    e2e_p50_s, e2e_p99_s = _percentiles((log.finished_s - log.arrival_s)[done])
     bound_s = float(episode.bound_s)
-    unfinished = int(episode.requests - episode.finished)
     makespan_s = float("nan") if unfinished else now_s
     return {
         "requests": int(episode.requests),
         "makespan_s": makespan_s,
         "lower_bound_s": bound_s,
-        "gap": makespan_s / bound_s - 1.0,
+        "gap": 0.0 if makespan_s == 0 else makespan_s / bound_s - 1.0,
         "client_utilization": float(held_s[started].sum()) / (clients * elapsed_s),
-        "decode_utilization": float(replicas.busy_decode_s.sum()) / elapsed_s,
+        "decode_utilization": float(replicas.busy_decode_s.sum()) / (len(replicas) * elapsed_s),
         "decode_rounds": int(replicas.rounds.sum()),
         "prefill_stages": int(replicas.prefill_stages.sum()),
         "prefill_s": float(replicas.prefill_s.sum()),
@@ -107,6 +142,14 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "tpot_p99_s": tpot_p99_s,
         "decisions": int(episode.decisions),
         "unfinished_requests": unfinished,
+        "replicas": len(replicas),
+        "mixed_stages": int(replicas.mixed_stages.sum()),
+        "preemptions": int(replicas.preemptions.sum()),
+        "recomputed_tokens": int(log.recomputed_tokens.sum()),
+        "rejected": rejected,
+        "moves": 0,
+        "e2e_p50_s": e2e_p50_s,
+        "e2e_p99_s": e2e_p99_s,
     }
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.order import select
+from servegym.envs.simulator.queues import queue_of
 from servegym.envs.simulator.state import LENGTH_BUCKETS, State
 from servegym.envs.simulator.view import view
 
@@ -86,16 +87,17 @@ def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.flo
     now = view(state, costs, e, r)
     running = state.replicas[e, r].due_sum - now.active * now.round
     total = max(episode.arrived_rounds, 1)
+    arrived = max(now.arrived, 1)  # nobody, where all were rejected
     cached_s = costs.rates[r].decode_per_kv_token_s * state.replicas[e, r].cached_tokens
     fixed_cost = now.active * now.prefill_fixed_s
     expected_wait = now.idle * now.seconds_to_finish
     out[0] = now.active / now.clients
     out[1] = min(now.idle, now.waiting) / now.clients
-    out[2] = now.waiting / now.arrived
+    out[2] = now.waiting / arrived
     out[3] = _log(now.waiting / now.clients, _QUEUE_DOUBLINGS)
-    out[4] = episode.finished / now.arrived
+    out[4] = episode.finished / arrived
     out[5] = cached_s / now.round_s
-    out[6] = episode.waiting_rounds / total
+    out[6] = state.queues[e, queue_of(state, r)].rounds / total
     out[7] = running / total
     out[8] = _balance(now.prefill_s, now.seconds_to_finish)
     out[9] = _balance(now.idle_wait_s, fixed_cost)
@@ -103,14 +105,14 @@ def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.flo
     out[11] = _balance(now.idle_wait_s + expected_wait, now.active * now.prefill_s)
     out[12] = min(now.prefill_fixed_s / now.prefill_s, 1.0) if now.prefill_s > 0 else 0.0
     out[13] = _balance(now.prefill_s, now.round_s)
-    _observe_waiting(state, e, out)
+    _observe_waiting(state, e, queue_of(state, r), out)
     _observe_running(state, e, r, out)
     _observe_idling(state, e, r, fixed_cost / now.round_s, out)
 
 
 @kernel
-def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
-    waiting = state.episodes[e].waiting
+def _observe_waiting(state: State, e: int, q: int, out: NDArray[np.float32]) -> None:
+    waiting = state.queues[e, q].waiting
     histogram = 17 + FINISH_SHARES.size + _BUCKETS
     if waiting == 0:
         out[14:17] = 0.0
@@ -118,15 +120,15 @@ def _observe_waiting(state: State, e: int, out: NDArray[np.float32]) -> None:
         return
     for k in range(3):
         place = (2 - k) * (waiting - 1) // 2
-        rounds = state.lengths[e, select(state.waiting_tree[e], place)]
+        rounds = state.lengths[e, select(state.waiting_tree[e, q], place)]
         out[14 + k] = _log(rounds, _ROUND_DOUBLINGS)
     for bucket in range(_BUCKETS):
-        out[histogram + bucket] = state.waiting_lengths[e, bucket] / waiting
+        out[histogram + bucket] = state.waiting_lengths[e, q, bucket] / waiting
 
 
 @kernel
 def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> None:
-    clients = state.clients.shape[2]
+    clients = state.machines[r].clients
     active = state.replicas[e, r].active
     finishes = state.expected[e, r]
     now = state.replicas[e, r].rounds
@@ -170,7 +172,7 @@ def _observe_idling(
 
     ``stage_rounds``: the fixed cost of one stage in client-rounds.
     """
-    clients = state.clients.shape[2]
+    clients = state.machines[r].clients
     finishes = state.expected[e, r]
     place = state.replicas[e, r].active - 1
     idle = clients - 1 - place

@@ -12,6 +12,9 @@ seconds.
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.jit import kernel
 from servegym.envs.simulator.state import State
@@ -24,25 +27,28 @@ def loss(state: State, e: int, reward: int) -> float:
     """Return the loss accumulated so far."""
     episode = state.episodes[e]
     if reward == GAP:
+        if episode.bound_s == 0.0:
+            return 0.0  # every request was rejected
         credit_s = episode.round_credit_s * episode.served_rounds
         credit_s += episode.prompt_credit_s * episode.admitted_prompt_tokens
-        return 100.0 * (_latest_clock(state, e) - credit_s) / episode.bound_s
+        return 100.0 * (episode.now_s - credit_s) / episode.bound_s
     return episode.in_system_s / episode.requests
-
-
-@kernel
-def _latest_clock(state: State, e: int) -> float:
-    latest = state.replicas[e, 0].clock_s
-    for r in range(1, state.replicas.shape[1]):
-        latest = max(latest, state.replicas[e, r].clock_s)
-    return latest
 
 
 def write_credits(state: State, e: int, requests: Requests, bound: LowerBound) -> None:
     """Divide the bound among the tokens to decode (its decode share) and the prompt tokens (the rest)."""
-    rounds = int(requests.decode_rounds.sum())
+    served = _served(state, requests)
+    rounds = int(requests.decode_rounds[served].sum())
+    prompts = max(int(requests.prompt_tokens[served].sum()), 1)
     decode_share = bound.decode_share if rounds > 0 else 0.0
     episode = state.episodes[e]
     episode.bound_s = bound.seconds
     episode.round_credit_s = decode_share * bound.seconds / max(rounds, 1)
-    episode.prompt_credit_s = (1.0 - decode_share) * bound.seconds / requests.prompt_tokens.sum()
+    episode.prompt_credit_s = (1.0 - decode_share) * bound.seconds / prompts
+
+
+def _served(state: State, requests: Requests) -> NDArray[np.bool_]:
+    """Return which requests fit into the memory of a replica; the others are rejected."""
+    length = int(state.cluster[0].block_tokens)
+    blocks = -(-(requests.prompt_tokens + requests.output_tokens) // length)
+    return blocks <= int(state.machines.blocks.max())

@@ -16,21 +16,31 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.actions import Settings, apply, legal_actions
 from servegym.envs.process.observation import OBSERVATION_SIZE, observe
 from servegym.envs.process.reward import loss
-from servegym.envs.simulator.events import advance
-from servegym.envs.simulator.state import State
+from servegym.envs.simulator.events import advance, sleep
+from servegym.envs.simulator.state import NOBODY, State
 
 
 @kernel
 def run_to_choice(
-    state: State, costs: CostTables, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]
+    state: State, costs: CostTables, settings: Settings, e: int, mask: NDArray[np.bool_]
 ) -> bool:
     """Run to the next decision point with a choice and write its mask; False at the end."""
-    while advance(state, costs, e, r):
-        if legal_actions(state, settings, e, r, mask) > 1:
-            return True
-        apply(state, costs, settings, e, r, int(np.argmax(mask)))
-    legal_actions(state, settings, e, r, mask)
-    return False
+    while True:
+        r = advance(state, costs, e)
+        legal = legal_actions(state, settings, e, max(r, 0), mask)
+        if legal > 1 or r == NOBODY:
+            return r != NOBODY
+        if legal == 1:
+            apply(state, costs, settings, e, r, int(np.argmax(mask)))
+        else:
+            sleep(state, e, r)
+
+
+@kernel
+def deciding(state: State, e: int) -> int:
+    """Return the replica whose turn it is at a decision point; 0 at the end."""
+    turn = state.episodes[e].turn
+    return turn if turn < state.replicas.shape[1] else 0
 
 
 @kernel
@@ -49,12 +59,12 @@ def step(
     """
     episode = state.episodes[e]
     alive = False
-    if episode.finished < episode.requests:  # an episode without any choice is over at once
+    if episode.finished + episode.rejected < episode.requests:  # else it had no choice at all
         episode.decisions += 1
-        apply(state, costs, settings, e, 0, action)
-        alive = run_to_choice(state, costs, settings, e, 0, mask)
-    observe(state, costs, e, 0, observation)
-    late = 0 < settings.max_seconds < state.replicas[e, 0].clock_s
+        apply(state, costs, settings, e, deciding(state, e), action)
+        alive = run_to_choice(state, costs, settings, e, mask)
+    observe(state, costs, e, deciding(state, e), observation)
+    late = 0 < settings.max_seconds < episode.now_s
     many = 0 < settings.max_decisions <= episode.decisions
     now_lost = loss(state, e, settings.reward)
     reward = episode.reported_loss - now_lost
@@ -86,8 +96,8 @@ def make_rows(environments: int, actions: int) -> Rows:
 @kernel
 def begin_row(state: State, costs: CostTables, settings: Settings, rows: Rows, e: int) -> None:
     """Start the episode loaded into environment ``e``; write its first observation and mask."""
-    run_to_choice(state, costs, settings, e, 0, rows.masks[e])
-    observe(state, costs, e, 0, rows.observations[e])
+    run_to_choice(state, costs, settings, e, rows.masks[e])
+    observe(state, costs, e, deciding(state, e), rows.observations[e])
 
 
 @kernel

@@ -10,12 +10,25 @@ from __future__ import annotations
 
 from typing import Final
 
-from servegym.envs.jit import kernel
+import numpy as np
+
+from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.simulator.aligned import forget_targets, longest_aligned
-from servegym.envs.simulator.queues import first_waiting, head, waiting_at
-from servegym.envs.simulator.stages import client_work, pick, sort_idle
-from servegym.envs.simulator.state import NOBODY, WAITING, State
+from servegym.envs.simulator.memory import blocks_of_round, fits, free_blocks
+from servegym.envs.simulator.queues import (
+    first_waiting,
+    head,
+    queue_of,
+    rounds_ahead,
+    tokens_to_prefill,
+    waiting_at,
+)
+from servegym.envs.simulator.stages import client_work, compute, pick, sort_idle
+from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
 from servegym.envs.vocabulary import ALIGNED, FCFS, LONGEST, PLAN, SHORTEST, STEAL
+
+_REPLICA: Final = 32  # bits by which a heap of victims shifts the replica
+_CLIENT: Final = (1 << _REPLICA) - 1
 
 _NOT_BUILT: Final = -1
 """Size of the heap of victims before a stage's first theft builds the heap."""
@@ -23,65 +36,178 @@ _NOT_BUILT: Final = -1
 
 @kernel
 def admits(state: State, e: int, r: int, rule: int) -> bool:
-    """Return whether ``rule`` would admit at least one request now."""
-    clients = state.clients.shape[2]
-    if state.episodes[e].waiting == 0 or state.replicas[e, r].active == clients:
+    """Return whether a prefill stage under ``rule`` would admit at least one request now."""
+    replica = state.replicas[e, r]
+    if state.queues[e, queue_of(state, r)].waiting == 0 or replica.idle == 0:
         return False
+    if replica.partial != NOBODY:
+        return False  # its prompt goes on in mixed stages
+    if state.machines[r].blocks != UNLIMITED_BLOCKS:
+        return _first_fits(state, e, r, rule, 0)
+    return _gives(state, e, r, rule)
+
+
+@kernel
+def _gives(state: State, e: int, r: int, rule: int) -> bool:
+    """Return whether ``rule`` has a waiting request for one of the idle clients."""
     if rule != PLAN:
         return True
-    for client in state.idle[e, r, : clients - state.replicas[e, r].active]:
+    for client in state.idle[e, r, : state.replicas[e, r].idle]:  # noqa: SIM110 (no generator)
         if head(state, e, r, client) != NOBODY:
             return True
     return False
 
 
-@kernel
-def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> int:
-    """Give waiting requests to idle clients under ``rule``; return how many were picked.
+@rare_kernel
+def _first_fits(state: State, e: int, r: int, rule: int, taken: int) -> bool:
+    """Return whether the first request that ``rule`` gives to an idle client fits into memory."""
+    _begin_choosing(state, e, r, rule)
+    replica = state.replicas[e, r]
+    running = state.machines[r].clients - replica.idle
+    for client in state.idle[e, r, : replica.idle]:
+        i = _candidate(state, e, r, rule, client)
+        if i != NOBODY:
+            return fits(state, e, r, i, taken, running)
+    return False
 
-    ``max_prefill_tokens`` bounds the stage's prompt tokens (0: no bound) but never refuses the first.
+
+@kernel
+def mixes(state: State, e: int, r: int, rule: int) -> bool:
+    """Return whether a mixed stage under ``rule`` would compute a part of some prompt now.
+
+    Where its own decoding clients lack memory, or a half-computed prompt does, the stage preempts
+    somebody; whoever is half computed then counts as served.
     """
-    admitted = 0
-    tokens = 0
+    replica = state.replicas[e, r]
+    if state.cluster[0].chunk_tokens <= replica.active:
+        return False
+    if replica.partial != NOBODY:
+        return True
+    if state.queues[e, queue_of(state, r)].waiting == 0 or replica.idle == 0:
+        return False
+    if state.machines[r].blocks == UNLIMITED_BLOCKS:
+        return _gives(state, e, r, rule)
+    return _chunk_fits(state, e, r, rule)
+
+
+@rare_kernel
+def _chunk_fits(state: State, e: int, r: int, rule: int) -> bool:
+    round_blocks = blocks_of_round(state, e, r)
+    if round_blocks > free_blocks(state, e, r):
+        return False
+    return _first_fits(state, e, r, rule, round_blocks)
+
+
+@kernel
+def _begin_choosing(state: State, e: int, r: int, rule: int) -> None:
+    """Bring the idle clients into order; forget what the rule has noted for the stage before."""
     sort_idle(state, e, r)
     if rule == ALIGNED:
         forget_targets(state, e)
     elif rule == STEAL:
         state.keys[e, -1] = _NOT_BUILT
-    idle = state.idle[e, r, : state.clients.shape[2] - state.replicas[e, r].active]
+
+
+@kernel
+def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> None:
+    """Give waiting requests to idle clients under ``rule``, whole prompts each.
+
+    ``max_prefill_tokens`` bounds the stage's tokens (0: no bound) but never refuses the first. The stage
+    admits no more behind a request that does not fit, into the bound or into memory.
+    """
+    _begin_choosing(state, e, r, rule)
+    replica, q = state.replicas[e, r], queue_of(state, r)
+    clients = replica.idle
+    idle = state.idle[e, r, :clients]
     left_idle = 0
     full = False
-    for client in idle:
+    counts_memory = state.cluster[0].counts_memory
+    tokens, squares, admitted = 0, 0.0, 0
+    for k in range(clients):
+        client = idle[k]
         i = NOBODY
-        if not full and state.episodes[e].waiting > 0:
+        if not full and state.queues[e, q].waiting > 0:
             i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
-            tokens += state.requests[e, i].prompt_tokens
-            full = admitted > 0 and 0 < max_prefill_tokens < tokens
+            needed = tokens_to_prefill(state, e, i)
+            full = admitted > 0 and 0 < max_prefill_tokens < tokens + needed
+            if counts_memory and not full:
+                full = not fits(state, e, r, i, 0, state.machines[r].clients - replica.idle)
         if i == NOBODY or full:
             idle[left_idle] = client
             left_idle += 1
             continue
         pick(state, e, r, client, i)
-        state.picked[e, admitted] = i
         admitted += 1
-    return admitted
+        tokens += needed
+        squares += float(needed) * needed
+        if counts_memory:
+            replica.idle -= 1
+            compute(state, e, r, i, needed)
+        else:
+            state.picked[e, r, admitted - 1] = i
+    replica.idle = left_idle
+    replica.emitting = admitted
+    replica.stage_chunks = admitted
+    replica.stage_tokens = tokens
+    replica.stage_squares = squares
+
+
+@kernel
+def admit_chunks(state: State, e: int, r: int, rule: int) -> None:
+    """Give waiting requests to idle clients under ``rule`` within a mixed stage.
+
+    The last one's prompt is cut to what is left of the token budget; its whole prompt must fit into
+    memory all the same.
+    """
+    replica, q = state.replicas[e, r], queue_of(state, r)
+    budget = state.cluster[0].chunk_tokens - replica.active - replica.stage_tokens
+    if replica.partial != NOBODY or replica.idle == 0:
+        return
+    held = replica.emitting  # a half-computed prompt that this stage completes; sorting moves it
+    first = state.picked[e, r, 0]
+    _begin_choosing(state, e, r, rule)
+    if held > 0:
+        state.picked[e, r, 0] = first
+    clients = replica.idle
+    idle = state.idle[e, r, :clients]
+    left_idle = 0
+    full = False
+    round_blocks = blocks_of_round(state, e, r)
+    for k in range(clients):
+        client = idle[k]
+        i = NOBODY
+        if not full and budget > 0 and state.queues[e, q].waiting > 0:
+            i = _candidate(state, e, r, rule, client)
+        if i != NOBODY:
+            running = state.machines[r].clients - replica.idle
+            full = not fits(state, e, r, i, round_blocks, running)
+        if i == NOBODY or full:
+            idle[left_idle] = client
+            left_idle += 1
+            continue
+        needed = min(tokens_to_prefill(state, e, i), budget)
+        budget -= needed
+        replica.idle -= 1
+        pick(state, e, r, client, i)
+        compute(state, e, r, i, needed)
 
 
 @kernel
 def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
     """Return the request that ``rule`` gives to an idle client; some request must be waiting."""
+    q = queue_of(state, r)
     if rule == PLAN:
         return head(state, e, r, client)
     if rule == STEAL:
         own = head(state, e, r, client)
         return own if own != NOBODY else _stolen(state, e, r)
     if rule == LONGEST:
-        return waiting_at(state, e, state.episodes[e].waiting - 1)
+        return waiting_at(state, e, q, state.queues[e, q].waiting - 1)
     if rule == SHORTEST:
-        return waiting_at(state, e, 0)
+        return waiting_at(state, e, q, 0)
     if rule == FCFS:
-        return first_waiting(state, e)
+        return first_waiting(state, e, q)
     return longest_aligned(state, e, r)
 
 
@@ -89,12 +215,13 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
 def _stolen(state: State, e: int, r: int) -> int:
     """Return the longest request in the queue of the client with most work (paper, Algorithm 1)."""
     victim = _busiest(state, e, r)
-    best = state.clients[e, r, victim].queue_head
+    best = head(state, e, victim >> _REPLICA, victim & _CLIENT)
+    most = rounds_ahead(state, e, best)
     i = state.requests[e, best].plan_next
     while i != NOBODY:
-        longer = state.requests[e, i].expected_rounds > state.requests[e, best].expected_rounds
-        if longer and state.requests[e, i].phase == WAITING:
-            best = i
+        rounds = rounds_ahead(state, e, i)
+        if rounds > most and state.requests[e, i].phase == WAITING:
+            best, most = i, rounds
         i = state.requests[e, i].plan_next
     return best
 
@@ -103,39 +230,54 @@ def _stolen(state: State, e: int, r: int) -> int:
 def _busiest(state: State, e: int, r: int) -> int:
     """Return the client with most work of those with a request in their queue; some client has none.
 
-    A stage's first theft lines the victims up in ``keys``, a heap whose size is in the last place. A client
-    that takes a request of its own keeps its work; one that has been stolen from is on top.
+    A client is written as (replica << 32) + client. A stage's first theft lines the
+    victims up in ``keys``, a heap whose size is in the last place. A client that takes a request of its
+    own keeps its work; one that has been stolen from is on top.
     """
     heap = state.keys[e]
     size = heap[-1]
     if size == _NOT_BUILT:
         size = 0
-        for client in range(state.clients.shape[2]):
-            if head(state, e, r, client) != NOBODY:
-                heap[size] = client
-                size += 1
+        first, last = r, r
+        if state.queues.shape[1] < state.replicas.shape[1]:
+            first, last = 0, state.replicas.shape[1] - 1
+        for s in range(first, last + 1):
+            for client in range(state.machines[s].clients):
+                if head(state, e, s, client) != NOBODY:
+                    heap[size] = (np.int64(s) << _REPLICA) + client
+                    size += 1
         for place in range(size // 2 - 1, 0, -1):
-            _sink(state, e, r, size, place)
-    _sink(state, e, r, size, 0)
-    while head(state, e, r, heap[0]) == NOBODY:
+            _sink(state, e, size, place)
+    _sink(state, e, size, 0)
+    while _queued_at(state, e, heap[0]) == 0:
         size -= 1
         heap[0] = heap[size]
-        _sink(state, e, r, size, 0)
+        _sink(state, e, size, 0)
     heap[-1] = size
     return heap[0]
 
 
 @kernel
-def _sink(state: State, e: int, r: int, size: int, place: int) -> None:
+def _queued_at(state: State, e: int, client: int) -> int:
+    return state.clients[e, client >> _REPLICA, client & _CLIENT].queue_requests
+
+
+@kernel
+def _work_of(state: State, e: int, client: int) -> int:
+    return client_work(state, e, client >> _REPLICA, client & _CLIENT)
+
+
+@kernel
+def _sink(state: State, e: int, size: int, place: int) -> None:
     """Move the client at ``place`` of the heap down to where it belongs."""
     heap = state.keys[e]
     client = heap[place]
-    work = client_work(state, e, r, client)
+    work = _work_of(state, e, client)
     while 2 * place + 1 < size:
         below = 2 * place + 1
-        most = client_work(state, e, r, heap[below])
+        most = _work_of(state, e, heap[below])
         if below + 1 < size:
-            other = client_work(state, e, r, heap[below + 1])
+            other = _work_of(state, e, heap[below + 1])
             if other > most or (other == most and heap[below + 1] < heap[below]):
                 below, most = below + 1, other
         if most < work or (most == work and heap[below] > client):

@@ -8,7 +8,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel
 from servegym.envs.simulator.order import count_below
-from servegym.envs.simulator.queues import waiting_at
+from servegym.envs.simulator.queues import queue_of, waiting_at
 from servegym.envs.simulator.state import State
 
 # The aligned rule's parameters, from a throw-away study; results hardly depend on them.
@@ -67,9 +67,10 @@ def longest_aligned(state: State, e: int, r: int) -> int:
     longest goes first. Between two targets the score grows with L, so only the longest request that
     finishes by each target can win: one search a target.
     """
-    waiting = state.episodes[e].waiting
-    best = waiting_at(state, e, waiting - 1)
-    if waiting <= ALIGNED_TAIL_PER_CLIENT * state.clients.shape[2]:
+    q = queue_of(state, r)
+    waiting = state.queues[e, q].waiting
+    best = waiting_at(state, e, q, waiting - 1)
+    if waiting <= ALIGNED_TAIL_PER_CLIENT * state.machines[r].clients:
         return best
     best_score = np.int64(-(1 << 62))
     k = 0
@@ -77,10 +78,10 @@ def longest_aligned(state: State, e: int, r: int) -> int:
     while (
         target != _NO_TARGET and target >= best_score
     ):  # no score exceeds its target, the next is sooner
-        longest = count_below(state.waiting_tree[e], _rank_above(state, e, target)) - 1
+        longest = count_below(state.waiting_tree[e, q], _rank_above(state, e, target)) - 1
         if longest < waiting // 2:
             break
-        i = waiting_at(state, e, longest)
+        i = waiting_at(state, e, q, longest)
         rounds = state.requests[e, i].expected_rounds
         score = rounds - ALIGNED_PAD_WEIGHT * (target - rounds)
         if score > best_score:

@@ -15,6 +15,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel
 from servegym.envs.simulator.finishes import find, insert, merge, remove
+from servegym.envs.simulator.queues import rounds_ahead
 from servegym.envs.simulator.state import State
 from servegym.envs.workload.requests import MAX_TOKENS
 
@@ -46,14 +47,14 @@ def expect_admitted(state: State, e: int, r: int, admitted: int) -> None:
     replica = state.replicas[e, r]
     span = state.requests.shape[1]
     if admitted == 1:
-        i = state.picked[e, 0]
+        i = state.picked[e, r, 0]
         due = state.clients[e, r, state.requests[e, i].client].expected_end
         insert(state.expected[e, r], replica.active - 1, due, i)
         return
     keys = state.keys[e, :admitted]
     for k in range(admitted):
-        i = np.int64(state.picked[e, k])
-        keys[k] = np.int64(state.requests[e, i].expected_rounds) * span + i
+        i = np.int64(state.picked[e, r, k])
+        keys[k] = rounds_ahead(state, e, i) * span + i
     merge(state.expected[e, r], replica.active - admitted, replica.rounds, keys, span)
 
 
@@ -83,7 +84,8 @@ def revise(state: State, e: int, r: int) -> None:
         i = expected[replica.active - 1 - late].request
         request, belief = state.requests[e, i], state.beliefs[e, i]
         client = state.clients[e, r, request.client]
-        admitted = client.expected_end - request.expected_rounds  # decode clock of its stage
+        # Decode clock of its stage, or where that would have been had it never been preempted.
+        admitted = client.expected_end - request.expected_rounds
         emitted = replica.rounds - admitted + 1
         tokens = expected_output_tokens(belief.log_median, belief.spread, emitted)
         more = tokens - 1 - request.expected_rounds

@@ -1,60 +1,209 @@
-"""From one decision point to the next: the loop of every environment and every rule."""
+"""The event loop: from one decision to the next, over all replicas of a cluster.
+
+The next event is the earliest of an arrival and the end of a replica's stage. At one instant all
+arrivals come first, in order of id, each routed on what has been booked before; then all stages that
+end are booked, by replica; then every replica without a stage decides, by number.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
-from servegym.envs.jit import kernel
+import numpy as np
+
+from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.admission import admit
-from servegym.envs.simulator.stages import (
-    receive_arrivals,
-    rounds_to_arrival,
-    rounds_to_next_finish,
-    run_decode,
-    run_prefill,
+from servegym.envs.simulator.admission import admit, admit_chunks
+from servegym.envs.simulator.memory import largest_memory, make_room
+from servegym.envs.simulator.queues import (
+    blocks_of,
+    forget_plan,
+    push_back,
+    queue_of,
+    rounds_ahead,
+    tokens_to_prefill,
 )
-from servegym.envs.simulator.state import State
+from servegym.envs.simulator.routing import route
+from servegym.envs.simulator.stages import (
+    ANY_ROUNDS,
+    begin_decode,
+    begin_pass,
+    begin_prefill,
+    book,
+    continue_partial,
+    cut,
+    see_arrivals,
+)
+from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, UNLIMITED_BLOCKS, State
 
 DECODE: Final = 0
 """The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""
 
 
 @kernel
-def advance(state: State, costs: CostTables, e: int, r: int) -> bool:
-    """Run while there is no choice; return True at a decision point, False at the episode's end."""
-    episode, replica = state.episodes[e], state.replicas[e, r]
-    receive_arrivals(state, e, r)
-    clients = state.clients.shape[2]
-    while episode.finished < episode.requests:
-        active = replica.active
-        if active < clients and episode.waiting > 0:
-            return True
-        if active == 0:
-            next_s = state.requests[e, episode.arrived].arrival_s
-            replica.clock_s = max(replica.clock_s, next_s)
-            receive_arrivals(state, e, r)
-            continue
-        rounds = rounds_to_next_finish(state, e, r)
-        if active < clients:
-            rounds = rounds_to_arrival(state, costs, e, r, rounds)
-        run_decode(state, costs, e, r, rounds)
-    return False
+def advance(state: State, costs: CostTables, e: int) -> int:
+    """Run to the next decision; return the replica that is to decide, or NOBODY at the episode's end.
+
+    The replica has an idle client and waiting requests, or a half-computed prompt. Its caller begins a
+    stage or puts it to ``sleep``; if it does neither, it is asked again.
+    """
+    episode = state.episodes[e]
+    replicas = state.replicas.shape[1]
+    while episode.finished + episode.rejected < episode.requests:
+        for r in range(episode.turn, replicas):
+            if state.event_s[e, r] == episode.now_s and state.replicas[e, r].stage == IDLE:
+                see_arrivals(state, e, r)
+                replica = state.replicas[e, r]
+                waiting = state.queues[e, queue_of(state, r)].waiting
+                if (replica.idle > 0 and waiting > 0) or replica.partial != NOBODY:
+                    episode.turn = r
+                    return r
+                if replica.active > 0:
+                    decode(state, costs, e, r, False)
+                else:
+                    sleep(state, e, r)
+        _run_to_next_event(state, costs, e)
+    return NOBODY
+
+
+@kernel
+def sleep(state: State, e: int, r: int) -> None:
+    """Let a replica that can do nothing wait until an arrival wakes it."""
+    state.event_s[e, r] = np.inf
+
+
+@kernel
+def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
+    episode = state.episodes[e]
+    replicas = state.replicas.shape[1]
+    now_s = state.event_s[e, 0]
+    for r in range(1, replicas):
+        now_s = min(now_s, state.event_s[e, r])
+    routed = episode.routed
+    if routed < episode.requests:
+        now_s = min(now_s, state.times[e, routed].arrival_s)
+    episode.in_system_s += (now_s - episode.now_s) * episode.in_system
+    episode.now_s = now_s
+    if routed < episode.requests and state.times[e, routed].arrival_s == now_s:
+        _receive_all(state, costs, e)
+    for r in range(replicas):
+        if state.event_s[e, r] == now_s and state.replicas[e, r].stage != IDLE:
+            book(state, e, r, state.replicas[e, r].stage_s)
+    episode.turn = 0
+
+
+@rare_kernel
+def _receive_all(state: State, costs: CostTables, e: int) -> None:
+    """Receive every request that arrives now."""
+    episode, replicas = state.episodes[e], state.replicas.shape[1]
+    largest = largest_memory(state)
+    shared = state.queues.shape[1] == 1
+    i = episode.routed
+    while i < episode.requests and state.times[e, i].arrival_s <= episode.now_s:
+        blocks = 0
+        if largest != UNLIMITED_BLOCKS:
+            request = state.requests[e, i]
+            blocks = blocks_of(state, np.int64(request.prompt_tokens) + request.decode_rounds + 1)
+        if blocks > largest:
+            _reject(state, e, i)
+        else:
+            episode.in_system += 1
+            if shared:
+                push_back(state, e, 0, i)
+            else:
+                _send(state, costs, e, i, blocks)
+        i += 1
+    episode.routed = i
+    if shared and state.queues[e, 0].unseen > 0:
+        for r in range(replicas):
+            _notice(state, costs, e, r)
+
+
+@kernel
+def _reject(state: State, e: int, i: int) -> None:
+    """Turn away a request that is larger than the memory of any replica."""
+    state.requests[e, i].phase = REJECTED
+    state.episodes[e].rejected += 1
+    if state.requests[e, i].plan_client != NOBODY:
+        forget_plan(state, e, i)
+
+
+@kernel
+def _send(state: State, costs: CostTables, e: int, i: int, blocks: int) -> None:
+    """Route a request, which holds up to ``blocks``, to a replica's own queue."""
+    r = route(state, costs, e, i, blocks)
+    request, queue = state.requests[e, i], state.queues[e, r]
+    if request.plan_client != NOBODY and request.plan_replica != r:
+        forget_plan(state, e, i)
+    push_back(state, e, r, i)
+    tokens = tokens_to_prefill(state, e, i)
+    queue.unseen_work += tokens + rounds_ahead(state, e, i)
+    queue.unseen_blocks += blocks_of(state, tokens)
+    _notice(state, costs, e, r)
+
+
+@kernel
+def _notice(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Let replica ``r`` decide as soon as it can: something has come that it might admit."""
+    replica, now_s = state.replicas[e, r], state.episodes[e].now_s
+    if replica.stage == IDLE:
+        replica.clock_s = now_s
+        state.event_s[e, r] = now_s
+    elif replica.idle > 0:
+        cut(state, costs, e, r, now_s)
+
+
+# ---- what a replica does at its turn --------------------------------------------------------
 
 
 @kernel
 def decode(state: State, costs: CostTables, e: int, r: int, every_round: bool) -> None:
-    """Decode until the choice changes (a finish or an arrival), or for one round."""
-    rounds = 1
-    if not every_round:
-        rounds = rounds_to_arrival(state, costs, e, r, rounds_to_next_finish(state, e, r))
-    run_decode(state, costs, e, r, rounds)
+    """Decode until the choice changes (a finish, an arrival, full memory), or for one round."""
+    begin_decode(state, costs, e, r, 1 if every_round else ANY_ROUNDS)
+    if state.queues.shape[1] < state.replicas.shape[1]:
+        _tell_others(state, costs, e, r)
 
 
 @kernel
 def prefill(
     state: State, costs: CostTables, e: int, r: int, rule: int, max_prefill_tokens: int
 ) -> None:
-    """Run one prefill stage under an admission rule, which must admit a request."""
-    admitted = admit(state, e, r, rule, max_prefill_tokens)
-    run_prefill(state, costs, e, r, admitted)
+    """Begin a prefill stage under an admission rule, which must admit a request."""
+    admit(state, e, r, rule, max_prefill_tokens)
+    begin_prefill(state, costs, e, r)
+    if state.queues.shape[1] < state.replicas.shape[1]:
+        _tell_others(state, costs, e, r)
+
+
+@rare_kernel
+def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
+    """Begin one pass: a token for every decoding client, and chunks of prompts in what is left.
+
+    First room is made for the decoding, then the half-computed prompt goes on, then an admission rule
+    admits, unless somebody was preempted.
+    """
+    preempted = make_room(state, e, r)
+    preempted = continue_partial(state, e, r) or preempted
+    if not preempted:
+        admit_chunks(state, e, r, rule)
+    begin_pass(state, costs, e, r)
+    if state.queues.shape[1] < state.replicas.shape[1]:
+        _tell_others(state, costs, e, r)
+
+
+@rare_kernel
+def _tell_others(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Let replicas with idle clients look at the pool after ``r`` has changed it.
+
+    Whoever is first in it now may fit into their memory. A replica without a stage looks at once. One
+    before ``r`` whose round ends now has had its turn: it looks at the end of its next round.
+    """
+    now_s = state.episodes[e].now_s
+    for other in range(state.replicas.shape[1]):
+        replica = state.replicas[e, other]
+        if other == r or state.machines[other].blocks == UNLIMITED_BLOCKS:
+            continue
+        if replica.stage == IDLE:
+            _notice(state, costs, e, other)
+        elif replica.idle > 0:
+            cut(state, costs, e, other, np.nextafter(now_s, np.inf) if other < r else now_s)

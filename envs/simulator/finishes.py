@@ -87,6 +87,14 @@ def remove(finishes: Finishes, running: int, places: NDArray[np.int64]) -> None:
         kept += 1
 
 
+@kernel
+def remove_one(finishes: Finishes, running: int, place: int) -> None:
+    """Remove the finish at ``place`` from the first ``running``."""
+    for k in range(place, running - 1):
+        finishes[k].due = finishes[k + 1].due
+        finishes[k].request = finishes[k + 1].request
+
+
 @allocating_kernel
 def _sort_many(keys: NDArray[np.int64]) -> None:
     keys.sort()

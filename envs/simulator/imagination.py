@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from servegym.envs.jit import kernel
 from servegym.envs.simulator.order import add
-from servegym.envs.simulator.state import WAITING, RecordArray, State
+from servegym.envs.simulator.state import LENGTH_BUCKETS, WAITING, RecordArray, State
 
 
 @kernel
 def copy_row(source: State, e: int, target: State, f: int) -> None:
     """Copy the episode in row ``e`` of ``source`` into row ``f`` of ``target``, of the same shape.
 
-    Not copied are scratch arrays, entries beyond the episode's requests, and expected finishes and
+    Not copied are scratch arrays, times, entries beyond the episode's requests, and expected finishes and
     beliefs: ``target`` is made for known lengths.
     """
     n = source.episodes[e].requests
@@ -21,15 +19,20 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     _copy(source.requests[e], target.requests[f], n)
     _copy(source.by_length[e], target.by_length[f], n)
     _copy(source.lengths[e], target.lengths[f], n)
-    _copy(source.waiting_lengths[e], target.waiting_lengths[f], source.waiting_lengths.shape[1])
-    _copy(source.waiting_tree[e], target.waiting_tree[f], source.waiting_tree.shape[1])
-    clients = source.clients.shape[2]
+    for q in range(source.queues.shape[1]):
+        target.queues[f, q] = source.queues[e, q]
+        _copy(source.waiting_lengths[e, q], target.waiting_lengths[f, q], LENGTH_BUCKETS.size)
+        _copy(source.waiting_tree[e, q], target.waiting_tree[f, q], source.waiting_tree.shape[2])
     for r in range(source.replicas.shape[1]):
-        active = source.replicas[e, r].active
-        target.replicas[f, r] = source.replicas[e, r]
-        _copy(source.clients[e, r], target.clients[f, r], clients)
-        _copy(source.idle[e, r], target.idle[f, r], clients - active)
-        _copy(source.finishes[e, r], target.finishes[f, r], active)
+        replica = source.replicas[e, r]
+        target.replicas[f, r] = replica
+        target.loads[f, r] = source.loads[e, r]
+        target.event_s[f, r] = source.event_s[e, r]
+        _copy(source.clients[e, r], target.clients[f, r], source.clients.shape[2])
+        _copy(source.idle[e, r], target.idle[f, r], replica.idle)
+        _copy(source.finishes[e, r], target.finishes[f, r], replica.active)
+        _copy(source.residues[e, r], target.residues[f, r], source.residues.shape[2])
+        _copy(source.picked[e, r], target.picked[f, r], replica.emitting)
 
 
 @kernel
@@ -53,9 +56,9 @@ def imagine_row(source: State, e: int, target: State, f: int) -> None:
     episode.prompt_credit_s = 0.0
     episode.reported_loss = 0.0
     episode.lengths_known = 1
-    if episode.arrived < episode.requests:
+    if episode.routed < episode.requests:
         _forget_future(target, f)
-    for i in range(episode.arrived):
+    for i in range(episode.routed):
         request = target.requests[f, i]
         request.decode_rounds = request.expected_rounds
     for r in range(target.replicas.shape[1]):
@@ -67,25 +70,29 @@ def _forget_future(state: State, e: int) -> None:
     """Remove the requests that have not arrived; they have the highest ids."""
     episode = state.episodes[e]
     place = 0
-    for k in range(state.waiting_tree.shape[1]):
-        state.waiting_tree[e, k] = 0
+    for q in range(state.queues.shape[1]):
+        for k in range(state.waiting_tree.shape[2]):
+            state.waiting_tree[e, q, k] = 0
     for old in range(episode.requests):
         i = state.by_length[e, old]
-        if i < episode.arrived:
+        if i < episode.routed:
             state.by_length[e, place] = i
             state.lengths[e, place] = state.lengths[e, old]
             state.requests[e, i].rank = place
-            if state.requests[e, i].phase == WAITING:
-                add(state.waiting_tree[e], place, 1)
             place += 1
-    for i in range(episode.arrived, episode.requests):
+    for q in range(state.queues.shape[1]):
+        i = state.queues[e, q].first
+        while i != state.queues[e, q].first_unseen:
+            if state.requests[e, i].phase == WAITING:
+                add(state.waiting_tree[e, q], state.requests[e, i].rank, 1)
+            i = state.requests[e, i].next
+    for i in range(episode.routed, episode.requests):
         state.by_length[e, i] = 0  # as many places as requests were removed
         state.lengths[e, i] = 0
         request = state.requests[e, i]
-        request.arrival_s = np.inf
         request.prompt_tokens = 0
         request.decode_rounds = 0
         request.expected_rounds = 0
         request.rank = 0
         request.bucket = 0
-    episode.requests = episode.arrived
+    episode.requests = episode.routed

@@ -8,7 +8,16 @@ from numpy.typing import NDArray
 from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.simulator.heap import deal
 from servegym.envs.simulator.queues import enqueue
-from servegym.envs.simulator.state import EPISODE, FUTURE, LENGTH_BUCKETS, NOBODY, REPLICA, State
+from servegym.envs.simulator.state import (
+    EPISODE,
+    FUTURE,
+    LENGTH_BUCKETS,
+    NOBODY,
+    QUEUE,
+    REPLICA,
+    State,
+)
+from servegym.envs.vocabulary import ROUTE_PLAN
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import Requests
 
@@ -37,6 +46,9 @@ def load(
     spread = requests.predicted_spread
     state.episodes[e] = np.zeros((), EPISODE)
     state.replicas[e] = np.zeros((), REPLICA)
+    state.queues[e] = np.zeros((), QUEUE)
+    state.event_s[e] = np.inf
+    state.residues[e] = 0
     state.waiting_lengths[e] = 0
     state.waiting_tree[e] = 0
     state.episodes[e].lengths_known = known
@@ -49,16 +61,24 @@ def load(
     arrival_s, prompts = requests.arrival_s, requests.prompt_tokens
     _free_clients(state, e)
     _write_requests(state, e, arrival_s, prompts, rounds, expected, compared, order)
-    if plan is None:
-        plan_greedily(state, e, 0)
-    else:
-        _enqueue_plan(state, e, 0, plan.order, plan.offsets)
+    if plan is not None:
+        _enqueue_plan(state, e, plan.order, plan.offsets)
+    elif state.queues.shape[1] == 1 or state.cluster[0].router == ROUTE_PLAN:
+        plan_greedily(state, e)
 
 
 @kernel
 def _free_clients(state: State, e: int) -> None:
-    """Give every client an empty queue and nothing to do."""
+    """Put every replica to sleep, its queues empty and its clients idle."""
+    state.episodes[e].turn = state.replicas.shape[1]
+    for q in range(state.queues.shape[1]):
+        queue = state.queues[e, q]
+        queue.first = NOBODY
+        queue.last = NOBODY
+        queue.first_unseen = NOBODY
     for r in range(state.clients.shape[1]):
+        state.replicas[e, r].idle = state.machines[r].clients
+        state.replicas[e, r].partial = NOBODY
         for client in range(state.clients.shape[2]):
             own = state.clients[e, r, client]
             own.queue_head = NOBODY
@@ -92,8 +112,7 @@ def _write_requests(
             bucket += 1
         state.by_length[e, rank] = i
         state.lengths[e, rank] = compared_rounds[i]
-        request = state.requests[e, i]
-        request.arrival_s = arrival_s[i]
+        request, times = state.requests[e, i], state.times[e, i]
         request.prompt_tokens = prompt_tokens[i]
         request.decode_rounds = decode_rounds[i]
         request.expected_rounds = rounds
@@ -102,23 +121,36 @@ def _write_requests(
         request.phase = FUTURE
         request.plan_client = NOBODY
         request.plan_next = NOBODY
+        request.listed = 0
+        request.planned = 0
         request.client = NOBODY
-        request.admitted_s = np.nan
-        request.first_token_s = np.nan
-        request.finished_s = np.nan
+        request.replica = NOBODY
+        request.emitted = 0
+        request.computed = 0
+        request.prefilled_tokens = 0
+        request.preemptions = 0
+        times.arrival_s = arrival_s[i]
+        times.admitted_s = np.nan
+        times.first_token_s = np.nan
+        times.finished_s = np.nan
 
 
 @kernel
 def _enqueue_plan(
-    state: State, e: int, r: int, order: NDArray[np.int64], offsets: NDArray[np.int64]
+    state: State, e: int, order: NDArray[np.int64], offsets: NDArray[np.int64]
 ) -> None:
-    for client in range(offsets.size - 1):
-        for place in range(offsets[client], offsets[client + 1]):
+    """Queue the requests of a plan, whose clients are those of all replicas in order."""
+    r, client = 0, 0
+    for queue in range(offsets.size - 1):
+        if client == state.machines[r].clients:
+            r, client = r + 1, 0
+        for place in range(offsets[queue], offsets[queue + 1]):
             enqueue(state, e, r, client, order[place])
+        client += 1
 
 
 @allocating_kernel
-def plan_greedily(state: State, e: int, r: int) -> None:
+def plan_greedily(state: State, e: int) -> None:
     """Queue the requests present at t = 0 longest first, as ``deal`` says."""
     requests = state.episodes[e].requests
     order = np.empty(requests, np.int64)
@@ -126,10 +158,17 @@ def plan_greedily(state: State, e: int, r: int) -> None:
     present = 0
     for place in range(requests - 1, -1, -1):
         request = state.by_length[e, place]
-        if state.requests[e, request].arrival_s == 0:
+        if state.times[e, request].arrival_s == 0:
             order[present] = request
             rounds[present] = state.requests[e, request].expected_rounds
             present += 1
-    clients = deal(rounds[:present], state.clients.shape[2])
+    clients = 0
+    for r in range(state.machines.size):
+        clients += state.machines[r].clients
+    client_of = deal(rounds[:present], clients)
     for place in range(present):
-        enqueue(state, e, r, clients[place], order[place])
+        r, client = 0, client_of[place]
+        while client >= state.machines[r].clients:
+            client -= state.machines[r].clients
+            r += 1
+        enqueue(state, e, r, client, order[place])

@@ -1,24 +1,205 @@
-"""Who waits: the clients' planned queues, the order of arrival, the order of length."""
+"""Who waits: in order of service, in order of length, in the clients' planned queues."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from servegym.envs.jit import kernel
-from servegym.envs.simulator.order import select
+from servegym.envs.simulator.order import add, select
 from servegym.envs.simulator.state import NOBODY, WAITING, State
 
 
 @kernel
-def enqueue(state: State, e: int, r: int, client: int, request: int) -> None:
-    """Append a request to a client's planned queue."""
-    queue = state.clients[e, r, client]
-    if queue.queue_tail == NOBODY:
-        queue.queue_head = request
+def blocks_of(state: State, tokens: int) -> int:
+    """Return the blocks of KV memory that ``tokens`` computed tokens of one request take."""
+    length = state.cluster[0].block_tokens
+    return tokens if length == 1 else -(-tokens // length)
+
+
+@kernel
+def queue_of(state: State, r: int) -> int:
+    """Return the queue that replica ``r`` admits from: its own, or the pool."""
+    return min(r, state.queues.shape[1] - 1)
+
+
+@kernel
+def tokens_to_prefill(state: State, e: int, i: int) -> int:
+    """Return the tokens of a waiting request's next prefill: its prompt and what it has emitted."""
+    request = state.requests[e, i]
+    return np.int64(request.prompt_tokens) + request.emitted
+
+
+@kernel
+def rounds_ahead(state: State, e: int, i: int) -> int:
+    """Return the decode rounds that should follow a waiting request's next prefill."""
+    request = state.requests[e, i]
+    return np.int64(request.expected_rounds) - request.emitted
+
+
+# ---- in order of service --------------------------------------------------------------------
+# A singly linked list. Whoever is taken from its middle stays in it until it comes to the front, or until
+# it is preempted.
+
+
+@kernel
+def push_back(state: State, e: int, q: int, i: int) -> None:
+    """Let a request that has just come wait at the end of a queue, unseen until the next look."""
+    queue, request = state.queues[e, q], state.requests[e, i]
+    request.phase = WAITING
+    request.next = NOBODY
+    request.listed = 1
+    if queue.last == NOBODY:
+        queue.first = i
     else:
-        state.requests[e, queue.queue_tail].plan_next = request
-    queue.queue_tail = request
-    queue.queue_rounds += state.requests[e, request].expected_rounds
-    queue.queue_requests += 1
-    state.requests[e, request].plan_client = client
+        state.requests[e, queue.last].next = i
+    queue.last = i
+    if queue.first_unseen == NOBODY:
+        queue.first_unseen = i
+    queue.unseen += 1
+
+
+@kernel
+def push_front(state: State, e: int, q: int, i: int) -> None:
+    """Let a preempted request wait before all others."""
+    queue, request = state.queues[e, q], state.requests[e, i]
+    if request.listed:
+        _unlist(state, e, q, i)
+    request.phase = WAITING
+    request.listed = 1
+    request.next = queue.first
+    if queue.first == NOBODY:
+        queue.last = i
+    queue.first = i
+    count_waiting(state, e, q, i, 1)
+
+
+@kernel
+def _unlist(state: State, e: int, q: int, i: int) -> None:
+    """Take a request that no longer waits out of the list that it is still in."""
+    queue = state.queues[e, q]
+    after = state.requests[e, i].next
+    if queue.first == i:
+        queue.first = after
+        if after == NOBODY:
+            queue.last = NOBODY
+        return
+    before = queue.first
+    while state.requests[e, before].next != i:
+        before = state.requests[e, before].next
+    state.requests[e, before].next = after
+    if after == NOBODY:
+        queue.last = before
+
+
+@kernel
+def first_waiting(state: State, e: int, q: int) -> int:
+    """Return the first in the order of service; somebody must be waiting."""
+    queue = state.queues[e, q]
+    i = queue.first
+    while state.requests[e, i].phase != WAITING:
+        state.requests[e, i].listed = 0
+        i = state.requests[e, i].next
+    queue.first = i
+    return i
+
+
+@kernel
+def count_waiting(state: State, e: int, q: int, i: int, sign: int) -> None:
+    """Add request ``i`` to the counts of waiting requests (``sign`` +1) or subtract it (−1)."""
+    queue, request = state.queues[e, q], state.requests[e, i]
+    tokens = tokens_to_prefill(state, e, i)
+    queue.waiting += sign
+    queue.rounds += sign * rounds_ahead(state, e, i)
+    queue.tokens += sign * tokens
+    if state.cluster[0].counts_memory:
+        queue.blocks += sign * blocks_of(state, tokens)
+    queue.squares_high += sign * (tokens * tokens >> 32)
+    queue.squares_low += sign * (tokens * tokens & 0xFFFFFFFF)
+    state.waiting_lengths[e, q, request.bucket] += sign
+    add(state.waiting_tree[e, q], request.rank, sign)
+
+
+@kernel
+def waiting_at(state: State, e: int, q: int, place: int) -> int:
+    """Return the waiting request at a place in the order of length, 0 the shortest."""
+    return state.by_length[e, select(state.waiting_tree[e, q], place)]
+
+
+# ---- the clients' planned queues ------------------------------------------------------------
+# Singly linked lists, which keep whoever was stolen or preempted as the order of service does.
+
+
+@kernel
+def enqueue(state: State, e: int, r: int, client: int, i: int) -> None:
+    """Append a request to a client's planned queue."""
+    queue, request = state.clients[e, r, client], state.requests[e, i]
+    request.plan_next = NOBODY
+    if queue.queue_tail == NOBODY:
+        queue.queue_head = i
+    else:
+        state.requests[e, queue.queue_tail].plan_next = i
+    queue.queue_tail = i
+    _count_queued(state, e, r, client, i, 1)
+
+
+@kernel
+def enqueue_first(state: State, e: int, r: int, client: int, i: int) -> None:
+    """Put a preempted request before all others of a client's planned queue."""
+    request = state.requests[e, i]
+    if request.planned:
+        _drop_planned(state, e, i)
+    queue = state.clients[e, r, client]
+    request.plan_next = queue.queue_head
+    if queue.queue_head == NOBODY:
+        queue.queue_tail = i
+    queue.queue_head = i
+    _count_queued(state, e, r, client, i, 1)
+
+
+@kernel
+def _drop_planned(state: State, e: int, i: int) -> None:
+    """Take a request out of the planned queue that it is still in."""
+    request = state.requests[e, i]
+    queue = state.clients[e, request.plan_replica, request.plan_client]
+    after = state.requests[e, i].plan_next
+    if queue.queue_head == i:
+        queue.queue_head = after
+        if after == NOBODY:
+            queue.queue_tail = NOBODY
+        return
+    before = queue.queue_head
+    while state.requests[e, before].plan_next != i:
+        before = state.requests[e, before].plan_next
+    state.requests[e, before].plan_next = after
+    if after == NOBODY:
+        queue.queue_tail = before
+
+
+@kernel
+def leave_plan(state: State, e: int, i: int) -> None:
+    """Count a request no more among those of its planned queue."""
+    request = state.requests[e, i]
+    _count_queued(state, e, request.plan_replica, request.plan_client, i, -1)
+
+
+@kernel
+def forget_plan(state: State, e: int, i: int) -> None:
+    """Take a request that has never run out of its planned queue: it goes elsewhere."""
+    leave_plan(state, e, i)
+    _drop_planned(state, e, i)
+    state.requests[e, i].plan_client = NOBODY
+    state.requests[e, i].planned = 0
+
+
+@kernel
+def _count_queued(state: State, e: int, r: int, client: int, i: int, sign: int) -> None:
+    queue = state.clients[e, r, client]
+    queue.queue_rounds += sign * rounds_ahead(state, e, i)
+    queue.queue_requests += sign
+    if sign > 0:
+        state.requests[e, i].plan_replica = r
+        state.requests[e, i].plan_client = client
+        state.requests[e, i].planned = 1
 
 
 @kernel
@@ -27,24 +208,9 @@ def head(state: State, e: int, r: int, client: int) -> int:
     queue = state.clients[e, r, client]
     i = queue.queue_head
     while i != NOBODY and state.requests[e, i].phase > WAITING:
+        state.requests[e, i].planned = 0
         i = state.requests[e, i].plan_next
     queue.queue_head = i
     if i == NOBODY:
         queue.queue_tail = NOBODY
     return i
-
-
-@kernel
-def first_waiting(state: State, e: int) -> int:
-    """Return the earliest request that waits."""
-    i = state.episodes[e].first_waiting
-    while state.requests[e, i].phase != WAITING:
-        i += 1
-    state.episodes[e].first_waiting = i
-    return i
-
-
-@kernel
-def waiting_at(state: State, e: int, place: int) -> int:
-    """Return the waiting request at a place in the order of length, 0 the shortest."""
-    return state.by_length[e, select(state.waiting_tree[e], place)]

@@ -1,8 +1,13 @@
-"""Arrivals, prefill stages and decode rounds: their effect on the state and their exact times.
+"""Stages of a replica: each begins at one of its boundaries and is booked at the next.
 
-The semantics are those of CONTRIBUTING.md. At one replica stages never overlap. A prefill stage emits each
-admitted request's first token. Decode rounds between two events are one step, their times summed in
-closed form.
+The semantics are those of CONTRIBUTING.md. At one replica stages never overlap. A prefill stage emits
+each admitted request's first token; a decode round emits one token of every decoding client; a mixed
+stage does both in one pass. ``begin_…`` takes requests, clients and memory and says when the stage ends
+(``State.event_s``). ``book`` writes what has come of it: tokens, finishes, free memory, lengths that a
+finish reveals. Between the two nothing stored at time t is later than t, so others may look at any time.
+
+Decode rounds in a row between which nothing can change are one stage of many rounds; ``cut`` ends it at
+an earlier round.
 """
 
 from __future__ import annotations
@@ -16,55 +21,47 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.beliefs import expect_admitted, reveal, revise
 from servegym.envs.simulator.finishes import merge, sort_keys
 from servegym.envs.simulator.heap import tournament, update_tournament
-from servegym.envs.simulator.order import add
-from servegym.envs.simulator.queues import enqueue
+from servegym.envs.simulator.memory import (
+    blocks_of_round,
+    blocks_of_rounds,
+    count_held,
+    find_victim,
+    free_blocks,
+    make_room,
+    preempt,
+    release_client,
+    rounds_to_full,
+)
+from servegym.envs.simulator.queues import (
+    blocks_of,
+    count_waiting,
+    enqueue,
+    leave_plan,
+    queue_of,
+    rounds_ahead,
+    tokens_to_prefill,
+)
+from servegym.envs.simulator.seconds import decode_seconds, one_pass_seconds, prefill_seconds
 from servegym.envs.simulator.state import (
+    DECODE_RUN,
     FINISHED,
+    IDLE,
+    MIXED,
     NOBODY,
+    PREFILL,
     RUNNING,
-    WAITING,
     State,
 )
+from servegym.envs.vocabulary import GUARD_PEAK
+
+ANY_ROUNDS: Final = 1 << 62
+"""More decode rounds than any run has."""
 
 _MANY_ARRIVALS: Final = 8
 """With more arrivals at once, ranking the clients once takes less time than a scan for each arrival."""
 
 
-@kernel
-def decode_seconds(
-    costs: CostTables, r: int, active: int, cached_tokens: int, rounds: int
-) -> float:
-    """Return the time of ``rounds`` successive rounds of ``active`` clients, none finishing within.
-
-    The k-th round (k = 0, 1, …) starts with ``cached_tokens`` + k · ``active`` tokens, so the sum is
-    arithmetic. Floats, because a hundred thousand of the longest requests would overflow 64-bit integers.
-    """
-    n = float(rounds)
-    cached = n * cached_tokens + active * (n * (n - 1.0) / 2.0)
-    return rounds * costs.decode_base_s[r, active] + costs.rates[r].decode_per_kv_token_s * cached
-
-
-@kernel
-def prefill_seconds(costs: CostTables, r: int, tokens: int, squares: float, requests: int) -> float:
-    """Return the time of a prefill stage of ``tokens`` prompt tokens (Σp² ``squares``)."""
-    rates = costs.rates[r]
-    levels = costs.prefill_level_tokens.shape[1]
-    if levels > 0:
-        top = costs.prefill_level_tokens[r, levels - 1]
-        whole = tokens // top
-        rest = tokens - whole * top
-        seconds = whole * costs.prefill_level_s[r, levels - 1]
-        if rest > 0:
-            level = np.searchsorted(costs.prefill_level_tokens[r], rest)
-            seconds += costs.prefill_level_s[r, level]
-    else:
-        line = (
-            rates.prefill_base_s
-            + rates.prefill_per_token_s * tokens
-            + rates.prefill_per_token_squared_s * squares
-        )
-        seconds = max(rates.prefill_floor_s, line)
-    return seconds + rates.overhead_base_s + rates.overhead_per_client_s * requests
+# ---- what a replica finds at a boundary -----------------------------------------------------
 
 
 @kernel
@@ -75,187 +72,93 @@ def client_work(state: State, e: int, r: int, client: int) -> int:
 
 
 @kernel
-def receive_arrivals(state: State, e: int, r: int) -> None:
-    """Make every request that has arrived wait; an unplanned request joins a client's queue.
+def see_arrivals(state: State, e: int, r: int) -> None:
+    """Count the requests that have come into the replica's queue since the last look.
 
-    Arrivals during a stage are seen at its end.
+    An unplanned one joins a client's planned queue: a client of the replica, or of any if replicas share a
+    pool.
     """
-    episode = state.episodes[e]
-    first = episode.arrived
+    q = queue_of(state, r)
+    queue, episode = state.queues[e, q], state.episodes[e]
+    if queue.unseen == 0:
+        return
+    first = queue.first_unseen
     unplanned = 0
-    now_s = state.replicas[e, r].clock_s
-    while episode.arrived < episode.requests:
-        i = episode.arrived
+    i = first
+    while i != NOBODY:
         request = state.requests[e, i]
-        if request.arrival_s > now_s:
-            break
-        episode.arrived += 1
-        episode.arrived_rounds += request.expected_rounds
-        request.phase = WAITING
-        _count_waiting(state, e, i, 1)
-        episode.in_system_s += now_s - request.arrival_s
+        if request.preemptions == 0:
+            episode.arrived += 1
+            episode.arrived_rounds += request.expected_rounds
+        count_waiting(state, e, q, i, 1)
         unplanned += request.plan_client == NOBODY
-    if unplanned > _MANY_ARRIVALS:
+        i = request.next
+    queue.unseen = 0
+    queue.unseen_work = 0
+    queue.unseen_blocks = 0
+    queue.first_unseen = NOBODY
+    if unplanned > _MANY_ARRIVALS and state.queues.shape[1] == state.replicas.shape[1]:
         _queue_many(state, e, r, first)
     elif unplanned > 0:
-        for i in range(first, episode.arrived):
+        i = first
+        while i != NOBODY:
             if state.requests[e, i].plan_client == NOBODY:
-                enqueue(state, e, r, _client_to_join(state, e, r, i), i)
+                _queue_one(state, e, r, i)
+            i = state.requests[e, i].next
 
 
 @kernel
-def _client_to_join(state: State, e: int, r: int, i: int) -> int:
-    """Return the client whose queue an unplanned request joins.
+def _queue_one(state: State, e: int, r: int, i: int) -> None:
+    """Append an unplanned request to the planned queue of the client that suits it best.
 
     It has the least work left, then the fewest queued requests, then the lowest number. A request without
     rounds adds no work, so many would join the same client: for it queued requests count before work. A
-    running request is not counted as queued: while all clients run, arrivals are received only at the
-    next finish, and must join as if received at once.
+    running request is not counted as queued: while all clients run, arrivals are seen only at the next
+    finish, and must join as if seen at once.
     """
     by_work = state.requests[e, i].expected_rounds > 0
-    best = 0
-    least = client_work(state, e, r, 0)
-    fewest = state.clients[e, r, 0].queue_requests
-    for client in range(1, state.clients.shape[2]):
-        if least == 0 and fewest == 0:
-            break
-        work = client_work(state, e, r, client)
-        requests = state.clients[e, r, client].queue_requests
-        if by_work:
-            better = work < least or (work == least and requests < fewest)
-        else:
-            better = requests < fewest or (requests == fewest and work < least)
-        if better:
-            best, least, fewest = client, work, requests
-    return best
+    first_replica, last_replica = r, r
+    if state.queues.shape[1] < state.replicas.shape[1]:
+        first_replica, last_replica = 0, state.replicas.shape[1] - 1
+    best_replica, best = first_replica, 0
+    least = client_work(state, e, first_replica, 0)
+    fewest = state.clients[e, first_replica, 0].queue_requests
+    for s in range(first_replica, last_replica + 1):
+        for client in range(state.machines[s].clients):
+            if least == 0 and fewest == 0:
+                break
+            work = client_work(state, e, s, client)
+            requests = state.clients[e, s, client].queue_requests
+            if by_work:
+                better = work < least or (work == least and requests < fewest)
+            else:
+                better = requests < fewest or (requests == fewest and work < least)
+            if better:
+                best_replica, best, least, fewest = s, client, work, requests
+    enqueue(state, e, best_replica, best, i)
 
 
 @allocating_kernel
 def _queue_many(state: State, e: int, r: int, first: int) -> None:
-    """Queue the unplanned arrivals from ``first`` on in one pass, each as by ``_client_to_join``."""
-    clients = state.clients.shape[2]
+    """Queue the unplanned requests from ``first`` on in one pass, each as by ``_queue_one``."""
+    clients = state.machines[r].clients
     work = np.empty(clients, np.int64)
     requests = np.empty(clients, np.int64)
     for client in range(clients):
         work[client] = client_work(state, e, r, client)
         requests[client] = state.clients[e, r, client].queue_requests
     least, fewest = tournament(work, requests), tournament(requests, work)
-    for i in range(first, state.episodes[e].arrived):
-        if state.requests[e, i].plan_client != NOBODY:
-            continue
-        rounds = state.requests[e, i].expected_rounds
-        client = least[1] if rounds > 0 else fewest[1]
-        enqueue(state, e, r, client, i)
-        work[client] += rounds
-        requests[client] += 1
-        update_tournament(least, client, work, requests)
-        update_tournament(fewest, client, requests, work)
-
-
-@kernel
-def _count_waiting(state: State, e: int, i: int, sign: int) -> None:
-    """Add request ``i`` to the counts of waiting requests (``sign`` +1) or subtract it (−1)."""
-    episode, request = state.episodes[e], state.requests[e, i]
-    prompt = np.int64(request.prompt_tokens)
-    episode.waiting += sign
-    episode.waiting_rounds += sign * request.expected_rounds
-    episode.waiting_prompt_tokens += sign * prompt
-    episode.waiting_squares_high += sign * (prompt * prompt >> 32)
-    episode.waiting_squares_low += sign * (prompt * prompt & 0xFFFFFFFF)
-    state.waiting_lengths[e, request.bucket] += sign
-    add(state.waiting_tree[e], request.rank, sign)
-
-
-@kernel
-def pick(state: State, e: int, r: int, client: int, i: int) -> None:
-    """Take waiting request ``i`` out of the queues and give it to a client."""
-    request, replica = state.requests[e, i], state.replicas[e, r]
-    _count_waiting(state, e, i, -1)
-    queue = state.clients[e, r, request.plan_client]
-    queue.queue_rounds -= request.expected_rounds
-    queue.queue_requests -= 1
-    expected_end = replica.rounds + request.expected_rounds
-    state.clients[e, r, client].expected_end = expected_end
-    replica.due_sum += expected_end
-    request.phase = RUNNING
-    request.client = client
-
-
-@kernel
-def run_prefill(state: State, costs: CostTables, e: int, r: int, admitted: int) -> None:
-    """Run one prefill stage for the first ``admitted`` picked requests."""
-    episode, replica = state.episodes[e], state.replicas[e, r]
-    tokens = 0
-    squares = 0.0
-    for i in state.picked[e, :admitted]:
-        prompt = np.int64(state.requests[e, i].prompt_tokens)
-        tokens += prompt
-        squares += float(prompt) * prompt
-    start_s = replica.clock_s
-    seconds = prefill_seconds(costs, r, tokens, squares, admitted)
-    episode.in_system_s += seconds * (episode.waiting + replica.active + admitted)
-    episode.admitted_prompt_tokens += tokens
-    replica.clock_s += seconds
-    replica.prefill_s += seconds
-    replica.prefill_stages += 1
-    replica.idle_wait_s = 0.0
-    replica.cached_tokens += tokens + admitted  # the stage emits each one's first token
-    for i in state.picked[e, :admitted]:
-        state.requests[e, i].admitted_s = start_s
-        state.requests[e, i].first_token_s = replica.clock_s
-    _schedule_finishes(state, e, r, admitted)
-    if not episode.lengths_known:
-        expect_admitted(state, e, r, admitted)
-    _finish_due(state, e, r)
-    receive_arrivals(state, e, r)
-
-
-@kernel
-def _schedule_finishes(state: State, e: int, r: int, admitted: int) -> None:
-    """Merge the admitted requests into the replica's finishes."""
-    replica = state.replicas[e, r]
-    span = state.requests.shape[1]
-    keys = state.keys[e, :admitted]
-    for k in range(admitted):
-        i = np.int64(state.picked[e, k])
-        keys[k] = np.int64(state.requests[e, i].decode_rounds) * span + i
-    merge(state.finishes[e, r], replica.active, replica.rounds, keys, span)
-    replica.active += admitted
-
-
-@kernel
-def _finish_due(state: State, e: int, r: int) -> None:
-    """Finish every request whose last token the stage that just ended has emitted.
-
-    A request that has outlived its expected finish gets a later one.
-    """
-    replica, finishes = state.replicas[e, r], state.finishes[e, r]
-    known = state.episodes[e].lengths_known
-    done = 0
-    while done < replica.active and finishes[replica.active - 1 - done].due <= replica.rounds:
-        done += 1
-    if not known and done > 0:
-        reveal(state, e, r, done)
-    for _ in range(done):
-        i = finishes[replica.active - 1].request
-        request = state.requests[e, i]
-        request.phase = FINISHED
-        request.finished_s = replica.clock_s
-        replica.cached_tokens -= request.prompt_tokens + request.decode_rounds + 1
-        _leave_idle(state, e, r, request.client)
-        state.episodes[e].finished += 1
-    if not known:
-        revise(state, e, r)
-
-
-@kernel
-def _leave_idle(state: State, e: int, r: int, client: int) -> None:
-    """Append a client whose request has finished to the idle clients."""
-    replica = state.replicas[e, r]
-    replica.due_sum -= state.clients[e, r, client].expected_end
-    state.clients[e, r, client].expected_end = 0
-    state.idle[e, r, state.clients.shape[2] - replica.active] = client
-    replica.active -= 1
+    i = first
+    while i != NOBODY:
+        if state.requests[e, i].plan_client == NOBODY:
+            rounds = state.requests[e, i].expected_rounds
+            client = least[1] if rounds > 0 else fewest[1]
+            enqueue(state, e, r, client, i)
+            work[client] += rounds
+            requests[client] += 1
+            update_tournament(least, client, work, requests)
+            update_tournament(fewest, client, requests, work)
+        i = state.requests[e, i].next
 
 
 @kernel
@@ -264,13 +167,13 @@ def sort_idle(state: State, e: int, r: int) -> None:
 
     Overwrites ``picked``.
     """
-    idle = state.idle[e, r, : state.clients.shape[2] - state.replicas[e, r].active]
+    idle = state.idle[e, r, : state.replicas[e, r].idle]
     ascending = 1
     while ascending < idle.size and idle[ascending - 1] < idle[ascending]:
         ascending += 1
     if ascending >= idle.size:
         return
-    appended = state.picked[e, : idle.size - ascending]
+    appended = state.picked[e, r, : idle.size - ascending]
     for k in range(appended.size):
         appended[k] = idle[ascending + k]
     sort_keys(appended)
@@ -292,19 +195,106 @@ def rounds_to_next_finish(state: State, e: int, r: int) -> int:
     return state.finishes[e, r, replica.active - 1].due - replica.rounds
 
 
+# ---- beginnings -----------------------------------------------------------------------------
+
+
 @kernel
-def rounds_to_arrival(state: State, costs: CostTables, e: int, r: int, most: int) -> int:
-    """Return the fewest rounds ≥ 1 that reach the next arrival, at most ``most``."""
-    arrived = state.episodes[e].arrived
-    if arrived == state.episodes[e].requests:
-        return most
+def pick(state: State, e: int, r: int, client: int, i: int) -> None:
+    """Take waiting request ``i`` out of the queues and give it to a client.
+
+    The caller takes the client out of ``idle`` and says what the stage computes of the request's prefill.
+    """
+    request, replica, episode = state.requests[e, i], state.replicas[e, r], state.episodes[e]
+    count_waiting(state, e, queue_of(state, r), i, -1)
+    leave_plan(state, e, i)
+    if request.preemptions == 0:
+        state.times[e, i].admitted_s = replica.clock_s
+    state.clients[e, r, client].expected_end = replica.rounds + rounds_ahead(state, e, i)
+    request.phase = RUNNING
+    request.client = client
+    request.replica = r
+    request.admission = episode.admissions
+    episode.admissions += 1
+
+
+@kernel
+def compute(state: State, e: int, r: int, i: int, tokens: int) -> None:
+    """Let the stage that begins compute ``tokens`` of the request's prefill; take memory for them.
+
+    A request whose prefill ends with the stage is put into ``picked``; another is the ``partial`` one.
+    """
+    request, replica = state.requests[e, i], state.replicas[e, r]
+    start = np.int64(request.computed)
+    end = start + tokens
+    squares = float(end) * end - float(start) * start
+    replica.stage_chunks += 1
+    replica.stage_tokens += tokens
+    replica.stage_squares += squares
+    replica.used_blocks += blocks_of(state, end) - blocks_of(state, start)
+    if start < request.prompt_tokens:
+        replica.prompt_tokens += tokens
+        replica.prompt_squares += squares
+    request.computed = end
+    request.prefilled_tokens += tokens
+    if end == tokens_to_prefill(state, e, i):
+        state.picked[e, r, replica.emitting] = i
+        replica.emitting += 1
+        if replica.partial == i:
+            replica.partial = NOBODY
+    else:
+        replica.partial = i
+
+
+@kernel
+def _begin(state: State, e: int, r: int, stage: int, seconds: float) -> None:
     replica = state.replicas[e, r]
-    ahead_s = state.requests[e, arrived].arrival_s
-    low, high = 1, most
+    replica.stage = stage
+    replica.stage_s = seconds
+    state.event_s[e, r] = replica.clock_s + seconds
+
+
+@kernel
+def begin_prefill(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Begin a prefill stage of the picked requests."""
+    replica = state.replicas[e, r]
+    seconds = prefill_seconds(
+        costs, r, replica.stage_tokens, replica.stage_squares, replica.stage_chunks
+    )
+    _begin(state, e, r, PREFILL, seconds)
+
+
+@kernel
+def begin_decode(state: State, costs: CostTables, e: int, r: int, most: int) -> None:
+    """Begin decode rounds up to the next finish or until memory is full, at most ``most`` ≥ 1.
+
+    A round for which somebody is preempted stands alone: it changes whom the replica could admit.
+    """
+    replica = state.replicas[e, r]
+    rounds = 1
+    if not make_room(state, e, r) and most > 1 and not _guard_may_open(state, e, r):
+        rounds = min(most, rounds_to_next_finish(state, e, r), rounds_to_full(state, e, r))
+    replica.run_rounds = rounds
+    replica.work_waits = state.queues[e, queue_of(state, r)].waiting > 0
+    seconds = decode_seconds(costs, r, replica.active, replica.cached_tokens, rounds)
+    _begin(state, e, r, DECODE_RUN, seconds)
+
+
+@kernel
+def _guard_may_open(state: State, e: int, r: int) -> bool:
+    """Return whether each round may let in a request that the guard of peaks has kept out."""
+    waits = state.queues[e, queue_of(state, r)].waiting > 0 and state.replicas[e, r].idle > 0
+    return waits and state.cluster[0].guard == GUARD_PEAK
+
+
+@kernel
+def rounds_until(state: State, costs: CostTables, e: int, r: int, then_s: float) -> int:
+    """Return the fewest rounds ≥ 1 of a run in progress that reach ``then_s``, at most all of them."""
+    replica = state.replicas[e, r]
+    low, high = 1, replica.run_rounds
     while low < high:
         middle = (low + high) // 2
         run_s = decode_seconds(costs, r, replica.active, replica.cached_tokens, middle)
-        if replica.clock_s + run_s >= ahead_s:
+        if replica.clock_s + run_s >= then_s:
             high = middle
         else:
             low = middle + 1
@@ -312,19 +302,216 @@ def rounds_to_arrival(state: State, costs: CostTables, e: int, r: int, most: int
 
 
 @kernel
-def run_decode(state: State, costs: CostTables, e: int, r: int, rounds: int) -> None:
-    """Run decode rounds, none beyond the next finish."""
-    episode, replica = state.episodes[e], state.replicas[e, r]
-    active = replica.active
-    clients = state.clients.shape[2]
-    seconds = decode_seconds(costs, r, active, replica.cached_tokens, rounds)
-    episode.in_system_s += seconds * (episode.waiting + active)
-    episode.served_rounds += active * rounds
+def cut(state: State, costs: CostTables, e: int, r: int, then_s: float) -> None:
+    """End a run of decode rounds at the first round boundary at or after ``then_s``."""
+    replica = state.replicas[e, r]
+    if replica.stage != DECODE_RUN or replica.run_rounds == 1:
+        return
+    rounds = rounds_until(state, costs, e, r, then_s)
+    if rounds < replica.run_rounds:
+        replica.run_rounds = rounds
+        seconds = decode_seconds(costs, r, replica.active, replica.cached_tokens, rounds)
+        _begin(state, e, r, DECODE_RUN, seconds)
+
+
+@kernel
+def continue_partial(state: State, e: int, r: int) -> bool:
+    """Compute on at the half-computed prompt, if there is one; return whether somebody was preempted.
+
+    Its chunk is what the token budget leaves after one token for every decoding client. Where its blocks
+    are missing the cluster's victim is preempted, which may be the request itself; what a victim gives
+    back of the budget does not lengthen the chunk.
+    """
+    replica = state.replicas[e, r]
+    i = replica.partial
+    replica.continued_from = 0
+    if i == NOBODY:
+        return False
+    done = np.int64(state.requests[e, i].computed)
+    budget = state.cluster[0].chunk_tokens - replica.active
+    tokens = min(tokens_to_prefill(state, e, i) - done, budget)
+    if tokens <= 0:
+        return False
+    more = blocks_of(state, done + tokens) - blocks_of(state, done)
+    preempted = False
+    while replica.partial == i:
+        if more + blocks_of_round(state, e, r) <= free_blocks(state, e, r):
+            replica.continued_from = done
+            compute(state, e, r, i, tokens)
+            break
+        preempt(state, e, r, find_victim(state, e, r))
+        preempted = True
+    return preempted
+
+
+@kernel
+def begin_pass(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Begin one pass of the decoding clients and of the chunks that have been taken.
+
+    Without chunks it is a decode round, without decoding clients a prefill stage.
+    """
+    replica, rates = state.replicas[e, r], costs.rates[r]
+    active, tokens = replica.active, replica.stage_tokens
+    replica.work_waits = state.queues[e, queue_of(state, r)].waiting > 0
+    replica.run_rounds = 1
+    stage = MIXED
+    if tokens == 0:
+        stage = DECODE_RUN
+    elif active == 0:
+        stage = PREFILL
+    if not state.cluster[0].one_pass:
+        seconds = _summed_seconds(state, costs, e, r)
+    elif stage == DECODE_RUN:
+        seconds = decode_seconds(costs, r, active, replica.cached_tokens, 1)
+    elif stage == PREFILL:
+        seconds = prefill_seconds(costs, r, tokens, replica.stage_squares, replica.stage_chunks)
+    else:
+        seconds = one_pass_seconds(
+            costs, r, active, replica.cached_tokens, tokens, replica.stage_squares
+        )
+        seconds += rates.overhead_base_s
+        seconds += rates.overhead_per_client_s * (active + replica.stage_chunks)
+    _begin(state, e, r, stage, seconds)
+
+
+@kernel
+def _summed_seconds(state: State, costs: CostTables, e: int, r: int) -> float:
+    """Return the time of a pass as a prefill part and a decode part in a row.
+
+    The decode part serves all who emit a token that is not their first, also those whose recomputation
+    ends. The prefill part has the chunks that begin within a prompt. Neither costs anything when empty.
+    """
+    replica = state.replicas[e, r]
+    emitting, cached = replica.active, replica.cached_tokens
+    for i in state.picked[e, r, : replica.emitting]:
+        if state.requests[e, i].emitted > 0:
+            emitting += 1
+            cached += tokens_to_prefill(state, e, i)
+    seconds = 0.0
+    if emitting > 0:
+        seconds += decode_seconds(costs, r, emitting, cached, 1)
+    if replica.prompt_tokens > 0:
+        seconds += prefill_seconds(
+            costs, r, replica.prompt_tokens, replica.prompt_squares, replica.stage_chunks
+        )
+    return seconds
+
+
+# ---- the end of a stage ---------------------------------------------------------------------
+
+
+@kernel
+def book(state: State, e: int, r: int, seconds: float) -> None:
+    """Book the stage of replica ``r`` that has taken ``seconds``; the replica is then at a boundary."""
+    replica = state.replicas[e, r]
+    stage = replica.stage
+    replica.stage = IDLE
     replica.clock_s += seconds
+    if stage != PREFILL:
+        _book_rounds(state, e, r, replica.run_rounds, seconds)
+    if stage == PREFILL:
+        replica.prefill_s += seconds
+        replica.prefill_stages += 1
+    elif stage == MIXED:
+        replica.mixed_stages += 1
+    if stage != DECODE_RUN:
+        replica.idle_wait_s = 0.0
+        _book_prefills(state, e, r)
+    _finish_due(state, e, r)
+
+
+@kernel
+def _book_rounds(state: State, e: int, r: int, rounds: int, seconds: float) -> None:
+    """Emit the tokens of decode rounds."""
+    replica, clients = state.replicas[e, r], state.machines[r].clients
+    active = replica.active
+    if state.cluster[0].counts_memory:
+        replica.used_blocks += blocks_of_rounds(state, e, r, rounds)
+    state.episodes[e].served_rounds += active * rounds
     replica.rounds += rounds
     replica.cached_tokens += active * rounds
     replica.busy_decode_s += seconds * active / clients
-    if episode.waiting > 0:
-        replica.idle_wait_s += seconds * (clients - active)
-    _finish_due(state, e, r)
-    receive_arrivals(state, e, r)
+    if replica.work_waits:
+        replica.idle_wait_s += seconds * replica.idle
+
+
+@kernel
+def _book_prefills(state: State, e: int, r: int) -> None:
+    """Emit a token of every request whose prefill has ended; it decodes from now on."""
+    episode, replica = state.episodes[e], state.replicas[e, r]
+    emitting, clock_s, rounds = replica.emitting, replica.clock_s, replica.rounds
+    counts_memory = state.cluster[0].counts_memory
+    prompts, again, cached, due_sum = 0, 0, 0, 0
+    for i in state.picked[e, r, :emitting]:
+        request = state.requests[e, i]
+        if request.emitted == 0:
+            state.times[e, i].first_token_s = clock_s
+            prompts += request.prompt_tokens
+        else:
+            again += 1
+        tokens = tokens_to_prefill(state, e, i)
+        cached += tokens + 1
+        expected_end = rounds + rounds_ahead(state, e, i)
+        state.clients[e, r, request.client].expected_end = expected_end
+        due_sum += expected_end
+        if counts_memory:
+            count_held(state, e, r, tokens, 1)
+    episode.admitted_prompt_tokens += prompts
+    episode.served_rounds += again
+    replica.cached_tokens += cached
+    replica.due_sum += due_sum
+    _schedule_finishes(state, e, r, emitting)
+    if not episode.lengths_known:
+        expect_admitted(state, e, r, emitting)
+    replica.emitting = 0
+    replica.stage_chunks = 0
+    replica.stage_tokens = 0
+    replica.stage_squares = 0.0
+    replica.prompt_tokens = 0
+    replica.prompt_squares = 0.0
+
+
+@kernel
+def _schedule_finishes(state: State, e: int, r: int, emitting: int) -> None:
+    """Merge the requests that begin to decode into the replica's finishes."""
+    replica = state.replicas[e, r]
+    span = state.requests.shape[1]
+    keys = state.keys[e, :emitting]
+    for k in range(emitting):
+        i = np.int64(state.picked[e, r, k])
+        rounds = np.int64(state.requests[e, i].decode_rounds) - state.requests[e, i].emitted
+        keys[k] = rounds * span + i
+    merge(state.finishes[e, r], replica.active, replica.rounds, keys, span)
+    replica.active += emitting
+
+
+@kernel
+def _finish_due(state: State, e: int, r: int) -> None:
+    """Finish every request whose last token the stage that just ended has emitted.
+
+    A request that has outlived its expected finish gets a later one.
+    """
+    replica, finishes = state.replicas[e, r], state.finishes[e, r]
+    known = state.episodes[e].lengths_known
+    done = 0
+    while done < replica.active and finishes[replica.active - 1 - done].due <= replica.rounds:
+        done += 1
+    if not known and done > 0:
+        reveal(state, e, r, done)
+    for _ in range(done):
+        i = finishes[replica.active - 1].request
+        request = state.requests[e, i]
+        request.phase = FINISHED
+        state.times[e, i].finished_s = replica.clock_s
+        tokens = np.int64(request.prompt_tokens) + request.decode_rounds
+        replica.cached_tokens -= tokens + 1
+        if state.cluster[0].counts_memory:
+            replica.used_blocks -= blocks_of(state, tokens)
+            count_held(state, e, r, tokens, -1)
+        replica.due_sum -= state.clients[e, r, request.client].expected_end
+        replica.active -= 1
+        release_client(state, e, r, request.client)
+        state.episodes[e].finished += 1
+        state.episodes[e].in_system -= 1
+    if not known:
+        revise(state, e, r)

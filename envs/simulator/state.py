@@ -2,7 +2,7 @@
 
 E environments × R replicas × J clients × I requests (the most any environment holds). Everything a
 kernel reads or writes during an episode is here; nothing is allocated while it runs, but for small
-scratch. About 72 bytes per request.
+scratch. About 110 bytes per request and queue.
 
 What the scheduler believes stands beside the truth: ``expected_rounds`` beside ``decode_rounds``,
 ``expected`` beside ``finishes``. Where output lengths are known, the last two are one array.
@@ -16,16 +16,27 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.simulator.order import Tree, tree_size
+from servegym.envs.machine.layout import Layout
+from servegym.envs.simulator.order import tree_size
 
-# Phases of a request, in the order it goes through them.
+# Phases of a request. Preemption takes a running one back to waiting.
 FUTURE: Final = 0
 WAITING: Final = 1
-RUNNING: Final = 2
+RUNNING: Final = 2  # holds a client: its prompt is computed, wholly or in part, or it decodes
 FINISHED: Final = 3
+REJECTED: Final = 4  # larger than the memory of any replica
 
 NOBODY: Final = -1
-"""No request, no client: the null id in every index array."""
+"""No request, no client, no replica: the null id in every index array."""
+
+# What a replica does between two of its boundaries.
+IDLE: Final = 0
+PREFILL: Final = 1
+DECODE_RUN: Final = 2  # one decode round or several in a row
+MIXED: Final = 3  # one pass of decoding clients and chunks of prompts
+
+UNLIMITED_BLOCKS: Final = 1 << 60
+"""Blocks of a replica whose memory is not limited."""
 
 
 _LINE_BYTES: Final = 64
@@ -33,6 +44,34 @@ _LINE_BYTES: Final = 64
 LENGTH_BUCKETS: Final = np.array([0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048])
 """First number of rounds of each length bucket of the observation; the last one is open."""
 
+
+CLUSTER: Final = np.dtype(
+    [
+        ("block_tokens", np.int64),  # tokens of one block of KV memory
+        ("chunk_tokens", np.int64),  # token budget of a mixed stage; 0: no mixed stages
+        ("router", np.int64),  # place in ROUTERS
+        ("staleness_s", np.float64),  # age up to which a router keeps what it has seen
+        ("victim", np.int64),  # place in VICTIMS: who is preempted
+        ("guard", np.int64),  # place in ADMISSION_GUARDS
+        ("one_pass", np.int64),  # 1: a mixed stage is one pass; 0: a prefill and a decode part
+        (
+            "counts_memory",
+            np.int64,
+        ),  # 0: nothing depends on memory or chunks, so neither is counted
+    ],
+    align=True,
+)
+"""What all replicas share and no episode changes."""
+
+MACHINE: Final = np.dtype(
+    [
+        ("clients", np.int64),
+        ("blocks", np.int64),  # of KV memory, or UNLIMITED_BLOCKS
+        ("watermark_blocks", np.int64),  # free blocks that admission leaves while others run
+    ],
+    align=True,
+)
+"""What one replica is."""
 
 EPISODE: Final = np.dtype(
     [
@@ -42,42 +81,82 @@ EPISODE: Final = np.dtype(
         ("bound_s", np.float64),  # lower bound of the makespan
         ("round_credit_s", np.float64),  # share of the bound that one request-round earns
         ("prompt_credit_s", np.float64),  # share of the bound that one prompt token earns
+        ("random_bits", np.int64),  # the random router's luck
+        # The clock: everything until ``now_s`` has been booked.
+        ("now_s", np.float64),
+        ("turn", np.int64),  # replicas from here on may still decide at ``now_s``
         # Who is where.
-        ("arrived", np.int64),  # requests 0 … arrived − 1 have arrived
-        ("arrived_rounds", np.int64),  # Σ expected_rounds over arrived
+        ("routed", np.int64),  # requests 0 … routed − 1 have reached a queue or were rejected
+        ("arrived", np.int64),  # how many of them replicas have seen in their queues
+        ("arrived_rounds", np.int64),  # Σ expected_rounds over those
         ("finished", np.int64),
-        ("waiting", np.int64),
-        ("first_waiting", np.int64),  # no request with a smaller id is waiting
-        ("waiting_rounds", np.int64),  # Σ expected_rounds over waiting
-        ("waiting_prompt_tokens", np.int64),
-        # Σ p² over waiting is beyond 64 bits for a hundred thousand of the longest prompts: p² in two.
-        ("waiting_squares_high", np.int64),  # Σ ⌊p² / 2³²⌋
-        ("waiting_squares_low", np.int64),  # Σ p² mod 2³²
+        ("rejected", np.int64),
+        ("in_system", np.int64),  # arrived, neither finished nor rejected
         # Totals so far.
-        ("served_rounds", np.int64),  # Σ over decode rounds of active clients
-        ("admitted_prompt_tokens", np.int64),
-        ("in_system_s", np.float64),  # ∫ (waiting + running) dt
+        ("admissions", np.int64),  # admissions after preemptions included
+        ("router_turns", np.int64),  # requests that the router has sent somewhere
+        ("looked_s", np.float64),  # when the router has last looked at the replicas
+        ("served_rounds", np.int64),  # Σ over requests of tokens emitted after the first
+        ("admitted_prompt_tokens", np.int64),  # of requests that have emitted a token
+        ("in_system_s", np.float64),  # ∫ in_system dt
         ("reported_loss", np.float64),  # the loss that rewards have told of
         ("decisions", np.int64),
     ],
     align=True,
 )
 
+QUEUE: Final = np.dtype(
+    [
+        # Waiting requests in order of service, a linked list; see ``queues``.
+        ("first", np.int32),  # or NOBODY
+        ("last", np.int32),  # or NOBODY
+        ("first_unseen", np.int32),  # it and all behind it have come since the last look; or NOBODY
+        ("unseen", np.int32),  # how many they are
+        ("unseen_work", np.int64),  # Σ of their tokens to prefill and expected rounds
+        ("unseen_blocks", np.int64),  # Σ blocks of their prefills
+        # Of those that have been seen.
+        ("waiting", np.int64),
+        ("rounds", np.int64),  # Σ expected rounds left
+        ("tokens", np.int64),  # Σ tokens to prefill
+        ("blocks", np.int64),  # Σ blocks of these prefills
+        # Σ t² of these is beyond 64 bits for a hundred thousand of the longest prompts: t² in two.
+        ("squares_high", np.int64),  # Σ ⌊t² / 2³²⌋
+        ("squares_low", np.int64),  # Σ t² mod 2³²
+    ],
+    align=True,
+)
+
 REQUEST: Final = np.dtype(
     [
-        ("arrival_s", np.float64),
         ("prompt_tokens", np.int32),
         ("decode_rounds", np.int32),  # true output tokens − 1: physics only
         ("expected_rounds", np.int32),  # what the scheduler believes by now: rules only
         ("rank", np.int32),  # place in ``by_length``
-        ("plan_client", np.int32),  # or NOBODY
-        ("plan_next", np.int32),  # the next in the same queue, or NOBODY
-        # Records.
-        ("client", np.int32),  # or NOBODY
+        ("plan_client", np.int32),  # of ``plan_replica``, or NOBODY
+        ("plan_next", np.int32),  # the next in the same planned queue, or NOBODY
+        ("next", np.int32),  # the next that waits in the same queue, or NOBODY
+        ("client", np.int32),  # of its replica, or NOBODY
+        ("emitted", np.int32),  # tokens emitted before its next or present prefill
+        ("computed", np.int32),  # tokens of that prefill which are done
+        ("admission", np.int32),  # running number; the newest has the highest
+        ("prefilled_tokens", np.int32),  # in all of its prefills so far
+        ("plan_replica", np.int16),
+        ("replica", np.int16),  # or NOBODY
+        ("preemptions", np.int16),
         ("phase", np.int8),
         ("bucket", np.int8),  # of LENGTH_BUCKETS, by expected rounds
-        ("admitted_s", np.float64),  # start of its prefill stage, NaN before
-        ("first_token_s", np.float64),  # end of its prefill stage, NaN before
+        ("listed", np.int8),  # 1: it is in the list of a queue, waiting or no more
+        ("planned", np.int8),  # 1: it is in the list of a client's planned queue
+    ],
+    align=True,
+)
+"""What kernels read of a request at every turn: one cache line of 64 bytes."""
+
+TIMES: Final = np.dtype(
+    [
+        ("arrival_s", np.float64),
+        ("admitted_s", np.float64),  # start of its first prefill stage, NaN before
+        ("first_token_s", np.float64),  # end of the stage that emits its first token, NaN before
         ("finished_s", np.float64),  # NaN before
     ],
     align=True,
@@ -85,27 +164,58 @@ REQUEST: Final = np.dtype(
 
 REPLICA: Final = np.dtype(
     [
-        ("clock_s", np.float64),
+        ("clock_s", np.float64),  # its last boundary
         ("rounds", np.int64),  # decode rounds run so far: the decode clock
-        ("active", np.int64),  # clients that hold a request
-        ("cached_tokens", np.int64),
-        # Σ expected_end over the running. It may wrap; less active · rounds, Σ rounds left, it is exact.
+        ("active", np.int64),  # clients whose request decodes
+        ("idle", np.int64),  # clients without a request
+        ("partial", np.int64),  # the request whose prompt is half computed, or NOBODY
+        ("cached_tokens", np.int64),  # Σ prompt + emitted over the decoding
+        ("used_blocks", np.int64),
+        # Σ expected_end over the decoding. It may wrap; less active · rounds, Σ rounds left, it is exact.
         ("due_sum", np.int64),
+        # What it does now, booked at ``State.event_s``.
+        ("stage", np.int64),  # IDLE, PREFILL, DECODE_RUN or MIXED
+        ("stage_s", np.float64),
+        ("run_rounds", np.int64),  # of a DECODE_RUN
+        ("continued_from", np.int64),  # tokens of a prefill begun before that it goes on with
+        ("stage_chunks", np.int64),  # requests of whose prefill it computes something
+        ("stage_tokens", np.int64),  # that it computes of prefills
+        ("stage_squares", np.float64),  # Σ over these chunks of end² − start²
+        ("prompt_tokens", np.int64),  # of chunks that begin within a prompt
+        ("prompt_squares", np.float64),  # of the same chunks
+        ("emitting", np.int64),  # how many of ``picked`` emit a token when it ends
+        ("work_waits", np.int64),  # 1: requests waited when it began
+        # Totals so far.
         ("idle_wait_s", np.float64),  # idle client-seconds since the last prefill, work waiting
         ("prefill_stages", np.int64),
         ("prefill_s", np.float64),
+        ("mixed_stages", np.int64),
         ("busy_decode_s", np.float64),  # Σ over rounds of n / J · seconds
+        ("preemptions", np.int64),
     ],
     align=True,
 )
 
+LOAD: Final = np.dtype(
+    [
+        ("waiting", np.int64),  # requests
+        ("running", np.int64),  # requests that hold a client
+        ("tokens", np.int64),  # expected tokens still to compute
+        ("used_blocks", np.int64),
+        ("wanted_blocks", np.int64),  # by the prefills of those who wait
+        ("unfinished_blocks", np.int64),  # of what begun prefills have not computed
+    ],
+    align=True,
+)
+"""A replica as a router sees it."""
+
 CLIENT: Final = np.dtype(
     [
-        # A planned queue, a linked list; stolen entries stay until they surface.
+        # A planned queue, a linked list; see ``queues``.
         ("queue_head", np.int32),  # or NOBODY
         ("queue_tail", np.int32),  # or NOBODY
-        ("queue_rounds", np.int64),  # Σ expected_rounds still waiting in it
-        ("queue_requests", np.int64),  # how many requests still wait in it
+        ("queue_rounds", np.int64),  # Σ expected rounds left of those in it
+        ("queue_requests", np.int64),  # how many requests are in it
         ("expected_end", np.int64),  # decode clock when its request should finish; 0: it is idle
     ],
     align=True,
@@ -128,52 +238,99 @@ class State(NamedTuple):
     passing a tuple to a compiled function costs about 2 ns an array.
     """
 
+    cluster: RecordArray  # (1,) CLUSTER
+    machines: RecordArray  # (R,) MACHINE
     episodes: RecordArray  # (E,) EPISODE
     requests: RecordArray  # (E, I) REQUEST, by id
+    times: RecordArray  # (E, I) TIMES, by id
     by_length: NDArray[np.int32]  # (E, I) request ids, shortest first
     lengths: NDArray[np.int32]  # (E, I) the rounds that they are compared by, so ascending
-    waiting_lengths: NDArray[np.int32]  # (E, B) waiting requests in each of LENGTH_BUCKETS
-    waiting_tree: Tree  # (E, tree_size(I)) which ranks wait
+    queues: RecordArray  # (E, Q) QUEUE; Q is R, or 1: one pool for all replicas
+    waiting_lengths: NDArray[np.int32]  # (E, Q, B) waiting requests in each of LENGTH_BUCKETS
+    waiting_tree: NDArray[np.int64]  # (E, Q, tree_size(I)) which ranks wait
+    event_s: NDArray[np.float64]  # (E, R) the next boundary of each replica; ∞: it sleeps
     replicas: RecordArray  # (E, R) REPLICA
+    loads: RecordArray  # (E, R) LOAD when the router last looked
     clients: RecordArray  # (E, R, J) CLIENT
-    idle: NDArray[np.int32]  # (E, R, J) the idle clients [: J − active]; ascending after sort_idle
-    finishes: RecordArray  # (E, R, J) FINISH of the running, latest first; [:active]; physics only
+    idle: NDArray[
+        np.int32
+    ]  # (E, R, J) the idle clients [: replica.idle]; ascending after sort_idle
+    finishes: RecordArray  # (E, R, J) FINISH of the decoding, latest first; [:active]; physics only
     expected: RecordArray  # (E, R, J) the same as the scheduler believes; ``finishes`` if known
+    residues: NDArray[np.int32]  # (E, R, b) decoding requests by (tokens held − rounds) mod b
     beliefs: RecordArray  # (E, I) BELIEF at first, by id; (E, 0) if known
-    picked: NDArray[np.int32]  # (E, J) the requests one prefill stage admits; scratch before
-    keys: NDArray[np.int64]  # (E, J) scratch
+    picked: NDArray[np.int32]  # (E, R, J) the requests whose prefill ends with the present stage
+    keys: NDArray[np.int64]  # (E, clients of all replicas) scratch
+
+
+def row_arrays(state: State) -> dict[str, NDArray[Any]]:
+    """Return by name the arrays that have a row for each environment: what an episode changes."""
+    shared = ("cluster", "machines")
+    return {name: array for name, array in state._asdict().items() if name not in shared}
 
 
 def make_state(
-    environments: int,
-    requests: int,
-    clients: int,
-    replicas: int = 1,
-    *,
-    lengths_known: bool = True,
+    environments: int, requests: int, layout: Layout, *, lengths_known: bool = True
 ) -> State:
     """Allocate the state of ``environments`` episodes of up to ``requests`` requests each.
 
     With ``lengths_known`` schedulers see true output lengths, else those that the requests predict.
     """
-    e, i, j, r = environments, requests, clients, replicas
+    e, i, r, j = environments, requests, len(layout.clients), max(layout.clients)
+    q = 1 if layout.pool else r
     finishes = _records(e, r, j, dtype=FINISH)
+    cluster, machines = _records(1, dtype=CLUSTER), _records(r, dtype=MACHINE)
+    cluster[0] = (
+        layout.block_tokens,
+        layout.chunk_tokens,
+        layout.router,
+        layout.staleness_s,
+        layout.victim,
+        layout.guard,
+        layout.one_pass,
+        layout.counts_memory,
+    )
+    for replica, tokens in enumerate(layout.kv_capacity_tokens):
+        blocks = tokens // layout.block_tokens if tokens > 0 else UNLIMITED_BLOCKS
+        left = int(layout.watermark * blocks) if tokens > 0 else 0
+        machines[replica] = (layout.clients[replica], blocks, left)
     return State(
+        cluster=cluster,
+        machines=machines,
         episodes=_records(e, dtype=EPISODE),
         requests=_records(e, i, dtype=REQUEST),
+        times=_records(e, i, dtype=TIMES),
         by_length=np.zeros((e, i), np.int32),
         lengths=np.zeros((e, i), np.int32),
-        waiting_lengths=np.zeros((e, len(LENGTH_BUCKETS)), np.int32),
-        waiting_tree=np.zeros((e, tree_size(i)), np.int64),
+        queues=_records(e, q, dtype=QUEUE),
+        waiting_lengths=np.zeros((e, q, len(LENGTH_BUCKETS)), np.int32),
+        waiting_tree=np.zeros((e, q, tree_size(i)), np.int64),
+        event_s=np.zeros((e, r)),
         replicas=_records(e, r, dtype=REPLICA),
+        loads=_records(e, r, dtype=LOAD),
         clients=_records(e, r, j, dtype=CLIENT),
         idle=np.zeros((e, r, j), np.int32),
         finishes=finishes,
         expected=finishes if lengths_known else _records(e, r, j, dtype=FINISH),
+        residues=np.zeros((e, r, layout.block_tokens), np.int32),
         beliefs=_records(e, 0 if lengths_known else i, dtype=BELIEF),
-        picked=np.zeros((e, j), np.int32),
-        keys=np.zeros((e, j), np.int64),
+        picked=np.zeros((e, r, j), np.int32),
+        keys=np.zeros((e, r * j), np.int64),
     )
+
+
+def make_alike(state: State, environments: int) -> State:
+    """Allocate rows like those of ``state``, for known lengths."""
+    shapes = {
+        name: _records(environments, *array.shape[1:], dtype=array.dtype)
+        if array.dtype.names
+        else np.zeros((environments, *array.shape[1:]), array.dtype)
+        for name, array in state._asdict().items()
+    }
+    shapes["cluster"], shapes["machines"] = state.cluster, state.machines
+    shapes["expected"] = shapes["finishes"]
+    shapes["beliefs"] = _records(environments, 0, dtype=BELIEF)
+    return State(**shapes)
 
 
 def _records(*shape: int, dtype: np.dtype[np.void]) -> RecordArray:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.stages import decode_seconds, prefill_seconds
+from servegym.envs.simulator.queues import queue_of
+from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
 from servegym.envs.simulator.state import State
 
 
@@ -44,22 +45,22 @@ class DecisionView(NamedTuple):
 def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
     """Return the decision view of replica ``r`` in environment ``e``."""
     episode, replica = state.episodes[e], state.replicas[e, r]
-    clients = state.clients.shape[2]
+    queue = state.queues[e, queue_of(state, r)]
     active = replica.active
-    idle = clients - active
-    waiting = episode.waiting
+    idle = replica.idle
+    waiting = queue.waiting
     rounds = state.expected[e, r, active - 1].due - replica.rounds if active > 0 else 0
     prefill_s = 0.0
     fixed_s = 0.0
     if waiting > 0:
         admitted = min(idle, waiting)
-        tokens = episode.waiting_prompt_tokens
+        tokens = queue.tokens
         if tokens < 1 << 40:
             tokens = tokens * admitted // waiting
         else:  # the same; the product may exceed 64 bits
             mean = tokens // waiting
             tokens = mean * admitted + (tokens - mean * waiting) * admitted // waiting
-        squares = episode.waiting_squares_high * 4294967296.0 + episode.waiting_squares_low
+        squares = queue.squares_high * 4294967296.0 + queue.squares_low
         squares *= admitted / waiting
         prefill_s = prefill_seconds(costs, r, tokens, squares, admitted)
         rates = costs.rates[r]
@@ -70,7 +71,7 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
         )
         fixed_s = max(prefill_s - variable_s, 0.0)
     return DecisionView(
-        clients,
+        state.machines[r].clients,
         active,
         idle,
         waiting,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,14 @@ from servegym.envs.machine.costs import (
     TableDecode,
 )
 from servegym.envs.machine.presets import cost_preset
-from servegym.envs.vocabulary import ADMISSION_RULES, REWARDS
+from servegym.envs.vocabulary import (
+    ADMISSION_GUARDS,
+    ADMISSION_RULES,
+    MIXED_COSTS,
+    REWARDS,
+    ROUTERS,
+    VICTIMS,
+)
 from servegym.envs.workload.comparison import COMPARISONS
 from servegym.envs.workload.predictors import PREDICTOR_NAMES
 from servegym.envs.workload.presets import (
@@ -35,6 +42,7 @@ from servegym.envs.workload.presets import (
 from servegym.envs.workload.requests import MAX_REQUESTS
 
 MAX_CLIENTS: Final = 1_000_000
+MAX_REPLICAS: Final = 4096
 
 
 def _check_whole(name: str, value: int, least: int, most: int) -> None:
@@ -42,6 +50,41 @@ def _check_whole(name: str, value: int, least: int, most: int) -> None:
         raise ServegymError(
             f"{name} must be a whole number in {least} … {most}, got {shown(value)}"
         )
+
+
+@dataclass(frozen=True)
+class ReplicaConfig:
+    """``[[cluster.replica]]``: in what one replica differs from the others.
+
+    Examples
+    --------
+    >>> ReplicaConfig(speed=2.0).clients is None
+    True
+    """
+
+    clients: int | None = None
+    """Its concurrency slots; None: as ``cluster.clients``."""
+    kv_capacity_tokens: int | None = None
+    """Its memory; None: as ``cluster.kv_capacity_tokens``."""
+    speed: float = 1.0
+    """Its stages take the cost model's seconds divided by this, 1e-6 … 1e6."""
+
+    def __post_init__(self) -> None:
+        check_fields("cluster.replica", self)
+        if self.clients is not None:
+            _check_whole("cluster.replica.clients", self.clients, 1, MAX_CLIENTS)
+        if self.kv_capacity_tokens is not None:
+            _check_whole("cluster.replica.kv_capacity_tokens", self.kv_capacity_tokens, 0, 10**12)
+        if not 1e-6 <= self.speed <= 1e6:
+            raise ServegymError(f"cluster.replica.speed must lie in 1e-6 … 1e6, got {self.speed}")
+
+
+class FullReplica(NamedTuple):
+    """All numbers of one replica."""
+
+    clients: int
+    kv_capacity_tokens: int
+    speed: float
 
 
 @dataclass(frozen=True)
@@ -55,20 +98,88 @@ class ClusterConfig:
     """
 
     replicas: int = 1
-    """Copies of the model. Only 1 so far."""
+    """Copies of the model, 1 … 4,096."""
     clients: int = 200
     """Concurrency slots of a replica, 1 … 1,000,000."""
     kv_capacity_tokens: int = 0
-    """KV-cache capacity; 0: not limiting, the only value so far."""
+    """Tokens whose keys and values a replica's memory holds; 0: not limiting."""
+    kv_block_tokens: int = 1
+    """Tokens of one block of that memory, 1 … 65,536: a request holds whole blocks. 16 is vLLM's."""
+    watermark: float = 0.0
+    """Share of the blocks that admission leaves free while others run, ≥ 0 and < 1."""
+    preempt: str = "newest"
+    """Who gives up its memory when a decode round does not fit: the ``newest`` admitted, who has
+    ``least-computed`` tokens, or the ``fewest-output`` tokens; of equals the newest."""
+    admission_guard: str = "none"
+    """``none``: a prompt must fit now; ``full``: so must the whole expected outputs of all who run;
+    ``peak``: memory must hold all who run at every expected finish."""
+    chunk_tokens: int = 0
+    """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
+    mixed stages."""
+    mixed: str = "one-pass"
+    """What a mixed stage costs: ``one-pass`` of the weights for all tokens, or the ``sum`` of a prefill
+    part and a decode part, as some simulators have it."""
     max_prefill_tokens: int = 0
     """Token budget of one prefill stage; 0: none. A stage always admits at least one request."""
+    router: str = "round-robin"
+    """Which replica a request goes to when it arrives, see ``ROUTERS``; ``pool``: one queue for all."""
+    staleness_s: float = 0.0
+    """For how long a router goes by what it has seen of the replicas."""
+    replica: tuple[ReplicaConfig, ...] = ()
+    """``[[cluster.replica]]``: what differs, one table per replica; none: all are equal."""
 
     def __post_init__(self) -> None:
         check_fields("cluster", self)
         _check_whole("cluster.clients", self.clients, 1, MAX_CLIENTS)
-        _check_whole("cluster.replicas", self.replicas, 1, 1)
-        _check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 0)
+        _check_whole("cluster.replicas", self.replicas, 1, MAX_REPLICAS)
+        _check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 10**12)
+        _check_whole("cluster.kv_block_tokens", self.kv_block_tokens, 1, 65_536)
+        _check_whole("cluster.chunk_tokens", self.chunk_tokens, 0, 10**12)
         _check_whole("cluster.max_prefill_tokens", self.max_prefill_tokens, 0, 10**12)
+        if not 0 <= self.watermark < 1:
+            raise ServegymError(f"cluster.watermark must be ≥ 0 and < 1, got {self.watermark}")
+        if not 0 <= self.staleness_s <= 1e9:
+            raise ServegymError(f"cluster.staleness_s must lie in 0 … 1e9, got {self.staleness_s}")
+        for key, value, names in (
+            ("preempt", self.preempt, VICTIMS),
+            ("admission_guard", self.admission_guard, ADMISSION_GUARDS),
+            ("mixed", self.mixed, MIXED_COSTS),
+            ("router", self.router, ROUTERS),
+        ):
+            if value not in names:
+                raise unknown(f"value of cluster.{key}:", value, names)
+        if self.replica and len(self.replica) != self.replicas:
+            raise ServegymError(
+                f"cluster.replicas is {self.replicas}, but there are {len(self.replica)} tables "
+                "[[cluster.replica]]; give one for each replica or none"
+            )
+        total = sum(replica.clients for replica in self.replica_tables())
+        if total > MAX_CLIENTS:
+            raise ServegymError(
+                f"all replicas together may have {MAX_CLIENTS} clients, got {total}"
+            )
+        for k, full in enumerate(self.replica_tables()):
+            if 0 < full.kv_capacity_tokens < self.kv_block_tokens:
+                own = bool(self.replica) and self.replica[k].kv_capacity_tokens is not None
+                raise ServegymError(
+                    f"cluster.{f'replica[{k}].' if own else ''}kv_capacity_tokens must be 0 or hold a "
+                    f"block of {self.kv_block_tokens} tokens (cluster.kv_block_tokens), got "
+                    f"{full.kv_capacity_tokens}"
+                )
+
+    def replica_tables(self) -> tuple[FullReplica, ...]:
+        """Return each replica's own numbers, with the cluster's in the place of what it leaves out."""
+        tables = self.replica or (ReplicaConfig(),) * self.replicas
+        return tuple(
+            FullReplica(
+                self.clients if table.clients is None else table.clients,
+                self.kv_capacity_tokens
+                if table.kv_capacity_tokens is None
+                else table.kv_capacity_tokens,
+                table.speed,
+            )
+            for table in tables
+        )
 
 
 @dataclass(frozen=True)
@@ -161,6 +272,9 @@ class ProcessConfig:
 
     rules: tuple[str, ...] = ADMISSION_RULES
     """Admission rules on offer: action 1 + k prefills under the k-th."""
+    mixed_rules: tuple[str, ...] = ("fcfs",)
+    """Admission rules of mixed stages, whose actions come behind; without meaning where
+    ``cluster.chunk_tokens`` is 0."""
     decisions: Literal["events", "rounds"] = "events"
     """Ask where the choice has changed (a finish, an arrival), or at every decode round."""
     reward: str = "gap"
@@ -174,7 +288,9 @@ class ProcessConfig:
         check_fields("process", self)
         if not self.rules or len(set(self.rules)) != len(self.rules):
             raise ServegymError("process.rules must name at least one rule, each once")
-        for rule in self.rules:
+        if not self.mixed_rules or len(set(self.mixed_rules)) != len(self.mixed_rules):
+            raise ServegymError("process.mixed_rules must name at least one rule, each once")
+        for rule in (*self.rules, *self.mixed_rules):
             if rule not in ADMISSION_RULES:
                 raise unknown("admission rule", rule, ADMISSION_RULES)
         if self.reward not in REWARDS:
@@ -205,10 +321,23 @@ class TaskConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", as_annotated("name", self.name, str))
         for section, kind in field_types(TaskConfig).items():
+            if isinstance(getattr(self, section), type):  # a class has a cost model's method, too
+                wrong = getattr(self, section).__name__
+                raise ServegymError(f"{section} must be an object, got the class {wrong}")
             if not isinstance(getattr(self, section), kind):
                 raise ServegymError(
                     f"{section} must be a {kind.__name__}, got {shown(getattr(self, section))}"
                 )
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """What each action does: ``decode``, ``prefill:RULE`` or ``mixed:RULE``."""
+        mixed = self.process.mixed_rules if self.cluster.chunk_tokens > 0 else ()
+        return (
+            "decode",
+            *(f"prefill:{rule}" for rule in self.process.rules),
+            *(f"mixed:{rule}" for rule in mixed),
+        )
 
 
 _COST_MODELS: Final = {

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import warnings
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from servegym.envs.bounds.batch import lower_bound
-from servegym.envs.machine.costs import CostTables, StageCosts, checked_tables
+from servegym.envs.bounds.cluster import cluster_bound
+from servegym.envs.machine.costs import (
+    CostModel,
+    CostTables,
+    EngineOverhead,
+    StageCosts,
+    checked_tables,
+    slowed,
+)
+from servegym.envs.machine.layout import Layout
 from servegym.envs.process.actions import Settings
 from servegym.envs.process.reward import write_credits
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.task.cases import Case
-from servegym.envs.task.config import TaskConfig
-from servegym.envs.vocabulary import ADMISSION_RULES, REWARDS
+from servegym.envs.task.config import ClusterConfig, TaskConfig
+from servegym.envs.vocabulary import (
+    ADMISSION_GUARDS,
+    ADMISSION_RULES,
+    REWARDS,
+    ROUTERS,
+    VICTIMS,
+)
 from servegym.envs.workload.comparison import compared_tokens
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import Requests
+
+_LONGEST_PASS: Final = 65_536
+"""Tokens of a mixed stage up to which its decode line is tabulated; beyond, it goes on straight."""
 
 
 class Machine(NamedTuple):
@@ -30,9 +49,10 @@ class Machine(NamedTuple):
     3
     """
 
-    clients: int
+    clients: int  # of all replicas
     costs: CostTables
     settings: Settings
+    layout: Layout
 
 
 def lower(task: TaskConfig) -> Machine:
@@ -46,35 +66,78 @@ def lower(task: TaskConfig) -> Machine:
     Examples
     --------
     >>> from servegym.envs import TASKS
-    >>> clients, costs, settings = lower(TASKS["servegym/Tiny-v0"])
-    >>> costs.decode_base_s.shape, settings.every_round
+    >>> machine = lower(TASKS["servegym/Tiny-v0"])
+    >>> machine.costs.decode_base_s.shape, machine.settings.every_round
     ((1, 4), False)
     """
-    clients, process = task.cluster.clients, task.process
-    costs = task.cost.tables(clients)
-    if not isinstance(task.cost, StageCosts):
-        costs = checked_tables(costs, clients)
+    cluster, process = task.cluster, task.process
+    layout = _lay_out(cluster)
+    mixed_rules = [name.split(":")[1] for name in task.actions if name.startswith("mixed:")]
     settings = Settings(
         rules=np.array([ADMISSION_RULES.index(rule) for rule in process.rules]),
+        mixed_rules=np.array([ADMISSION_RULES.index(rule) for rule in mixed_rules], np.int64),
         every_round=process.decisions == "rounds",
-        max_prefill_tokens=task.cluster.max_prefill_tokens,
+        max_prefill_tokens=cluster.max_prefill_tokens,
         reward=REWARDS.index(process.reward),
         max_decisions=process.max_decisions,
         max_seconds=process.max_seconds,
     )
-    return Machine(clients, costs, settings)
+    return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout)
+
+
+def _lay_out(cluster: ClusterConfig) -> Layout:
+    """Return the replicas as kernels read them."""
+    replicas = cluster.replica_tables()
+    return Layout(
+        clients=tuple(replica.clients for replica in replicas),
+        kv_capacity_tokens=tuple(replica.kv_capacity_tokens for replica in replicas),
+        pool=cluster.router == "pool",
+        block_tokens=cluster.kv_block_tokens,
+        watermark=cluster.watermark,
+        chunk_tokens=cluster.chunk_tokens,
+        router=ROUTERS.index(cluster.router),
+        staleness_s=cluster.staleness_s,
+        victim=VICTIMS.index(cluster.preempt),
+        guard=ADMISSION_GUARDS.index(cluster.admission_guard),
+        one_pass=cluster.mixed == "one-pass",
+    )
+
+
+def _tabulate(task: TaskConfig, layout: Layout) -> CostTables:
+    """Return the costs of all replicas, those of a faster one divided by its speed."""
+    clients = max(layout.clients)
+    replicas = task.cluster.replica_tables()
+    tables = _tables(task.cost, clients)
+    passes = np.zeros((1, 0))
+    if layout.chunk_tokens > 0:
+        cost = task.cost
+        if isinstance(cost, StageCosts):  # overhead is per request, not per token of a pass
+            cost = replace(cost, engine_overhead=EngineOverhead())
+        with warnings.catch_warnings():  # a pass has more tokens than a table has clients
+            warnings.simplefilter("ignore")
+            passes = _tables(cost, min(max(layout.chunk_tokens, 2), _LONGEST_PASS)).decode_base_s
+    tables = tables._replace(pass_base_s=passes)
+    speeds = np.array([replica.speed for replica in replicas])
+    if len(replicas) == 1 and speeds[0] == 1.0:
+        return tables
+    return slowed(tables, 1.0 / speeds)
+
+
+def _tables(cost: CostModel, clients: int) -> CostTables:
+    tables = cost.tables(clients)
+    return tables if isinstance(cost, StageCosts) else checked_tables(tables, clients)
 
 
 def bound_case(machine: Machine, requests: Requests) -> Case:
     """Return the case of given requests: with the lower bound on their makespan on a machine."""
     budget = machine.settings.max_prefill_tokens
-    return Case(requests, lower_bound(requests, machine.clients, machine.costs, budget))
+    return Case(requests, cluster_bound(requests, machine.layout, machine.costs, budget))
 
 
 def make_task_state(task: TaskConfig, environments: int, requests: int) -> State:
     """Allocate the state of ``environments`` episodes of ``task``, of up to ``requests`` each."""
     known = task.information.output_lengths == "known"
-    return make_state(environments, requests, task.cluster.clients, lengths_known=known)
+    return make_state(environments, requests, _lay_out(task.cluster), lengths_known=known)
 
 
 def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | None = None) -> None:

@@ -52,18 +52,31 @@ def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
             try:
                 task = with_overrides(task, part)
             except ServegymError as error:
-                line = _line_of(text, (section, *error.key))
+                line = _line_of(text, _key_at_fault(section, error, sections))
                 raise ServegymError(f"{path}: line {line}: {error}") from None
     return task
 
 
 def _parts(section: str, values: Any) -> list[dict[str, Any]]:
-    """Take a section apart key by key, so that an error has one key to blame; [cost] is one piece."""
-    if section == "cost" or not isinstance(values, dict) or not values:
+    """Take a section apart key by key, so that an error has one key to blame.
+
+    [cost] and [cluster] are one piece each, as their keys depend on each other.
+    """
+    if section in ("cost", "cluster") or not isinstance(values, dict) or not values:
         return [{section: values}]
     # Which arrival rates are possible depends on the number of requests: that is read first.
     keys = sorted(values, key=lambda key: key == "arrival_rate_per_s")
     return [{section: {key: values[key]}} for key in keys]
+
+
+def _key_at_fault(section: str, error: ServegymError, sections: dict[str, Any]) -> tuple[str, ...]:
+    """Return the key to blame: the first that the message names and the file holds, or the error's own."""
+    known = (section, *error.key)
+    for found in re.findall(rf"\b{section}((?:\.\w+|\[\d+\])+)", str(error)):
+        named = (section, *re.findall(r"\w+", found))
+        if named[: len(known)] == known and _holds(sections, named):
+            return named
+    return known
 
 
 def _line_of(text: str, key: tuple[str, ...]) -> int:
@@ -84,6 +97,11 @@ def _line_of(text: str, key: tuple[str, ...]) -> int:
 
 def _holds(table: Any, key: tuple[str, ...]) -> bool:
     for part in key:
+        if isinstance(table, list):  # of tables
+            if not part.isdigit() or int(part) >= len(table):
+                return False
+            table = table[int(part)]
+            continue
         if not isinstance(table, dict) or part not in table:
             return False
         table = table[part]

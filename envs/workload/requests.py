@@ -37,7 +37,8 @@ class Requests:
     ServegymError
         If the arrays hold anything but numbers in one dimension, differ in length, are empty or longer
         than ``MAX_REQUESTS``, hold a token count outside 1 … ``MAX_TOKENS``, a spread outside 0 …
-        ``MAX_SPREAD`` or an arrival outside 0 … ``MAX_ARRIVAL_S`` or earlier than the one before it.
+        ``MAX_SPREAD`` or an arrival outside 0 … ``MAX_ARRIVAL_S`` or earlier than the one before it, or
+        if ``rows`` does not hold each row once.
 
     Examples
     --------
@@ -51,6 +52,9 @@ class Requests:
     output_tokens: NDArray[np.int64]  # (requests,) ≥ 1, the prefill stage emits the first
     predicted_output_tokens: NDArray[np.int64]  # (requests,) ≥ 1, mean that a predictor expects
     predicted_spread: NDArray[np.float64] | None = None  # (requests,) or None: not predicted
+    rows: NDArray[np.int64] | None = (
+        None  # (requests,) where each stood before; None: in this order
+    )
 
     def __post_init__(self) -> None:
         self._set("arrival_s", real_numbers("arrival_s", self.arrival_s))
@@ -72,6 +76,11 @@ class Requests:
             self._set("predicted_spread", spread)
             if not np.all((spread >= 0) & (spread <= MAX_SPREAD)):
                 raise ServegymError(f"predicted_spread must lie in 0 … {MAX_SPREAD:g}")
+        if self.rows is not None:
+            rows = whole_numbers("rows", self.rows, 0, len(self) - 1)
+            self._set("rows", rows)
+            if len(np.unique(rows)) < len(rows):
+                raise ServegymError("rows must hold each row once")
         arrivals = self.arrival_s
         ordered = bool((arrivals[1:] >= arrivals[:-1]).all())  # False where one is NaN
         if not (ordered and arrivals[0] >= 0 and arrivals[-1] <= MAX_ARRIVAL_S):
@@ -89,7 +98,7 @@ class Requests:
         return len(self.arrival_s)
 
     def first(self, count: int) -> Requests | None:
-        """Return the ``count`` earliest requests; None if there are none."""
+        """Return the ``count`` earliest requests, without ``rows``; None if there are none."""
         if count == 0:
             return None
         spread = self.predicted_spread
@@ -182,12 +191,14 @@ def make_requests(
     if arrival_s is None:
         return Requests(arrivals, prompts, outputs, predictions, spread)
     order = np.argsort(arrivals, kind="stable")
+    moved = bool((order[1:] < order[:-1]).any())
     return Requests(
         arrivals[order],
         prompts[order],
         outputs[order],
         predictions[order],
         None if spread is None else spread[order],
+        order if moved else None,
     )
 
 

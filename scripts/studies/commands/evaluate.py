@@ -21,6 +21,7 @@ from servegym.envs.playing.parallel import USUAL_JOBS
 from servegym.envs.playing.summary import summarise, to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import TASKS, load_task
+from servegym.envs.vocabulary import GUARD_TEXTS, ROUTER_TEXTS, VICTIM_TEXTS
 from servegym.envs.workload.presets import is_csv
 from servegym.studies.cases import parse_policies, parse_seeds
 from servegym.studies.cli import command_line, parse
@@ -47,12 +48,20 @@ class Args:
     """Seconds to look for the exact optimum of a case, where a task is small; 0: not at all."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    records: bool = False
+    """Also write when and where each request was served, to records/POLICY-SEED.csv in the folder."""
     list_policies: bool = False
     """List the policies and stop."""
     list_costs: bool = False
     """List the cost presets with their fit and source and stop."""
     list_tasks: bool = False
     """List the registered tasks and stop."""
+    list_routers: bool = False
+    """List what may send requests to replicas (cluster.router) and stop."""
+    list_victims: bool = False
+    """List who may give up memory (cluster.preempt) and stop."""
+    list_guards: bool = False
+    """List what admission may look at in memory (cluster.admission_guard) and stop."""
 
 
 def resolve_task(args: Args) -> TaskConfig:
@@ -114,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             (args.list_policies, list_policies),
             (args.list_costs, list_costs),
             (args.list_tasks, list_tasks),
+            (args.list_routers, partial(_in_columns, ROUTER_TEXTS)),
+            (args.list_victims, partial(_in_columns, VICTIM_TEXTS)),
+            (args.list_guards, partial(_in_columns, GUARD_TEXTS)),
         )
         if wanted
     ]
@@ -131,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = play_and_tabulate(task, names, seeds, args)
     print(text)
     print(f"wrote {args.output / 'episodes.csv'} and {args.output / 'summary.md'}")
+    if args.records:
+        print(f"a row per request is in {args.output / 'records'}")
     return 0
 
 
@@ -139,7 +153,9 @@ def play_and_tabulate(task: TaskConfig, names: Sequence[str], seeds: range, args
     task = claim_task(task, args.output)
     weights = note_agents(names, task.name, args.output)
     policy_of = partial(make_policy, task_name=task.name, weights=weights)
-    episodes = evaluate(task, policy_of, names, seeds, args.output, jobs=args.jobs)
+    episodes = evaluate(
+        task, policy_of, names, seeds, args.output, jobs=args.jobs, records=args.records
+    )
     optima, note = look_for_optima(task, seeds, args)
     best_known = read_best_known(args.output / "best_known.csv", task.name, episodes)
     table = to_markdown(summarise(episodes, args.reference, optima, best_known))

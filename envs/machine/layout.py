@@ -1,0 +1,31 @@
+"""The replicas of a cluster, lowered: how many clients and how much memory each has, what they share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """The replicas of a cluster and what they share; see ``[cluster]`` for each field's meaning."""
+
+    clients: tuple[int, ...]  # of each replica
+    kv_capacity_tokens: tuple[int, ...]  # of each replica, 0: not limited
+    pool: bool = False  # one queue for all replicas, not one each
+    block_tokens: int = 1
+    watermark: float = 0.0
+    chunk_tokens: int = 0
+    router: int = 0
+    staleness_s: float = 0.0
+    victim: int = 0
+    guard: int = 0
+    one_pass: bool = True
+
+    @property
+    def counts_memory(self) -> bool:
+        """Whether anything depends on memory or on chunks of prompts: a limit, a budget, a router."""
+        return any(self.kv_capacity_tokens) or self.chunk_tokens > 0 or len(self.clients) > 1
+
+
+def one_replica(clients: int) -> Layout:
+    """Return the layout of one replica without a memory limit."""
+    return Layout((clients,), (0,))

@@ -1,0 +1,308 @@
+"""KV memory in blocks: what running requests hold, how long it lasts, who is preempted.
+
+A decoding request of prompt p that has emitted k tokens holds p + k − 1 of them between stages; the
+round that reads the last one raises that by 1. All decoding requests of a replica advance together: a
+request's tokens less the replica's decode clock, modulo the block length, stay what they are while it
+decodes. ``State.residues`` counts the requests by this number, so the blocks of any number of rounds
+take at most one pass over it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.simulator.finishes import find, remove_one
+from servegym.envs.simulator.queues import (
+    blocks_of,
+    enqueue_first,
+    push_front,
+    queue_of,
+    tokens_to_prefill,
+)
+from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, State
+from servegym.envs.vocabulary import FEWEST_OUTPUT, GUARD_FULL, GUARD_NONE, LEAST_COMPUTED
+
+_FOREVER: Final = 1 << 62
+"""Rounds until a memory without limit is full."""
+
+
+@kernel
+def free_blocks(state: State, e: int, r: int) -> int:
+    """Return the blocks of replica ``r`` that nobody holds."""
+    return state.machines[r].blocks - state.replicas[e, r].used_blocks
+
+
+@kernel
+def largest_memory(state: State) -> int:
+    """Return the most blocks that any replica has."""
+    most = state.machines[0].blocks
+    for r in range(1, state.machines.size):
+        most = max(most, state.machines[r].blocks)
+    return most
+
+
+@kernel
+def count_held(state: State, e: int, r: int, tokens: int, sign: int) -> None:
+    """Add (+1) or remove (−1) a decoding request that holds ``tokens``; its blocks are not counted."""
+    length = state.cluster[0].block_tokens
+    if length > 1:  # else every round takes a block of everyone
+        state.residues[e, r, (tokens - state.replicas[e, r].rounds) % length] += sign
+
+
+@kernel
+def blocks_of_round(state: State, e: int, r: int) -> int:
+    """Return the blocks that the next decode round takes."""
+    length = state.cluster[0].block_tokens
+    if length == 1:
+        return state.replicas[e, r].active
+    return state.residues[e, r, -state.replicas[e, r].rounds % length]
+
+
+@kernel
+def blocks_of_rounds(state: State, e: int, r: int, rounds: int) -> int:
+    """Return the blocks that the next ``rounds`` decode rounds take, none finishing within."""
+    length = state.cluster[0].block_tokens
+    replica = state.replicas[e, r]
+    if length == 1:
+        return rounds * replica.active
+    blocks = rounds // length * replica.active
+    for k in range(rounds % length):
+        blocks += state.residues[e, r, -(replica.rounds + k) % length]
+    return blocks
+
+
+@kernel
+def rounds_to_full(state: State, e: int, r: int) -> int:
+    """Return how many decode rounds fit into the free blocks; a client must be active."""
+    if state.machines[r].blocks == UNLIMITED_BLOCKS:
+        return _FOREVER
+    return _rounds_to_full(state, e, r)
+
+
+@rare_kernel
+def _rounds_to_full(state: State, e: int, r: int) -> int:
+    length = state.cluster[0].block_tokens
+    replica = state.replicas[e, r]
+    free = free_blocks(state, e, r)
+    cycles = free // replica.active
+    rounds = cycles * length
+    free -= cycles * replica.active
+    if length > 1:
+        while state.residues[e, r, -(replica.rounds + rounds) % length] <= free:
+            free -= state.residues[e, r, -(replica.rounds + rounds) % length]
+            rounds += 1
+    return rounds
+
+
+@kernel
+def fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool:
+    """Return whether memory lets replica ``r`` admit waiting request ``i`` now.
+
+    ``taken``: blocks that the stage needs besides; ``running``: requests that hold a client, those
+    included that the stage has admitted. The watermark does not bind where nothing runs.
+    """
+    if state.machines[r].blocks == UNLIMITED_BLOCKS:
+        return True
+    return _fits(state, e, r, i, taken, running)
+
+
+@rare_kernel
+def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool:
+    blocks = blocks_of(state, tokens_to_prefill(state, e, i)) + taken
+    if running > 0:
+        blocks += state.machines[r].watermark_blocks
+    if blocks > free_blocks(state, e, r):
+        return False
+    guard = state.cluster[0].guard
+    return guard == GUARD_NONE or _guarded(state, e, r, i, guard)
+
+
+@kernel
+def _guarded(state: State, e: int, r: int, i: int, guard: int) -> bool:
+    """Return whether the whole expected outputs fit: all at once, or at their largest in time."""
+    replica, blocks = state.replicas[e, r], state.machines[r].blocks
+    if guard == GUARD_FULL:
+        total = _whole_blocks(state, e, i)
+        for place in range(replica.active):
+            total += _whole_blocks(state, e, state.expected[e, r, place].request)
+        for k in range(replica.emitting):
+            total += _whole_blocks(state, e, state.picked[e, r, k])
+        if replica.partial != NOBODY:
+            total += _whole_blocks(state, e, replica.partial)
+        return total <= blocks
+    # Memory grows until a request finishes, so it is largest where one does.
+    if _used_at(state, e, r, i, _rounds_left(state, e, r, i)) > blocks:
+        return False
+    for place in range(replica.active):
+        rounds = state.expected[e, r, place].due - replica.rounds
+        if _used_at(state, e, r, i, rounds) > blocks:
+            return False
+    for k in range(replica.emitting):
+        rounds = _rounds_left(state, e, r, state.picked[e, r, k])
+        if _used_at(state, e, r, i, rounds) > blocks:
+            return False
+    if replica.partial != NOBODY:
+        rounds = _rounds_left(state, e, r, replica.partial)
+        if _used_at(state, e, r, i, rounds) > blocks:
+            return False
+    return True
+
+
+@kernel
+def _whole_blocks(state: State, e: int, i: int) -> int:
+    request = state.requests[e, i]
+    return blocks_of(state, np.int64(request.prompt_tokens) + request.expected_rounds + 1)
+
+
+@kernel
+def _rounds_left(state: State, e: int, r: int, i: int) -> int:
+    """Return the expected rounds of a request after the prefill that it waits for or is in."""
+    return np.int64(state.requests[e, i].expected_rounds) - state.requests[e, i].emitted
+
+
+@kernel
+def _used_at(state: State, e: int, r: int, i: int, rounds: int) -> int:
+    """Return the blocks in use ``rounds`` from now if request ``i`` is admitted; finishing ones count."""
+    replica = state.replicas[e, r]
+    total = _held_at(state, e, r, i, rounds)
+    for place in range(replica.active):
+        finish = state.expected[e, r, place]
+        left = finish.due - replica.rounds
+        if left >= rounds:
+            request = state.requests[e, finish.request]
+            held = np.int64(request.prompt_tokens) + request.expected_rounds - left
+            total += blocks_of(state, held + rounds)
+    for k in range(replica.emitting):
+        total += _held_at(state, e, r, state.picked[e, r, k], rounds)
+    if replica.partial != NOBODY:
+        total += _held_at(state, e, r, replica.partial, rounds)
+    return total
+
+
+@kernel
+def _held_at(state: State, e: int, r: int, i: int, rounds: int) -> int:
+    if _rounds_left(state, e, r, i) < rounds:
+        return 0
+    return blocks_of(state, tokens_to_prefill(state, e, i) + rounds)
+
+
+# ---- preemption -----------------------------------------------------------------------------
+
+
+@kernel
+def make_room(state: State, e: int, r: int) -> bool:
+    """Preempt until the next decode round fits; return whether anybody was preempted."""
+    if state.machines[r].blocks == UNLIMITED_BLOCKS:
+        return False
+    return _make_room(state, e, r)
+
+
+@rare_kernel
+def _make_room(state: State, e: int, r: int) -> bool:
+    preempted = False
+    while blocks_of_round(state, e, r) > free_blocks(state, e, r):
+        preempt(state, e, r, find_victim(state, e, r))
+        preempted = True
+    return preempted
+
+
+@kernel
+def find_victim(state: State, e: int, r: int) -> int:
+    """Return who is to be preempted: by the cluster's rule, of equals the newest."""
+    replica = state.replicas[e, r]
+    best = replica.partial
+    for place in range(replica.active):
+        i = state.finishes[e, r, place].request
+        if best == NOBODY or _sooner(state, e, r, i, best):
+            best = i
+    return best
+
+
+@kernel
+def _sooner(state: State, e: int, r: int, i: int, j: int) -> bool:
+    """Return whether request ``i`` is preempted before request ``j``."""
+    one, other = state.requests[e, i], state.requests[e, j]
+    rule = state.cluster[0].victim
+    if rule == LEAST_COMPUTED:
+        mine, theirs = computed_tokens(state, e, r, i), computed_tokens(state, e, r, j)
+        if mine != theirs:
+            return mine < theirs
+    elif rule == FEWEST_OUTPUT:
+        mine, theirs = emitted_tokens(state, e, r, i), emitted_tokens(state, e, r, j)
+        if mine != theirs:
+            return mine < theirs
+        if one.prompt_tokens != other.prompt_tokens:
+            return one.prompt_tokens > other.prompt_tokens
+    return one.admission > other.admission
+
+
+@kernel
+def emitted_tokens(state: State, e: int, r: int, i: int) -> int:
+    """Return the output tokens of a running request so far."""
+    request, replica = state.requests[e, i], state.replicas[e, r]
+    if i == replica.partial:
+        return np.int64(request.emitted)
+    # It decodes: what its finish says is true, how many it has emitted everybody knows.
+    client = state.clients[e, r, request.client]
+    left = client.expected_end - replica.rounds
+    return np.int64(request.expected_rounds) + 1 - left
+
+
+@kernel
+def computed_tokens(state: State, e: int, r: int, i: int) -> int:
+    """Return the tokens of a running request whose keys and values are held."""
+    request = state.requests[e, i]
+    if i == state.replicas[e, r].partial:
+        return np.int64(request.computed)
+    return np.int64(request.prompt_tokens) + emitted_tokens(state, e, r, i) - 1
+
+
+@kernel
+def preempt(state: State, e: int, r: int, i: int) -> None:
+    """Drop a running request's memory and let it wait before all others."""
+    replica, request = state.replicas[e, r], state.requests[e, i]
+    client = request.client
+    held = computed_tokens(state, e, r, i)
+    replica.used_blocks -= blocks_of(state, held)
+    if i == replica.partial:
+        replica.partial = NOBODY
+    else:
+        emitted = emitted_tokens(state, e, r, i)
+        count_held(state, e, r, held, -1)
+        replica.cached_tokens -= held + 1
+        replica.due_sum -= state.clients[e, r, client].expected_end
+        _forget_finish(state, e, r, i, emitted)
+        replica.active -= 1
+        request.emitted = emitted
+    request.computed = 0
+    request.preemptions = min(request.preemptions + 1, 32_767)
+    replica.preemptions += 1
+    release_client(state, e, r, client)
+    enqueue_first(state, e, r, client, i)
+    push_front(state, e, queue_of(state, r), i)
+
+
+@kernel
+def _forget_finish(state: State, e: int, r: int, i: int, emitted: int) -> None:
+    """Remove a request from the true and the expected finishes."""
+    replica, request = state.replicas[e, r], state.requests[e, i]
+    due = replica.rounds + request.decode_rounds + 1 - emitted
+    remove_one(
+        state.finishes[e, r], replica.active, find(state.finishes[e, r], replica.active, due, i)
+    )
+    if not state.episodes[e].lengths_known:
+        due = state.clients[e, r, request.client].expected_end
+        place = find(state.expected[e, r], replica.active, due, i)
+        remove_one(state.expected[e, r], replica.active, place)
+
+
+@kernel
+def release_client(state: State, e: int, r: int, client: int) -> None:
+    """Append a client that has lost its request to the idle ones."""
+    replica = state.replicas[e, r]
+    state.clients[e, r, client].expected_end = 0
+    state.idle[e, r, replica.idle] = client
+    replica.idle += 1

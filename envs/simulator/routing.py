@@ -1,0 +1,129 @@
+"""Routers: to which replica a request goes when it arrives, for good.
+
+A router sees a replica as of its last round boundary; what the stage under way has taken, clients,
+memory and requests from the queue, is taken. With ``staleness_s`` it looks at all replicas at
+once, keeps what it has seen for so long, and adds what it sends meanwhile. A replica whose whole memory
+a request does not fit into is passed over. Ties go to the lowest replica.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.simulator.memory import blocks_of_rounds
+from servegym.envs.simulator.queues import blocks_of, rounds_ahead, tokens_to_prefill
+from servegym.envs.simulator.stages import rounds_until
+from servegym.envs.simulator.state import DECODE_RUN, IDLE, MIXED, NOBODY, State
+from servegym.envs.vocabulary import (
+    ROUTE_DYNAMO,
+    ROUTE_LEAST_TOKENS,
+    ROUTE_LEAST_WAITING,
+    ROUTE_LLUMNIX,
+    ROUTE_PLAN,
+    ROUTE_RANDOM,
+    ROUTE_ROUND_ROBIN,
+    ROUTE_VLLM_DP,
+)
+
+
+@rare_kernel
+def route(state: State, costs: CostTables, e: int, i: int, whole_blocks: int) -> int:
+    """Return the replica to which request ``i`` goes; it holds up to ``whole_blocks``.
+
+    Some replica has as many.
+    """
+    episode, router = state.episodes[e], state.cluster[0].router
+    replicas = state.replicas.shape[1]
+    turn = episode.router_turns
+    episode.router_turns += 1
+    if router in (ROUTE_ROUND_ROBIN, ROUTE_RANDOM):
+        r = turn % replicas
+        if router == ROUTE_RANDOM:
+            r = random_replica(episode.random_bits, turn, replicas)
+        while state.machines[r].blocks < whole_blocks:
+            r = (r + 1) % replicas
+        return r
+    if router == ROUTE_PLAN and state.requests[e, i].plan_client != NOBODY:
+        r = np.int64(state.requests[e, i].plan_replica)
+        if state.machines[r].blocks >= whole_blocks:
+            return r
+    staleness_s = state.cluster[0].staleness_s
+    if turn == 0 or staleness_s == 0.0 or episode.now_s - episode.looked_s >= staleness_s:
+        episode.looked_s = episode.now_s
+        for r in range(replicas):
+            _look(state, costs, e, r)
+    best = NOBODY
+    least = 0.0
+    for r in range(replicas):
+        if state.machines[r].blocks >= whole_blocks:
+            cost = _cost(state, e, r, router)
+            if best == NOBODY or cost < least:
+                best, least = r, cost
+    load = state.loads[e, best]
+    load.waiting += 1
+    load.tokens += tokens_to_prefill(state, e, i) + rounds_ahead(state, e, i)
+    load.wanted_blocks += blocks_of(state, tokens_to_prefill(state, e, i))
+    return best
+
+
+@kernel
+def _cost(state: State, e: int, r: int, router: int) -> float:
+    """Return what a router minimises over replicas; see each engine's router in CONTRIBUTING."""
+    load = state.loads[e, r]
+    if router == ROUTE_LEAST_WAITING:
+        return float(load.waiting)
+    if router == ROUTE_LEAST_TOKENS:
+        return float(load.tokens)
+    if router == ROUTE_VLLM_DP:
+        return 4.0 * load.waiting + load.running
+    if router == ROUTE_LLUMNIX:  # minus the decode rounds until its memory is full
+        requests = load.waiting + load.running
+        free = float(state.machines[r].blocks - load.used_blocks - load.wanted_blocks)
+        return -free / requests if requests > 0 else -np.inf
+    if router == ROUTE_DYNAMO:
+        return float(load.wanted_blocks + load.unfinished_blocks + load.used_blocks)
+    return float(load.waiting + load.running)
+
+
+@kernel
+def _look(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Write what a router sees of a replica that has its own queue."""
+    load, replica, queue = state.loads[e, r], state.replicas[e, r], state.queues[e, r]
+    rounds = 0  # that have ended before now; the one under way has taken its blocks
+    begun = int(replica.stage == MIXED)
+    if replica.stage == DECODE_RUN:
+        begun = rounds_until(state, costs, e, r, state.episodes[e].now_s)
+        rounds = begun - 1
+    load.waiting = queue.waiting + queue.unseen
+    load.running = state.machines[r].clients - replica.idle
+    load.used_blocks = replica.used_blocks + blocks_of_rounds(state, e, r, begun)
+    load.wanted_blocks = queue.blocks + queue.unseen_blocks
+    tokens = queue.tokens + queue.rounds + queue.unseen_work
+    tokens += replica.due_sum - replica.active * (replica.rounds + rounds)
+    tokens += replica.stage_tokens
+    unfinished = 0
+    done = replica.continued_from  # of the first prefill of the stage, others begin with it
+    for i in state.picked[e, r, : replica.emitting]:
+        unfinished += blocks_of(state, tokens_to_prefill(state, e, i) - done)
+        tokens += rounds_ahead(state, e, i)
+        done = 0
+    if replica.partial != NOBODY:
+        i = replica.partial
+        if replica.stage == IDLE:
+            done = np.int64(state.requests[e, i].computed)
+        unfinished += blocks_of(state, tokens_to_prefill(state, e, i) - done)
+        tokens += tokens_to_prefill(state, e, i) - state.requests[e, i].computed
+        tokens += rounds_ahead(state, e, i)
+    load.tokens = tokens
+    load.unfinished_blocks = unfinished
+
+
+@kernel
+def random_replica(bits: int, turn: int, replicas: int) -> int:
+    """Return a replica that looks random (the finalizer of splitmix64)."""
+    mixed = np.uint64(bits + turn) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.int64((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)) % replicas

@@ -1,0 +1,96 @@
+"""One random cluster case in the compiled simulator and in the slow reference, request by request."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from servegym.baselines.rules.compiled import play_loaded
+from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.baselines.rules.triggers import EAGER
+from servegym.envs import make_requests
+from servegym.envs.process.metrics import EpisodeLog, records
+from servegym.envs.simulator.routing import random_replica
+from servegym.envs.simulator.state import State
+from servegym.envs.task.config import ClusterConfig, ReplicaConfig, TaskConfig
+from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
+from tests.random_clusters import ClusterCase
+from tests.reference_cluster import ClusterSpec, Outcome, serve
+
+FIRST_COME = TriggerPolicy("fcfs", EAGER)
+CHUNKED = TriggerPolicy("fcfs", EAGER, mixed=True)
+
+
+def cluster_task(spec: ClusterSpec) -> TaskConfig:
+    """The task of a reference's settings."""
+    cluster = ClusterConfig(
+        replicas=len(spec.replicas),
+        clients=spec.replicas[0].clients,
+        kv_block_tokens=spec.kv_block_tokens,
+        watermark=spec.watermark,
+        preempt=spec.preempt,
+        admission_guard=spec.admission_guard,
+        chunk_tokens=spec.chunk_tokens,
+        mixed=spec.mixed,
+        max_prefill_tokens=spec.max_prefill_tokens,
+        router=spec.router,
+        staleness_s=spec.staleness_s,
+        replica=tuple(
+            ReplicaConfig(part.clients, part.kv_capacity_tokens, part.speed)
+            for part in spec.replicas
+        ),
+    )
+    return TaskConfig("cluster", cluster=cluster, cost=spec.costs)
+
+
+def play_fast(case: ClusterCase) -> tuple[EpisodeLog, State, list[int], float]:
+    """Serve in the compiled simulator; return records, state, the row of each request and the bound."""
+    task = cluster_task(case.spec)
+    arrivals, prompts, outputs = (np.array(column) for column in zip(*case.requests, strict=True))
+    rows = np.argsort(arrivals, kind="stable").tolist()
+    requests = make_requests(prompts, outputs, arrivals)
+    machine = lower(task)
+    bounded = bound_case(machine, requests)
+    state = make_task_state(task, 1, len(requests))
+    load_case(task, state, 0, bounded)
+    policy = CHUNKED if case.spec.chunk_tokens > 0 else FIRST_COME
+    play_loaded(state, machine.costs, task, policy)
+    return records(state, 0), state, rows, bounded.bound.seconds
+
+
+def with_draws(case: ClusterCase) -> ClusterCase:
+    """The same with the draws of the compiled simulator's random router."""
+    count = len(case.spec.replicas)
+    draws = [random_replica(0, turn, count) for turn in range(len(case.requests))]
+    return ClusterCase(case.requests, ClusterSpec(**{**vars(case.spec), "draws": draws}))
+
+
+def compare_cluster(case: ClusterCase) -> Outcome:
+    """Serve in both; AssertionError where they differ."""
+    case = with_draws(case)
+    slow = serve(case.requests, case.spec)
+    log, state, rows, bound_s = play_fast(case)
+    for i, row in enumerate(rows):
+        theirs = slow.records[row]
+        assert bool(log.rejected[i]) == theirs.rejected, row
+        assert int(log.preemptions[i]) == theirs.preemptions, (row, "preemptions")
+        assert int(log.recomputed_tokens[i]) == theirs.recomputed_tokens, (row, "recomputed")
+        if theirs.rejected:
+            continue
+        assert int(log.replica[i]) == theirs.replica, (row, "replica")
+        assert int(log.client[i]) == theirs.client, (row, "client")
+        for name in ("admitted_s", "first_token_s", "finished_s"):
+            ours, other = float(getattr(log, name)[i]), getattr(theirs, name)
+            assert abs(ours - other) <= 1e-12 + 1e-9 * abs(other), (row, name, ours, other)
+    replicas = state.replicas[0]
+    for r in range(len(case.spec.replicas)):
+        stages = [stage for stage in slow.stages if stage.replica == r]
+        rounds = sum(bool(stage.decodes) for stage in stages)
+        assert int(replicas[r].rounds) == rounds, (r, "rounds")
+        assert int(replicas[r].prefill_stages) == sum(s.kind == "prefill" for s in stages)
+        assert int(replicas[r].mixed_stages) == sum(s.kind == "mixed" for s in stages)
+        assert int(replicas[r].used_blocks) == int(replicas[r].cached_tokens) == 0
+        assert not state.residues[0, r].any()
+    done = [record for record in slow.records if not record.rejected]
+    if done:
+        assert bound_s <= slow.makespan_s * (1 + 1e-9), (bound_s, slow.makespan_s)
+    return slow

@@ -1,0 +1,134 @@
+"""The compiled cluster equals the slow reference; the environment equals the compiled loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from servegym.baselines import make_trigger_policy
+from servegym.baselines.rules.compiled import play_compiled
+from servegym.envs import Requests, ServingEnv, make_requests
+from servegym.envs.playing.evaluation import make_case, play
+from servegym.envs.process.metrics import EpisodeLog
+from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.lowering import bound_case, lower
+from tests.against_cluster import cluster_task, compare_cluster, with_draws
+from tests.helpers import changed, random_legal_action, refused
+from tests.random_clusters import ClusterCase, random_case
+
+pytestmark = pytest.mark.filterwarnings("ignore:decode table ends at batch")
+
+
+def case_of(seed: int) -> ClusterCase:
+    """A random case of what the core has: no padded budget, no memory reserved for whole prompts."""
+    case = random_case(np.random.default_rng(seed), dyadic=bool(seed % 2))
+    return with_draws(ClusterCase(case.requests, replace(case.spec, padded=False, reserve="chunk")))
+
+
+def posed(case: ClusterCase) -> tuple[TaskConfig, Requests]:
+    arrivals, prompts, outputs = (np.array(column) for column in zip(*case.requests, strict=True))
+    return cluster_task(case.spec), make_requests(prompts, outputs, arrivals)
+
+
+@pytest.mark.parametrize("first", range(0, 400, 50))
+def test_the_compiled_core_equals_the_reference(first: int) -> None:
+    for seed in range(first, first + 50):
+        compare_cluster(case_of(seed))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_legal_actions_serve_everybody(seed: int) -> None:
+    """Nothing is lost under any rule; the return is the gap, and memory is empty at the end."""
+    task, requests = posed(case_of(seed))
+    rng = np.random.default_rng(seed)
+    env = ServingEnv(changed(task, process={"decisions": str(rng.choice(["events", "rounds"]))}))
+    env.reset(options={"requests": requests})
+    state = env.state
+    assert state is not None
+    total, over, clock_s, steps = 0.0, False, 0.0, 0
+    while not over and steps < 20_000:
+        assert float(state.episodes[0].now_s) >= clock_s
+        clock_s = float(state.episodes[0].now_s)
+        assert (state.replicas[0].used_blocks <= state.machines.blocks).all()
+        _, reward, over, _, info = env.step(np.int64(random_legal_action(env, rng)))
+        assert "illegal_action" not in info
+        total += float(reward)
+        steps += 1
+    assert over
+    log, metrics = env.records(), env.metrics()
+    assert np.isfinite(log.finished_s[~log.rejected]).all()
+    replicas, episode = state.replicas[0], state.episodes[0]
+    for name in ("used_blocks", "cached_tokens", "active", "due_sum"):
+        assert not replicas[name].any(), name
+    assert (replicas.idle == state.machines.clients).all()
+    assert not state.residues[0].any()
+    for name in ("waiting", "rounds", "tokens", "blocks", "squares_high", "squares_low", "unseen"):
+        assert not state.queues[0][name].any(), name
+    assert not state.waiting_lengths[0].any()
+    assert not state.clients[0]["queue_rounds"].any()
+    assert episode.in_system == 0
+    assert int(episode.served_rounds) == int(log.decode_rounds[~log.rejected].sum())
+    if not log.rejected.all():
+        assert total == pytest.approx(-100 * metrics["gap"], rel=1e-9, abs=1e-9)
+        assert metrics["gap"] > -1e-9
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_environment_equals_the_compiled_loop(seed: int) -> None:
+    task, requests = posed(case_of(seed))
+    name = "vllm" if task.cluster.chunk_tokens > 0 else "fcfs"
+    policy = make_trigger_policy(name)
+    case = bound_case(lower(task), requests)
+    compiled = play_compiled(task, policy, case)
+    row = play(task, name, policy, case, seed=0).row
+    for metric, value in compiled.items():
+        if metric != "decisions":  # compiled code counts those where the rule has a choice
+            assert row[metric] == value or np.isnan(value), metric
+
+
+def test_equal_replicas_in_turn_are_as_many_machines() -> None:
+    """Every third request on a machine of its own: the same times to the last bit."""
+    task = TaskConfig("one", workload=WorkloadConfig("tiny", requests=1))
+    three = with_overrides(task, {"cluster": {"replicas": 3, "clients": 4}})
+    one = with_overrides(task, {"cluster": {"clients": 4}})
+    rng = np.random.default_rng(0)
+    columns = rng.integers(1, 30, 60), rng.integers(1, 50, 60), np.sort(rng.uniform(0, 40, 60))
+    whole = play_records(three, make_requests(*columns))
+    for r in range(3):
+        alone = play_records(one, make_requests(*(column[r::3] for column in columns)))
+        assert np.array_equal(whole.finished_s[r::3], alone.finished_s)
+        assert np.array_equal(whole.client[r::3], alone.client)
+
+
+def play_records(task: TaskConfig, requests: Requests) -> EpisodeLog:
+    case = bound_case(lower(task), requests)
+    return play(task, "fcfs", make_trigger_policy("fcfs"), case, seed=0).records
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_without_a_limit_and_one_replica_change_nothing(seed: int) -> None:
+    task = TaskConfig("tiny", workload=WorkloadConfig("tiny", requests=30))
+    blocks = {"kv_block_tokens": 16, "watermark": 0.5, "preempt": "fewest-output"}
+    same: list[dict[str, dict[str, Any]]] = [
+        {"cluster": blocks},
+        {"cluster": {"router": "pool"}},
+        {"cluster": {"router": "llumnix", "staleness_s": 3.0}},
+        {"cluster": {"kv_capacity_tokens": 10**9, "kv_block_tokens": 16}},
+    ]
+    policy = make_trigger_policy("hybrid")
+    case = make_case(task, seed)
+    usual = play(task, "hybrid", policy, case, seed).records
+    for sections in same:
+        log = play(with_overrides(task, sections), "hybrid", policy, case, seed).records
+        assert np.array_equal(log.finished_s, usual.finished_s), sections
+
+
+def test_a_policy_of_mixed_stages_wants_a_budget() -> None:
+    task = TaskConfig("tiny", workload=WorkloadConfig("tiny", requests=3))
+    policy = make_trigger_policy("vllm")
+    refused(lambda: play(task, "vllm", policy, make_case(task, 0), 0), "cluster.chunk_tokens")
+    chunked = with_overrides(task, {"cluster": {"chunk_tokens": 64}})
+    assert play(chunked, "vllm", policy, make_case(chunked, 0), 0).row["gap"] >= 0
