@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from servegym.baselines import make_trigger_policy
+from servegym.baselines import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv, make_requests
 from servegym.envs.playing.evaluation import make_case, play
@@ -132,3 +132,24 @@ def test_a_policy_of_mixed_stages_wants_a_budget() -> None:
     refused(lambda: play(task, "vllm", policy, make_case(task, 0), 0), "cluster.chunk_tokens")
     chunked = with_overrides(task, {"cluster": {"chunk_tokens": 64}})
     assert play(chunked, "vllm", policy, make_case(chunked, 0), 0).row["gap"] >= 0
+
+
+def test_plans_cover_the_clients_of_all_replicas() -> None:
+    task = TaskConfig("tiny", workload=WorkloadConfig("tiny", requests=40))
+    task = with_overrides(task, {"cluster": {"replicas": 3, "clients": 4, "router": "plan"}})
+    log = play(task, "offline", make_trigger_policy("offline"), make_case(task, 0), 0).records
+    held = {(int(r), int(c)) for r, c in zip(log.replica, log.client, strict=True)}
+    assert len(held) == 12
+    for router in ("pool", "round-robin"):
+        other = with_overrides(task, {"cluster": {"router": router}})
+        row = play(other, "hybrid", make_trigger_policy("hybrid"), make_case(other, 0), 0).row
+        assert row["gap"] >= 0
+
+
+def test_a_rollout_over_replicas_wants_known_lengths() -> None:
+    task = TaskConfig("tiny", workload=WorkloadConfig("tiny", requests=12))
+    task = with_overrides(task, {"cluster": {"replicas": 2, "clients": 3}})
+    policy = make_policy("rollout")
+    assert play(task, "rollout", policy, make_case(task, 0), 0).row["gap"] >= 0
+    unknown = with_overrides(task, {"information": {"output_lengths": "unknown"}})
+    refused(lambda: play(unknown, "rollout", policy, make_case(unknown, 0), 0), "known output")

@@ -17,7 +17,7 @@ from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.identity import check_unchanged, claim_task, hash_of
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.tables import ResumableTable, Schema
-from servegym.envs.task.config import ClusterConfig, TaskConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
 from servegym.envs.workload.requests import Requests
 
@@ -79,7 +79,7 @@ def find_optima(
     table = _open(path)
     missing = _missing(table, wanted, time_limit_s)
     small = bool(missing) and is_small(make_case(task, missing[0]).requests)
-    if not small or not _is_plain(task.cluster):
+    if not small or not task.cluster.is_batch_machine:
         return _of(table, wanted)
     with locked(output):
         claim_task(task, output)
@@ -113,17 +113,10 @@ def _try_again(row: dict[str, Any], time_limit_s: float) -> bool:
     return not row["proven"] and time_limit_s > row["time_limit_s"]
 
 
-def _is_plain(cluster: ClusterConfig) -> bool:
-    """Return whether a cluster is what the search knows: one replica, all memory, pure stages."""
-    (replica, *others) = cluster.replica_tables()
-    limited = replica.kv_capacity_tokens > 0 or cluster.chunk_tokens > 0
-    return not others and not limited and replica.speed == 1.0
-
-
 def _search(task: TaskConfig, seed: int, time_limit_s: float) -> dict[str, Any] | None:
     """Return the row of a case; None where it is not small."""
     requests, machine = make_case(task, seed).requests, lower(task)
-    if not is_small(requests) or not _is_plain(task.cluster):
+    if not is_small(requests) or not task.cluster.is_batch_machine:
         return None
     started = perf_counter()
     try:

@@ -182,6 +182,12 @@ class RolloutPolicy:
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode's schedule; plan if the base does."""
+        task = briefing.task
+        if task.cluster.replicas > 1 and task.information.output_lengths != "known":
+            raise ServegymError(
+                "a rollout over several replicas needs known output lengths: when a replica's stage "
+                "ends would tell the true ones"
+            )
         self._briefing, self._search = briefing, None
         return self.base.prepare(briefing)
 

@@ -20,7 +20,7 @@ Planner = Callable[[Requests, Briefing], Plan]
 def plan_expected(requests: Requests, briefing: Briefing) -> Plan:
     """Make the largest load as small as can be, by expected lengths (paper, section IV.B)."""
     # By moves, not by the clock: the same episode on every machine.
-    return rebalanced_plan(requests.decode_rounds, briefing.task.cluster.clients).plan
+    return rebalanced_plan(requests.decode_rounds, briefing.task.cluster.all_clients).plan
 
 
 def plan_at_risk(requests: Requests, briefing: Briefing, deviations: float) -> Plan:
@@ -28,17 +28,17 @@ def plan_at_risk(requests: Requests, briefing: Briefing, deviations: float) -> P
     longer = deviations * standard_deviations(requests)
     rounds = requests.decode_rounds + np.rint(np.minimum(longer, MAX_TOKENS)).astype(np.int64)
     rounds = np.minimum(rounds, MAX_TOKENS - 1)
-    return rebalanced_plan(rounds, briefing.task.cluster.clients).plan
+    return rebalanced_plan(rounds, briefing.task.cluster.all_clients).plan
 
 
 def plan_sampled(requests: Requests, briefing: Briefing, scenarios: int) -> Plan:
     """Plan for a small mean, over sampled scenarios, of the largest load (``planning.sampled``)."""
-    clients, rng = briefing.task.cluster.clients, briefing.rng
+    clients, rng = briefing.task.cluster.all_clients, briefing.rng
     rounds = sample_rounds(requests, scenarios, rng)
     return plan_by_samples(requests, clients, rounds, rng).plan
 
 
 def deal_in_turn(requests: Requests, briefing: Briefing) -> Plan:
     """Deal the requests to the clients in turn, in order of arrival: nothing is predicted."""
-    clients = briefing.task.cluster.clients
+    clients = briefing.task.cluster.all_clients
     return plan_from_queues([range(client, len(requests), clients) for client in range(clients)])

@@ -167,6 +167,17 @@ class ClusterConfig:
                     f"{full.kv_capacity_tokens}"
                 )
 
+    @property
+    def all_clients(self) -> int:
+        """Clients of all replicas together: as many planned queues as a plan has."""
+        return sum(replica.clients for replica in self.replica_tables())
+
+    @property
+    def is_batch_machine(self) -> bool:
+        """Whether it is one replica without a memory limit and mixed stages, which exact methods know."""
+        unlimited = all(replica.kv_capacity_tokens == 0 for replica in self.replica_tables())
+        return self.replicas == 1 and unlimited and self.chunk_tokens == 0
+
     def replica_tables(self) -> tuple[FullReplica, ...]:
         """Return each replica's own numbers, with the cluster's in the place of what it leaves out."""
         tables = self.replica or (ReplicaConfig(),) * self.replicas

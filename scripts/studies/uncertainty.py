@@ -108,7 +108,7 @@ def judge_plans(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
         row[f"risk-{k:g}"] = mean_largest_load(plan_at_risk(requests, briefing, k), fresh)
     for scenarios in SCENARIOS:
         rounds = sample_rounds(requests, scenarios, rng)
-        sampled = plan_by_samples(requests, task.cluster.clients, rounds, rng)
+        sampled = plan_by_samples(requests, task.cluster.all_clients, rounds, rng)
         row[f"saa-{scenarios} in sample"] = sampled.in_sample_rounds
         row[f"saa-{scenarios}"] = mean_largest_load(sampled.plan, fresh)
     return [row]

@@ -72,7 +72,7 @@ def search_case(
     ``weights`` and ``known`` are the hashes of agents and of the workload file, which must not change.
     """
     case = make_case(task, seed)
-    clients = task.cluster.clients
+    clients = task.cluster.clients  # ``main`` has refused clusters
     costs = lower(task).costs
     started = perf_counter()
     plan = plan_jointly(case.requests, clients, costs, args.time_limit, seed)
@@ -186,6 +186,11 @@ def check(args: Args, task: TaskConfig) -> None:
     parse_policies(args.policies, task.name)
     if args.time_limit <= 0:
         raise ServegymError(f"--time-limit must be > 0 seconds, got {args.time_limit}")
+    if not load_task(args.task).cluster.is_batch_machine:
+        raise ServegymError(
+            f"--task {args.task} is a cluster; best_known knows one replica without a memory limit "
+            "and mixed stages"
+        )
     if task.workload.arrival_rate_per_s > 0:
         raise ServegymError(f"--task {args.task} has arrivals; best_known needs all at t = 0")
     if task.cluster.max_prefill_tokens > 0:
