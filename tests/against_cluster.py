@@ -9,6 +9,7 @@ from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import EAGER
 from servegym.envs import make_requests
 from servegym.envs.process.metrics import EpisodeLog, records
+from servegym.envs.simulator.loading import router_luck
 from servegym.envs.simulator.routing import random_replica
 from servegym.envs.simulator.state import State
 from servegym.envs.task.config import ClusterConfig, ReplicaConfig, TaskConfig
@@ -60,7 +61,9 @@ def play_fast(case: ClusterCase) -> tuple[EpisodeLog, State, list[int], float]:
 def with_draws(case: ClusterCase) -> ClusterCase:
     """The same with the draws of the compiled simulator's random router."""
     count = len(case.spec.replicas)
-    draws = [random_replica(0, turn, count) for turn in range(len(case.requests))]
+    arrivals, prompts, outputs = (np.array(column) for column in zip(*case.requests, strict=True))
+    luck = router_luck(make_requests(prompts, outputs, arrivals))
+    draws = [random_replica(luck, turn, count) for turn in range(len(case.requests))]
     return ClusterCase(case.requests, ClusterSpec(**{**vars(case.spec), "draws": draws}))
 
 

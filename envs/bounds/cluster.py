@@ -102,10 +102,9 @@ def _work(
     base_s = tables.decode_base_s[0, 1:]
     if layout.chunk_tokens > 0:
         # A pass of n decoding clients may have any more tokens besides: the least time of those.
-        longest = min(len(base_s), layout.chunk_tokens)
         lines = np.minimum.accumulate(tables.pass_base_s[0, 1:][::-1])[::-1]
-        base_s = np.minimum(base_s[:longest], lines[:longest]) if longest <= len(lines) else base_s
-        clients = min(clients, layout.chunk_tokens)
+        most = min(len(base_s), len(lines))
+        base_s = np.append(np.minimum(base_s[:most], lines[:most]), base_s[most:])
     least_rounds = -(-int(rounds.sum()) // clients)
     if most_tokens > 0:
         least_rounds = max(least_rounds, int(np.ceil(area / most_tokens)))

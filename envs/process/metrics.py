@@ -129,7 +129,7 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "requests": int(episode.requests),
         "makespan_s": makespan_s,
         "lower_bound_s": bound_s,
-        "gap": 0.0 if makespan_s == 0 else makespan_s / bound_s - 1.0,
+        "gap": 0.0 if bound_s == 0 else makespan_s / bound_s - 1.0,
         "client_utilization": float(held_s[started].sum()) / (clients * elapsed_s),
         "decode_utilization": float(replicas.busy_decode_s.sum()) / (len(replicas) * elapsed_s),
         "decode_rounds": int(replicas.rounds.sum()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,6 +54,7 @@ def load(
     state.waiting_lengths[e] = 0
     state.waiting_tree[e] = 0
     state.episodes[e].lengths_known = known
+    state.episodes[e].random_bits = router_luck(requests)
     if not known and spread is not None:
         state.beliefs[e, :n].spread = spread
         state.beliefs[e, :n].log_median = np.log(requests.predicted_output_tokens) - spread**2 / 2
@@ -65,6 +68,11 @@ def load(
         _enqueue_plan(state, e, plan.order, plan.offsets)
     elif state.queues.shape[1] == 1 or state.cluster[0].router == ROUTE_PLAN:
         plan_greedily(state, e)
+
+
+def router_luck(requests: Requests) -> int:
+    """Return the number from which the random router draws: the same for the same instance."""
+    return zlib.crc32(requests.prompt_tokens.tobytes(), zlib.crc32(requests.arrival_s.tobytes()))
 
 
 @kernel

@@ -102,7 +102,8 @@ def fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool
     """Return whether memory lets replica ``r`` admit waiting request ``i`` now.
 
     ``taken``: blocks that the stage needs besides; ``running``: requests that hold a client, those
-    included that the stage has admitted. The watermark does not bind where nothing runs.
+    included that the stage has admitted. Watermark and guard do not bind where nothing runs: a request
+    that is expected to be larger than the memory would never be admitted.
     """
     if state.machines[r].blocks == UNLIMITED_BLOCKS:
         return True
@@ -117,7 +118,7 @@ def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> boo
     if blocks > free_blocks(state, e, r):
         return False
     guard = state.cluster[0].guard
-    return guard == GUARD_NONE or _guarded(state, e, r, i, guard)
+    return guard == GUARD_NONE or running == 0 or _guarded(state, e, r, i, guard)
 
 
 @kernel
