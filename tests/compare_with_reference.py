@@ -1,6 +1,7 @@
 """Any number of random episodes in the compiled simulator and in the slow references.
 
     python -m tests.compare_with_reference --episodes 50000
+    python -m tests.compare_with_reference --clusters 100000
 
 from the project's root folder. `make test` plays a few hundred of the same episodes.
 """
@@ -12,9 +13,10 @@ if __name__ == "__main__":  # first of all: the imports below take seconds
 
     begin()
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,9 @@ from tqdm import tqdm
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.playing.parallel import USUAL_JOBS, check_jobs, run_parallel
 from servegym.studies.cli import check_number, parse, run
-from tests.against_reference import INFORMATION, Information, play_one
+from tests.against_cluster import compare_cluster
+from tests.against_reference import INFORMATION, play_one
+from tests.cluster_helpers import shared_case
 
 CHUNK = 100  # episodes of a job
 SHOWN = 10  # differences told of
@@ -38,6 +42,17 @@ WHAT = (
     "mean and spread."
 )
 
+CLUSTERS = (
+    "Random clusters (1 … 4 replicas, equal or not; up to 30 requests; every router, victim, guard and\n"
+    "block length; watermarks, stale routers, token budgets, requests that are rejected) under the first-\n"
+    "come rule, prefill-first or chunked, in the compiled simulator and in the slow reference of `tests/`:\n"
+    "replica, client, admission, first token, finish, preemptions and recomputed tokens of every request,\n"
+    "and the stages of every replica. Integers are equal, times to 1e-9. exact: seconds are multiples of\n"
+    "powers of two, so that ties are ties for both."
+)
+
+KINDS = ("prefill-first", "prefill-first, exact", "chunked", "chunked, exact")
+
 
 @dataclass(frozen=True)
 class Args:
@@ -45,15 +60,18 @@ class Args:
 
     episodes: int = 50_000
     """How many, shared evenly by the kinds of information on output lengths."""
+    clusters: int = 0
+    """Play so many random clusters instead, shared evenly by prefill-first and chunked ones."""
     seed: int = 0
     """Episode k of a kind is drawn from (seed, kind, k)."""
     output: Path = Path("results/checks/reference")
-    """Folder for reference.md."""
+    """Folder for reference.md, or clusters.md."""
     jobs: int = USUAL_JOBS
     """Processes."""
 
     def __post_init__(self) -> None:
         check_number("--episodes", self.episodes, 1, MAX_EPISODES)
+        check_number("--clusters", self.clusters, 0, MAX_EPISODES)
         check_number("--seed", self.seed, 0, 2**62)
         check_jobs(self.jobs)
 
@@ -68,12 +86,30 @@ class Count:
     different: int = 0
 
 
-Chunk = tuple[Information, range]
+@dataclass
+class ClusterCount:
+    """Totals over random clusters."""
+
+    clusters: int = 0
+    requests: int = 0
+    stages: int = 0
+    preemptions: int = 0
+    rejected: int = 0
+    different: int = 0
 
 
-def play_chunk(seed: int, chunk: Chunk) -> tuple[Information, Count, list[str]]:
+Counts = Count | ClusterCount
+Chunk = tuple[str, range]
+
+
+def play_chunk(seed: int, chunk: Chunk) -> tuple[str, Counts, list[str]]:
     """Play a chunk of episodes; return its totals and a line for each episode that differs."""
-    information, numbers = chunk
+    kind, numbers = chunk
+    return (_play_clusters if kind in KINDS else _play_episodes)(seed, kind, numbers)
+
+
+def _play_episodes(seed: int, kind: str, numbers: range) -> tuple[str, Counts, list[str]]:
+    information = next(name for name in INFORMATION if name == kind)
     count, differences = Count(), list[str]()
     for number in numbers:
         key = [seed, INFORMATION.index(information), number]
@@ -89,53 +125,84 @@ def play_chunk(seed: int, chunk: Chunk) -> tuple[Information, Count, list[str]]:
     return information, count, differences
 
 
-def chunks_of(episodes: int) -> list[Chunk]:
-    """Divide the episodes evenly among the kinds of information, in chunks."""
+def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, list[str]]:
+    count, differences = ClusterCount(), list[str]()
+    place = KINDS.index(kind)
+    for number in numbers:
+        key = [seed, place, number]
+        rng = np.random.default_rng(key)
+        case = shared_case(rng, dyadic="exact" in kind, chunked="chunked" in kind)
+        count.clusters += 1
+        try:
+            with warnings.catch_warnings():  # of decode tables shorter than the clients
+                warnings.simplefilter("ignore")
+                outcome = compare_cluster(case)
+        except AssertionError as error:
+            count.different += 1
+            differences.append(f"{kind}, generator {key}: {str(error).splitlines()[:1]}")
+        else:
+            count.requests += len(case.requests)
+            count.stages += len(outcome.stages)
+            count.preemptions += outcome.preemptions
+            count.rejected += sum(record.rejected for record in outcome.records)
+    return kind, count, differences
+
+
+def chunks_of(episodes: int, kinds: Sequence[str] = INFORMATION) -> list[Chunk]:
+    """Divide the episodes evenly among their kinds, in chunks."""
     chunks: list[Chunk] = []
-    for kind, information in enumerate(INFORMATION):
-        count = episodes // len(INFORMATION) + (kind < episodes % len(INFORMATION))
+    for place, kind in enumerate(kinds):
+        count = episodes // len(kinds) + (place < episodes % len(kinds))
         chunks += [
-            (information, range(first, min(first + CHUNK, count)))
-            for first in range(0, count, CHUNK)
+            (kind, range(first, min(first + CHUNK, count))) for first in range(0, count, CHUNK)
         ]
     return chunks
 
 
-def report(args: Args, counts: dict[Information, Count], differences: Sequence[str]) -> str:
-    """Return reference.md."""
-    command = (
-        f"python -m tests.compare_with_reference --episodes {args.episodes} --seed {args.seed}"
-    )
+def report(args: Args, counts: dict[str, Counts], differences: Sequence[str]) -> str:
+    """Return reference.md or clusters.md."""
+    amount = f"--clusters {args.clusters}" if args.clusters else f"--episodes {args.episodes}"
+    command = f"python -m tests.compare_with_reference {amount} --seed {args.seed}"
+    names = [item.name for item in fields(ClusterCount if args.clusters else Count)]
     rows = [
-        f"| {name} | {count.episodes} | {count.requests} | {count.decisions} | {count.different} |"
+        _row([name, *(str(getattr(count, column)) for column in names)])
         for name, count in counts.items()
     ]
     total = sum(count.different for count in counts.values())
-    table = [
-        "| lengths | episodes | requests | decisions | different |",
-        "|:--|--:|--:|--:|--:|",
-        *rows,
-    ]
-    parts = ["# The simulator against the reference", f"`{command}`", WHAT, "\n".join(table)]
+    first = "policy" if args.clusters else "lengths"
+    table = [_row([first, *names]), "|:--|" + "--:|" * len(names), *rows]
+    title = "# The cluster against the reference"
+    if not args.clusters:
+        title = "# The simulator against the reference"
+    parts = [title, f"`{command}`", CLUSTERS if args.clusters else WHAT, "\n".join(table)]
     parts += [f"Different: {total}.", *(f"- {difference}" for difference in differences[:SHOWN])]
     return "\n\n".join(parts) + "\n"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Play, count and write."""
     args = parse(Args, argv)
     make_folder(args.output)
-    chunks = chunks_of(args.episodes)
+    counts: dict[str, Counts]
+    if args.clusters:
+        chunks = chunks_of(args.clusters, KINDS)
+        counts = {kind: ClusterCount() for kind in KINDS}
+    else:
+        chunks = chunks_of(args.episodes)
+        counts = {information: Count() for information in INFORMATION}
     done = run_parallel(play_chunk, [(args.seed, chunk) for chunk in chunks], args.jobs)
-    counts = {information: Count() for information in INFORMATION}
     differences: list[str] = []
     with closing(done):
-        for information, count, lines in tqdm(done, desc="chunks", total=len(chunks)):
+        for kind, count, lines in tqdm(done, desc="chunks", total=len(chunks)):
             for name, value in vars(count).items():
-                setattr(counts[information], name, getattr(counts[information], name) + value)
+                setattr(counts[kind], name, getattr(counts[kind], name) + value)
             differences += lines
     text = report(args, counts, sorted(differences))
-    write_file(args.output / "reference.md", text)
+    write_file(args.output / ("clusters.md" if args.clusters else "reference.md"), text)
     print(text)
     return 1 if differences else 0
 

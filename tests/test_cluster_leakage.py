@@ -1,0 +1,132 @@
+"""No leakage in a cluster: other true lengths change nothing on any replica before a finish.
+
+Rejection goes by true lengths, and so does passing over a replica whose whole memory is too small; here
+every replica can hold every request, whatever its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from servegym.envs import Requests, ServingEnv, make_requests
+from servegym.envs.task.config import InformationConfig
+from servegym.envs.vocabulary import ADMISSION_GUARDS, ADMISSION_RULES
+from tests.cluster_helpers import requests_of, shared_case, task_of
+from tests.helpers import refused
+from tests.test_leakage import other_truth, revealed
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:decode table ends at batch"),
+    pytest.mark.filterwarnings("ignore:overflow encountered"),  # kernels as plain Python
+]
+
+ROUTERS = ["least-tokens", "llumnix", "dynamo", "least-requests", "vllm-dp", "plan", "pool"]
+
+
+def two_truths(
+    rng: np.random.Generator, router: str, guard: str = "none"
+) -> tuple[list[ServingEnv], list[Requests]]:
+    """Two environments of a cluster whose requests differ in true lengths behind equal predictions."""
+    case = shared_case(rng, dyadic=bool(rng.random() < 0.5), routers=["llumnix"], rejections=False)
+    known = requests_of(case)
+    n = len(known)
+    predictions = np.minimum(rng.choice([2, 6, 12], n), known.output_tokens.max())
+    spread = np.full(n, rng.choice([0.0, 0.3, 1.5]))
+    truth = make_requests(
+        known.prompt_tokens, known.output_tokens, known.arrival_s, predictions, spread
+    )
+    altered = other_truth(truth, rng, most=int(rng.choice([2, 5, 1000])))
+    block = case.spec.kv_block_tokens
+    most = int(known.prompt_tokens.max() + known.output_tokens.max()) + block
+    parts = case.spec.replicas
+    if len(parts) == 1:
+        parts *= int(rng.integers(2, 4))
+    parts = tuple(
+        replace(part, kv_capacity_tokens=max(part.kv_capacity_tokens, most)) for part in parts
+    )
+    task = task_of(
+        replace(case.spec, replicas=parts, admission_guard=guard),
+        mixed_rules=ADMISSION_RULES,
+        decisions=str(rng.choice(["events", "rounds"])),
+    )
+    task = replace(
+        task,
+        information=InformationConfig(output_lengths="predicted"),
+        cluster=replace(task.cluster, router=router),
+    )
+    return [ServingEnv(task), ServingEnv(task)], [truth, altered]
+
+
+def side_by_side(
+    envs: list[ServingEnv], requests: list[Requests], rng: np.random.Generator
+) -> Iterator[None]:
+    """Take the same random legal actions in both, as long as no finish tells them apart."""
+    for env, truth in zip(envs, requests, strict=True):
+        env.reset(options={"requests": truth})
+    while revealed(envs[0]) == revealed(envs[1]):
+        yield
+        legal = np.flatnonzero(envs[0].action_masks())
+        action = int(legal[0] if rng.random() < 0.5 else rng.choice(legal))
+        ended = [env.step(np.int64(action))[2] for env in envs]
+        if any(ended):
+            break
+
+
+def looks(env: ServingEnv) -> tuple[object, ...]:
+    """What a scheduler sees: whose turn it is and when, the view, observation, mask, routes so far."""
+    assert env.state is not None
+    episode, requests = env.state.episodes[0], env.state.requests[0]
+    return (
+        int(episode.turn),
+        float(episode.now_s),
+        env.view(),
+        env.rows.observations[0].tobytes(),
+        env.action_masks().tolist(),
+        requests.replica.tolist(),
+        requests.preemptions.tolist(),
+        env.state.queues[0].waiting.tolist(),
+    )
+
+
+@pytest.mark.parametrize("guard", ADMISSION_GUARDS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_nothing_leaks_between_replicas(router: str, guard: str) -> None:
+    compared = differing = 0
+    for seed in range(8):
+        rng = np.random.default_rng([seed, 77, ROUTERS.index(router)])
+        envs, requests = two_truths(rng, router, guard)
+        differing += requests[0].output_tokens.tolist() != requests[1].output_tokens.tolist()
+        for _ in side_by_side(envs, requests, rng):
+            assert looks(envs[0]) == looks(envs[1])
+            compared += 1
+    assert differing >= 4
+    assert compared >= 8
+
+
+def test_other_replicas_are_not_imagined_where_lengths_are_uncertain() -> None:
+    """A run of decode rounds goes on to its next true finish; imagination would say when."""
+    envs, requests = two_truths(np.random.default_rng([0, 78]), "least-requests")
+    for _ in side_by_side(envs, requests, np.random.default_rng(0)):
+        refused(envs[0].imagine, "several replicas cannot be imagined")
+        break
+    else:
+        raise AssertionError("no decision")
+
+
+def test_the_leak_test_would_notice() -> None:
+    """With known lengths the first difference is seen before a finish."""
+    seen = 0
+    for seed in range(8):
+        rng = np.random.default_rng([seed, 79])
+        envs, requests = two_truths(rng, "least-tokens")
+        known = replace(envs[0].task, information=InformationConfig())
+        envs = [ServingEnv(known), ServingEnv(known)]
+        for _ in side_by_side(envs, requests, rng):
+            if looks(envs[0]) != looks(envs[1]):
+                seen += 1
+                break
+    assert seen >= 4
