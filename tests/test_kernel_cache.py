@@ -290,5 +290,5 @@ def test_a_constant_argument_is_compiled_as_any_number() -> None:
         pytest.skip("nothing is compiled")
     assert _of_constants(3) == 12
     called: Any = _twice
-    assert len(called._linked.signatures) == 1
+    assert len(called._linked.signatures) <= 1  # none where the cache had the caller
     assert not called.signatures  # nobody called it from Python: it has no machine code

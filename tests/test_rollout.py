@@ -79,7 +79,7 @@ def state_of(env: ServingEnv) -> State:
 
 def test_with_known_lengths_the_imagined_episode_is_the_real_one() -> None:
     env = middle(MANY)
-    secrets = ("bound_s", "round_credit_s", "prompt_credit_s", "reported_loss")
+    secrets = ("bound_s", "round_credit_s", "prompt_credit_s", "reported_loss", "random_bits")
     hidden = tuple(f"episodes {name}" for name in secrets)
     scratch = ("picked ", "keys ")
     imagined = content(env.imagine())

@@ -55,6 +55,7 @@ def imagine_row(source: State, e: int, target: State, f: int) -> None:
     episode.round_credit_s = 0.0
     episode.prompt_credit_s = 0.0
     episode.reported_loss = 0.0
+    episode.random_bits = 0  # they depend on requests to come
     episode.lengths_known = 1
     if episode.routed < episode.requests:
         _forget_future(target, f)
