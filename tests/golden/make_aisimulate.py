@@ -2,9 +2,9 @@
 
 A development tool. In an environment of its own (Python 3.11 – 3.13; nothing but the wheel is needed)::
 
-    python -m venv /tmp/aisimulate
-    /tmp/aisimulate/bin/pip install --no-deps --pre aisimulate==0.13.0.dev202610270000000085
-    python tests/golden/make_aisimulate.py
+    python -m venv oracle
+    oracle/bin/pip install --no-deps --pre aisimulate==0.13.0.dev202610270000000085
+    oracle/bin/python tests/golden/make_aisimulate.py
 
 Times are in milliseconds. A pass has a fixed time for its prefill part and one for its decode part.
 """
