@@ -41,7 +41,7 @@ from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.workload.requests import Requests
 
-RELEASE_POINTS: Final = 16  # arrival times tried; more take longer and gain little
+_RELEASE_POINTS: Final = 16  # arrival times tried; more take longer and gain little
 _TOLERANCE: Final = 1e-13  # relative, of a bound's rounding
 
 
@@ -89,17 +89,21 @@ def lower_bound(
     >>> round(lower_bound(requests, 3, costs).seconds, 2)
     10.0
     """
-    releases = np.unique(requests.arrival_s)
-    if len(releases) > RELEASE_POINTS:
-        places = np.linspace(0, len(releases) - 1, RELEASE_POINTS).round().astype(int)
-        releases = releases[places]
     bounds = [
         _bound_from(requests, float(release), clients, costs, max_prefill_tokens)
-        for release in releases
+        for release in release_times(requests.arrival_s)
     ]
     best = max(bounds, key=lambda bound: bound.seconds)
     refuse_standstill(best.seconds, requests, costs)
     return best
+
+
+def release_times(arrival_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the arrival times to try as releases: all, or ``_RELEASE_POINTS`` evenly among them."""
+    releases = np.unique(arrival_s)
+    if len(releases) <= _RELEASE_POINTS:
+        return releases
+    return releases[np.linspace(0, len(releases) - 1, _RELEASE_POINTS).round().astype(int)]
 
 
 def refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> None:

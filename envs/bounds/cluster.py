@@ -28,13 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.bounds.batch import (
-    RELEASE_POINTS,
     LowerBound,
     cover,
     least_stages,
     lower_bound,
     prefill_bound,
     refuse_standstill,
+    release_times,
 )
 from servegym.envs.machine.costs import CostTables, costs_of
 from servegym.envs.machine.layout import Layout
@@ -67,12 +67,8 @@ def cluster_bound(
         served = requests.prompt_tokens + requests.output_tokens <= most_tokens
     if not served.any():
         return LowerBound(0.0, 0.0, 0.0, 0.0, 0, 0)
-    releases = np.unique(requests.arrival_s[served])
-    if len(releases) > RELEASE_POINTS:
-        places = np.linspace(0, len(releases) - 1, RELEASE_POINTS).round().astype(int)
-        releases = releases[places]
     bounds = [_longest_alone(requests, served, tables, layout)]
-    for release in releases:
+    for release in release_times(requests.arrival_s[served]):
         counted = served & (requests.arrival_s >= release)
         prompts, rounds = requests.prompt_tokens[counted], requests.decode_rounds[counted]
         parts = _work(prompts, rounds, layout, tables, max_prefill_tokens, most_tokens)

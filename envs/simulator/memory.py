@@ -20,6 +20,7 @@ from servegym.envs.simulator.queues import (
     enqueue_first,
     push_front,
     queue_of,
+    rounds_ahead,
     tokens_to_prefill,
 )
 from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, State
@@ -135,18 +136,18 @@ def _guarded(state: State, e: int, r: int, i: int, guard: int) -> bool:
             total += _whole_blocks(state, e, replica.partial)
         return total <= blocks
     # Memory grows until a request finishes, so it is largest where one does.
-    if _used_at(state, e, r, i, _rounds_left(state, e, r, i)) > blocks:
+    if _used_at(state, e, r, i, rounds_ahead(state, e, i)) > blocks:
         return False
     for place in range(replica.active):
         rounds = state.expected[e, r, place].due - replica.rounds
         if _used_at(state, e, r, i, rounds) > blocks:
             return False
     for k in range(replica.emitting):
-        rounds = _rounds_left(state, e, r, state.picked[e, r, k])
+        rounds = rounds_ahead(state, e, state.picked[e, r, k])
         if _used_at(state, e, r, i, rounds) > blocks:
             return False
     if replica.partial != NOBODY:
-        rounds = _rounds_left(state, e, r, replica.partial)
+        rounds = rounds_ahead(state, e, replica.partial)
         if _used_at(state, e, r, i, rounds) > blocks:
             return False
     return True
@@ -156,12 +157,6 @@ def _guarded(state: State, e: int, r: int, i: int, guard: int) -> bool:
 def _whole_blocks(state: State, e: int, i: int) -> int:
     request = state.requests[e, i]
     return blocks_of(state, np.int64(request.prompt_tokens) + request.expected_rounds + 1)
-
-
-@kernel
-def _rounds_left(state: State, e: int, r: int, i: int) -> int:
-    """Return the expected rounds of a request after the prefill that it waits for or is in."""
-    return np.int64(state.requests[e, i].expected_rounds) - state.requests[e, i].emitted
 
 
 @kernel
@@ -185,7 +180,7 @@ def _used_at(state: State, e: int, r: int, i: int, rounds: int) -> int:
 
 @kernel
 def _held_at(state: State, e: int, r: int, i: int, rounds: int) -> int:
-    if _rounds_left(state, e, r, i) < rounds:
+    if rounds_ahead(state, e, i) < rounds:
         return 0
     return blocks_of(state, tokens_to_prefill(state, e, i) + rounds)
 
