@@ -23,7 +23,7 @@ from .process.observation import FEATURES as FEATURES
 from .serving_env import ServingEnv as ServingEnv
 from .simulator.view import DecisionView as DecisionView
 from .task.cases import Case as Case
-from .task.config import ClusterConfig as ClusterConfig
+from .task.cluster import ClusterConfig as ClusterConfig
 from .task.config import InformationConfig as InformationConfig
 from .task.config import ProcessConfig as ProcessConfig
 from .task.config import TaskConfig as TaskConfig

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -54,8 +54,12 @@ def as_annotated(name: str, value: Any, hint: Any) -> Any:
         If ``value`` is not of that type; the message calls it ``name``.
     """
     origin, value = get_origin(hint), plain(value)
-    if origin is UnionType:  # with None: the key may be left out
-        return None if value is None else as_annotated(name, value, get_args(hint)[0])
+    if origin is UnionType:  # with None: the key may be left out; or a name or a table
+        if value is None and NoneType in get_args(hint):
+            return None
+        table = get_args(hint)[1]
+        by_name = not is_dataclass(table) or isinstance(value, str)
+        return as_annotated(name, value, get_args(hint)[0] if by_name else table)
     if is_dataclass(hint):
         return _as_dataclass(name, value, hint)
     if origin is tuple:

@@ -77,5 +77,49 @@ GUARD_NONE: Final = 0
 GUARD_FULL: Final = 1
 GUARD_PEAK: Final = 2
 
+STEALS: Final = ("waiting", "running")
+"""What a replica may steal from another; kernels know it by its place here."""
+
+STEAL_WAITING: Final = 0
+STEAL_RUNNING: Final = 1
+
+STEAL_TEXTS: Final = {
+    "longest": "those with the longest outputs, as Algorithm 1 of the paper",
+    "newest": "those that have waited least, the last of the queue",
+    "oldest": "those that have waited longest, the first of the queue",
+}
+"""Which waiting requests a replica steals."""
+
+STEAL_ORDERS: Final = tuple(STEAL_TEXTS)
+"""Which waiting requests are stolen; kernels know an order by its place here."""
+
+TAKE_LONGEST: Final = 0
+TAKE_NEWEST: Final = 1
+TAKE_OLDEST: Final = 2
+
+MOVE_TEXTS: Final = {
+    "copy": "its keys and values are copied while it goes on decoding (live migration)",
+    "recompute": "it waits at the other replica and is computed again",
+    "cheaper": "whichever of the two takes fewer seconds",
+}
+"""How a running request moves to another replica."""
+
+MOVES: Final = tuple(MOVE_TEXTS)
+"""How a running request moves; kernels know a way by its place here."""
+
+MOVE_COPY: Final = 0
+MOVE_RECOMPUTE: Final = 1
+MOVE_CHEAPER: Final = 2
+
+EVICTIONS: Final = ("recompute", "host")
+"""What becomes of a preempted request's keys and values: dropped, or kept in the host's memory."""
+
+ROLES: Final = ("both", "prefill", "decode")
+"""What a replica serves; kernels know a role by its place here."""
+
+ROLE_BOTH: Final = 0
+ROLE_PREFILL: Final = 1
+ROLE_DECODE: Final = 2
+
 MIXED_COSTS: Final = ("one-pass", "sum")
 """What a mixed stage costs: one pass of the weights, or a prefill part and a decode part."""

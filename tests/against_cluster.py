@@ -12,7 +12,8 @@ from servegym.envs.process.metrics import EpisodeLog, records
 from servegym.envs.simulator.loading import router_luck
 from servegym.envs.simulator.routing import random_replica
 from servegym.envs.simulator.state import State
-from servegym.envs.task.config import ClusterConfig, ReplicaConfig, TaskConfig
+from servegym.envs.task.cluster import ClusterConfig, ReplicaConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
 from tests.random_clusters import ClusterCase
 from tests.reference_cluster import ClusterSpec, Outcome, serve

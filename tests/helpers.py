@@ -19,7 +19,8 @@ from servegym.envs.machine.costs import (
     TableDecode,
 )
 from servegym.envs.process.metrics import EpisodeLog
-from servegym.envs.task.config import ClusterConfig, InformationConfig, ProcessConfig, TaskConfig
+from servegym.envs.task.cluster import ClusterConfig
+from servegym.envs.task.config import InformationConfig, ProcessConfig, TaskConfig
 from servegym.envs.workload.plan import Plan, plan_from_queues
 
 if TYPE_CHECKING:  # the simulator's tests do without torch

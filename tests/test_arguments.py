@@ -24,7 +24,8 @@ from servegym.envs.machine.costs import (
     StageCosts,
     TableDecode,
 )
-from servegym.envs.task.config import ClusterConfig, ProcessConfig, with_overrides
+from servegym.envs.task.cluster import ClusterConfig
+from servegym.envs.task.config import ProcessConfig, with_overrides
 from servegym.envs.vector_env import ServingVectorEnv
 from tests.helpers import make_env, refused, start
 

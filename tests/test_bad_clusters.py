@@ -15,7 +15,8 @@ from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import EAGER
 from servegym.envs import ServegymError, ServingEnv, TaskConfig, load_task, make_case, play
 from servegym.envs.machine.costs import AffineDecode, LevelledPrefill, StageCosts
-from servegym.envs.task.config import ClusterConfig, ReplicaConfig, with_overrides
+from servegym.envs.task.cluster import ClusterConfig, ReplicaConfig
+from servegym.envs.task.config import with_overrides
 from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.task.registered import TASKS
 from servegym.envs.workload.plan import plan_from_queues

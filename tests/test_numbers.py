@@ -28,7 +28,8 @@ from servegym.envs.machine.costs import (
 )
 from servegym.envs.playing.evaluation import brief
 from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
-from servegym.envs.task.config import ClusterConfig, TaskConfig, WorkloadConfig
+from servegym.envs.task.cluster import ClusterConfig
+from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.estimates import noisy, scaled
 from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.workload.presets import make_workload

@@ -26,7 +26,7 @@ from servegym.baselines.planning.planner import (
 from servegym.baselines.planning.walk import Walk
 from servegym.envs.bounds.rounds import rounds_lower_bound
 from servegym.envs.errors import ServegymError
-from servegym.envs.task.config import MAX_CLIENTS
+from servegym.envs.task.cluster import MAX_CLIENTS
 from servegym.envs.workload.plan import Plan, plan_from_queues
 from servegym.envs.workload.requests import MAX_TOKENS
 from tests.planner_helpers import least_load, lengths, tiny, whole

@@ -13,7 +13,8 @@ from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv, make_requests
 from servegym.envs.playing.evaluation import brief
 from servegym.envs.simulator.heap import deal
-from servegym.envs.task.config import ClusterConfig, TaskConfig
+from servegym.envs.task.cluster import ClusterConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.workload.plan import Plan
 from tests.helpers import UNIT_COSTS, inside, instance, make_env, start

@@ -24,7 +24,7 @@ from servegym.baselines.planning.pattern_bound import PatternBound
 from servegym.baselines.planning.walk import Walk, load_walk
 from servegym.envs.bounds.rounds import rounds_lower_bound
 from servegym.envs.errors import ServegymError, unknown
-from servegym.envs.task.config import MAX_CLIENTS
+from servegym.envs.task.cluster import MAX_CLIENTS
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import MAX_TOKENS
 

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import fires
-from servegym.envs.jit import kernel
+from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.evaluation import brief, play
 from servegym.envs.playing.policy import asked_task
 from servegym.envs.process.metrics import METRICS, episode_metrics
 from servegym.envs.simulator.admission import admits, mixes
 from servegym.envs.simulator.events import advance, decode, mix, prefill, sleep
+from servegym.envs.simulator.moving import fullest_queue, steal_running, steal_waiting, stealable
 from servegym.envs.simulator.state import NOBODY, State
 from servegym.envs.simulator.view import view
 from servegym.envs.task.cases import Case
@@ -46,7 +47,9 @@ def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
 
 @kernel
 def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> None:
-    """Do what a policy says at the turn of replica ``r``: admit, decode on, or sleep."""
+    """Do what a policy says at the turn of replica ``r``: steal, admit, decode on, or sleep."""
+    if state.cluster[0].moves and _steals(state, costs, e, r):
+        return
     chosen = mixes(state, e, r, policy.rule) if policy.mixed else admits(state, e, r, policy.rule)
     active = state.replicas[e, r].active > 0
     if chosen and active:
@@ -60,6 +63,19 @@ def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledP
         decode(state, costs, e, r, policy.every_round)
     else:
         sleep(state, e, r)
+
+
+@rare_kernel
+def _steals(state: State, costs: CostTables, e: int, r: int) -> bool:
+    """Let replica ``r`` steal if it may; waiting requests come first."""
+    if fullest_queue(state, e, r) != NOBODY:
+        steal_waiting(state, e, r)
+    elif stealable(state, costs, e, r) != NOBODY:
+        steal_running(state, costs, e, r)
+    else:
+        return False
+    state.episodes[e].decisions += 1
+    return True
 
 
 @kernel

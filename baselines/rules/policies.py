@@ -13,12 +13,16 @@ from servegym.baselines.rules.plans import Planner
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.simulator.events import DECODE
+from servegym.envs.vocabulary import STEALS
 from servegym.envs.workload.plan import Plan
 
 
 @dataclass
 class TriggerPolicy:
     """Prefill under one admission rule whenever a trigger fires.
+
+    Where the task lets a replica steal, it first steals whatever it may, waiting requests before running
+    ones.
 
     Parameters
     ----------
@@ -52,6 +56,7 @@ class TriggerPolicy:
     comparison: Mapping[str, Any] = field(default_factory=dict)
     mixed: bool = False
     cluster: Mapping[str, Any] = field(default_factory=dict)
+    _steals: tuple[int, ...] = field(default=(), init=False, repr=False)
     _action: int = field(default=DECODE, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,13 +80,19 @@ class TriggerPolicy:
                 "add it there"
             )
         self._action = task.actions.index(action)
+        self._steals = tuple(
+            task.actions.index(f"steal:{kind}") for kind in STEALS if kind in task.process.steals
+        )
         if self.planner is None or briefing.requests is None:
             return None
         return self.planner(briefing.requests, briefing)
 
     def act(self, situation: Situation) -> int:
-        """Return the rule's action where it is forced or the trigger fires, else decode."""
+        """Return what to steal; else the rule's action if it is forced or the trigger fires; else decode."""
         mask = situation.mask
+        for action in self._steals:
+            if mask[action]:
+                return action
         if not mask[self._action]:
             return DECODE
         if not mask[DECODE]:

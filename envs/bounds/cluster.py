@@ -15,7 +15,8 @@ the shortest round of the fastest replica.
 **Preemption.** A recomputation emits one token, so a decode round is served one token less; it computes
 the prompt and a token more. The work above holds where that never pays: (a − c − v/K)·(p + 1) ≥ u for the
 shortest prompt p, a seconds per prompt token, c per cached token, v the shortest round and u the least
-seconds per token of a full round. Where it might pay, prefills alone are counted.
+seconds per token of a full round; v/K is 0 where some memory is without limit. Where it might pay,
+prefills alone are counted.
 
 **Mixed stages.** A pass of n decoding clients and T prompt tokens takes at least the decode line at n, and
 at least a·T; attention adds to both. So W is the larger of the two lines, plus attention; in stages that
@@ -54,24 +55,27 @@ def cluster_bound(
         If the shortest stage would not advance a clock, a 64-bit float, that shows the bound.
     """
     limited = all(tokens > 0 for tokens in layout.kv_capacity_tokens)
+    recomputes = any(layout.kv_capacity_tokens)
     if len(layout.clients) == 1 and not limited and layout.chunk_tokens == 0:
         return lower_bound(requests, layout.clients[0], costs, max_prefill_tokens)
     fastest = int(np.argmin(costs.decode_base_s[:, 1]))
     strength = float((costs.decode_base_s[fastest, 1] / costs.decode_base_s[:, 1]).sum())
     tables = costs_of(costs, fastest)
     served = np.ones(len(requests), np.bool_)
-    most_tokens = 0
+    most_tokens = 0  # of the largest memory, if none is without limit
     if limited:
         length = layout.block_tokens
         most_tokens = max(layout.kv_capacity_tokens) // length * length
         served = requests.prompt_tokens + requests.output_tokens <= most_tokens
     if not served.any():
         return LowerBound(0.0, 0.0, 0.0, 0.0, 0, 0)
-    bounds = [_longest_alone(requests, served, tables, layout)]
+    bounds = [_longest_alone(requests, served, tables, layout, recomputes=recomputes)]
     for release in release_times(requests.arrival_s[served]):
         counted = served & (requests.arrival_s >= release)
         prompts, rounds = requests.prompt_tokens[counted], requests.decode_rounds[counted]
-        parts = _work(prompts, rounds, layout, tables, max_prefill_tokens, most_tokens)
+        parts = _work(
+            prompts, rounds, layout, tables, max_prefill_tokens, most_tokens, recomputes=recomputes
+        )
         decode_s, prefill_s = parts[0] / strength, parts[1] / strength
         seconds = float(release) + decode_s + prefill_s
         bounds.append(LowerBound(seconds, float(release), decode_s, prefill_s, parts[2], parts[3]))
@@ -87,6 +91,8 @@ def _work(
     tables: CostTables,
     max_prefill_tokens: int,
     most_tokens: int,
+    *,
+    recomputes: bool,
 ) -> tuple[float, float, int, int]:
     """Return the least seconds of decoding and of prefilling, the fewest rounds and stages."""
     rates, clients = tables.rates[0], max(layout.clients)
@@ -104,8 +110,11 @@ def _work(
     least_rounds = -(-int(rounds.sum()) // clients)
     if most_tokens > 0:
         least_rounds = max(least_rounds, int(np.ceil(area / most_tokens)))
+    if recomputes:
         sizes = np.arange(1.0, len(base_s) + 1.0)
-        spared_s = token_s - cached_s - float(base_s.min()) / most_tokens
+        spared_s = token_s - cached_s
+        if most_tokens > 0:
+            spared_s -= float(base_s.min()) / most_tokens
         if spared_s * (float(p.min()) + 1.0) < float((base_s / sizes).min()):
             total, area, least_rounds = 0.0, 0.0, 0
     run_s = 0.0
@@ -126,7 +135,12 @@ def _work(
 
 
 def _longest_alone(
-    requests: Requests, served: NDArray[np.bool_], tables: CostTables, layout: Layout
+    requests: Requests,
+    served: NDArray[np.bool_],
+    tables: CostTables,
+    layout: Layout,
+    *,
+    recomputes: bool,
 ) -> LowerBound:
     """Return the bound that the latest request to end proves by itself on the fastest replica."""
     rates = tables.rates[0]
@@ -141,7 +155,7 @@ def _longest_alone(
         round_s = min(round_s, float(tables.pass_base_s[0, 1:].min()))
     cached_s = float(rates.decode_per_kv_token_s)
     decode_s = d * round_s + cached_s * (d * p + d * (d + 1.0) / 2.0)
-    if any(layout.kv_capacity_tokens):
+    if recomputes:
         decode_s = np.zeros_like(decode_s)  # its recomputations might emit its tokens
     ends_s = requests.arrival_s[served] + prefill_s + decode_s
     last = int(np.argmax(ends_s))

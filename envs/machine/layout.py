@@ -19,11 +19,29 @@ class Layout(NamedTuple):
     victim: int = 0
     guard: int = 0
     one_pass: bool = True
+    roles: tuple[int, ...] = ()  # of each replica; empty: all serve both
+    steals_waiting: bool = False
+    steals_running: bool = False
+    steal_order: int = 0
+    steal_delay_s: float = 0.0
+    move: int = 0
+    copy_latency_s: float = 0.0
+    copy_token_s: float = 0.0  # seconds per token between replicas
+    evicts_to_host: bool = False
+    host_latency_s: float = 0.0
+    host_token_s: float = 0.0
+
+    @property
+    def moves(self) -> bool:
+        """Whether a request may change its replica or have its keys and values elsewhere."""
+        steals = self.steals_waiting or self.steals_running
+        return steals or self.evicts_to_host or any(self.roles)
 
     @property
     def counts_memory(self) -> bool:
         """Whether anything depends on memory or on chunks of prompts: a limit, a budget, a router."""
-        return any(self.kv_capacity_tokens) or self.chunk_tokens > 0 or len(self.clients) > 1
+        alone = len(self.clients) == 1
+        return any(self.kv_capacity_tokens) or self.chunk_tokens > 0 or not alone
 
 
 def one_replica(clients: int) -> Layout:

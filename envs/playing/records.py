@@ -86,7 +86,7 @@ def records_table(log: EpisodeLog, rows: NDArray[np.int64] | None = None) -> pd.
             "output_tokens": log.decode_rounds + 1,
             "preemptions": _known(log.preemptions, ~log.rejected),
             "recomputed_tokens": _known(log.recomputed_tokens, ~log.rejected),
-            "moves": _known(np.zeros(count, np.int64), ~log.rejected),
+            "moves": _known(log.moves, ~log.rejected),
         },
         columns=list(RECORD_COLUMNS),
     )

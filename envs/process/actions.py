@@ -7,11 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.jit import kernel
+from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admits, mixes
-from servegym.envs.simulator.events import DECODE, decode, mix, prefill
-from servegym.envs.simulator.state import State
+from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep
+from servegym.envs.simulator.moving import fullest_queue, steal_running, steal_waiting, stealable
+from servegym.envs.simulator.state import NOBODY, State
+from servegym.envs.vocabulary import STEAL_WAITING
 
 
 class Settings(NamedTuple):
@@ -19,6 +21,7 @@ class Settings(NamedTuple):
 
     rules: NDArray[np.int64]  # (P,) admission rule of action 1 + k: a prefill stage
     mixed_rules: NDArray[np.int64]  # (M,) admission rule of action 1 + P + k: a mixed stage
+    steals: NDArray[np.int64]  # (S,) of action 1 + P + M + k: place in STEALS
     every_round: bool  # ask at every decode round, not only where the choice has changed
     max_prefill_tokens: int  # prompt tokens of one prefill stage, 0: no limit
     reward: int
@@ -27,8 +30,13 @@ class Settings(NamedTuple):
 
 
 @kernel
-def legal_actions(state: State, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]) -> int:
-    """Write which actions are legal; return how many. After the end, decode counts as legal."""
+def legal_actions(
+    state: State, costs: CostTables, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]
+) -> int:
+    """Write which actions are legal; return how many. After the end, decode counts as legal.
+
+    Where nobody decodes and nothing can be admitted, but something can be stolen, decode means to wait.
+    """
     episode = state.episodes[e]
     ended = episode.finished + episode.rejected == episode.requests
     mask[DECODE] = ended or state.replicas[e, r].active > 0
@@ -40,6 +48,36 @@ def legal_actions(state: State, settings: Settings, e: int, r: int, mask: NDArra
     for k in range(settings.mixed_rules.size):
         mask[first + k] = mixes(state, e, r, settings.mixed_rules[k])
         count += int(mask[first + k])
+    if settings.steals.size > 0:
+        count += _legal_steals(state, costs, settings, e, r, count, mask)
+    return count
+
+
+@rare_kernel
+def _legal_steals(
+    state: State,
+    costs: CostTables,
+    settings: Settings,
+    e: int,
+    r: int,
+    others: int,
+    mask: NDArray[np.bool_],
+) -> int:
+    """Write which steals are legal, and that waiting is if ``others`` are 0; return how many are added."""
+    first = 1 + settings.rules.size + settings.mixed_rules.size
+    ended = state.episodes[e].finished + state.episodes[e].rejected == state.episodes[e].requests
+    count = 0
+    for k in range(settings.steals.size):
+        legal = False
+        if not ended and settings.steals[k] == STEAL_WAITING:
+            legal = fullest_queue(state, e, r) != NOBODY
+        elif not ended:
+            legal = stealable(state, costs, e, r) != NOBODY
+        mask[first + k] = legal
+        count += int(legal)
+    if others == 0 and count > 0:
+        mask[DECODE] = True
+        count += 1
     return count
 
 
@@ -47,9 +85,17 @@ def legal_actions(state: State, settings: Settings, e: int, r: int, mask: NDArra
 def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> None:
     """Begin what a legal action says at replica ``r``."""
     prefills = settings.rules.size
+    mixes_too = prefills + settings.mixed_rules.size
     if action == DECODE:
-        decode(state, costs, e, r, settings.every_round)
+        if settings.steals.size > 0 and state.replicas[e, r].active == 0:
+            sleep(state, e, r)
+        else:
+            decode(state, costs, e, r, settings.every_round)
     elif action <= prefills:
         prefill(state, costs, e, r, settings.rules[action - 1], settings.max_prefill_tokens)
-    else:
+    elif action <= mixes_too:
         mix(state, costs, e, r, settings.mixed_rules[action - 1 - prefills])
+    elif settings.steals[action - 1 - mixes_too] == STEAL_WAITING:
+        steal_waiting(state, e, r)
+    else:
+        steal_running(state, costs, e, r)

@@ -27,6 +27,7 @@ class EpisodeLog:
     preemptions: NDArray[np.int16]  # (requests,)
     recomputed_tokens: NDArray[np.int32]  # (requests,) prefill tokens beyond its prompt
     rejected: NDArray[np.bool_]  # (requests,) larger than the memory of any replica
+    moves: NDArray[np.int16]  # (requests,) between replicas
 
 
 def records(state: State, e: int) -> EpisodeLog:
@@ -147,7 +148,7 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "preemptions": int(replicas.preemptions.sum()),
         "recomputed_tokens": int(log.recomputed_tokens.sum()),
         "rejected": rejected,
-        "moves": 0,
+        "moves": int(log.moves.sum()),
         "e2e_p50_s": e2e_p50_s,
         "e2e_p99_s": e2e_p99_s,
     }

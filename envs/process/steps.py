@@ -27,7 +27,7 @@ def run_to_choice(
     """Run to the next decision point with a choice and write its mask; False at the end."""
     while True:
         r = advance(state, costs, e)
-        legal = legal_actions(state, settings, e, max(r, 0), mask)
+        legal = legal_actions(state, costs, settings, e, max(r, 0), mask)
         if legal > 1 or r == NOBODY:
             return r != NOBODY
         if legal == 1:

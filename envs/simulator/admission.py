@@ -15,6 +15,7 @@ import numpy as np
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.simulator.aligned import forget_targets, longest_aligned
 from servegym.envs.simulator.memory import blocks_of_round, fits, free_blocks
+from servegym.envs.simulator.moving import fetch
 from servegym.envs.simulator.queues import (
     first_waiting,
     head,
@@ -120,7 +121,7 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> N
     clients = replica.idle
     idle = state.idle[e, r, :clients]
     left_idle = 0
-    full = False
+    full, stored = False, False
     counts_memory = state.cluster[0].counts_memory
     tokens, squares, admitted = 0, 0.0, 0
     for k in range(clients):
@@ -129,13 +130,18 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> N
         if not full and state.queues[e, q].waiting > 0:
             i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
+            stored = counts_memory and state.requests[e, i].stored != NOBODY
             needed = tokens_to_prefill(state, e, i)
-            full = admitted > 0 and 0 < max_prefill_tokens < tokens + needed
+            full = admitted > 0 and 0 < max_prefill_tokens < tokens + needed and not stored
             if counts_memory and not full:
                 full = not fits(state, e, r, i, 0, state.machines[r].clients - replica.idle)
         if i == NOBODY or full:
             idle[left_idle] = client
             left_idle += 1
+            continue
+        if stored:
+            replica.idle -= 1
+            fetch(state, e, r, client, i)
             continue
         pick(state, e, r, client, i)
         admitted += 1
@@ -186,9 +192,12 @@ def admit_chunks(state: State, e: int, r: int, rule: int) -> None:
             idle[left_idle] = client
             left_idle += 1
             continue
+        replica.idle -= 1
+        if state.requests[e, i].stored != NOBODY:
+            fetch(state, e, r, client, i)
+            continue
         needed = min(tokens_to_prefill(state, e, i), budget)
         budget -= needed
-        replica.idle -= 1
         pick(state, e, r, client, i)
         compute(state, e, r, i, needed)
 

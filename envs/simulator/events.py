@@ -14,7 +14,14 @@ import numpy as np
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admit, admit_chunks
-from servegym.envs.simulator.memory import largest_memory, make_room
+from servegym.envs.simulator.memory import make_room
+from servegym.envs.simulator.moving import (
+    begin_instant,
+    can_steal,
+    end_boundary,
+    end_instant,
+    wake_sleepers,
+)
 from servegym.envs.simulator.queues import (
     blocks_of,
     forget_plan,
@@ -23,7 +30,7 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
-from servegym.envs.simulator.routing import route
+from servegym.envs.simulator.routing import largest_servable, route
 from servegym.envs.simulator.stages import (
     ANY_ROUNDS,
     begin_decode,
@@ -58,6 +65,9 @@ def advance(state: State, costs: CostTables, e: int) -> int:
                 if (replica.idle > 0 and waiting > 0) or replica.partial != NOBODY:
                     episode.turn = r
                     return r
+                if state.cluster[0].moves and can_steal(state, costs, e, r):
+                    episode.turn = r
+                    return r
                 if replica.active > 0:
                     decode(state, costs, e, r, False)
                 else:
@@ -82,13 +92,23 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     routed = episode.routed
     if routed < episode.requests:
         now_s = min(now_s, state.times[e, routed].arrival_s)
+    moves = state.cluster[0].moves > 0
+    if moves:
+        now_s = min(now_s, episode.transfer_s)
     episode.in_system_s += (now_s - episode.now_s) * episode.in_system
     episode.now_s = now_s
+    if moves:
+        begin_instant(state, costs, e)
     if routed < episode.requests and state.times[e, routed].arrival_s == now_s:
         _receive_all(state, costs, e)
     for r in range(replicas):
         if state.event_s[e, r] == now_s and state.replicas[e, r].stage != IDLE:
+            prefilled = state.replicas[e, r].emitting
             book(state, e, r, state.replicas[e, r].stage_s)
+            if moves:
+                end_boundary(state, e, r, prefilled)
+    if moves:
+        end_instant(state, e)
     episode.turn = 0
 
 
@@ -96,7 +116,7 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
 def _receive_all(state: State, costs: CostTables, e: int) -> None:
     """Receive every request that arrives now."""
     episode, replicas = state.episodes[e], state.replicas.shape[1]
-    largest = largest_memory(state)
+    largest = largest_servable(state)
     shared = state.queues.shape[1] == 1
     i = episode.routed
     while i < episode.requests and state.times[e, i].arrival_s <= episode.now_s:
@@ -160,19 +180,21 @@ def _notice(state: State, costs: CostTables, e: int, r: int) -> None:
 def decode(state: State, costs: CostTables, e: int, r: int, every_round: bool) -> None:
     """Decode until the choice changes (a finish, an arrival, full memory), or for one round."""
     begin_decode(state, costs, e, r, 1 if every_round else ANY_ROUNDS)
-    if state.queues.shape[1] < state.replicas.shape[1]:
-        _tell_others(state, costs, e, r)
+    _tell_others(state, costs, e, r)
 
 
 @kernel
 def prefill(
     state: State, costs: CostTables, e: int, r: int, rule: int, max_prefill_tokens: int
 ) -> None:
-    """Begin a prefill stage under an admission rule, which must admit a request."""
+    """Begin a prefill stage under an admission rule, which must admit a request.
+
+    Where all that are admitted fetch what is stored elsewhere no stage begins: the replica decides again.
+    """
     admit(state, e, r, rule, max_prefill_tokens)
-    begin_prefill(state, costs, e, r)
-    if state.queues.shape[1] < state.replicas.shape[1]:
-        _tell_others(state, costs, e, r)
+    if state.replicas[e, r].stage_chunks > 0:
+        begin_prefill(state, costs, e, r)
+    _tell_others(state, costs, e, r)
 
 
 @rare_kernel
@@ -180,19 +202,44 @@ def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
     """Begin one pass: a token for every decoding client, and chunks of prompts in what is left.
 
     First room is made for the decoding, then the half-computed prompt goes on, then an admission rule
-    admits, unless somebody was preempted.
+    admits, unless somebody was preempted. Where nobody decodes and all that are admitted fetch what is stored
+    elsewhere no stage begins: the replica decides again.
     """
     preempted = make_room(state, e, r)
     preempted = continue_partial(state, e, r) or preempted
     if not preempted:
         admit_chunks(state, e, r, rule)
-    begin_pass(state, costs, e, r)
+    if state.replicas[e, r].active > 0 or state.replicas[e, r].stage_tokens > 0:
+        begin_pass(state, costs, e, r)
+    _tell_others(state, costs, e, r)
+
+
+@kernel
+def _tell_others(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Let other replicas look at what the beginning of a stage of ``r`` has changed for them."""
     if state.queues.shape[1] < state.replicas.shape[1]:
-        _tell_others(state, costs, e, r)
+        _tell_of_pool(state, costs, e, r)
+    elif state.cluster[0].moves and state.episodes[e].disturbed:
+        _tell_of_eviction(state, costs, e, r)
 
 
 @rare_kernel
-def _tell_others(state: State, costs: CostTables, e: int, r: int) -> None:
+def _tell_of_eviction(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Let replicas look for whom ``r`` has preempted, to steal it or to take back the room kept for it.
+
+    All without a stage decide again after those that have not decided yet. Others look at the end of the
+    round that they are in.
+    """
+    episode = state.episodes[e]
+    episode.disturbed = 0
+    for other in range(state.replicas.shape[1]):
+        if other != r:
+            cut(state, costs, e, other, np.nextafter(episode.now_s, np.inf))
+    wake_sleepers(state, e)
+
+
+@rare_kernel
+def _tell_of_pool(state: State, costs: CostTables, e: int, r: int) -> None:
     """Let replicas with idle clients look at the pool after ``r`` has changed it.
 
     Whoever is first in it now may fit into their memory. A replica without a stage looks at once. One

@@ -19,6 +19,8 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     _copy(source.requests[e], target.requests[f], n)
     _copy(source.by_length[e], target.by_length[f], n)
     _copy(source.lengths[e], target.lengths[f], n)
+    if source.cluster[0].moves:
+        _copy(source.transfers[e], target.transfers[f], source.episodes[e].transfers)
     for q in range(source.queues.shape[1]):
         target.queues[f, q] = source.queues[e, q]
         _copy(source.waiting_lengths[e, q], target.waiting_lengths[f, q], LENGTH_BUCKETS.size)

@@ -79,6 +79,7 @@ def router_luck(requests: Requests) -> int:
 def _free_clients(state: State, e: int) -> None:
     """Put every replica to sleep, its queues empty and its clients idle."""
     state.episodes[e].turn = state.replicas.shape[1]
+    state.episodes[e].transfer_s = np.inf
     for q in range(state.queues.shape[1]):
         queue = state.queues[e, q]
         queue.first = NOBODY
@@ -137,6 +138,9 @@ def _write_requests(
         request.computed = 0
         request.prefilled_tokens = 0
         request.preemptions = 0
+        request.moves = 0
+        request.stored = NOBODY
+        request.leaving = 0
         times.arrival_s = arrival_s[i]
         times.admitted_s = np.nan
         times.first_token_s = np.nan

@@ -20,10 +20,12 @@ from servegym.envs.simulator.queues import (
     enqueue_first,
     push_front,
     queue_of,
+    release_client,
     rounds_ahead,
     tokens_to_prefill,
 )
-from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, State
+from servegym.envs.simulator.state import HOST, NOBODY, UNLIMITED_BLOCKS, State
+from servegym.envs.simulator.transfers import end_move_of
 from servegym.envs.vocabulary import FEWEST_OUTPUT, GUARD_FULL, GUARD_NONE, LEAST_COMPUTED
 
 _FOREVER: Final = 1 << 62
@@ -34,15 +36,6 @@ _FOREVER: Final = 1 << 62
 def free_blocks(state: State, e: int, r: int) -> int:
     """Return the blocks of replica ``r`` that nobody holds."""
     return state.machines[r].blocks - state.replicas[e, r].used_blocks
-
-
-@kernel
-def largest_memory(state: State) -> int:
-    """Return the most blocks that any replica has."""
-    most = state.machines[0].blocks
-    for r in range(1, state.machines.size):
-        most = max(most, state.machines[r].blocks)
-    return most
 
 
 @kernel
@@ -134,7 +127,7 @@ def _guarded(state: State, e: int, r: int, i: int, guard: int) -> bool:
             total += _whole_blocks(state, e, state.picked[e, r, k])
         if replica.partial != NOBODY:
             total += _whole_blocks(state, e, replica.partial)
-        return total <= blocks
+        return total + replica.incoming_blocks <= blocks
     # Memory grows until a request finishes, so it is largest where one does.
     if _used_at(state, e, r, i, rounds_ahead(state, e, i)) > blocks:
         return False
@@ -163,7 +156,7 @@ def _whole_blocks(state: State, e: int, i: int) -> int:
 def _used_at(state: State, e: int, r: int, i: int, rounds: int) -> int:
     """Return the blocks in use ``rounds`` from now if request ``i`` is admitted; finishing ones count."""
     replica = state.replicas[e, r]
-    total = _held_at(state, e, r, i, rounds)
+    total = _held_at(state, e, r, i, rounds) + replica.incoming_blocks
     for place in range(replica.active):
         finish = state.expected[e, r, place]
         left = finish.due - replica.rounds
@@ -260,25 +253,39 @@ def computed_tokens(state: State, e: int, r: int, i: int) -> int:
 def preempt(state: State, e: int, r: int, i: int) -> None:
     """Drop a running request's memory and let it wait before all others."""
     replica, request = state.replicas[e, r], state.requests[e, i]
-    client = request.client
-    held = computed_tokens(state, e, r, i)
-    replica.used_blocks -= blocks_of(state, held)
+    client = np.int64(request.client)
+    replica.used_blocks -= blocks_of(state, computed_tokens(state, e, r, i))
     if i == replica.partial:
         replica.partial = NOBODY
+        release_client(state, e, r, client)
     else:
-        emitted = emitted_tokens(state, e, r, i)
-        count_held(state, e, r, held, -1)
-        replica.cached_tokens -= held + 1
-        replica.due_sum -= state.clients[e, r, client].expected_end
-        _forget_finish(state, e, r, i, emitted)
-        replica.active -= 1
-        request.emitted = emitted
+        stop_decoding(state, e, r, i)
+        if state.cluster[0].evicts_to_host:
+            request.stored = HOST
+            request.emitted -= 1  # what it fetches later is what it held
+    if request.leaving:
+        end_move_of(state, e, i)
+    state.episodes[e].disturbed = 1
     request.computed = 0
     request.preemptions = min(request.preemptions + 1, 32_767)
     replica.preemptions += 1
-    release_client(state, e, r, client)
     enqueue_first(state, e, r, client, i)
     push_front(state, e, queue_of(state, r), i)
+
+
+@kernel
+def stop_decoding(state: State, e: int, r: int, i: int) -> None:
+    """Take a decoding request from its client and note what it has emitted; blocks are not counted."""
+    replica, request = state.replicas[e, r], state.requests[e, i]
+    emitted = emitted_tokens(state, e, r, i)
+    held = np.int64(request.prompt_tokens) + emitted - 1
+    count_held(state, e, r, held, -1)
+    replica.cached_tokens -= held + 1
+    replica.due_sum -= state.clients[e, r, request.client].expected_end
+    _forget_finish(state, e, r, i, emitted)
+    replica.active -= 1
+    request.emitted = emitted
+    release_client(state, e, r, np.int64(request.client))
 
 
 @kernel
@@ -293,12 +300,3 @@ def _forget_finish(state: State, e: int, r: int, i: int, emitted: int) -> None:
         due = state.clients[e, r, request.client].expected_end
         place = find(state.expected[e, r], replica.active, due, i)
         remove_one(state.expected[e, r], replica.active, place)
-
-
-@kernel
-def release_client(state: State, e: int, r: int, client: int) -> None:
-    """Append a client that has lost its request to the idle ones."""
-    replica = state.replicas[e, r]
-    state.clients[e, r, client].expected_end = 0
-    state.idle[e, r, replica.idle] = client
-    replica.idle += 1

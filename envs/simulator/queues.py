@@ -24,7 +24,11 @@ def queue_of(state: State, r: int) -> int:
 
 @kernel
 def tokens_to_prefill(state: State, e: int, i: int) -> int:
-    """Return the tokens of a waiting request's next prefill: its prompt and what it has emitted."""
+    """Return the tokens of a waiting request's next prefill: its prompt and what it has emitted.
+
+    Of a request whose keys and values are stored elsewhere these are what it fetches: all but the last
+    emitted token, which ``emitted`` does not count then.
+    """
     request = state.requests[e, i]
     return np.int64(request.prompt_tokens) + request.emitted
 
@@ -74,6 +78,27 @@ def push_front(state: State, e: int, q: int, i: int) -> None:
 
 
 @kernel
+def leave_lists(state: State, e: int, q: int, i: int) -> None:
+    """Take a request that no longer waits, and goes elsewhere, out of the lists that it is still in."""
+    request = state.requests[e, i]
+    if request.listed:
+        _unlist(state, e, q, i)
+        request.listed = 0
+    if request.planned:
+        _drop_planned(state, e, i)
+        request.planned = 0
+
+
+@kernel
+def release_client(state: State, e: int, r: int, client: int) -> None:
+    """Append a client that has lost its request to the idle ones."""
+    replica = state.replicas[e, r]
+    state.clients[e, r, client].expected_end = 0
+    state.idle[e, r, replica.idle] = client
+    replica.idle += 1
+
+
+@kernel
 def _unlist(state: State, e: int, q: int, i: int) -> None:
     """Take a request that no longer waits out of the list that it is still in."""
     queue = state.queues[e, q]
@@ -110,9 +135,11 @@ def count_waiting(state: State, e: int, q: int, i: int, sign: int) -> None:
     tokens = tokens_to_prefill(state, e, i)
     queue.waiting += sign
     queue.rounds += sign * rounds_ahead(state, e, i)
-    queue.tokens += sign * tokens
     if state.cluster[0].counts_memory:
         queue.blocks += sign * blocks_of(state, tokens)
+        if request.stored != NOBODY:
+            tokens = 0  # they are computed already
+    queue.tokens += sign * tokens
     queue.squares_high += sign * (tokens * tokens >> 32)
     queue.squares_low += sign * (tokens * tokens & 0xFFFFFFFF)
     state.waiting_lengths[e, q, request.bucket] += sign

@@ -17,6 +17,8 @@ from servegym.envs.simulator.queues import blocks_of, rounds_ahead, tokens_to_pr
 from servegym.envs.simulator.stages import rounds_until
 from servegym.envs.simulator.state import DECODE_RUN, IDLE, MIXED, NOBODY, State
 from servegym.envs.vocabulary import (
+    ROLE_DECODE,
+    ROLE_PREFILL,
     ROUTE_DYNAMO,
     ROUTE_LEAST_TOKENS,
     ROUTE_LEAST_WAITING,
@@ -42,12 +44,12 @@ def route(state: State, costs: CostTables, e: int, i: int, whole_blocks: int) ->
         r = turn % replicas
         if router == ROUTE_RANDOM:
             r = random_replica(episode.random_bits, turn, replicas)
-        while state.machines[r].blocks < whole_blocks:
+        while not _takes(state, r, whole_blocks):
             r = (r + 1) % replicas
         return r
     if router == ROUTE_PLAN and state.requests[e, i].plan_client != NOBODY:
         r = np.int64(state.requests[e, i].plan_replica)
-        if state.machines[r].blocks >= whole_blocks:
+        if _takes(state, r, whole_blocks):
             return r
     staleness_s = state.cluster[0].staleness_s
     if turn == 0 or staleness_s == 0.0 or episode.now_s - episode.looked_s >= staleness_s:
@@ -57,7 +59,7 @@ def route(state: State, costs: CostTables, e: int, i: int, whole_blocks: int) ->
     best = NOBODY
     least = 0.0
     for r in range(replicas):
-        if state.machines[r].blocks >= whole_blocks:
+        if _takes(state, r, whole_blocks):
             cost = _cost(state, e, r, router)
             if best == NOBODY or cost < least:
                 best, least = r, cost
@@ -66,6 +68,26 @@ def route(state: State, costs: CostTables, e: int, i: int, whole_blocks: int) ->
     load.tokens += tokens_to_prefill(state, e, i) + rounds_ahead(state, e, i)
     load.wanted_blocks += blocks_of(state, tokens_to_prefill(state, e, i))
     return best
+
+
+@kernel
+def _takes(state: State, r: int, whole_blocks: int) -> bool:
+    """Return whether replica ``r`` takes an arriving request that holds up to ``whole_blocks``."""
+    machine = state.machines[r]
+    return machine.blocks >= whole_blocks and machine.role != ROLE_DECODE
+
+
+@kernel
+def largest_servable(state: State) -> int:
+    """Return the most blocks that a request may hold: of a replica for its prefill, and for its rounds."""
+    prefill, decode = 0, 0
+    for r in range(state.machines.size):
+        machine = state.machines[r]
+        if machine.role != ROLE_DECODE:
+            prefill = max(prefill, machine.blocks)
+        if machine.role != ROLE_PREFILL:
+            decode = max(decode, machine.blocks)
+    return min(prefill, decode)
 
 
 @kernel

@@ -29,7 +29,6 @@ from servegym.envs.simulator.memory import (
     free_blocks,
     make_room,
     preempt,
-    release_client,
     rounds_to_full,
 )
 from servegym.envs.simulator.queues import (
@@ -38,6 +37,7 @@ from servegym.envs.simulator.queues import (
     enqueue,
     leave_plan,
     queue_of,
+    release_client,
     rounds_ahead,
     tokens_to_prefill,
 )
@@ -52,6 +52,7 @@ from servegym.envs.simulator.state import (
     RUNNING,
     State,
 )
+from servegym.envs.simulator.transfers import end_move_of
 from servegym.envs.vocabulary import GUARD_PEAK
 
 ANY_ROUNDS: Final = 1 << 62
@@ -87,7 +88,7 @@ def see_arrivals(state: State, e: int, r: int) -> None:
     i = first
     while i != NOBODY:
         request = state.requests[e, i]
-        if request.preemptions == 0:
+        if request.moves == 0:  # else it has been seen elsewhere
             episode.arrived += 1
             episode.arrived_rounds += request.expected_rounds
         count_waiting(state, e, q, i, 1)
@@ -151,7 +152,7 @@ def _queue_many(state: State, e: int, r: int, first: int) -> None:
     i = first
     while i != NOBODY:
         if state.requests[e, i].plan_client == NOBODY:
-            rounds = state.requests[e, i].expected_rounds
+            rounds = rounds_ahead(state, e, i)
             client = least[1] if rounds > 0 else fewest[1]
             enqueue(state, e, r, client, i)
             work[client] += rounds
@@ -207,7 +208,7 @@ def pick(state: State, e: int, r: int, client: int, i: int) -> None:
     request, replica, episode = state.requests[e, i], state.replicas[e, r], state.episodes[e]
     count_waiting(state, e, queue_of(state, r), i, -1)
     leave_plan(state, e, i)
-    if request.preemptions == 0:
+    if request.prefilled_tokens == 0:  # else it has been admitted before
         state.times[e, i].admitted_s = replica.clock_s
     state.clients[e, r, client].expected_end = replica.rounds + rounds_ahead(state, e, i)
     request.phase = RUNNING
@@ -501,6 +502,8 @@ def _finish_due(state: State, e: int, r: int) -> None:
     for _ in range(done):
         i = finishes[replica.active - 1].request
         request = state.requests[e, i]
+        if request.leaving:
+            end_move_of(state, e, i)
         request.phase = FINISHED
         state.times[e, i].finished_s = replica.clock_s
         tokens = np.int64(request.prompt_tokens) + request.decode_rounds

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from servegym.envs.machine.layout import Layout
 from servegym.envs.simulator.order import tree_size
+from servegym.envs.vocabulary import ROLE_BOTH
 
 # Phases of a request. Preemption takes a running one back to waiting.
 FUTURE: Final = 0
@@ -25,9 +26,21 @@ WAITING: Final = 1
 RUNNING: Final = 2  # holds a client: its prompt is computed, wholly or in part, or it decodes
 FINISHED: Final = 3
 REJECTED: Final = 4  # larger than the memory of any replica
+MOVING: Final = 5  # on its way to a replica's queue or clients
 
 NOBODY: Final = -1
 """No request, no client, no replica: the null id in every index array."""
+
+HOST: Final = -2
+"""In the place of a replica's number: the memory of the host."""
+
+# Kinds of transfers, see ``transfers``.
+TO_QUEUE: Final = 0  # lands at the end of the target's queue when it is due
+DROPPING: Final = 1  # leaves the source at its next boundary, to be computed again at the target
+COPYING: Final = 2  # decodes at the source while its keys and values are copied, until it is due
+PAUSING: Final = 3  # copied but for the last tokens: leaves the source at its next boundary
+LANDING: Final = 4  # lands on a client of the target when it is due
+LANDED: Final = 5  # joins the target's clients at its next boundary
 
 # What a replica does between two of its boundaries.
 IDLE: Final = 0
@@ -54,10 +67,21 @@ CLUSTER: Final = np.dtype(
         ("victim", np.int64),  # place in VICTIMS: who is preempted
         ("guard", np.int64),  # place in ADMISSION_GUARDS
         ("one_pass", np.int64),  # 1: a mixed stage is one pass; 0: a prefill and a decode part
+        ("counts_memory", np.int64),  # 0: nothing depends on memory or chunks: neither is counted
         (
-            "counts_memory",
+            "moves",
             np.int64,
-        ),  # 0: nothing depends on memory or chunks, so neither is counted
+        ),  # 0: no request ever changes its replica or leaves its memory elsewhere
+        ("steals_waiting", np.int64),
+        ("steals_running", np.int64),
+        ("steal_order", np.int64),  # place in STEAL_ORDERS
+        ("steal_delay_s", np.float64),
+        ("move", np.int64),  # place in MOVES
+        ("copy_latency_s", np.float64),  # between replicas
+        ("copy_token_s", np.float64),  # seconds for the keys and values of one token
+        ("evicts_to_host", np.int64),
+        ("host_latency_s", np.float64),
+        ("host_token_s", np.float64),
     ],
     align=True,
 )
@@ -68,6 +92,7 @@ MACHINE: Final = np.dtype(
         ("clients", np.int64),
         ("blocks", np.int64),  # of KV memory, or UNLIMITED_BLOCKS
         ("watermark_blocks", np.int64),  # free blocks that admission leaves while others run
+        ("role", np.int64),  # place in ROLES
     ],
     align=True,
 )
@@ -99,6 +124,9 @@ EPISODE: Final = np.dtype(
         ("served_rounds", np.int64),  # Σ over requests of tokens emitted after the first
         ("admitted_prompt_tokens", np.int64),  # of requests that have emitted a token
         ("in_system_s", np.float64),  # ∫ in_system dt
+        ("transfers", np.int64),  # how many are under way
+        ("transfer_s", np.float64),  # when the next of them is due; ∞: none
+        ("disturbed", np.int64),  # 1: the stage that begins has preempted somebody
         ("reported_loss", np.float64),  # the loss that rewards have told of
         ("decisions", np.int64),
     ],
@@ -143,10 +171,13 @@ REQUEST: Final = np.dtype(
         ("plan_replica", np.int16),
         ("replica", np.int16),  # or NOBODY
         ("preemptions", np.int16),
+        ("moves", np.int16),
+        ("stored", np.int16),  # the replica that keeps its keys and values while it waits, or HOST
         ("phase", np.int8),
         ("bucket", np.int8),  # of LENGTH_BUCKETS, by expected rounds
         ("listed", np.int8),  # 1: it is in the list of a queue, waiting or no more
         ("planned", np.int8),  # 1: it is in the list of a client's planned queue
+        ("leaving", np.int8),  # 1: it decodes, and a transfer will take it elsewhere
     ],
     align=True,
 )
@@ -185,6 +216,12 @@ REPLICA: Final = np.dtype(
         ("prompt_squares", np.float64),  # of the same chunks
         ("emitting", np.int64),  # how many of ``picked`` emit a token when it ends
         ("work_waits", np.int64),  # 1: requests waited when it began
+        # Transfers.
+        ("coming", np.int64),  # to its queue
+        ("coming_blocks", np.int64),  # Σ blocks of their prefills
+        ("incoming", np.int64),  # to its clients, which are kept for them
+        ("incoming_blocks", np.int64),  # Σ blocks kept for these
+        ("leaving", np.int64),  # of the decoding
         # Totals so far.
         ("idle_wait_s", np.float64),  # idle client-seconds since the last prefill, work waiting
         ("prefill_stages", np.int64),
@@ -192,6 +229,19 @@ REPLICA: Final = np.dtype(
         ("mixed_stages", np.int64),
         ("busy_decode_s", np.float64),  # Σ over rounds of n / J · seconds
         ("preemptions", np.int64),
+    ],
+    align=True,
+)
+
+TRANSFER: Final = np.dtype(
+    [
+        ("due_s", np.float64),  # ∞: it waits for a boundary
+        ("request", np.int32),
+        ("client", np.int32),  # of the target, kept for it; or NOBODY
+        ("tokens", np.int32),  # that the target has kept memory for, or whose prefill is on the way
+        ("source", np.int16),  # a replica, or HOST
+        ("target", np.int16),
+        ("kind", np.int64),
     ],
     align=True,
 )
@@ -261,6 +311,9 @@ class State(NamedTuple):
     beliefs: RecordArray  # (E, I) BELIEF at first, by id; (E, 0) if known
     picked: NDArray[np.int32]  # (E, R, J) the requests whose prefill ends with the present stage
     keys: NDArray[np.int64]  # (E, clients of all replicas) scratch
+    transfers: (
+        RecordArray  # (E, T) TRANSFER in order of making [: episode.transfers]; (E, 0): none ever
+    )
 
 
 def row_arrays(state: State) -> dict[str, NDArray[Any]]:
@@ -289,11 +342,23 @@ def make_state(
         layout.guard,
         layout.one_pass,
         layout.counts_memory,
+        layout.moves,
+        layout.steals_waiting,
+        layout.steals_running,
+        layout.steal_order,
+        layout.steal_delay_s,
+        layout.move,
+        layout.copy_latency_s,
+        layout.copy_token_s,
+        layout.evicts_to_host,
+        layout.host_latency_s,
+        layout.host_token_s,
     )
     for replica, tokens in enumerate(layout.kv_capacity_tokens):
         blocks = tokens // layout.block_tokens if tokens > 0 else UNLIMITED_BLOCKS
         left = int(layout.watermark * blocks) if tokens > 0 else 0
-        machines[replica] = (layout.clients[replica], blocks, left)
+        role = layout.roles[replica] if layout.roles else ROLE_BOTH
+        machines[replica] = (layout.clients[replica], blocks, left, role)
     return State(
         cluster=cluster,
         machines=machines,
@@ -316,6 +381,8 @@ def make_state(
         beliefs=_records(e, 0 if lengths_known else i, dtype=BELIEF),
         picked=np.zeros((e, r, j), np.int32),
         keys=np.zeros((e, r * j), np.int64),
+        # Each keeps a client of its target, or is one of as many as may come to a queue at once.
+        transfers=_records(e, 2 * r * j if layout.moves else 0, dtype=TRANSFER),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -23,14 +23,8 @@ from servegym.envs.machine.costs import (
     TableDecode,
 )
 from servegym.envs.machine.presets import cost_preset
-from servegym.envs.vocabulary import (
-    ADMISSION_GUARDS,
-    ADMISSION_RULES,
-    MIXED_COSTS,
-    REWARDS,
-    ROUTERS,
-    VICTIMS,
-)
+from servegym.envs.task.cluster import ClusterConfig, check_whole
+from servegym.envs.vocabulary import ADMISSION_RULES, REWARDS, STEALS
 from servegym.envs.workload.comparison import COMPARISONS
 from servegym.envs.workload.predictors import PREDICTOR_NAMES
 from servegym.envs.workload.presets import (
@@ -40,157 +34,6 @@ from servegym.envs.workload.presets import (
     check_source,
 )
 from servegym.envs.workload.requests import MAX_REQUESTS
-
-MAX_CLIENTS: Final = 1_000_000
-MAX_REPLICAS: Final = 4096
-
-
-def _check_whole(name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise ServegymError(
-            f"{name} must be a whole number in {least} … {most}, got {shown(value)}"
-        )
-
-
-@dataclass(frozen=True)
-class ReplicaConfig:
-    """``[[cluster.replica]]``: in what one replica differs from the others.
-
-    Examples
-    --------
-    >>> ReplicaConfig(speed=2.0).clients is None
-    True
-    """
-
-    clients: int | None = None
-    """Its concurrency slots; None: as ``cluster.clients``."""
-    kv_capacity_tokens: int | None = None
-    """Its memory; None: as ``cluster.kv_capacity_tokens``."""
-    speed: float = 1.0
-    """Its stages take the cost model's seconds divided by this, 1e-6 … 1e6."""
-
-    def __post_init__(self) -> None:
-        check_fields("cluster.replica", self)
-        if self.clients is not None:
-            _check_whole("cluster.replica.clients", self.clients, 1, MAX_CLIENTS)
-        if self.kv_capacity_tokens is not None:
-            _check_whole("cluster.replica.kv_capacity_tokens", self.kv_capacity_tokens, 0, 10**12)
-        if not 1e-6 <= self.speed <= 1e6:
-            raise ServegymError(f"cluster.replica.speed must lie in 1e-6 … 1e6, got {self.speed}")
-
-
-class FullReplica(NamedTuple):
-    """All numbers of one replica."""
-
-    clients: int
-    kv_capacity_tokens: int
-    speed: float
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """``[cluster]``: the machines.
-
-    Examples
-    --------
-    >>> ClusterConfig(clients=50).clients
-    50
-    """
-
-    replicas: int = 1
-    """Copies of the model, 1 … 4,096."""
-    clients: int = 200
-    """Concurrency slots of a replica, 1 … 1,000,000."""
-    kv_capacity_tokens: int = 0
-    """Tokens whose keys and values a replica's memory holds; 0: not limiting."""
-    kv_block_tokens: int = 1
-    """Tokens of one block of that memory, 1 … 65,536: a request holds whole blocks. 16 is vLLM's."""
-    watermark: float = 0.0
-    """Share of the blocks that admission leaves free while others run, ≥ 0 and < 1."""
-    preempt: str = "newest"
-    """Who gives up its memory when a decode round does not fit: the ``newest`` admitted, who has
-    ``least-computed`` tokens, or the ``fewest-output`` tokens; of equals the newest."""
-    admission_guard: str = "none"
-    """``none``: a prompt must fit now; ``full``: so must the whole expected outputs of all who run;
-    ``peak``: memory must hold all who run at every expected finish."""
-    chunk_tokens: int = 0
-    """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
-    mixed stages."""
-    mixed: str = "one-pass"
-    """What a mixed stage costs: ``one-pass`` of the weights for all tokens, or the ``sum`` of a prefill
-    part and a decode part, as some simulators have it."""
-    max_prefill_tokens: int = 0
-    """Token budget of one prefill stage; 0: none. A stage always admits at least one request."""
-    router: str = "round-robin"
-    """Which replica a request goes to when it arrives, see ``ROUTERS``; ``pool``: one queue for all."""
-    staleness_s: float = 0.0
-    """For how long a router goes by what it has seen of the replicas."""
-    replica: tuple[ReplicaConfig, ...] = ()
-    """``[[cluster.replica]]``: what differs, one table per replica; none: all are equal."""
-
-    def __post_init__(self) -> None:
-        check_fields("cluster", self)
-        _check_whole("cluster.clients", self.clients, 1, MAX_CLIENTS)
-        _check_whole("cluster.replicas", self.replicas, 1, MAX_REPLICAS)
-        _check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 10**12)
-        _check_whole("cluster.kv_block_tokens", self.kv_block_tokens, 1, 65_536)
-        _check_whole("cluster.chunk_tokens", self.chunk_tokens, 0, 10**12)
-        _check_whole("cluster.max_prefill_tokens", self.max_prefill_tokens, 0, 10**12)
-        if not 0 <= self.watermark < 1:
-            raise ServegymError(f"cluster.watermark must be ≥ 0 and < 1, got {self.watermark}")
-        if not 0 <= self.staleness_s <= 1e9:
-            raise ServegymError(f"cluster.staleness_s must lie in 0 … 1e9, got {self.staleness_s}")
-        for key, value, names in (
-            ("preempt", self.preempt, VICTIMS),
-            ("admission_guard", self.admission_guard, ADMISSION_GUARDS),
-            ("mixed", self.mixed, MIXED_COSTS),
-            ("router", self.router, ROUTERS),
-        ):
-            if value not in names:
-                raise unknown(f"value of cluster.{key}:", value, names)
-        if self.replica and len(self.replica) != self.replicas:
-            raise ServegymError(
-                f"cluster.replicas is {self.replicas}, but there are {len(self.replica)} tables "
-                "[[cluster.replica]]; give one for each replica or none"
-            )
-        total = sum(replica.clients for replica in self.replica_tables())
-        if total > MAX_CLIENTS:
-            raise ServegymError(
-                f"all replicas together may have {MAX_CLIENTS} clients, got {total}"
-            )
-        for k, full in enumerate(self.replica_tables()):
-            if 0 < full.kv_capacity_tokens < self.kv_block_tokens:
-                own = bool(self.replica) and self.replica[k].kv_capacity_tokens is not None
-                raise ServegymError(
-                    f"cluster.{f'replica[{k}].' if own else ''}kv_capacity_tokens must be 0 or hold a "
-                    f"block of {self.kv_block_tokens} tokens (cluster.kv_block_tokens), got "
-                    f"{full.kv_capacity_tokens}"
-                )
-
-    @property
-    def all_clients(self) -> int:
-        """Clients of all replicas together: as many planned queues as a plan has."""
-        return sum(replica.clients for replica in self.replica_tables())
-
-    @property
-    def is_batch_machine(self) -> bool:
-        """Whether it is one replica without a memory limit and mixed stages, which exact methods know."""
-        unlimited = all(replica.kv_capacity_tokens == 0 for replica in self.replica_tables())
-        return self.replicas == 1 and unlimited and self.chunk_tokens == 0
-
-    def replica_tables(self) -> tuple[FullReplica, ...]:
-        """Return each replica's own numbers, with the cluster's in the place of what it leaves out."""
-        tables = self.replica or (ReplicaConfig(),) * self.replicas
-        return tuple(
-            FullReplica(
-                self.clients if table.clients is None else table.clients,
-                self.kv_capacity_tokens
-                if table.kv_capacity_tokens is None
-                else table.kv_capacity_tokens,
-                table.speed,
-            )
-            for table in tables
-        )
 
 
 @dataclass(frozen=True)
@@ -214,7 +57,7 @@ class WorkloadConfig:
     def __post_init__(self) -> None:
         check_fields("workload", self)
         check_source(self.source)
-        _check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
+        check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
         if self.source in WORKLOAD_PRESETS:
             check_arrival_rate(self.requests, self.arrival_rate_per_s)
         elif not 0 <= self.arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S:  # without meaning there
@@ -286,6 +129,9 @@ class ProcessConfig:
     mixed_rules: tuple[str, ...] = ("fcfs",)
     """Admission rules of mixed stages, whose actions come behind; without meaning where
     ``cluster.chunk_tokens`` is 0."""
+    steals: tuple[str, ...] = ()
+    """What a replica with idle clients may take from another, whose actions come last: ``waiting``
+    requests, and ``running`` ones. Replicas then need queues of their own."""
     decisions: Literal["events", "rounds"] = "events"
     """Ask where the choice has changed (a finish, an arrival), or at every decode round."""
     reward: str = "gap"
@@ -304,9 +150,14 @@ class ProcessConfig:
         for rule in (*self.rules, *self.mixed_rules):
             if rule not in ADMISSION_RULES:
                 raise unknown("admission rule", rule, ADMISSION_RULES)
+        if len(set(self.steals)) != len(self.steals):
+            raise ServegymError("process.steals must name each kind once")
+        for kind in self.steals:
+            if kind not in STEALS:
+                raise unknown("value of process.steals:", kind, STEALS)
         if self.reward not in REWARDS:
             raise unknown("reward", self.reward, REWARDS)
-        _check_whole("process.max_decisions", self.max_decisions, 0, 10**12)
+        check_whole("process.max_decisions", self.max_decisions, 0, 10**12)
         if not 0 <= self.max_seconds < np.inf:
             raise ServegymError(f"process.max_seconds must be ≥ 0, got {self.max_seconds}")
 
@@ -323,7 +174,7 @@ class TaskConfig:
     """
 
     name: str
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     cost: CostModel = field(default_factory=lambda: cost_preset("llama2-70b-a100x4").costs)
     workload: WorkloadConfig = WorkloadConfig()
     information: InformationConfig = InformationConfig()
@@ -340,14 +191,27 @@ class TaskConfig:
                     f"{section} must be a {kind.__name__}, got {shown(getattr(self, section))}"
                 )
 
+        shared = self.cluster.replicas == 1 or self.cluster.router == "pool"
+        if self.process.steals and shared:
+            lacks = (
+                "cluster.replicas is 1" if self.cluster.replicas == 1 else "replicas share a pool"
+            )
+            raise ServegymError(
+                f"process.steals has nothing to steal from: {lacks}; leave it empty"
+            )
+
     @property
     def actions(self) -> tuple[str, ...]:
-        """What each action does: ``decode``, ``prefill:RULE`` or ``mixed:RULE``."""
+        """What each action does: ``decode``, ``prefill:RULE``, ``mixed:RULE`` or ``steal:KIND``.
+
+        Where a replica has no request to decode and may steal, ``decode`` lets it wait.
+        """
         mixed = self.process.mixed_rules if self.cluster.chunk_tokens > 0 else ()
         return (
             "decode",
             *(f"prefill:{rule}" for rule in self.process.rules),
             *(f"mixed:{rule}" for rule in mixed),
+            *(f"steal:{kind}" for kind in self.process.steals),
         )
 
 

@@ -23,12 +23,16 @@ from servegym.envs.process.reward import write_credits
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.task.cases import Case
-from servegym.envs.task.config import ClusterConfig, TaskConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.vocabulary import (
     ADMISSION_GUARDS,
     ADMISSION_RULES,
+    MOVES,
     REWARDS,
+    ROLES,
     ROUTERS,
+    STEAL_ORDERS,
+    STEALS,
     VICTIMS,
 )
 from servegym.envs.workload.comparison import compared_tokens
@@ -71,11 +75,12 @@ def lower(task: TaskConfig) -> Machine:
     ((1, 4), False)
     """
     cluster, process = task.cluster, task.process
-    layout = _lay_out(cluster)
+    layout = _lay_out(task)
     mixed_rules = [name.split(":")[1] for name in task.actions if name.startswith("mixed:")]
     settings = Settings(
         rules=np.array([ADMISSION_RULES.index(rule) for rule in process.rules]),
         mixed_rules=np.array([ADMISSION_RULES.index(rule) for rule in mixed_rules], np.int64),
+        steals=np.array([STEALS.index(kind) for kind in process.steals], np.int64),
         every_round=process.decisions == "rounds",
         max_prefill_tokens=cluster.max_prefill_tokens,
         reward=REWARDS.index(process.reward),
@@ -85,9 +90,12 @@ def lower(task: TaskConfig) -> Machine:
     return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout)
 
 
-def _lay_out(cluster: ClusterConfig) -> Layout:
+def _lay_out(task: TaskConfig) -> Layout:
     """Return the replicas as kernels read them."""
+    cluster, steals = task.cluster, task.process.steals
     replicas = cluster.replica_tables()
+    between, host = cluster.link_numbers()
+    roles = tuple(ROLES.index(replica.role) for replica in replicas)
     return Layout(
         clients=tuple(replica.clients for replica in replicas),
         kv_capacity_tokens=tuple(replica.kv_capacity_tokens for replica in replicas),
@@ -100,6 +108,17 @@ def _lay_out(cluster: ClusterConfig) -> Layout:
         victim=VICTIMS.index(cluster.preempt),
         guard=ADMISSION_GUARDS.index(cluster.admission_guard),
         one_pass=cluster.mixed == "one-pass",
+        roles=roles,
+        steals_waiting="waiting" in steals,
+        steals_running="running" in steals,
+        steal_order=STEAL_ORDERS.index(cluster.steal_order),
+        steal_delay_s=cluster.steal_delay_s,
+        move=MOVES.index(cluster.move),
+        copy_latency_s=between.latency_s,
+        copy_token_s=cluster.kv_bytes_per_token / between.bytes_per_s,
+        evicts_to_host=cluster.evict == "host" and any(r.kv_capacity_tokens for r in replicas),
+        host_latency_s=host.latency_s,
+        host_token_s=cluster.kv_bytes_per_token / host.bytes_per_s,
     )
 
 
@@ -137,7 +156,7 @@ def bound_case(machine: Machine, requests: Requests) -> Case:
 def make_task_state(task: TaskConfig, environments: int, requests: int) -> State:
     """Allocate the state of ``environments`` episodes of ``task``, of up to ``requests`` each."""
     known = task.information.output_lengths == "known"
-    return make_state(environments, requests, _lay_out(task.cluster), lengths_known=known)
+    return make_state(environments, requests, _lay_out(task), lengths_known=known)
 
 
 def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | None = None) -> None:

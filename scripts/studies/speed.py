@@ -26,7 +26,8 @@ from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.simulator.state import State
 from servegym.envs.task.cases import Case
-from servegym.envs.task.config import ClusterConfig, TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.cluster import ClusterConfig
+from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
 from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv

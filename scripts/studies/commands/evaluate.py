@@ -13,6 +13,7 @@ from servegym.baselines.exact.optima import TooLargeError, find_optima
 from servegym.baselines.registry import policy_descriptions
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
+from servegym.envs.machine.links import LINKS
 from servegym.envs.machine.presets import COST_PRESETS
 from servegym.envs.playing.evaluation import evaluate, make_case, read_best_known
 from servegym.envs.playing.identity import claim_task
@@ -62,6 +63,8 @@ class Args:
     """List who may give up memory (cluster.preempt) and stop."""
     list_guards: bool = False
     """List what admission may look at in memory (cluster.admission_guard) and stop."""
+    list_links: bool = False
+    """List what keys and values are copied over (cluster.link) and stop."""
 
 
 def resolve_task(args: Args) -> TaskConfig:
@@ -109,6 +112,16 @@ def list_tasks() -> str:
     )
 
 
+def list_links() -> str:
+    """Return the links with their latency, bytes per second and source."""
+    return _in_columns(
+        {
+            name: f"{1e3 * link.latency_s:g} ms + bytes / {link.bytes_per_s / 1e9:g} GB/s: {link.source}"
+            for name, link in LINKS.items()
+        }
+    )
+
+
 def _in_columns(lines: Mapping[str, str]) -> str:
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
@@ -126,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (args.list_routers, partial(_in_columns, ROUTER_TEXTS)),
             (args.list_victims, partial(_in_columns, VICTIM_TEXTS)),
             (args.list_guards, partial(_in_columns, GUARD_TEXTS)),
+            (args.list_links, list_links),
         )
         if wanted
     ]

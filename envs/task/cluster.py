@@ -1,0 +1,258 @@
+"""``[cluster]`` of a task: replicas, memory, routers, and what moves between replicas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from servegym.envs.arguments import check_fields
+from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.machine.links import LINKS
+from servegym.envs.vocabulary import (
+    ADMISSION_GUARDS,
+    EVICTIONS,
+    MIXED_COSTS,
+    MOVES,
+    ROLES,
+    ROUTERS,
+    STEAL_ORDERS,
+    VICTIMS,
+)
+
+MAX_CLIENTS: Final = 1_000_000
+MAX_REPLICAS: Final = 4096
+
+
+def check_whole(name: str, value: int, least: int, most: int) -> None:
+    """Refuse a number outside a range."""
+    if not least <= value <= most:
+        raise ServegymError(
+            f"{name} must be a whole number in {least} … {most}, got {shown(value)}"
+        )
+
+
+@dataclass(frozen=True)
+class ReplicaConfig:
+    """``[[cluster.replica]]``: in what one replica differs from the others.
+
+    Examples
+    --------
+    >>> ReplicaConfig(speed=2.0).clients is None
+    True
+    """
+
+    clients: int | None = None
+    """Its concurrency slots; None: as ``cluster.clients``."""
+    kv_capacity_tokens: int | None = None
+    """Its memory; None: as ``cluster.kv_capacity_tokens``."""
+    speed: float = 1.0
+    """Its stages take the cost model's seconds divided by this, 1e-6 … 1e6."""
+
+    role: str = "both"
+    """``prefill``: whoever has its first token goes on at another replica, to which its keys and values
+    are copied; ``decode``: no request comes here first; or ``both``."""
+
+    def __post_init__(self) -> None:
+        check_fields("cluster.replica", self)
+        if self.role not in ROLES:
+            raise unknown("value of cluster.replica.role:", self.role, ROLES)
+        if self.clients is not None:
+            check_whole("cluster.replica.clients", self.clients, 1, MAX_CLIENTS)
+        if self.kv_capacity_tokens is not None:
+            check_whole("cluster.replica.kv_capacity_tokens", self.kv_capacity_tokens, 0, 10**12)
+        if not 1e-6 <= self.speed <= 1e6:
+            raise ServegymError(f"cluster.replica.speed must lie in 1e-6 … 1e6, got {self.speed}")
+
+
+class FullReplica(NamedTuple):
+    """All numbers of one replica."""
+
+    clients: int
+    kv_capacity_tokens: int
+    speed: float
+    role: str
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """``cluster.link``: what copying between two memories costs.
+
+    Examples
+    --------
+    >>> LinkConfig(latency_s=0.001, bytes_per_s=1e10).bytes_per_s
+    10000000000.0
+    """
+
+    latency_s: float = 0.0
+    """Seconds before the first byte, 0 … 1e6."""
+    bytes_per_s: float = 200e9
+    """> 0, at most 1e18."""
+
+    def __post_init__(self) -> None:
+        check_fields("cluster.link", self)
+        if not 0 <= self.latency_s <= 1e6:
+            raise ServegymError(f"cluster.link.latency_s must lie in 0 … 1e6, got {self.latency_s}")
+        if not 0 < self.bytes_per_s <= 1e18:
+            raise ServegymError(
+                f"cluster.link.bytes_per_s must be > 0 and at most 1e18, got {self.bytes_per_s}"
+            )
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """``[cluster]``: the machines.
+
+    Examples
+    --------
+    >>> ClusterConfig(clients=50).clients
+    50
+    """
+
+    replicas: int = 1
+    """Copies of the model, 1 … 4,096."""
+    clients: int = 200
+    """Concurrency slots of a replica, 1 … 1,000,000."""
+    kv_capacity_tokens: int = 0
+    """Tokens whose keys and values a replica's memory holds; 0: not limiting."""
+    kv_block_tokens: int = 1
+    """Tokens of one block of that memory, 1 … 65,536: a request holds whole blocks. 16 is vLLM's."""
+    watermark: float = 0.0
+    """Share of the blocks that admission leaves free while others run, ≥ 0 and < 1."""
+    preempt: str = "newest"
+    """Who gives up its memory when a decode round does not fit: the ``newest`` admitted, who has
+    ``least-computed`` tokens, or the ``fewest-output`` tokens; of equals the newest."""
+    admission_guard: str = "none"
+    """``none``: a prompt must fit now; ``full``: so must the whole expected outputs of all who run;
+    ``peak``: memory must hold all who run at every expected finish."""
+    chunk_tokens: int = 0
+    """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
+    mixed stages."""
+    mixed: str = "one-pass"
+    """What a mixed stage costs: ``one-pass`` of the weights for all tokens, or the ``sum`` of a prefill
+    part and a decode part, as some simulators have it."""
+    max_prefill_tokens: int = 0
+    """Token budget of one prefill stage; 0: none. A stage always admits at least one request."""
+    router: str = "round-robin"
+    """Which replica a request goes to when it arrives, see ``ROUTERS``; ``pool``: one queue for all."""
+    staleness_s: float = 0.0
+    """For how long a router goes by what it has seen of the replicas."""
+    steal_order: str = "longest"
+    """Which waiting requests a replica steals: the ``longest``, ``newest`` or ``oldest`` of the queue with
+    most work. Without meaning unless ``process.steals`` names ``waiting``."""
+    steal_delay_s: float = 0.0
+    """Seconds until a stolen request that has no keys and values to copy arrives, 0 … 1e6."""
+    move: str = "copy"
+    """How a stolen running request moves: by ``copy`` of its keys and values while it decodes, by
+    ``recompute``, or whichever is ``cheaper``."""
+    kv_bytes_per_token: int = 327_680
+    """Bytes of the keys and values of one token; the default is that of Llama 2 70B in 16 bits."""
+    link: str | LinkConfig = "nvlink"
+    """What copies run over between replicas: one of ``LINKS``, or a table of ``latency_s`` and
+    ``bytes_per_s``."""
+    evict: str = "recompute"
+    """What becomes of the keys and values of a preempted request: dropped, to ``recompute`` them, or kept
+    on the ``host``, to fetch them when it is admitted again."""
+    host_link: str | LinkConfig = "pcie4"
+    """What copies run over between a replica and its host."""
+    replica: tuple[ReplicaConfig, ...] = ()
+    """``[[cluster.replica]]``: what differs, one table per replica; none: all are equal."""
+
+    def __post_init__(self) -> None:
+        check_fields("cluster", self)
+        check_whole("cluster.clients", self.clients, 1, MAX_CLIENTS)
+        check_whole("cluster.replicas", self.replicas, 1, MAX_REPLICAS)
+        check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 10**12)
+        check_whole("cluster.kv_block_tokens", self.kv_block_tokens, 1, 65_536)
+        check_whole("cluster.chunk_tokens", self.chunk_tokens, 0, 10**12)
+        check_whole("cluster.max_prefill_tokens", self.max_prefill_tokens, 0, 10**12)
+        if not 0 <= self.watermark < 1:
+            raise ServegymError(f"cluster.watermark must be ≥ 0 and < 1, got {self.watermark}")
+        check_whole("cluster.kv_bytes_per_token", self.kv_bytes_per_token, 0, 10**9)
+        if not 0 <= self.steal_delay_s <= 1e6:
+            raise ServegymError(
+                f"cluster.steal_delay_s must lie in 0 … 1e6, got {self.steal_delay_s}"
+            )
+        for key, link in (("link", self.link), ("host_link", self.host_link)):
+            if isinstance(link, str) and link not in LINKS:
+                raise unknown(f"value of cluster.{key}:", link, tuple(LINKS))
+        if not 0 <= self.staleness_s <= 1e9:
+            raise ServegymError(f"cluster.staleness_s must lie in 0 … 1e9, got {self.staleness_s}")
+        for key, value, names in (
+            ("preempt", self.preempt, VICTIMS),
+            ("admission_guard", self.admission_guard, ADMISSION_GUARDS),
+            ("mixed", self.mixed, MIXED_COSTS),
+            ("router", self.router, ROUTERS),
+            ("steal_order", self.steal_order, STEAL_ORDERS),
+            ("move", self.move, MOVES),
+            ("evict", self.evict, EVICTIONS),
+        ):
+            if value not in names:
+                raise unknown(f"value of cluster.{key}:", value, names)
+        if self.replica and len(self.replica) != self.replicas:
+            raise ServegymError(
+                f"cluster.replicas is {self.replicas}, but there are {len(self.replica)} tables "
+                "[[cluster.replica]]; give one for each replica or none"
+            )
+        total = sum(replica.clients for replica in self.replica_tables())
+        if total > MAX_CLIENTS:
+            raise ServegymError(
+                f"all replicas together may have {MAX_CLIENTS} clients, got {total}"
+            )
+        self._check_roles()
+        for k, full in enumerate(self.replica_tables()):
+            if 0 < full.kv_capacity_tokens < self.kv_block_tokens:
+                own = bool(self.replica) and self.replica[k].kv_capacity_tokens is not None
+                raise ServegymError(
+                    f"cluster.{f'replica[{k}].' if own else ''}kv_capacity_tokens must be 0 or hold a "
+                    f"block of {self.kv_block_tokens} tokens (cluster.kv_block_tokens), got "
+                    f"{full.kv_capacity_tokens}"
+                )
+
+    def _check_roles(self) -> None:
+        """Refuse roles that leave requests without a replica for their prompts or for their rounds."""
+        roles = [replica.role for replica in self.replica]
+        if set(roles) <= {"both"}:
+            return
+        if self.router in ("pool", "plan"):
+            raise ServegymError(
+                f"cluster.router {self.router!r} knows no roles of replicas; choose another router"
+            )
+        for role, other in (("prefill", "decode"), ("decode", "prefill")):
+            if role in roles and not {"both", other} & set(roles):
+                raise ServegymError(
+                    f"cluster.replica has roles {role!r} only; one must be 'both' or {other!r}"
+                )
+
+    def link_numbers(self) -> tuple[LinkConfig, LinkConfig]:
+        """Return the link between replicas and that to the host as numbers."""
+        between, host = (
+            LinkConfig(*LINKS[link][:2]) if isinstance(link, str) else link
+            for link in (self.link, self.host_link)
+        )
+        return between, host
+
+    @property
+    def all_clients(self) -> int:
+        """Clients of all replicas together: as many planned queues as a plan has."""
+        return sum(replica.clients for replica in self.replica_tables())
+
+    @property
+    def is_batch_machine(self) -> bool:
+        """Whether it is one replica without a memory limit and mixed stages, which exact methods know."""
+        unlimited = all(replica.kv_capacity_tokens == 0 for replica in self.replica_tables())
+        return self.replicas == 1 and unlimited and self.chunk_tokens == 0
+
+    def replica_tables(self) -> tuple[FullReplica, ...]:
+        """Return each replica's own numbers, with the cluster's in the place of what it leaves out."""
+        tables = self.replica or (ReplicaConfig(),) * self.replicas
+        return tuple(
+            FullReplica(
+                self.clients if table.clients is None else table.clients,
+                self.kv_capacity_tokens
+                if table.kv_capacity_tokens is None
+                else table.kv_capacity_tokens,
+                table.speed,
+                table.role,
+            )
+            for table in tables
+        )
