@@ -12,12 +12,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tests.reference_cluster_moves import Moving
 from tests.reference_cluster_parts import (
     GUARDS,
+    HOST,
     ROUTERS,
     VICTIMS,
     Action,
     ClusterSpec,
+    Move,
     ReferenceRequest,
     Replica,
     ReplicaSpec,
@@ -49,6 +52,7 @@ class Outcome:
     records: list[ReferenceRequest]
     stages: list[StageRecord]
     clock_s: float
+    moves: list[Move]  # in order of their making
 
     @property
     def preemptions(self) -> int:
@@ -59,7 +63,7 @@ class Outcome:
         return max((record.finished_s or 0.0 for record in self.records), default=0.0)
 
 
-class ReferenceCluster:
+class ReferenceCluster(Moving):
     """A cluster under one rule of decision, `choose`; override it for another policy."""
 
     def __init__(self, requests: Sequence[tuple[float, int, int]], spec: ClusterSpec) -> None:
@@ -76,6 +80,8 @@ class ReferenceCluster:
         self.looked_s = 0.0
         self.views: list[View] = []
         self.stages: list[StageRecord] = []
+        self.moves: list[Move] = []  # under way, in order of their making
+        self.made: list[Move] = []  # all
 
     # ---- the clock --------------------------------------------------------------------------
 
@@ -84,24 +90,30 @@ class ReferenceCluster:
             pass
         left = [r.id for r in self.records if r.phase not in ("finished", "rejected")]
         assert not left, f"nothing happens any more, but requests {left} are not finished"
-        return Outcome(self.records, self.stages, self.clock_s)
+        return Outcome(self.records, self.stages, self.clock_s, self.made)
 
     def next_event(self) -> bool:
-        """Go to the next time; serve its arrivals, then stages that end, then replicas without one.
+        """Go to the next time; serve transfers, arrivals, stages that end, joins, idle replicas.
 
         Replicas that stay idle are asked again, by number, as long as one of them begins a stage: a
         later one may have evicted somebody into a pool.
         """
         times = [request.arrival_s for request in self.future[:1]]
         times += [replica.stage.end_s for replica in self.replicas if replica.stage]
+        times += [move.due_s for move in self.moves if move.due_s < math.inf]
         if not times:
             return False
         self.clock_s = min(times)
+        self.transfer()
         while self.future and self.future[0].arrival_s == self.clock_s:
             self.arrive(self.future.pop(0))
         for replica in self.replicas:
             if replica.stage and replica.stage.end_s == self.clock_s:
                 self.end_stage(replica, replica.stage)
+                self.leave_at_boundary(replica)
+        for replica in self.replicas:
+            if not replica.stage:
+                self.join(replica)
         begun = True
         while begun:
             idle = [replica for replica in self.replicas if not replica.stage]
@@ -113,8 +125,9 @@ class ReferenceCluster:
     # ---- arrivals and routing ---------------------------------------------------------------
 
     def arrive(self, request: ReferenceRequest) -> None:
-        fitting = [replica for replica in self.replicas if replica.could_ever_hold(request)]
-        if not fitting:
+        holding = [replica for replica in self.replicas if replica.could_ever_hold(request)]
+        fitting = [replica for replica in holding if replica.spec.role != "decode"]
+        if not fitting or all(replica.spec.role == "prefill" for replica in holding):
             request.phase = "rejected"
             return
         request.phase = "waiting"
@@ -133,6 +146,8 @@ class ReferenceCluster:
         Where a turn or a draw names another, the next number that can takes the request.
         """
         router, count = self.spec.router, len(self.replicas)
+        if router == "first":
+            return fitting[0]
         if router in ("round-robin", "random"):
             turn = self.spec.draws[self.routed] if router == "random" else self.routed
             return min(fitting, key=lambda replica: (replica.id - turn) % count)
@@ -170,6 +185,16 @@ class ReferenceCluster:
         return replica.queue[0] if replica.queue else None
 
     def begin_stage(self, replica: Replica) -> None:
+        """Steal what may be stolen, then decide; what was only a fetch is followed by another."""
+        while self.steal_waiting(replica):
+            pass
+        while self.steal_running(replica):
+            pass
+        while self.decide(replica):
+            pass
+
+    def decide(self, replica: Replica) -> bool:
+        """Begin a stage if there is one; return whether requests were fetched and nothing else."""
         action = self.choose(replica)
         stage = Stage(replica.id, self.clock_s, 0.0, [], [], [])
         if action.kind == "prefill":
@@ -182,13 +207,14 @@ class ReferenceCluster:
             if not stage.preempted:
                 self.admit_chunks(replica, stage, action.rule)
         if not stage.decodes and not stage.chunks:
-            return
+            return stage.fetched
         # CHOICE: `sum` is a cost of chunked passes; prefill-first stages cost what they cost.
         mixed = self.spec.mixed if self.spec.chunk_tokens > 0 else "one-pass"
         seconds = stage_s(self.spec.costs, mixed, stage.decodes, stage.chunks)
         stage.seconds = seconds / replica.spec.speed
         replica.stage = stage
         self.log(replica, stage)
+        return False
 
     def log(self, replica: Replica, stage: Stage) -> None:
         kind = "mixed" if stage.decodes and stage.chunks else "prefill"
@@ -213,6 +239,9 @@ class ReferenceCluster:
             request = self.candidate(replica, rule)
             if request is None or not self.memory_allows(replica, request):
                 return
+            if request.stored is not None:
+                self.fetch(replica, request, stage)
+                continue
             if stage.chunks and self.over_budget([tokens for _, tokens in stage.chunks], request):
                 return
             self.admit(replica, request)
@@ -263,6 +292,9 @@ class ReferenceCluster:
             request = self.candidate(replica, rule)
             if request is None or not self.memory_allows(replica, request):
                 return
+            if request.stored is not None:
+                self.fetch(replica, request, stage)
+                continue
             tokens = min(request.todo, self.budget_left(stage))
             self.admit(replica, request)
             replica.take(request, request.todo if self.spec.reserve == "prompt" else tokens)
@@ -289,18 +321,20 @@ class ReferenceCluster:
 
         CHOICE: a guard comes on top of this and compares with the whole memory, not the watermark.
         """
-        kept = 0
-        if replica.running and replica.blocks < math.inf:
-            kept = math.floor(self.spec.watermark * replica.blocks)
-        if replica.blocks_for(request.todo) + kept > replica.free_blocks:
+        wanted = replica.blocks_for(request.wanted_tokens)
+        if wanted + self.watermark(replica) > replica.free_blocks:
             return False
         together = [*replica.running, request]
         if self.spec.admission_guard == "full":
             wholes = [replica.blocks_for(r.prompt + r.output) for r in together]
-            return sum(wholes) <= replica.blocks
+            return sum(wholes) + replica.reserved_blocks <= replica.blocks
         if self.spec.admission_guard == "peak":
-            return self.peak(replica, together) <= replica.blocks
+            return self.peak(replica, together) + replica.reserved_blocks <= replica.blocks
         return True
+
+    def watermark(self, replica: Replica) -> int:
+        """Blocks that stay free while a client is held or reserved."""
+        return math.floor(self.spec.watermark * replica.blocks) if replica.watermark_binds else 0
 
     def peak(self, replica: Replica, together: list[ReferenceRequest]) -> int:
         """Most blocks held at once if these end their prefills now and then decode side by side.
@@ -312,7 +346,7 @@ class ReferenceCluster:
         while True:
             held = []
             for request in together:
-                prefills = not request.decoding
+                prefills = not request.decoding and request.stored is None
                 first = request.prompt + request.emitted - (0 if prefills else 1)
                 rounds_left = request.output - request.emitted - (1 if prefills else 0)
                 if rounds <= rounds_left:
@@ -325,11 +359,15 @@ class ReferenceCluster:
     def preempt(self, replica: Replica, stage: Stage) -> None:
         """Evict one request: it loses its blocks, its client and its part of this stage."""
         victim = self.victim(replica)
+        self.void(victim)
+        if victim.decoding and self.spec.preempt_to == "host":
+            victim.stored = HOST
+        else:
+            victim.todo = victim.prompt + victim.emitted
+            victim.computed = 0
         replica.running.remove(victim)
         replica.queue.insert(0, victim)
         victim.phase = "waiting"
-        victim.todo = victim.prompt + victim.emitted
-        victim.computed = 0
         victim.blocks = 0
         victim.preemptions += 1
         stage.preempted.append(victim)
@@ -366,7 +404,12 @@ class ReferenceCluster:
                 request.finished_s = self.clock_s
                 request.blocks = 0
                 replica.running.remove(request)
+                self.void(request)
         replica.stage = None
+        if replica.spec.role == "prefill":
+            for request, _ in stage.chunks:
+                if request.decoding:
+                    self.hand_over(replica, request)
 
 
 def serve(

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, replace
 from servegym.envs.machine.costs import AffinePrefill, StageCosts, TableDecode
 from tests.reference_costs import decode_round_s, interpolated, prefill_s
 
+HOST = -1  # where keys and values are that no replica holds
 ROUTERS = (
     "round-robin random least-requests least-waiting least-tokens vllm-dp llumnix dynamo pool"
 ).split()
 VICTIMS = ("newest", "least-computed", "fewest-output")
 GUARDS = ("none", "full", "peak")
+ROLES = ("both", "prefill", "decode")
+TAKES = ("longest", "newest", "oldest")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class ReplicaSpec:
     clients: int
     kv_capacity_tokens: int = 0  # 0: no limit
     speed: float = 1.0  # all seconds are divided by it
+    role: str = "both"  # one of ROLES
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,35 @@ class ClusterSpec:
     padded: bool = False  # that budget counts requests × longest
     reserve: str = "chunk"  # chunk, prompt: the blocks that a prompt takes when it is admitted
     mixed: str = "one-pass"  # one-pass, sum
-    router: str = "round-robin"  # one of ROUTERS
+    router: str = "round-robin"  # one of ROUTERS; first: the lowest that can, for tests
     draws: Sequence[int] = ()  # of the router `random`: a replica for each routed request
     staleness_s: float = 0.0
+    steals: tuple[str, ...] = ()  # of waiting, running
+    steal_takes: str = "longest"  # one of TAKES: which waiting requests
+    steal_delay_s: float = 0.0
+    latency_s: float = 0.0  # of the link between replicas
+    bytes_per_s: float = math.inf
+    kv_bytes_per_token: int = 1
+    move_by: str = "copy"  # copy, recompute, cheaper: how a running request moves
+    preempt_to: str = "recompute"  # recompute, host: what becomes of a victim's keys and values
+    host_latency_s: float = 0.0
+    host_bytes_per_s: float = math.inf
+
+    def copy_s(self, tokens: int) -> float:
+        """Seconds to copy the keys and values of so many tokens to another replica."""
+        return self.latency_s + tokens * self.kv_bytes_per_token / self.bytes_per_s
+
+    def host_s(self, tokens: int) -> float:
+        """Seconds to the host and back."""
+        one_way_s = tokens * self.kv_bytes_per_token / self.host_bytes_per_s
+        return 2 * (self.host_latency_s + one_way_s)
 
     def __post_init__(self) -> None:
+        roles = {replica.role for replica in self.replicas}
+        if self.steals and (len(self.replicas) == 1 or self.router == "pool"):
+            raise ValueError("stealing needs two replicas with queues of their own")
+        if roles != {"both"} and (self.router == "pool" or len(roles) == 1):
+            raise ValueError("roles need prefill and decode replicas with queues of their own")
         unlimited = any(replica.kv_capacity_tokens == 0 for replica in self.replicas)
         if self.router == "llumnix" and unlimited:  # CHOICE: its free steps would be infinite
             raise ValueError("llumnix needs a limited memory on every replica")
@@ -58,7 +86,7 @@ class ReferenceRequest:
     arrival_s: float
     prompt: int
     output: int
-    phase: str = "future"  # future, waiting, running, finished, rejected
+    phase: str = "future"  # future, waiting, running, moving, finished, rejected
     replica: int | None = None  # the last that it was queued at (in a pool: that admitted it)
     client: int | None = None  # the last that it held
     admitted_s: float | None = None
@@ -70,7 +98,8 @@ class ReferenceRequest:
     emitted: int = 0
     todo: int = 0  # tokens that its prefill computes
     computed: int = 0  # tokens whose keys and values it holds
-    blocks: int = 0
+    blocks: int = 0  # at the replica where it runs, or that keeps them while it waits or moves
+    stored: int | None = None  # waiting or fetched: the replica with its keys and values, or HOST
 
     @property
     def rejected(self) -> bool:
@@ -86,9 +115,19 @@ class ReferenceRequest:
         return self.phase == "running" and self.computed >= self.todo
 
     @property
+    def held_tokens(self) -> int:
+        """What a decoding request holds between stages."""
+        return self.prompt + self.emitted - 1
+
+    @property
+    def wanted_tokens(self) -> int:
+        """What a waiting request will hold once it is admitted."""
+        return self.todo if self.stored is None else self.held_tokens
+
+    @property
     def tokens_left(self) -> int:
         """Tokens still to compute: the rest of its prefill, then one a round."""
-        if self.decoding:
+        if self.decoding or self.stored is not None:
             return self.output - self.emitted
         return self.todo - self.computed + self.output - self.emitted - 1
 
@@ -111,6 +150,7 @@ class Stage:
     decodes: list[ReferenceRequest]
     chunks: list[tuple[ReferenceRequest, int]]  # prompts and how many of their tokens
     preempted: list[ReferenceRequest]
+    fetched: bool = False
 
     @property
     def end_s(self) -> float:
@@ -149,7 +189,7 @@ class View:
             self,
             waiting=self.waiting + 1,
             tokens=self.tokens + request.tokens_left,
-            wanted_blocks=self.wanted_blocks + replica.blocks_for(request.todo),
+            wanted_blocks=self.wanted_blocks + replica.blocks_for(request.wanted_tokens),
         )
 
     def score(self, router: str) -> float:
@@ -174,6 +214,35 @@ class View:
 
 
 @dataclass(eq=False)
+class Move:
+    """A request's way from one replica to another, or from the host; from the steal to its end.
+
+    kind: `queue` and `recompute` end in the target's queue, `copy` and `fetch` on a reserved client.
+    state: `flying` until due, then over or `landed`; a live `copy` before that `copying` until due;
+    that and `recompute` are `pausing` until the source's boundary; in the end `queued` or `joined`,
+    `failed` (no memory) or `void` (the request had finished or was preempted).
+    """
+
+    kind: str
+    request: ReferenceRequest
+    source: Replica | None  # None: the host
+    target: Replica
+    made_s: float
+    state: str
+    due_s: float = math.inf  # inf: it waits for a boundary
+    client: int | None = None  # reserved at the target
+    blocks: int = 0  # reserved at the target
+    emitted: int = 0  # tokens, when it was made
+    left_s: float | None = None  # when the request left the source's clients or queue
+    ended_s: float | None = None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the request still decodes at its source."""
+        return self.state in ("copying", "pausing")
+
+
+@dataclass(eq=False)
 class Replica:
     """One copy of the model: its queue, who runs (in order of admission), its stage."""
 
@@ -183,6 +252,8 @@ class Replica:
     queue: list[ReferenceRequest]  # in a pool the same list for all
     running: list[ReferenceRequest] = field(default_factory=list)
     stage: Stage | None = None
+    reserved: list[Move] = field(default_factory=list)  # with a client and blocks here
+    kept: list[ReferenceRequest] = field(default_factory=list)  # gone, but their blocks are here
 
     def blocks_for(self, tokens: int) -> int:
         return math.ceil(tokens / self.block_tokens)
@@ -195,11 +266,28 @@ class Replica:
 
     @property
     def free_blocks(self) -> float:
-        return self.blocks - sum(request.blocks for request in self.running)
+        return self.blocks - self.used_blocks
+
+    @property
+    def used_blocks(self) -> int:
+        held = sum(request.blocks for request in self.running + self.kept)
+        return held + self.reserved_blocks
+
+    @property
+    def reserved_blocks(self) -> int:
+        return sum(move.blocks for move in self.reserved)
+
+    @property
+    def held_clients(self) -> int:
+        return len(self.running) + len(self.reserved)
+
+    @property
+    def watermark_binds(self) -> bool:
+        return self.held_clients > 0 and self.blocks < math.inf
 
     @property
     def idle_clients(self) -> list[int]:
-        busy = {request.client for request in self.running}
+        busy = {holder.client for holder in [*self.running, *self.reserved]}
         return [client for client in range(self.spec.clients) if client not in busy]
 
     def could_ever_hold(self, request: ReferenceRequest) -> bool:
@@ -214,16 +302,20 @@ class Replica:
         assert self.free_blocks >= 0
 
     def view(self) -> View:
+        """Whoever has a reservation counts as running, without tokens left.
+
+        CHOICE: blocks kept for those that have gone count as held.
+        """
         begun = [request for request in self.running if not request.decoding]
         return View(
             waiting=len(self.queue),
-            running=len(self.running),
+            running=self.held_clients,
             tokens=sum(request.tokens_left for request in self.queue + self.running),
-            wanted_blocks=sum(self.blocks_for(request.todo) for request in self.queue),
+            wanted_blocks=sum(self.blocks_for(request.wanted_tokens) for request in self.queue),
             unfinished_blocks=sum(
                 self.blocks_for(request.todo - request.computed) for request in begun
             ),
-            held_blocks=sum(request.blocks for request in self.running),
+            held_blocks=self.used_blocks,
             free_blocks=self.free_blocks,
         )
 
