@@ -12,8 +12,8 @@ from servegym.envs.process.metrics import EpisodeLog, records
 from servegym.envs.simulator.loading import router_luck
 from servegym.envs.simulator.routing import random_replica
 from servegym.envs.simulator.state import State
-from servegym.envs.task.cluster import ClusterConfig, ReplicaConfig
-from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.cluster import ClusterConfig, LinkConfig, ReplicaConfig
+from servegym.envs.task.config import ProcessConfig, TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
 from tests.random_clusters import ClusterCase
 from tests.reference_cluster import ClusterSpec, Outcome, serve
@@ -37,11 +37,19 @@ def cluster_task(spec: ClusterSpec) -> TaskConfig:
         router=spec.router,
         staleness_s=spec.staleness_s,
         replica=tuple(
-            ReplicaConfig(part.clients, part.kv_capacity_tokens, part.speed)
+            ReplicaConfig(part.clients, part.kv_capacity_tokens, part.speed, part.role)
             for part in spec.replicas
         ),
+        steal_order=spec.steal_takes,
+        steal_delay_s=spec.steal_delay_s,
+        move=spec.move_by,
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        link=LinkConfig(spec.latency_s, min(spec.bytes_per_s, 1e18)),
+        evict=spec.preempt_to,
+        host_link=LinkConfig(spec.host_latency_s, min(spec.host_bytes_per_s, 1e18)),
     )
-    return TaskConfig("cluster", cluster=cluster, cost=spec.costs)
+    process = ProcessConfig(steals=spec.steals)
+    return TaskConfig("cluster", cluster=cluster, cost=spec.costs, process=process)
 
 
 def play_fast(case: ClusterCase) -> tuple[EpisodeLog, State, list[int], float]:
@@ -78,6 +86,7 @@ def compare_cluster(case: ClusterCase) -> Outcome:
         assert bool(log.rejected[i]) == theirs.rejected, row
         assert int(log.preemptions[i]) == theirs.preemptions, (row, "preemptions")
         assert int(log.recomputed_tokens[i]) == theirs.recomputed_tokens, (row, "recomputed")
+        assert int(log.moves[i]) == theirs.moves, (row, "moves")
         if theirs.rejected:
             continue
         assert int(log.replica[i]) == theirs.replica, (row, "replica")

@@ -322,6 +322,10 @@ class ReferenceCluster(Moving):
         CHOICE: a guard comes on top of this and compares with the whole memory, not the watermark.
         """
         wanted = replica.blocks_for(request.wanted_tokens)
+        if request.stored is not None:  # else it might be fetched for ever without a round between
+            wanted = replica.blocks_for(request.wanted_tokens + 1) + len(replica.reserved)
+            decoding = [r for r in replica.running if r.decoding]
+            wanted += sum(replica.lacks(r, r.prompt + r.emitted) for r in decoding)
         if wanted + self.watermark(replica) > replica.free_blocks:
             return False
         together = [*replica.running, request]

@@ -176,17 +176,36 @@ class Moving:
         if "waiting" not in self.spec.steals or room <= 0 or not queued:
             return False
         source = max(queued, key=lambda s: (sum(r.tokens_left for r in s.queue), -s.id))
-        for request in self.taken(source.queue, room):
+        taken = self.taken(source.queue, room)
+        if not self.fits(thief, taken[0].wanted_tokens):
+            return False
+        for request in taken:
+            if not self.fits(thief, request.wanted_tokens):
+                break
             source.queue.remove(request)
             request.moves += 1
             request.phase = "moving"
             move = Move("queue", request, source, thief, self.clock_s, "flying")
+            move.tokens = request.wanted_tokens
             move.left_s = self.clock_s
             move.due_s = self.clock_s + self.spec.steal_delay_s
             self.begin(move)
             if self.spec.steal_delay_s == 0:
                 self.enqueue(move)
         return True
+
+    def fits(self, thief: Replica, tokens: int) -> bool:
+        """Whether memory holds so many tokens more than what waits at or comes to a queue."""
+        wanted = sum(thief.blocks_for(request.wanted_tokens) for request in thief.queue)
+        wanted += sum(
+            thief.blocks_for(move.tokens)
+            for move in self.moves
+            if move.target is thief and move.kind in ("queue", "recompute")
+        )
+        kept = 0
+        if self.present(thief) > 0 and thief.blocks < math.inf:
+            kept = math.floor(self.spec.watermark * thief.blocks)
+        return wanted + thief.blocks_for(tokens) + kept <= thief.free_blocks
 
     def taken(self, queue: list[ReferenceRequest], room: int) -> list[ReferenceRequest]:
         count = min(room, len(queue))
@@ -213,13 +232,15 @@ class Moving:
         move.emitted = request.emitted
         copy_s = self.spec.copy_s(request.held_tokens)
         if self.recomputes(thief, request, copy_s):
+            if not self.fits(thief, request.prompt + request.emitted):
+                return False
             move.kind, move.state = "recompute", "pausing"
+            move.tokens = request.prompt + request.emitted
             self.begin(move)
             if not source.stage:
                 self.leave(move)
             return True
-        wanted = thief.blocks_for(request.held_tokens)
-        if wanted + self.watermark(thief) > thief.free_blocks:
+        if not self.fits(thief, request.held_tokens):
             return False
         self.reserve(move)
         move.due_s = self.clock_s + copy_s

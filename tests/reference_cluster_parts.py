@@ -233,6 +233,7 @@ class Move:
     client: int | None = None  # reserved at the target
     blocks: int = 0  # reserved at the target
     emitted: int = 0  # tokens, when it was made
+    tokens: int = 0  # that the target's queue will want to prefill, as counted when it was made
     left_s: float | None = None  # when the request left the source's clients or queue
     ended_s: float | None = None
 

@@ -179,7 +179,8 @@ def _notice(state: State, costs: CostTables, e: int, r: int) -> None:
 @kernel
 def decode(state: State, costs: CostTables, e: int, r: int, every_round: bool) -> None:
     """Decode until the choice changes (a finish, an arrival, full memory), or for one round."""
-    begin_decode(state, costs, e, r, 1 if every_round else ANY_ROUNDS)
+    if not begin_decode(state, costs, e, r, 1 if every_round else ANY_ROUNDS):
+        sleep(state, e, r)
     _tell_others(state, costs, e, r)
 
 
@@ -211,6 +212,8 @@ def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
         admit_chunks(state, e, r, rule)
     if state.replicas[e, r].active > 0 or state.replicas[e, r].stage_tokens > 0:
         begin_pass(state, costs, e, r)
+    elif preempted:
+        sleep(state, e, r)
     _tell_others(state, costs, e, r)
 
 

@@ -107,6 +107,10 @@ def fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool
 @rare_kernel
 def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool:
     blocks = blocks_of(state, tokens_to_prefill(state, e, i)) + taken
+    if state.requests[e, i].stored != NOBODY:
+        # It could be fetched and evicted for ever, unless a round of everybody fits, too.
+        blocks = blocks_of(state, tokens_to_prefill(state, e, i) + 1)
+        blocks += blocks_of_round(state, e, r) + state.replicas[e, r].incoming
     if running > 0:
         blocks += state.machines[r].watermark_blocks
     if blocks > free_blocks(state, e, r):

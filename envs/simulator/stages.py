@@ -265,19 +265,24 @@ def begin_prefill(state: State, costs: CostTables, e: int, r: int) -> None:
 
 
 @kernel
-def begin_decode(state: State, costs: CostTables, e: int, r: int, most: int) -> None:
+def begin_decode(state: State, costs: CostTables, e: int, r: int, most: int) -> bool:
     """Begin decode rounds up to the next finish or until memory is full, at most ``most`` ≥ 1.
 
-    A round for which somebody is preempted stands alone: it changes whom the replica could admit.
+    A round for which somebody is preempted stands alone: it changes whom the replica could admit. Returns
+    False where nobody is left, as memory is kept for requests that wait or come: then no stage begins.
     """
     replica = state.replicas[e, r]
     rounds = 1
-    if not make_room(state, e, r) and most > 1 and not _guard_may_open(state, e, r):
+    preempted = make_room(state, e, r)
+    if preempted and replica.active == 0:
+        return False
+    if not preempted and most > 1 and not _guard_may_open(state, e, r):
         rounds = min(most, rounds_to_next_finish(state, e, r), rounds_to_full(state, e, r))
     replica.run_rounds = rounds
     replica.work_waits = state.queues[e, queue_of(state, r)].waiting > 0
     seconds = decode_seconds(costs, r, replica.active, replica.cached_tokens, rounds)
     _begin(state, e, r, DECODE_RUN, seconds)
+    return True
 
 
 @kernel
