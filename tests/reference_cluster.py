@@ -328,6 +328,10 @@ class ReferenceCluster(Moving):
             wanted += sum(replica.lacks(r, r.prompt + r.emitted) for r in decoding)
         if wanted + self.watermark(replica) > replica.free_blocks:
             return False
+        return self.guard_allows(replica, request)
+
+    def guard_allows(self, replica: Replica, request: ReferenceRequest) -> bool:
+        """Whether whole outputs fit, beside those that run."""
         together = [*replica.running, request]
         if self.spec.admission_guard == "full":
             wholes = [replica.blocks_for(r.prompt + r.output) for r in together]

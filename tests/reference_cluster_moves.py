@@ -177,10 +177,10 @@ class Moving:
             return False
         source = max(queued, key=lambda s: (sum(r.tokens_left for r in s.queue), -s.id))
         taken = self.taken(source.queue, room)
-        if not self.fits(thief, taken[0].wanted_tokens):
+        if not self.admissible(thief, taken[0]):
             return False
         for request in taken:
-            if not self.fits(thief, request.wanted_tokens):
+            if not self.admissible(thief, request):
                 break
             source.queue.remove(request)
             request.moves += 1
@@ -193,6 +193,14 @@ class Moving:
             if self.spec.steal_delay_s == 0:
                 self.enqueue(move)
         return True
+
+    def guard_allows(self, replica: Replica, request: ReferenceRequest) -> bool:
+        raise NotImplementedError
+
+    def admissible(self, thief: Replica, request: ReferenceRequest) -> bool:
+        """Whether a thief could admit a waiting request if its queue had been admitted."""
+        fits = self.fits(thief, request.wanted_tokens)
+        return fits and self.guard_allows(thief, request)
 
     def fits(self, thief: Replica, tokens: int) -> bool:
         """Whether memory holds so many tokens more than what waits at or comes to a queue."""

@@ -113,15 +113,18 @@ def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> boo
         blocks += blocks_of_round(state, e, r) + state.replicas[e, r].incoming
     if running > 0:
         blocks += state.machines[r].watermark_blocks
-    if blocks > free_blocks(state, e, r):
-        return False
+    return blocks <= free_blocks(state, e, r) and guard_allows(state, e, r, i, running)
+
+
+@rare_kernel
+def guard_allows(state: State, e: int, r: int, i: int, running: int) -> bool:
+    """Return whether the whole expected outputs fit: all at once, or at their largest in time.
+
+    It does not bind where nothing runs, nor without a guard.
+    """
     guard = state.cluster[0].guard
-    return guard == GUARD_NONE or running == 0 or _guarded(state, e, r, i, guard)
-
-
-@kernel
-def _guarded(state: State, e: int, r: int, i: int, guard: int) -> bool:
-    """Return whether the whole expected outputs fit: all at once, or at their largest in time."""
+    if guard == GUARD_NONE or running == 0:
+        return True
     replica, blocks = state.replicas[e, r], state.machines[r].blocks
     if guard == GUARD_FULL:
         total = _whole_blocks(state, e, i)

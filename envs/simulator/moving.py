@@ -18,6 +18,7 @@ from servegym.envs.simulator.memory import (
     count_held,
     emitted_tokens,
     free_blocks,
+    guard_allows,
     stop_decoding,
 )
 from servegym.envs.simulator.queues import (
@@ -123,7 +124,17 @@ def fullest_queue(state: State, e: int, r: int) -> int:
         return best
     see_arrivals(state, e, best)
     i = _first_taken(state, e, best, min(room_for(state, e, r), state.queues[e, best].waiting))
-    return best if _fits(state, e, r, _wanted_blocks(state, e, i)) else NOBODY
+    return best if _admissible(state, e, r, i) else NOBODY
+
+
+@kernel
+def _admissible(state: State, e: int, r: int, i: int) -> bool:
+    """Return whether ``r`` could admit waiting request ``i`` if the queue before it were admitted."""
+    if not _fits(state, e, r, _wanted_blocks(state, e, i)):
+        return False
+    if state.machines[r].blocks == UNLIMITED_BLOCKS:
+        return True
+    return guard_allows(state, e, r, i, state.machines[r].clients - state.replicas[e, r].idle)
 
 
 @kernel
@@ -221,7 +232,7 @@ def steal_waiting(state: State, e: int, r: int) -> None:
     order = state.cluster[0].steal_order
     left = min(room_for(state, e, r), state.queues[e, s].waiting)
     i = _first_taken(state, e, s, left)
-    while left > 0 and _fits(state, e, r, _wanted_blocks(state, e, i)):
+    while left > 0 and _admissible(state, e, r, i):
         after = state.requests[e, i].next
         _take(state, e, s, r, i)
         left -= 1

@@ -287,9 +287,11 @@ def begin_decode(state: State, costs: CostTables, e: int, r: int, most: int) -> 
 
 @kernel
 def _guard_may_open(state: State, e: int, r: int) -> bool:
-    """Return whether each round may let in a request that the guard of peaks has kept out."""
-    waits = state.queues[e, queue_of(state, r)].waiting > 0 and state.replicas[e, r].idle > 0
-    return waits and state.cluster[0].guard == GUARD_PEAK
+    """Return whether each round may let in a request, here or elsewhere, that the guard of peaks keeps out."""
+    if state.cluster[0].guard != GUARD_PEAK or state.replicas[e, r].idle == 0:
+        return False
+    waits = state.queues[e, queue_of(state, r)].waiting > 0
+    return waits or state.cluster[0].steals_waiting > 0
 
 
 @kernel
