@@ -66,6 +66,11 @@ class Outcome:
 class ReferenceCluster(Moving):
     """A cluster under one rule of decision, `choose`; override it for another policy."""
 
+    fetch_leaves_room_for = 1
+    """CHOICE: a fetch reserves p + k − 1 tokens, but only if the round that reads the newest token
+    fits, too. With 0 two requests of a full memory may fetch and evict each other for ever.
+    """
+
     def __init__(self, requests: Sequence[tuple[float, int, int]], spec: ClusterSpec) -> None:
         self.spec = spec
         self.records = [ReferenceRequest(i, *row) for i, row in enumerate(requests)]
@@ -321,7 +326,10 @@ class ReferenceCluster(Moving):
 
         CHOICE: a guard comes on top of this and compares with the whole memory, not the watermark.
         """
-        wanted = replica.blocks_for(request.wanted_tokens)
+        tokens = request.wanted_tokens
+        if request.stored is not None:
+            tokens += self.fetch_leaves_room_for
+        wanted = replica.blocks_for(tokens)
         if wanted + self.watermark(replica) > replica.free_blocks:
             return False
         together = [*replica.running, request]
