@@ -72,10 +72,9 @@ def random_case(
     if moving:
         unit_s = 1.0 if dyadic else decode_round_s(costs, 1, 0)
         spec = with_moves(rng, spec, unit_s, longest)
-        shape = rng.random()
-        if shape < 0.4:
+        if rng.random() < 0.5:
             requests = one_sided(requests, len(spec.replicas))
-        elif shape < 0.7:
+        if rng.random() < 0.5:
             requests = in_two_waves(requests, float(rng.integers(4, 80)) / 4 * unit_s)
     return ClusterCase(requests, spec)
 
@@ -83,9 +82,13 @@ def random_case(
 def one_sided(
     requests: list[tuple[float, int, int]], replicas: int
 ) -> list[tuple[float, int, int]]:
-    """Short outputs in all turns of a round but the last: most replicas are idle before one is."""
+    """Short outputs at first in all turns but the last: most replicas are idle before one is."""
     return [
-        (arrival, prompt, output if i % replicas == replicas - 1 else min(output, 2))
+        (
+            arrival,
+            prompt,
+            output if i % replicas == replicas - 1 or i > len(requests) // 2 else min(output, 2),
+        )
         for i, (arrival, prompt, output) in enumerate(requests)
     ]
 
@@ -112,8 +115,6 @@ def with_moves(
     if len(replicas) == 1:
         replicas *= int(rng.choice([1, 2, 3]))
     clients, memory = int(rng.choice([0, 0, 4])), int(rng.choice([1, 1, 2, 4]))
-    if spec.router == "pool":  # where only some can hold a request, it may wait for ever
-        memory = 1
     replicas = tuple(
         replace(r, clients=r.clients + clients, kv_capacity_tokens=r.kv_capacity_tokens * memory)
         for r in replicas
