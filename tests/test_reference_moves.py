@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.reference_cluster import Outcome, ReferenceCluster, ReplicaSpec, serve
+from tests.reference_cluster_parts import View
 from tests.test_reference_cluster import cluster, replicas_of, times, trace
 
 ONE, TWO = ReplicaSpec(1), ReplicaSpec(2)
@@ -227,6 +228,28 @@ def test_a_copy_fails_where_memory_lacks() -> None:
     assert finishes(outcome) == [13, 4, 5.5]
 
 
+def test_guards_count_what_is_reserved_and_a_landing_due_now_repeats_the_instant() -> None:
+    """20 tokens: 4 reserved ones and 14 + 3 of request 2 are more, so it waits.
+
+    Request 0 pauses at 4 s, and as copying takes no time but the latency it lands and joins at 4 s.
+    """
+    requests = [(0.0, 4, 12), (0.0, 1, 3), (2.5, 14, 3)]
+    spec = cluster(
+        ReplicaSpec(2, 20),
+        ReplicaSpec(2, 20),
+        router="random",
+        draws=[0, 0, 1],
+        steals=("running",),
+        latency_s=1.5,
+        admission_guard="full",
+    )
+    outcome = serve(requests, spec)
+    assert trace(outcome)[3] == (1, "decode", 4, 5, (0,), ())
+    assert moves_of(outcome) == [("copy", 0, 2, 4, 4, "joined")]
+    assert finishes(outcome) == [13, 4, 17]
+    assert outcome.records[2].admitted_s == 13
+
+
 def test_a_copy_begins_only_where_it_fits() -> None:
     """At 2 s 37 of 48 tokens are free at replica 1; request 0 needs 4 and the watermark 33 or 36."""
     requests = [(0.0, 4, 12), (0.0, 1, 11), (0.0, 1, 11), (0.0, 11, 4)]
@@ -281,6 +304,16 @@ def test_the_cheaper_way(latency_s: float, speed: float, kind: str) -> None:
     assert serve([(0.0, 1, 10), (0.0, 1, 6)], spec).moves[0].kind == kind
 
 
+def test_a_router_sees_a_reservation_as_a_request_without_tokens() -> None:
+    """After 3 s, when request 0 has emitted two tokens and one is reserved."""
+    served = ReferenceCluster([(0.0, 1, 10), (0.0, 1, 6)], cluster(TWO, TWO, **LINK))
+    while served.clock_s < 3:
+        served.next_event()
+    source, target = (replica.view() for replica in served.replicas)
+    assert (source.waiting, source.running, source.tokens, source.held_blocks) == (0, 2, 12, 6)
+    assert (target.waiting, target.running, target.tokens, target.held_blocks) == (0, 1, 0, 1)
+
+
 # ---- keys and values stored elsewhere -------------------------------------------------------
 
 
@@ -310,6 +343,19 @@ def test_from_a_prefill_replica_to_a_decode_replica() -> None:
     assert [record.moves for record in outcome.records] == [1, 1, 1, 0]
     assert replicas_of(outcome) == [1, 1, 1, 0]
     assert times(outcome) == [(0, 2, 6), (0, 2, 9), (2, 4, 11.75), (4, 6, 6)]
+
+
+def test_a_router_sees_what_is_stored_where_it_is_and_what_it_will_take() -> None:
+    """The same instance at 2 s: 8 tokens are kept and 3 taken; request 0 is fetched, 1 waits."""
+    requests = [(0.0, 4, 3), (0.0, 4, 2), (0.0, 3, 2)]
+    replicas = (ReplicaSpec(2, 12, role="prefill"), ReplicaSpec(1, 12, role="decode"))
+    served = ReferenceCluster(requests, cluster(*replicas, latency_s=1.0, bytes_per_s=4.0))
+    while served.clock_s < 2:
+        served.next_event()
+    assert [replica.view() for replica in served.replicas] == [
+        View(0, 1, 3 + 1, 0, 3, held_blocks=11, free_blocks=1),
+        View(1, 1, 1, 4, 0, held_blocks=4, free_blocks=8),
+    ]
 
 
 def test_what_no_replica_could_decode_is_rejected() -> None:

@@ -93,6 +93,7 @@ def test_nothing_is_lost_on_the_way(seed: int, dyadic: bool) -> None:
         assert record.arrival_s <= record.admitted_s <= record.first_token_s <= record.finished_s
         recomputing = [m for m in served.made if m.request is record and m.kind == "recompute"]
         assert record.recomputed_tokens == 0 or record.preemptions > 0 or recomputing
+        assert not dyadic or (record.finished_s * 2**24).is_integer()  # exact in any order
     for move in served.made:
         assert move.state in ("queued", "joined", "failed", "void")
         assert move.ended_s is not None
