@@ -29,8 +29,8 @@ from tests.reference_cluster import ClusterSpec
 
 
 def shared_case(rng: np.random.Generator, **settings: Any) -> ClusterCase:
-    """A random case without the two options that only the reference has."""
-    case = random_case(rng, **settings)
+    """A random case without what only the reference has: two options, and moves unless asked for."""
+    case = random_case(rng, **{"moving": False, **settings})
     return ClusterCase(case.requests, replace(case.spec, padded=False, reserve="chunk"))
 
 

@@ -6,12 +6,13 @@ every sum of seconds is exact in any order, so ties are ties for everybody and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts, TableDecode
 from tests.reference_cluster import GUARDS, ROUTERS, VICTIMS, ClusterSpec, ReplicaSpec
+from tests.reference_cluster_parts import TAKES
 from tests.reference_costs import decode_round_s
 
 
@@ -30,8 +31,12 @@ def random_case(
     chunked: bool | None = None,
     routers: list[str] = ROUTERS,
     rejections: bool = True,
+    moving: bool | None = None,
 ) -> ClusterCase:
-    """A case of up to 30 requests on up to 4 replicas."""
+    """A case of up to 30 requests on up to 4 replicas.
+
+    What moves requests is drawn last: without it (`moving=False`) a seed means what it always meant.
+    """
     block = int(rng.choice([1, 1, 2, 3, 4, 16]))
     longest = int(rng.choice([6, 24, 80]))
     costs = random_costs(rng, dyadic=dyadic)
@@ -62,7 +67,85 @@ def random_case(
         draws=[int(draw) for draw in rng.integers(0, len(replicas), len(requests))],
         staleness_s=float(rng.choice([0.25, 1.0, 8.0])) if stale else 0.0,
     )
+    if moving is None:
+        moving = bool(rng.random() < 0.5)
+    if moving:
+        unit_s = 1.0 if dyadic else decode_round_s(costs, 1, 0)
+        spec = with_moves(rng, spec, unit_s, longest)
+        if rng.random() < 0.5:
+            requests = one_sided(requests, len(spec.replicas))
+        if rng.random() < 0.5:
+            requests = in_two_waves(requests, float(rng.integers(4, 80)) / 4 * unit_s)
     return ClusterCase(requests, spec)
+
+
+def one_sided(
+    requests: list[tuple[float, int, int]], replicas: int
+) -> list[tuple[float, int, int]]:
+    """Short outputs at first in all turns but the last: most replicas are idle before one is."""
+    return [
+        (
+            arrival,
+            prompt,
+            output if i % replicas == replicas - 1 or i > len(requests) // 2 else min(output, 2),
+        )
+        for i, (arrival, prompt, output) in enumerate(requests)
+    ]
+
+
+def in_two_waves(
+    requests: list[tuple[float, int, int]], second_s: float
+) -> list[tuple[float, int, int]]:
+    """The later half of the rows arrives at once, when the first half has been stolen from."""
+    half = (len(requests) + 1) // 2
+    return [
+        (0.0 if i < half else second_s, prompt, output)
+        for i, (_, prompt, output) in enumerate(requests)
+    ]
+
+
+def with_moves(
+    rng: np.random.Generator, spec: ClusterSpec, unit_s: float, longest: int
+) -> ClusterSpec:
+    """The same with moves, on several replicas where one could have been; times are in `unit_s`.
+
+    Copying the longest request takes up to some 16 units, so many moves fail or come too late.
+    """
+    replicas = spec.replicas
+    if len(replicas) == 1:
+        replicas *= int(rng.choice([1, 2, 3]))
+    clients, memory = int(rng.choice([0, 0, 4])), int(rng.choice([1, 1, 2, 4]))
+    replicas = tuple(
+        replace(r, clients=r.clients + clients, kv_capacity_tokens=r.kv_capacity_tokens * memory)
+        for r in replicas
+    )
+    roles = [str(role) for role in rng.choice(["both", "prefill", "decode"], len(replicas))]
+    with_roles = bool(rng.random() < 0.35)
+    steals = (("waiting",), ("running",), ("waiting", "running"), ())[int(rng.integers(4))]
+    if len(replicas) == 1 or spec.router == "pool":
+        with_roles, steals = False, ()
+    if with_roles and "both" not in roles:
+        roles[:2] = ["prefill", "decode"]
+    if with_roles:
+        parts = zip(replicas, roles, strict=True)
+        replicas = tuple(replace(replica, role=role) for replica, role in parts)
+    delays = [0.0, 0.0, 0.125, 1.0, 4.5, 12.0]
+    rates = [longest / 8, longest / 2, 4 * longest]  # tokens per unit
+    rates_per_s = [2.0 ** np.ceil(np.log2(rate)) / unit_s for rate in rates]
+    return replace(
+        spec,
+        replicas=replicas,
+        steals=steals,
+        steal_takes=str(rng.choice(TAKES)),
+        steal_delay_s=float(rng.choice(delays)) * unit_s,
+        latency_s=float(rng.choice(delays)) * unit_s,
+        bytes_per_s=float(rng.choice(rates_per_s)),
+        kv_bytes_per_token=int(rng.choice([0, 1, 1, 1])),
+        move_by=str(rng.choice(["copy", "copy", "recompute", "cheaper"])),
+        preempt_to=str(rng.choice(["recompute", "host"])),
+        host_latency_s=float(rng.choice(delays)) * unit_s,
+        host_bytes_per_s=float(rng.choice(rates_per_s)),
+    )
 
 
 def random_requests(

@@ -66,6 +66,11 @@ class Outcome:
 class ReferenceCluster(Moving):
     """A cluster under one rule of decision, `choose`; override it for another policy."""
 
+    fetches_leave_a_round = True
+    """A fetch takes blocks of p + k − 1 tokens, but only if its next round and that of all others fit,
+    too. Else two requests of a full memory may fetch and evict each other for ever.
+    """
+
     def __init__(self, requests: Sequence[tuple[float, int, int]], spec: ClusterSpec) -> None:
         self.spec = spec
         self.records = [ReferenceRequest(i, *row) for i, row in enumerate(requests)]
@@ -80,6 +85,7 @@ class ReferenceCluster(Moving):
         self.looked_s = 0.0
         self.views: list[View] = []
         self.stages: list[StageRecord] = []
+        self.evictions = 0
         self.moves: list[Move] = []  # under way, in order of their making
         self.made: list[Move] = []  # all
 
@@ -96,7 +102,7 @@ class ReferenceCluster(Moving):
         """Go to the next time; serve transfers, arrivals, stages that end, joins, idle replicas.
 
         Replicas that stay idle are asked again, by number, as long as one of them begins a stage: a
-        later one may have evicted somebody into a pool.
+        later one may have evicted somebody into a pool, and begun no stage if that was its last.
         """
         times = [request.arrival_s for request in self.future[:1]]
         times += [replica.stage.end_s for replica in self.replicas if replica.stage]
@@ -114,12 +120,14 @@ class ReferenceCluster(Moving):
         for replica in self.replicas:
             if not replica.stage:
                 self.join(replica)
-        begun = True
-        while begun:
+        again = True
+        while again:
+            evictions = self.evictions
             idle = [replica for replica in self.replicas if not replica.stage]
             for replica in idle:
                 self.begin_stage(replica)
-            begun = any(replica.stage for replica in idle)
+            again = any(replica.stage for replica in idle)
+            again |= self.spec.router == "pool" and self.evictions > evictions
         return True
 
     # ---- arrivals and routing ---------------------------------------------------------------
@@ -322,7 +330,7 @@ class ReferenceCluster(Moving):
         CHOICE: a guard comes on top of this and compares with the whole memory, not the watermark.
         """
         wanted = replica.blocks_for(request.wanted_tokens)
-        if request.stored is not None:  # else it might be fetched for ever without a round between
+        if request.stored is not None and self.fetches_leave_a_round:
             wanted = replica.blocks_for(request.wanted_tokens + 1) + len(replica.reserved)
             decoding = [r for r in replica.running if r.decoding]
             wanted += sum(replica.lacks(r, r.prompt + r.emitted) for r in decoding)
@@ -378,6 +386,7 @@ class ReferenceCluster(Moving):
         victim.phase = "waiting"
         victim.blocks = 0
         victim.preemptions += 1
+        self.evictions += 1
         stage.preempted.append(victim)
         stage.decodes = [request for request in stage.decodes if request is not victim]
         stage.chunks = [chunk for chunk in stage.chunks if chunk[0] is not victim]

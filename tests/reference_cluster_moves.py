@@ -279,7 +279,9 @@ class Moving:
         move.emitted, move.left_s = request.emitted, self.clock_s
         self.reserve(move)
         tokens = request.held_tokens
-        move.due_s = self.clock_s + (self.spec.host_s(tokens) if on_host else self.spec.copy_s(tokens))
+        move.due_s = self.clock_s + (
+            self.spec.host_s(tokens) if on_host else self.spec.copy_s(tokens)
+        )
         self.begin(move)
 
     def hand_over(self, replica: Replica, request: ReferenceRequest) -> None:

@@ -288,7 +288,8 @@ class Replica:
 
     @property
     def idle_clients(self) -> list[int]:
-        busy = {holder.client for holder in [*self.running, *self.reserved]}
+        busy = {request.client for request in self.running}
+        busy |= {move.client for move in self.reserved}
         return [client for client in range(self.spec.clients) if client not in busy]
 
     def could_ever_hold(self, request: ReferenceRequest) -> bool:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:decode table ends at batch")
 
 def case_of(seed: int) -> ClusterCase:
     """A random case of what the core has: no padded budget, no memory reserved for whole prompts."""
-    case = random_case(np.random.default_rng(seed), dyadic=bool(seed % 2))
+    case = random_case(np.random.default_rng(seed), dyadic=bool(seed % 2), moving=False)
     return with_draws(ClusterCase(case.requests, replace(case.spec, padded=False, reserve="chunk")))
 
 
