@@ -12,7 +12,7 @@ with the *KV area* g = Σ (d_i·p_i + d_i(d_i + 1)/2), the tokens held in all ro
 **One request.** It runs at one replica at a time: its prefill and its rounds, each at least as long as
 the shortest round of the fastest replica.
 
-**Preemption.** A recomputation emits one token, so a decode round is served one token less; it computes
+**Preemption**, and a running request that moves to be computed again. A recomputation emits one token, so a decode round is served one token less; it computes
 the prompt and a token more. The work above holds where that never pays: (a − c − v/K)·(p + 1) ≥ u for the
 shortest prompt p, a seconds per prompt token, c per cached token, v the shortest round and u the least
 seconds per token of a full round; v/K is 0 where some memory is without limit. Where it might pay,
@@ -39,6 +39,7 @@ from servegym.envs.bounds.batch import (
 )
 from servegym.envs.machine.costs import CostTables, costs_of
 from servegym.envs.machine.layout import Layout
+from servegym.envs.vocabulary import MOVE_COPY
 from servegym.envs.workload.requests import Requests
 
 
@@ -55,7 +56,8 @@ def cluster_bound(
         If the shortest stage would not advance a clock, a 64-bit float, that shows the bound.
     """
     limited = all(tokens > 0 for tokens in layout.kv_capacity_tokens)
-    recomputes = any(layout.kv_capacity_tokens)
+    moves_again = layout.steals_running and layout.move != MOVE_COPY
+    recomputes = any(layout.kv_capacity_tokens) or moves_again
     if len(layout.clients) == 1 and not limited and layout.chunk_tokens == 0:
         return lower_bound(requests, layout.clients[0], costs, max_prefill_tokens)
     fastest = int(np.argmin(costs.decode_base_s[:, 1]))
