@@ -102,6 +102,7 @@ def send(state: State, e: int, s: int, r: int, i: int) -> None:
     """Let a request that has left ``s`` wait at ``r`` after the delay of a theft."""
     delay_s = state.cluster[0].steal_delay_s
     state.requests[e, i].phase = MOVING
+    state.requests[e, i].stolen = 1
     if delay_s == 0.0:
         join_queue(state, e, r, i)
         return
@@ -116,6 +117,7 @@ def join_queue(state: State, e: int, r: int, i: int) -> None:
     """Let a request wait at the end of the queue of ``r``."""
     request, queue = state.requests[e, i], state.queues[e, r]
     request.replica = r
+    queue.stolen += request.stolen
     push_back(state, e, r, i)
     tokens = tokens_to_prefill(state, e, i)
     queue.unseen_blocks += blocks_of(state, tokens)
@@ -328,12 +330,6 @@ def end_instant(state: State, e: int) -> None:
             remove(state, e, k)
         else:
             k += 1
-    wake_sleepers(state, e)
-
-
-@kernel
-def wake_sleepers(state: State, e: int) -> None:
-    """Let every replica without a stage decide now."""
     for r in range(state.replicas.shape[1]):
         if state.replicas[e, r].stage == IDLE:
             state.replicas[e, r].clock_s = state.episodes[e].now_s

@@ -74,14 +74,14 @@ def fullest_queue(state: State, e: int, r: int) -> int:
         return NOBODY
     for s in range(state.replicas.shape[1]):
         queue = state.queues[e, s]
-        if queue.waiting + queue.unseen > 0 and _may_serve(state, r, s):
+        if queue.waiting + queue.unseen > queue.stolen and _may_serve(state, r, s):
             work = queue.tokens + queue.rounds + queue.unseen_work
             if best == NOBODY or work > most:
                 best, most = s, work
     if best == NOBODY or state.machines[r].blocks == UNLIMITED_BLOCKS:
         return best
     see_arrivals(state, e, best)
-    i = _first_taken(state, e, best, min(room_for(state, e, r), state.queues[e, best].waiting))
+    i = _first_taken(state, e, best, _most_taken(state, e, best, r))
     return best if _admissible(state, e, r, i) else NOBODY
 
 
@@ -96,18 +96,31 @@ def _admissible(state: State, e: int, r: int, i: int) -> bool:
 
 
 @kernel
+def _most_taken(state: State, e: int, s: int, r: int) -> int:
+    """Return how many requests ``r`` may steal from the queue of ``s``, which has been seen."""
+    queue = state.queues[e, s]
+    return min(room_for(state, e, r), queue.waiting - queue.stolen)
+
+
+@kernel
+def _may_take(state: State, e: int, i: int) -> bool:
+    return state.requests[e, i].phase == WAITING and state.requests[e, i].stolen == 0
+
+
+@kernel
 def _first_taken(state: State, e: int, s: int, most: int) -> int:
-    """Return which waiting request is stolen first if up to ``most`` are."""
-    order, waiting = state.cluster[0].steal_order, state.queues[e, s].waiting
+    """Return which waiting request is stolen first if up to ``most`` ≥ 1 are."""
+    queue, order = state.queues[e, s], state.cluster[0].steal_order
     if order == TAKE_LONGEST:
-        return waiting_at(state, e, s, waiting - 1)
+        place = queue.waiting - 1
+        while state.requests[e, waiting_at(state, e, s, place)].stolen:
+            place -= 1
+        return waiting_at(state, e, s, place)
+    skipped = 0 if order == TAKE_OLDEST else queue.waiting - queue.stolen - most
     i = first_waiting(state, e, s)
-    if order == TAKE_OLDEST:
-        return i
-    skipped = waiting - most
-    while skipped > 0:
+    while skipped > 0 or not _may_take(state, e, i):
+        skipped -= int(_may_take(state, e, i))
         i = state.requests[e, i].next
-        skipped -= state.requests[e, i].phase == WAITING
     return i
 
 
@@ -133,9 +146,7 @@ def stealable(state: State, costs: CostTables, e: int, r: int) -> int:
             break
         if not state.requests[e, finish.request].leaving and (i == NOBODY or finish.request < i):
             i, due = finish.request, finish.due
-    tokens = held_now(state, e, best, i)
-    if not _copies(state, costs, e, r, tokens):
-        tokens += 1
+    tokens = held_now(state, e, best, i) + 1  # with the next round's, so that it can go on
     return i if _fits(state, e, r, blocks_of(state, tokens)) else NOBODY
 
 
@@ -167,7 +178,7 @@ def steal_waiting(state: State, e: int, r: int) -> None:
     s = fullest_queue(state, e, r)
     see_arrivals(state, e, s)
     order = state.cluster[0].steal_order
-    left = min(room_for(state, e, r), state.queues[e, s].waiting)
+    left = _most_taken(state, e, s, r)
     i = _first_taken(state, e, s, left)
     while left > 0 and _admissible(state, e, r, i):
         after = state.requests[e, i].next
@@ -177,7 +188,7 @@ def steal_waiting(state: State, e: int, r: int) -> None:
             i = _first_taken(state, e, s, left)
         elif left > 0:
             i = after
-            while state.requests[e, i].phase != WAITING:
+            while not _may_take(state, e, i):
                 i = state.requests[e, i].next
 
 
