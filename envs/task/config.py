@@ -108,11 +108,9 @@ class ClusterConfig:
     watermark: float = 0.0
     """Share of the blocks that admission leaves free while others run, ≥ 0 and < 1."""
     preempt: str = "newest"
-    """Who gives up its memory when a decode round does not fit: the ``newest`` admitted, who has
-    ``least-computed`` tokens, or the ``fewest-output`` tokens; of equals the newest."""
+    """Who gives up its memory when a decode round does not fit, see ``VICTIMS``."""
     admission_guard: str = "none"
-    """``none``: a prompt must fit now; ``full``: so must the whole expected outputs of all who run;
-    ``peak``: memory must hold all who run at every expected finish."""
+    """What must fit into memory before a request is admitted, see ``ADMISSION_GUARDS``."""
     chunk_tokens: int = 0
     """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
     mixed stages."""

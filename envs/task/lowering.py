@@ -95,10 +95,10 @@ def _lay_out(cluster: ClusterConfig) -> Layout:
         block_tokens=cluster.kv_block_tokens,
         watermark=cluster.watermark,
         chunk_tokens=cluster.chunk_tokens,
-        router=ROUTERS.index(cluster.router),
+        router=list(ROUTERS).index(cluster.router),
         staleness_s=cluster.staleness_s,
-        victim=VICTIMS.index(cluster.preempt),
-        guard=ADMISSION_GUARDS.index(cluster.admission_guard),
+        victim=list(VICTIMS).index(cluster.preempt),
+        guard=list(ADMISSION_GUARDS).index(cluster.admission_guard),
         one_pass=cluster.mixed == "one-pass",
     )
 
