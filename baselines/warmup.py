@@ -48,10 +48,11 @@ def plan_and_solve() -> None:
 
 
 def ask_the_expert() -> None:
-    """Value the actions of two rows of a vector environment."""
+    """Value the actions of two rows of a vector environment, and step them."""
     env = ServingVectorEnv(2, TASK)
     env.reset(seed=0)
-    make_rollout_expert("aligned", TASK)(env)
+    values = make_rollout_expert("aligned", TASK)(env)
+    env.step(values.argmax(axis=1))
 
 
 def _call(work: Callable[[], None]) -> None:
