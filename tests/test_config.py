@@ -11,8 +11,8 @@ import pytest
 
 from servegym.envs import TASKS, ServegymError, ServingEnv, TaskConfig, load_task
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
+from servegym.envs.task.cluster import ClusterConfig
 from servegym.envs.task.config import (
-    ClusterConfig,
     InformationConfig,
     ProcessConfig,
     WorkloadConfig,

@@ -128,4 +128,5 @@ def step_rows_in_parallel(
 ) -> None:
     """Step every environment once, on numba's threads; the same results, as rows are independent."""
     for e in prange(actions.size):
-        step_row(state, costs, settings, rows, e, actions[e])
+        row = np.int64(e)  # prange counts in uint64, for which all kernels would be compiled again
+        step_row(state, costs, settings, rows, row, actions[row])

@@ -119,11 +119,9 @@ class ClusterConfig:
     watermark: float = 0.0
     """Share of the blocks that admission leaves free while others run, ≥ 0 and < 1."""
     preempt: str = "newest"
-    """Who gives up its memory when a decode round does not fit: the ``newest`` admitted, who has
-    ``least-computed`` tokens, or the ``fewest-output`` tokens; of equals the newest."""
+    """Who gives up its memory when a decode round does not fit, see ``VICTIMS``."""
     admission_guard: str = "none"
-    """``none``: a prompt must fit now; ``full``: so must the whole expected outputs of all who run;
-    ``peak``: memory must hold all who run at every expected finish."""
+    """What must fit into memory before a request is admitted, see ``ADMISSION_GUARDS``."""
     chunk_tokens: int = 0
     """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
     mixed stages."""
@@ -137,13 +135,12 @@ class ClusterConfig:
     staleness_s: float = 0.0
     """For how long a router goes by what it has seen of the replicas."""
     steal_order: str = "longest"
-    """Which waiting requests a replica steals: the ``longest``, ``newest`` or ``oldest`` of the queue with
-    most work. Without meaning unless ``process.steals`` names ``waiting``."""
+    """Which waiting requests a replica steals, see ``STEAL_ORDERS``. Without meaning unless
+    ``process.steals`` names ``waiting``."""
     steal_delay_s: float = 0.0
     """Seconds until a stolen request that has no keys and values to copy arrives, 0 … 1e6."""
     move: str = "copy"
-    """How a stolen running request moves: by ``copy`` of its keys and values while it decodes, by
-    ``recompute``, or whichever is ``cheaper``."""
+    """How a stolen running request moves, see ``MOVES``."""
     kv_bytes_per_token: int = 327_680
     """Bytes of the keys and values of one token; the default is that of Llama 2 70B in 16 bits."""
     link: str | LinkConfig = "nvlink"
