@@ -67,6 +67,7 @@ GUARD_TEXTS: Final = {
     "none": "a prompt must fit now",
     "full": "so must the whole expected outputs of all who run, as TensorRT-LLM without eviction",
     "peak": "all who run must fit at every expected finish",
+    "sglang": "so must its expected output beside a falling share of all others', as SGLang",
 }
 """What must fit into memory before a request is admitted."""
 
@@ -76,6 +77,7 @@ ADMISSION_GUARDS: Final = tuple(GUARD_TEXTS)
 GUARD_NONE: Final = 0
 GUARD_FULL: Final = 1
 GUARD_PEAK: Final = 2
+GUARD_SGLANG: Final = 3
 
 MIXED_COSTS: Final = ("one-pass", "sum")
 """What a mixed stage costs: one pass of the weights, or a prefill part and a decode part."""

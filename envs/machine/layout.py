@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from servegym.envs.vocabulary import GUARD_SGLANG
+
 
 class Layout(NamedTuple):
     """The replicas of a cluster and what they share; see ``[cluster]`` for each field's meaning."""
@@ -18,12 +20,14 @@ class Layout(NamedTuple):
     staleness_s: float = 0.0
     victim: int = 0
     guard: int = 0
+    first_ratio: float = 0.0  # of the guard ``sglang``
     one_pass: bool = True
 
     @property
     def counts_memory(self) -> bool:
-        """Whether anything depends on memory or on chunks of prompts: a limit, a budget, a router."""
-        return any(self.kv_capacity_tokens) or self.chunk_tokens > 0 or len(self.clients) > 1
+        """Whether anything depends on memory or chunks of prompts: limit, budget, router, guard."""
+        chunks = self.chunk_tokens > 0 or self.guard == GUARD_SGLANG
+        return any(self.kv_capacity_tokens) or chunks or len(self.clients) > 1
 
 
 def one_replica(clients: int) -> Layout:

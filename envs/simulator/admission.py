@@ -14,8 +14,9 @@ import numpy as np
 
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.simulator.aligned import forget_targets, longest_aligned
-from servegym.envs.simulator.memory import blocks_of_round, fits, free_blocks
+from servegym.envs.simulator.memory import blocks_of_round, chunk_fits, fits, free_blocks
 from servegym.envs.simulator.queues import (
+    blocks_of,
     first_waiting,
     head,
     queue_of,
@@ -25,10 +26,20 @@ from servegym.envs.simulator.queues import (
 )
 from servegym.envs.simulator.stages import client_work, compute, pick, sort_idle
 from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
-from servegym.envs.vocabulary import ALIGNED, FCFS, LONGEST, PLAN, SHORTEST, STEAL
+from servegym.envs.vocabulary import (
+    ALIGNED,
+    FCFS,
+    GUARD_SGLANG,
+    LONGEST,
+    PLAN,
+    SHORTEST,
+    STEAL,
+)
 
 _REPLICA: Final = 32  # bits by which a heap of victims shifts the replica
 _CLIENT: Final = (1 << _REPLICA) - 1
+
+_ANY_TOKENS: Final = 1 << 60
 
 _NOT_BUILT: Final = -1
 """Size of the heap of victims before a stage's first theft builds the heap."""
@@ -38,6 +49,8 @@ _NOT_BUILT: Final = -1
 def admits(state: State, e: int, r: int, rule: int) -> bool:
     """Return whether a prefill stage under ``rule`` would admit at least one request now."""
     replica = state.replicas[e, r]
+    if state.cluster[0].guard == GUARD_SGLANG:
+        return _piece_fits(state, e, r, rule)
     if state.queues[e, queue_of(state, r)].waiting == 0 or replica.idle == 0:
         return False
     if replica.partial != NOBODY:
@@ -61,14 +74,55 @@ def _gives(state: State, e: int, r: int, rule: int) -> bool:
 @rare_kernel
 def _first_fits(state: State, e: int, r: int, rule: int, taken: int) -> bool:
     """Return whether the first request that ``rule`` gives to an idle client fits into memory."""
+    i = _first_given(state, e, r, rule)
+    running = state.machines[r].clients - state.replicas[e, r].idle
+    return i != NOBODY and fits(state, e, r, i, taken, running)
+
+
+@kernel
+def _first_given(state: State, e: int, r: int, rule: int) -> int:
+    """Return the first request that ``rule`` gives to an idle client, or NOBODY; somebody must wait."""
     _begin_choosing(state, e, r, rule)
-    replica = state.replicas[e, r]
-    running = state.machines[r].clients - replica.idle
-    for client in state.idle[e, r, : replica.idle]:
+    for client in state.idle[e, r, : state.replicas[e, r].idle]:
         i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
-            return fits(state, e, r, i, taken, running)
-    return False
+            return i
+    return NOBODY
+
+
+@rare_kernel
+def _piece_fits(state: State, e: int, r: int, rule: int) -> bool:
+    """Return whether ``admit_in_pieces`` would compute something now."""
+    replica = state.replicas[e, r]
+    i = replica.partial
+    others = state.machines[r].clients - replica.idle
+    if i != NOBODY:
+        others -= 1
+    elif state.queues[e, queue_of(state, r)].waiting > 0 and replica.idle > 0:
+        i = _first_given(state, e, r, rule)
+    if i == NOBODY:
+        return False
+    return chunk_fits(state, e, r, i, _piece(state, e, i, _budget(state), True), others)
+
+
+@kernel
+def _budget(state: State) -> int:
+    tokens = state.cluster[0].chunk_tokens
+    return tokens if tokens > 0 else _ANY_TOKENS
+
+
+@kernel
+def _piece(state: State, e: int, i: int, left: int, first: bool) -> int:
+    """Return the tokens of a prefill to compute where ``left`` of the budget are left: whole blocks.
+
+    All of a budget below one block where the stage has nothing else.
+    """
+    rest = tokens_to_prefill(state, e, i) - state.requests[e, i].computed
+    if rest <= left:
+        return rest
+    length = state.cluster[0].block_tokens
+    whole = max(left, 0) // length * length
+    return left if first and whole == 0 else whole
 
 
 @kernel
@@ -191,6 +245,61 @@ def admit_chunks(state: State, e: int, r: int, rule: int) -> None:
         replica.idle -= 1
         pick(state, e, r, client, i)
         compute(state, e, r, i, needed)
+
+
+@rare_kernel
+def admit_in_pieces(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> None:
+    """Let a prefill stage compute prompts as SGLang does, under the guard ``sglang``.
+
+    The half-computed prompt goes on, then idle clients get waiting requests under ``rule``. The one that
+    exceeds ``chunk_tokens`` is cut and ends the stage; it goes on in the next one. ``max_prefill_tokens``
+    bounds the stage, too, but cuts nobody. Both count whole blocks.
+    """
+    replica, q = state.replicas[e, r], queue_of(state, r)
+    length = state.cluster[0].block_tokens
+    left = _budget(state)
+    limit = max_prefill_tokens if max_prefill_tokens > 0 else _ANY_TOKENS
+    replica.continued_from = 0
+    if replica.partial != NOBODY:
+        i = replica.partial
+        done = np.int64(state.requests[e, i].computed)
+        tokens = _piece(state, e, i, left, True)
+        needed = length * (blocks_of(state, done + tokens) - blocks_of(state, done))
+        left -= needed
+        limit -= needed
+        replica.continued_from = done
+        compute(state, e, r, i, tokens)
+    if replica.partial != NOBODY or replica.idle == 0:
+        return
+    first = state.picked[e, r, 0]  # whose prompt this stage completes; sorting moves it
+    _begin_choosing(state, e, r, rule)
+    if replica.emitting > 0:
+        state.picked[e, r, 0] = first
+    clients = replica.idle
+    idle = state.idle[e, r, :clients]
+    left_idle = 0
+    full = False
+    for k in range(clients):
+        client = idle[k]
+        i = NOBODY
+        if not full and state.queues[e, q].waiting > 0:
+            i = _candidate(state, e, r, rule, client)
+        if i != NOBODY:
+            tokens = _piece(state, e, i, left, replica.stage_chunks == 0)
+            needed = length * blocks_of(state, tokens)
+            full = tokens == 0 or (replica.stage_chunks > 0 and needed > limit)
+            running = state.machines[r].clients - replica.idle
+            full = full or not chunk_fits(state, e, r, i, tokens, running)
+        if i == NOBODY or full:
+            idle[left_idle] = client
+            left_idle += 1
+            continue
+        left -= needed
+        limit -= needed
+        replica.idle -= 1
+        pick(state, e, r, client, i)
+        compute(state, e, r, i, tokens)
+        full = replica.partial != NOBODY
 
 
 @kernel

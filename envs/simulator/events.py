@@ -13,7 +13,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.admission import admit, admit_chunks
+from servegym.envs.simulator.admission import admit, admit_chunks, admit_in_pieces
 from servegym.envs.simulator.memory import largest_memory, make_room
 from servegym.envs.simulator.queues import (
     blocks_of,
@@ -35,6 +35,7 @@ from servegym.envs.simulator.stages import (
     see_arrivals,
 )
 from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, UNLIMITED_BLOCKS, State
+from servegym.envs.vocabulary import GUARD_SGLANG
 
 DECODE: Final = 0
 """The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""
@@ -169,7 +170,10 @@ def prefill(
     state: State, costs: CostTables, e: int, r: int, rule: int, max_prefill_tokens: int
 ) -> None:
     """Begin a prefill stage under an admission rule, which must admit a request."""
-    admit(state, e, r, rule, max_prefill_tokens)
+    if state.cluster[0].guard == GUARD_SGLANG:
+        admit_in_pieces(state, e, r, rule, max_prefill_tokens)
+    else:
+        admit(state, e, r, rule, max_prefill_tokens)
     begin_prefill(state, costs, e, r)
     if state.queues.shape[1] < state.replicas.shape[1]:
         _tell_others(state, costs, e, r)

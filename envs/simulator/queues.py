@@ -74,6 +74,23 @@ def push_front(state: State, e: int, q: int, i: int) -> None:
 
 
 @kernel
+def push_last(state: State, e: int, q: int, i: int) -> None:
+    """Let a preempted request wait behind all others, who have been seen."""
+    queue, request = state.queues[e, q], state.requests[e, i]
+    if request.listed:
+        _unlist(state, e, q, i)
+    request.phase = WAITING
+    request.listed = 1
+    request.next = NOBODY
+    if queue.last == NOBODY:
+        queue.first = i
+    else:
+        state.requests[e, queue.last].next = i
+    queue.last = i
+    count_waiting(state, e, q, i, 1)
+
+
+@kernel
 def _unlist(state: State, e: int, q: int, i: int) -> None:
     """Take a request that no longer waits out of the list that it is still in."""
     queue = state.queues[e, q]

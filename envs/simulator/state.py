@@ -53,6 +53,7 @@ CLUSTER: Final = np.dtype(
         ("staleness_s", np.float64),  # age up to which a router keeps what it has seen
         ("victim", np.int64),  # place in VICTIMS: who is preempted
         ("guard", np.int64),  # place in ADMISSION_GUARDS
+        ("first_ratio", np.float64),  # of the guard ``sglang``, see ``reserve``
         ("one_pass", np.int64),  # 1: a mixed stage is one pass; 0: a prefill and a decode part
         (
             "counts_memory",
@@ -185,6 +186,8 @@ REPLICA: Final = np.dtype(
         ("prompt_squares", np.float64),  # of the same chunks
         ("emitting", np.int64),  # how many of ``picked`` emit a token when it ends
         ("work_waits", np.int64),  # 1: requests waited when it began
+        ("ratio", np.float64),  # of outputs for which memory is kept, see ``reserve``
+        ("ratio_rounds", np.int64),  # the decode clock from which it falls
         # Totals so far.
         ("idle_wait_s", np.float64),  # idle client-seconds since the last prefill, work waiting
         ("prefill_stages", np.int64),
@@ -287,6 +290,7 @@ def make_state(
         layout.staleness_s,
         layout.victim,
         layout.guard,
+        layout.first_ratio,
         layout.one_pass,
         layout.counts_memory,
     )

@@ -112,7 +112,10 @@ class ClusterConfig:
     ``least-computed`` tokens, or the ``fewest-output`` tokens; of equals the newest."""
     admission_guard: str = "none"
     """``none``: a prompt must fit now; ``full``: so must the whole expected outputs of all who run;
-    ``peak``: memory must hold all who run at every expected finish."""
+    ``peak``: memory must hold all who run at every expected finish; ``sglang``: beside its expected
+    output, memory must hold a share of what all others will still emit, see CLUSTER.md."""
+    conservativeness: float = 1.0
+    """Of ``sglang``: factor of that share at first, 0 … 100; SGLang's schedule_conservativeness."""
     chunk_tokens: int = 0
     """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
     mixed stages."""
@@ -138,6 +141,10 @@ class ClusterConfig:
         _check_whole("cluster.max_prefill_tokens", self.max_prefill_tokens, 0, 10**12)
         if not 0 <= self.watermark < 1:
             raise ServegymError(f"cluster.watermark must be ≥ 0 and < 1, got {self.watermark}")
+        if not 0 <= self.conservativeness <= 100:
+            raise ServegymError(
+                f"cluster.conservativeness must lie in 0 … 100, got {self.conservativeness}"
+            )
         if not 0 <= self.staleness_s <= 1e9:
             raise ServegymError(f"cluster.staleness_s must lie in 0 … 1e9, got {self.staleness_s}")
         for key, value, names in (
