@@ -6,7 +6,7 @@ every sum of seconds is exact in any order, so ties are ties for everybody and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,8 +30,9 @@ def random_case(
     chunked: bool | None = None,
     routers: list[str] = ROUTERS,
     rejections: bool = True,
+    sglang: bool = False,
 ) -> ClusterCase:
-    """A case of up to 30 requests on up to 4 replicas."""
+    """A case of up to 30 requests on up to 4 replicas; with `sglang`, under its guard."""
     block = int(rng.choice([1, 1, 2, 3, 4, 16]))
     longest = int(rng.choice([6, 24, 80]))
     costs = random_costs(rng, dyadic=dyadic)
@@ -62,6 +63,9 @@ def random_case(
         draws=[int(draw) for draw in rng.integers(0, len(replicas), len(requests))],
         staleness_s=float(rng.choice([0.25, 1.0, 8.0])) if stale else 0.0,
     )
+    if sglang:
+        share = float(rng.choice([1.0, 1.0, 0.0, 0.3, 1.3]))
+        spec = replace(spec, admission_guard="sglang", conservativeness=share)
     return ClusterCase(requests, spec)
 
 

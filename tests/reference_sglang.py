@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.reference_cluster import ClusterSpec, ReferenceCluster, ReferenceRequest
 from tests.reference_cluster_parts import Action, Replica, Stage
@@ -40,7 +40,8 @@ class SglangCluster(ReferenceCluster):
     """A cluster under the guard `sglang`."""
 
     def __init__(self, requests: Sequence[tuple[float, int, int]], spec: ClusterSpec) -> None:
-        super().__init__(requests, spec)
+        # CHOICE: `sum` is a cost of mixed stages, and there are none.
+        super().__init__(requests, replace(spec, mixed="one-pass"))
         first = min(FIRST_RATIO * spec.conservativeness, 1.0)
         self.ratios = [Ratio(first, first) for _ in self.replicas]
 
