@@ -61,6 +61,12 @@ def play_fast(case: ClusterCase) -> tuple[EpisodeLog, State, list[int], float]:
     return records(state, 0), state, rows, bounded.bound.seconds
 
 
+def serve_case(case: ClusterCase) -> Outcome:
+    """Serve in the slow reference."""
+    reference = SglangCluster if case.spec.admission_guard == "sglang" else ReferenceCluster
+    return serve(case.requests, case.spec, reference)
+
+
 def with_draws(case: ClusterCase) -> ClusterCase:
     """The same with the draws of the compiled simulator's random router."""
     count = len(case.spec.replicas)
@@ -73,8 +79,7 @@ def with_draws(case: ClusterCase) -> ClusterCase:
 def compare_cluster(case: ClusterCase) -> Outcome:
     """Serve in both; AssertionError where they differ."""
     case = with_draws(case)
-    reference = SglangCluster if case.spec.admission_guard == "sglang" else ReferenceCluster
-    slow = serve(case.requests, case.spec, reference)
+    slow = serve_case(case)
     log, state, rows, bound_s = play_fast(case)
     for i, row in enumerate(rows):
         theirs = slow.records[row]
