@@ -79,7 +79,7 @@ def _first_fits(state: State, e: int, r: int, rule: int, taken: int) -> bool:
     return i != NOBODY and fits(state, e, r, i, taken, running)
 
 
-@kernel
+@rare_kernel
 def _first_given(state: State, e: int, r: int, rule: int) -> int:
     """Return the first request that ``rule`` gives to an idle client, or NOBODY; somebody must wait."""
     _begin_choosing(state, e, r, rule)
@@ -92,7 +92,7 @@ def _first_given(state: State, e: int, r: int, rule: int) -> int:
 
 @rare_kernel
 def _piece_fits(state: State, e: int, r: int, rule: int) -> bool:
-    """Return whether ``admit_in_pieces`` would compute something now."""
+    """Return whether ``admit_pieces`` would compute something now."""
     replica = state.replicas[e, r]
     i = replica.partial
     others = state.machines[r].clients - replica.idle
@@ -214,8 +214,45 @@ def admit_chunks(state: State, e: int, r: int, rule: int) -> None:
     The last one's prompt is cut to what is left of the token budget; its whole prompt must fit into
     memory all the same.
     """
+    replica = state.replicas[e, r]
+    left = state.cluster[0].chunk_tokens - replica.active - replica.stage_tokens
+    _admit_parts(state, e, r, rule, left, _ANY_TOKENS, False)
+
+
+@rare_kernel
+def admit_pieces(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> None:
+    """Let a prefill stage compute prompts as SGLang does, under the guard ``sglang``.
+
+    The half-computed prompt goes on, then idle clients get waiting requests under ``rule``. The one that
+    exceeds ``chunk_tokens`` is cut and ends the stage; it goes on in the next one. ``max_prefill_tokens``
+    bounds the stage, too, but cuts nobody. Both count whole blocks.
+    """
+    replica = state.replicas[e, r]
+    left = _budget(state)
+    limit = max_prefill_tokens if max_prefill_tokens > 0 else _ANY_TOKENS
+    replica.continued_from = 0
+    i = replica.partial
+    if i != NOBODY:
+        done = np.int64(state.requests[e, i].computed)
+        tokens = _piece(state, e, i, left, True)
+        blocks = blocks_of(state, done + tokens) - blocks_of(state, done)
+        left -= blocks * state.cluster[0].block_tokens
+        limit -= blocks * state.cluster[0].block_tokens
+        replica.continued_from = done
+        compute(state, e, r, i, tokens)
+    _admit_parts(state, e, r, rule, left, limit, True)
+
+
+@rare_kernel
+def _admit_parts(
+    state: State, e: int, r: int, rule: int, left: int, limit: int, pieces: bool
+) -> None:
+    """Give waiting requests to idle clients until one is cut or does not fit.
+
+    ``left`` and ``limit``: what is left of the token budgets that cut prompts and do not cut them.
+    ``pieces``: by the rules of ``admit_pieces``, not those of ``admit_chunks``.
+    """
     replica, q = state.replicas[e, r], queue_of(state, r)
-    budget = state.cluster[0].chunk_tokens - replica.active - replica.stage_tokens
     if replica.partial != NOBODY or replica.idle == 0:
         return
     held = replica.emitting  # a half-computed prompt that this stage completes; sorting moves it
@@ -231,65 +268,19 @@ def admit_chunks(state: State, e: int, r: int, rule: int) -> None:
     for k in range(clients):
         client = idle[k]
         i = NOBODY
-        if not full and budget > 0 and state.queues[e, q].waiting > 0:
+        if not full and left > 0 and state.queues[e, q].waiting > 0:
             i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
             running = state.machines[r].clients - replica.idle
-            full = not fits(state, e, r, i, round_blocks, running)
-        if i == NOBODY or full:
-            idle[left_idle] = client
-            left_idle += 1
-            continue
-        needed = min(tokens_to_prefill(state, e, i), budget)
-        budget -= needed
-        replica.idle -= 1
-        pick(state, e, r, client, i)
-        compute(state, e, r, i, needed)
-
-
-@rare_kernel
-def admit_in_pieces(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> None:
-    """Let a prefill stage compute prompts as SGLang does, under the guard ``sglang``.
-
-    The half-computed prompt goes on, then idle clients get waiting requests under ``rule``. The one that
-    exceeds ``chunk_tokens`` is cut and ends the stage; it goes on in the next one. ``max_prefill_tokens``
-    bounds the stage, too, but cuts nobody. Both count whole blocks.
-    """
-    replica, q = state.replicas[e, r], queue_of(state, r)
-    length = state.cluster[0].block_tokens
-    left = _budget(state)
-    limit = max_prefill_tokens if max_prefill_tokens > 0 else _ANY_TOKENS
-    replica.continued_from = 0
-    if replica.partial != NOBODY:
-        i = replica.partial
-        done = np.int64(state.requests[e, i].computed)
-        tokens = _piece(state, e, i, left, True)
-        needed = length * (blocks_of(state, done + tokens) - blocks_of(state, done))
-        left -= needed
-        limit -= needed
-        replica.continued_from = done
-        compute(state, e, r, i, tokens)
-    if replica.partial != NOBODY or replica.idle == 0:
-        return
-    first = state.picked[e, r, 0]  # whose prompt this stage completes; sorting moves it
-    _begin_choosing(state, e, r, rule)
-    if replica.emitting > 0:
-        state.picked[e, r, 0] = first
-    clients = replica.idle
-    idle = state.idle[e, r, :clients]
-    left_idle = 0
-    full = False
-    for k in range(clients):
-        client = idle[k]
-        i = NOBODY
-        if not full and state.queues[e, q].waiting > 0:
-            i = _candidate(state, e, r, rule, client)
-        if i != NOBODY:
-            tokens = _piece(state, e, i, left, replica.stage_chunks == 0)
-            needed = length * blocks_of(state, tokens)
-            full = tokens == 0 or (replica.stage_chunks > 0 and needed > limit)
-            running = state.machines[r].clients - replica.idle
-            full = full or not chunk_fits(state, e, r, i, tokens, running)
+            if pieces:
+                tokens = _piece(state, e, i, left, replica.stage_chunks == 0)
+                needed = blocks_of(state, tokens) * state.cluster[0].block_tokens
+                full = tokens == 0 or (replica.stage_chunks > 0 and needed > limit)
+                full = full or not chunk_fits(state, e, r, i, tokens, running)
+            else:
+                tokens = min(tokens_to_prefill(state, e, i), left)
+                needed = tokens
+                full = not fits(state, e, r, i, round_blocks, running)
         if i == NOBODY or full:
             idle[left_idle] = client
             left_idle += 1

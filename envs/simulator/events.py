@@ -13,7 +13,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.admission import admit, admit_chunks, admit_in_pieces
+from servegym.envs.simulator.admission import admit, admit_chunks, admit_pieces
 from servegym.envs.simulator.memory import largest_memory, make_room
 from servegym.envs.simulator.queues import (
     blocks_of,
@@ -171,7 +171,7 @@ def prefill(
 ) -> None:
     """Begin a prefill stage under an admission rule, which must admit a request."""
     if state.cluster[0].guard == GUARD_SGLANG:
-        admit_in_pieces(state, e, r, rule, max_prefill_tokens)
+        admit_pieces(state, e, r, rule, max_prefill_tokens)
     else:
         admit(state, e, r, rule, max_prefill_tokens)
     begin_prefill(state, costs, e, r)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.envs.jit import kernel
+from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.simulator.order import add, select
 from servegym.envs.simulator.state import NOBODY, WAITING, State
 
@@ -73,7 +73,7 @@ def push_front(state: State, e: int, q: int, i: int) -> None:
     count_waiting(state, e, q, i, 1)
 
 
-@kernel
+@rare_kernel
 def push_last(state: State, e: int, q: int, i: int) -> None:
     """Let a preempted request wait behind all others, who have been seen."""
     queue, request = state.queues[e, q], state.requests[e, i]
