@@ -118,7 +118,7 @@ class ClusterConfig:
     """Of ``sglang``: factor of that share at first, 0 … 100; SGLang's schedule_conservativeness."""
     chunk_tokens: int = 0
     """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
-    mixed stages."""
+    mixed stages. Under the guard ``sglang`` it cuts prompts of prefill stages, too."""
     mixed: str = "one-pass"
     """What a mixed stage costs: ``one-pass`` of the weights for all tokens, or the ``sum`` of a prefill
     part and a decode part, as some simulators have it."""
