@@ -62,12 +62,14 @@ ADMISSION_GUARDS: Final = {
     "none": "a prompt must fit now",
     "full": "so must the whole expected outputs of all who run, as TensorRT-LLM without eviction",
     "peak": "all who run must fit at every expected finish",
+    "sglang": "so must its expected output beside a falling share of all others', as SGLang",
 }
 """What must fit into memory before a request is admitted."""
 
 GUARD_NONE: Final = 0
 GUARD_FULL: Final = 1
 GUARD_PEAK: Final = 2
+GUARD_SGLANG: Final = 3
 
 STEALS: Final = ("waiting", "running")
 """What a replica may steal from another; kernels know it by its place here."""

@@ -45,13 +45,20 @@ WHAT = (
 CLUSTERS = (
     "Random clusters (1 … 4 replicas, equal or not; up to 30 requests; every router, victim, guard and\n"
     "block length; watermarks, stale routers, token budgets, requests that are rejected) under the first-\n"
-    "come rule, prefill-first or chunked, in the compiled simulator and in the slow reference of `tests/`:\n"
-    "replica, client, admission, first token, finish, preemptions and recomputed tokens of every request,\n"
-    "and the stages of every replica. Integers are equal, times to 1e-9. exact: seconds are multiples of\n"
-    "powers of two, so that ties are ties for both."
+    "come rule, prefill-first, chunked or under SGLang's guard, in the compiled simulator and in the slow\n"
+    "reference of `tests/`: replica, client, admission, first token, finish, preemptions and recomputed\n"
+    "tokens of every request, and the stages of every replica. Integers are equal, times to 1e-9. exact:\n"
+    "seconds are multiples of powers of two, so that ties are ties for both."
 )
 
-KINDS = ("prefill-first", "prefill-first, exact", "chunked", "chunked, exact")
+KINDS = (
+    "prefill-first",
+    "prefill-first, exact",
+    "chunked",
+    "chunked, exact",
+    "sglang",
+    "sglang, exact",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Args:
     episodes: int = 50_000
     """How many, shared evenly by the kinds of information on output lengths."""
     clusters: int = 0
-    """Play so many random clusters instead, shared evenly by prefill-first and chunked ones."""
+    """Play so many random clusters instead, shared evenly by their kinds."""
     seed: int = 0
     """Episode k of a kind is drawn from (seed, kind, k)."""
     output: Path = Path("results/checks/reference")
@@ -131,7 +138,9 @@ def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
     for number in numbers:
         key = [seed, place, number]
         rng = np.random.default_rng(key)
-        case = shared_case(rng, dyadic="exact" in kind, chunked="chunked" in kind)
+        sglang = "sglang" in kind
+        chunked = None if sglang else "chunked" in kind
+        case = shared_case(rng, dyadic="exact" in kind, chunked=chunked, sglang=sglang)
         count.clusters += 1
         try:
             with warnings.catch_warnings():  # of decode tables shorter than the clients

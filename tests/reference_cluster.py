@@ -396,13 +396,16 @@ class ReferenceCluster(Moving):
 
     def victim(self, replica: Replica) -> ReferenceRequest:
         """Of equal outputs the longest prompt, as SGLang. CHOICE: of equal ones the newest."""
-        newest_first = replica.running[::-1]
+        newest_first = self.preemptible(replica)[::-1]
         if self.spec.preempt == "least-computed":
             return min(newest_first, key=lambda request: request.computed)
         if self.spec.preempt == "fewest-output":
             return min(newest_first, key=lambda request: (request.emitted, -request.prompt))
         assert self.spec.preempt == "newest"
         return newest_first[0]
+
+    def preemptible(self, replica: Replica) -> list[ReferenceRequest]:
+        return replica.running
 
     # ---- the end of a stage -----------------------------------------------------------------
 

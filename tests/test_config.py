@@ -64,6 +64,8 @@ BAD_VALUES = [
     ("cluster", "watermark", "nan", "≥ 0 and < 1, got nan", "0.5"),
     ("cluster", "staleness_s", "-1", "0 … 1e9, got -1.0", "0"),
     ("cluster", "staleness_s", "nan", "0 … 1e9, got nan", "1e9"),
+    ("cluster", "conservativeness", "-0.1", "0 … 100, got -0.1", "0"),
+    ("cluster", "conservativeness", "101", "0 … 100, got 101.0", "100"),
     # texts
     ("workload", "source", "5", "a text, got 5", '"tiny"'),
     ("workload", "source", '"gsm8k-cap51"', "did you mean 'gsm8k-cap512'?", '"gsm8k-cap512"'),

@@ -133,7 +133,7 @@ def _look(state: State, costs: CostTables, e: int, r: int) -> None:
         done = 0
     if replica.partial != NOBODY:
         i = replica.partial
-        if replica.stage == IDLE:
+        if replica.stage in (IDLE, DECODE_RUN):  # which does not go on with it
             done = np.int64(state.requests[e, i].computed)
         unfinished += blocks_of(state, tokens_to_prefill(state, e, i) - done)
         tokens += tokens_to_prefill(state, e, i) - state.requests[e, i].computed

@@ -122,9 +122,11 @@ class ClusterConfig:
     """Who gives up its memory when a decode round does not fit, see ``VICTIMS``."""
     admission_guard: str = "none"
     """What must fit into memory before a request is admitted, see ``ADMISSION_GUARDS``."""
+    conservativeness: float = 1.0
+    """Of ``sglang``: factor of that share at first, 0 … 100; SGLang's schedule_conservativeness."""
     chunk_tokens: int = 0
     """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
-    mixed stages."""
+    mixed stages. Under the guard ``sglang`` it cuts prompts of prefill stages, too."""
     mixed: str = "one-pass"
     """What a mixed stage costs: ``one-pass`` of the weights for all tokens, or the ``sum`` of a prefill
     part and a decode part, as some simulators have it."""
@@ -168,6 +170,10 @@ class ClusterConfig:
         if not 0 <= self.steal_delay_s <= 1e6:
             raise ServegymError(
                 f"cluster.steal_delay_s must lie in 0 … 1e6, got {self.steal_delay_s}"
+            )
+        if not 0 <= self.conservativeness <= 100:
+            raise ServegymError(
+                f"cluster.conservativeness must lie in 0 … 100, got {self.conservativeness}"
             )
         for key, link in (("link", self.link), ("host_link", self.host_link)):
             if isinstance(link, str) and link not in LINKS:

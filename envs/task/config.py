@@ -184,13 +184,22 @@ class TaskConfig:
                     f"{section} must be a {kind.__name__}, got {shown(getattr(self, section))}"
                 )
 
-        shared = self.cluster.replicas == 1 or self.cluster.router == "pool"
-        if self.process.steals and shared:
-            lacks = (
-                "cluster.replicas is 1" if self.cluster.replicas == 1 else "replicas share a pool"
-            )
+        self._check_moves()
+
+    def _check_moves(self) -> None:
+        """Refuse steals that can take nothing, and moves under a guard that has no rule for them."""
+        cluster, steals = self.cluster, self.process.steals
+        lacks = "cluster.replicas is 1" if cluster.replicas == 1 else "replicas share a pool"
+        if steals and (cluster.replicas == 1 or cluster.router == "pool"):
             raise ServegymError(
                 f"process.steals has nothing to steal from: {lacks}; leave it empty"
+            )
+        roles = {replica.role for replica in cluster.replica_tables()}
+        moves = steals or roles != {"both"} or cluster.evict == "host"
+        if moves and cluster.admission_guard == "sglang":
+            raise ServegymError(
+                "cluster.admission_guard 'sglang' has no rule for requests that move: leave out "
+                "process.steals, roles and cluster.evict 'host', or choose the guard 'full'"
             )
 
     @property

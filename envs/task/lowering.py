@@ -42,6 +42,9 @@ from servegym.envs.workload.requests import Requests
 _LONGEST_PASS: Final = 65_536
 """Tokens of a mixed stage up to which its decode line is tabulated; beyond, it goes on straight."""
 
+_FIRST_RATIO: Final = 0.7
+"""Share of the outputs to come for which SGLang keeps memory free at first."""
+
 
 class Machine(NamedTuple):
     """A task as kernels read it: the machine that serves, and what may be decided on it.
@@ -107,6 +110,7 @@ def _lay_out(task: TaskConfig) -> Layout:
         staleness_s=cluster.staleness_s,
         victim=list(VICTIMS).index(cluster.preempt),
         guard=list(ADMISSION_GUARDS).index(cluster.admission_guard),
+        first_ratio=min(_FIRST_RATIO * cluster.conservativeness, 1.0),
         one_pass=cluster.mixed == "one-pass",
         roles=roles,
         steals_waiting="waiting" in steals,
