@@ -18,7 +18,6 @@ from servegym.envs.arguments import plain, whole_number
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.process.metrics import EpisodeLog, episode_metrics, records
-from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE
 from servegym.envs.process.steps import begin_row, deciding, make_rows, step_row
 from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.state import State, make_alike
@@ -150,10 +149,10 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.settings = self.machine.settings
         self._last_action = len(self.task.actions) - 1
         self.action_space = spaces.Discrete(1 + self._last_action)
-        self.observation_space = spaces.Box(0.0, 1.0, (OBSERVATION_SIZE,), np.float32)
+        self.observation_space = spaces.Box(0.0, 1.0, (len(self.features),), np.float32)
         self.state: State | None = None
         self._imagined: State | None = None
-        self.rows = make_rows(1, 1 + self._last_action)
+        self.rows = make_rows(1, 1 + self._last_action, len(self.features))
         self._over = True
         self._steps_left = float("inf")  # until a wrapper cuts the episode
 
@@ -173,7 +172,8 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self._over = False
         self._steps_left = _steps_until_cut(self)
         return self.rows.observations[0].copy(), {
-            "lower_bound_s": float(self._state.episodes[0].bound_s)
+            "lower_bound_s": float(self._state.episodes[0].bound_s),
+            "replica": self._replica(),
         }
 
     def step(
@@ -185,7 +185,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         rows = self.rows
         chosen = whole_number("action", action, 0, self._last_action)
         step_row(self._state, self.costs, self.settings, rows, 0, chosen)
-        info: dict[str, Any] = {"illegal_action": True} if rows.illegal[0] else {}
+        info: dict[str, Any] = {"replica": self._replica()}
+        if rows.illegal[0]:
+            info["illegal_action"] = True
         terminated, truncated = bool(rows.terminated[0]), bool(rows.truncated[0])
         self._over = terminated or truncated
         self._steps_left -= 1
@@ -247,13 +249,22 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     @property
     def features(self) -> tuple[str, ...]:
         """What each entry of the observation means."""
-        return FEATURES
+        return self.machine.features
 
     @property
     def _state(self) -> State:
         if self.state is None:
             raise ServegymError("call reset() first")
         return self.state
+
+    def _replica(self) -> int:
+        """Return the replica that the observation is of: whose turn it is, the first one at the end.
+
+        As ``deciding``, without the microseconds of a call into a kernel.
+        """
+        replicas = len(self.machine.layout.clients)
+        turn = int(self._state.episodes["turn"][0]) if replicas > 1 else 0
+        return turn if turn < replicas else 0
 
     @staticmethod
     def _checked_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from servegym.agents import checkpoints
-from servegym.agents import policy as module
 from servegym.agents.checkpoints import load_checkpoint, save_checkpoint
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.agents.policy import CARD_FILE, LearnedPolicy, Network, load_agent
@@ -20,8 +19,10 @@ from servegym.agents.training import make_model
 from servegym.envs import ServegymError, ServingEnv, load_task
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.playing.policy import Situation
+from servegym.envs.process import blocks
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.process.observation import FEATURES
+from servegym.envs.vocabulary import OBSERVATION_BLOCKS
 
 TINY = load_task("Tiny-v0")
 SMALL = Hyperparameters(environments=2, steps=16, batch_size=16, epochs=1, width=4, timesteps=32)
@@ -47,7 +48,7 @@ class WithLaterObservations(LearnedPolicy):
     order: list[int]
 
     def act(self, situation: Situation) -> int:
-        entries = np.append(situation.observation, np.float32(0.7))
+        entries = np.append(situation.observation[: len(FEATURES)], np.float32(0.7))
         return super().act(replace(situation, observation=entries[self.order]))
 
 
@@ -61,11 +62,16 @@ class WatchedNetwork(Network):
         return super().best(observations, masks)
 
 
+def with_features(patch: pytest.MonkeyPatch, features: Sequence[str]) -> None:
+    """Let the block `replica` have these features, as in another version."""
+    patch.setattr(blocks, "BLOCK_FEATURES", blocks.BLOCK_FEATURES | {"replica": tuple(features)})
+
+
 @pytest.fixture(params=ORDERS)
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The order of a later version, whose FEATURES the agents meet."""
+    """The order of a later version, whose features the agents meet."""
     places, names = ORDERS[request.param], [*FEATURES, LATER]
-    monkeypatch.setattr(module, "FEATURES", tuple(names[place] for place in places))
+    with_features(monkeypatch, [names[place] for place in places])
     return places
 
 
@@ -87,7 +93,7 @@ def test_shipped_agents_play_the_same(folder: Path, order: list[int]) -> None:
     later = WithLaterObservations(agent.network, agent.card)
     later.order = order
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "FEATURES", FEATURES)
+        with_features(patch, FEATURES)
         expected = metrics_of(load_agent(folder))
     assert metrics_of(later) == expected
 
@@ -117,10 +123,9 @@ def test_an_observation_that_lacks_a_feature_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_agent(folder)
-    monkeypatch.setattr(module, "FEATURES", (LATER, *FEATURES[1:]))
-    words = (
-        f"feature '{FEATURES[0]}' is not among the {len(FEATURES)} of this version; train it again"
-    )
+    with_features(monkeypatch, (LATER, *FEATURES[1:]))
+    count = len(blocks.features_of(OBSERVATION_BLOCKS))
+    words = f"feature '{FEATURES[0]}' is not among the {count} of this version; train it again"
     with pytest.raises(ServegymError) as refusal:
         load_agent(folder)
     assert words in str(refusal.value)
@@ -135,7 +140,7 @@ def test_a_checkpoint_of_other_features_is_not_gone_on_from(
     model, run = make_model(TINY, SMALL).learn(1), identity(TINY, SMALL)
     path = save_checkpoint(model, run, tmp_path)
     load_checkpoint(make_model(TINY, SMALL), run, path)
-    monkeypatch.setattr(checkpoints, "FEATURES", FEATURES[::-1])
+    with_features(monkeypatch, FEATURES[::-1])
     with pytest.raises(ServegymError, match="other features, or in another order") as refusal:
         load_checkpoint(make_model(TINY, SMALL), run, path)
     assert str(refusal.value).startswith(f"{path}: ")

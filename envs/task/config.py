@@ -27,6 +27,7 @@ from servegym.envs.vocabulary import (
     ADMISSION_GUARDS,
     ADMISSION_RULES,
     MIXED_COSTS,
+    OBSERVATION_BLOCKS,
     REWARDS,
     ROUTERS,
     VICTIMS,
@@ -288,6 +289,9 @@ class ProcessConfig:
     ``cluster.chunk_tokens`` is 0."""
     decisions: Literal["events", "rounds"] = "events"
     """Ask where the choice has changed (a finish, an arrival), or at every decode round."""
+    observe: tuple[str, ...] = ("replica",)
+    """Blocks of the observation, ``replica``, ``memory`` and ``cluster``; it holds them in this order,
+    whatever the order in which they are named."""
     reward: str = "gap"
     """``gap`` (the return is minus the gap in percent) or ``latency`` (minus mean latency, s)."""
     max_decisions: int = 0
@@ -304,6 +308,13 @@ class ProcessConfig:
         for rule in (*self.rules, *self.mixed_rules):
             if rule not in ADMISSION_RULES:
                 raise unknown("admission rule", rule, ADMISSION_RULES)
+        if not self.observe or len(set(self.observe)) != len(self.observe):
+            raise ServegymError("process.observe must name at least one block, each once")
+        for block in self.observe:
+            if block not in OBSERVATION_BLOCKS:
+                raise unknown("block of process.observe:", block, OBSERVATION_BLOCKS)
+        blocks = tuple(block for block in OBSERVATION_BLOCKS if block in self.observe)
+        object.__setattr__(self, "observe", blocks)
         if self.reward not in REWARDS:
             raise unknown("reward", self.reward, REWARDS)
         _check_whole("process.max_decisions", self.max_decisions, 0, 10**12)

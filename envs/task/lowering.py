@@ -19,6 +19,7 @@ from servegym.envs.machine.costs import (
 )
 from servegym.envs.machine.layout import Layout
 from servegym.envs.process.actions import Settings
+from servegym.envs.process.blocks import features_of, first_entry
 from servegym.envs.process.reward import write_credits
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import State, make_state
@@ -53,6 +54,7 @@ class Machine(NamedTuple):
     costs: CostTables
     settings: Settings
     layout: Layout
+    features: tuple[str, ...]  # what each entry of the observation means
 
 
 def lower(task: TaskConfig) -> Machine:
@@ -77,12 +79,16 @@ def lower(task: TaskConfig) -> Machine:
         rules=np.array([ADMISSION_RULES.index(rule) for rule in process.rules]),
         mixed_rules=np.array([ADMISSION_RULES.index(rule) for rule in mixed_rules], np.int64),
         every_round=process.decisions == "rounds",
+        observes_replica="replica" in process.observe,
+        memory_at=first_entry("memory", process.observe),
+        cluster_at=first_entry("cluster", process.observe),
         max_prefill_tokens=cluster.max_prefill_tokens,
         reward=REWARDS.index(process.reward),
         max_decisions=process.max_decisions,
         max_seconds=process.max_seconds,
     )
-    return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout)
+    features = features_of(process.observe)
+    return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout, features)
 
 
 def _lay_out(cluster: ClusterConfig) -> Layout:
