@@ -43,6 +43,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     ``infos["final_info"]`` hold the last one and the metrics. In the other modes the metrics stand in
     ``infos`` itself. Unlike those of ``SyncVectorEnv``, every step's ``infos`` hold
     ``illegal_action``, shape (num_envs,), also where no action was illegal and of the rows that ended.
+    ``replica`` is the replica that each row's observation is of, as in the infos of single environments.
 
     ## Arguments
     ``num_envs``; ``task``, ``overrides`` and ``render_mode`` as for :class:`ServingEnv`; ``threads``:

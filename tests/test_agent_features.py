@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from servegym.agents.checkpoints import load_checkpoint, save_checkpoint
+from servegym.agents.export import export_agent
 from servegym.agents.hyperparameters import Hyperparameters
-from servegym.agents.policy import CARD_FILE, LearnedPolicy, Network, load_agent
+from servegym.agents.policy import CARD_FILE, AgentCard, LearnedPolicy, Network, load_agent
 from servegym.agents.record import identity
 from servegym.agents.training import make_model
 from servegym.envs import ServegymError, ServingEnv, load_task
@@ -22,7 +23,9 @@ from servegym.envs.playing.policy import Situation
 from servegym.envs.process import blocks
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.process.observation import FEATURES
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.vocabulary import OBSERVATION_BLOCKS
+from tests.helpers import refused
 
 TINY = load_task("Tiny-v0")
 SMALL = Hyperparameters(environments=2, steps=16, batch_size=16, epochs=1, width=4, timesteps=32)
@@ -82,8 +85,8 @@ def situation(observation: NDArray[np.float32]) -> Situation:
     return Situation(env.view(), observation, np.ones(7, np.bool_))
 
 
-def metrics_of(policy: LearnedPolicy) -> dict[str, Any]:
-    row = play(TINY, "agent", policy, make_case(TINY, 3), 3).row
+def metrics_of(policy: LearnedPolicy, task: TaskConfig = TINY) -> dict[str, Any]:
+    row = play(task, "agent", policy, make_case(task, 3), 3).row
     return {name: row[name] for name in METRICS}
 
 
@@ -131,6 +134,64 @@ def test_an_observation_that_lacks_a_feature_is_refused(
     assert words in str(refusal.value)
     assert str(folder / CARD_FILE) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+# ---- blocks ----------------------------------------------------------------------------------
+
+
+def observing(*names: str) -> TaskConfig:
+    return with_overrides(TINY, {"process": {"observe": names}})
+
+
+def test_a_shipped_agent_plays_the_same_where_more_is_observed() -> None:
+    agent = load_agent(AGENTS / "Tiny-v0")
+    assert agent.blocks == ("replica",)
+    expected = metrics_of(agent)
+    for task in (observing("memory", "replica"), observing(*OBSERVATION_BLOCKS), TINY):
+        assert metrics_of(agent, task) == expected
+
+
+def test_an_agent_of_more_blocks_is_exported_and_refuses_a_task_without_them(
+    tmp_path: Path,
+) -> None:
+    """Found by name in any task that observes its blocks; the file names its features."""
+    task = observing("memory", "cluster")
+    model = make_model(task, SMALL).learn(1)
+    export_agent(model, task, "train", tmp_path)
+    agent = load_agent(tmp_path)
+    assert agent.blocks == ("memory", "cluster")
+    assert agent.card.features == blocks.features_of(task.process.observe)
+    assert metrics_of(agent, task) == metrics_of(agent, observing(*OBSERVATION_BLOCKS))
+    for lacking, words in (
+        (TINY, "observes blocks 'memory' and 'cluster', which process.observe of servegym/Tiny-v0"),
+        (
+            observing("memory"),
+            "observes block 'cluster', which process.observe of servegym/Tiny-v0",
+        ),
+    ):
+        refused(lambda lacking=lacking: metrics_of(agent, lacking), words)
+    refused(lambda: export_agent(model, TINY, "", tmp_path), f"has {len(FEATURES)} features")
+
+
+def test_an_agent_of_some_features_of_two_blocks() -> None:
+    """It is given just these, in its order."""
+    network = WatchedNetwork([(np.zeros((2, 3), np.float32), np.zeros(2, np.float32))])
+    features = "1 / replicas", FEATURES[4], "memory is limited, 0 or 1"
+    agent = LearnedPolicy(network, AgentCard(("fcfs",), "events", (3, 2), "", features=features))
+    assert agent.blocks == OBSERVATION_BLOCKS
+    metrics_of(agent, observing(*OBSERVATION_BLOCKS))
+    assert network.asked[[0, 2]].tolist() == [1.0, 0.0]
+    assert 0 < network.asked[1] < 1
+
+
+def test_a_run_goes_on_only_with_the_blocks_that_it_observes(tmp_path: Path) -> None:
+    task = observing("replica", "memory")
+    model, run = make_model(task, SMALL).learn(1), identity(task, SMALL)
+    path = save_checkpoint(model, run, tmp_path)
+    load_checkpoint(make_model(task, SMALL), run, path)
+    other = observing("replica", "cluster")
+    with pytest.raises(ServegymError, match=r"observe \['replica', 'memory'\], this one has"):
+        load_checkpoint(make_model(other, SMALL), identity(other, SMALL), path)
 
 
 def test_a_checkpoint_of_other_features_is_not_gone_on_from(

@@ -201,7 +201,7 @@ def test_after_the_end_decode_is_legal_and_info_holds_every_metric(three_on_two:
     start(env, three_on_two)
     _, info = play_randomly(env, np.random.default_rng(1))
     assert env.action_masks().tolist() == [True] + [False] * 6
-    assert tuple(info) == METRICS
+    assert tuple(info) == ("replica", *METRICS)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
@@ -211,6 +211,7 @@ def test_truncation_by_decisions(most: int) -> None:
     for decision in range(1, most + 1):
         _, _, terminated, truncated, info = env.step(np.int64(1))
         assert (terminated, truncated) == (False, decision == most)
+        assert info.pop("replica") == 0
     assert tuple(info) == METRICS
     assert info["decisions"] == most
     assert info["unfinished_requests"] == 10 - most
