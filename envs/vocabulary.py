@@ -77,15 +77,9 @@ GUARD_NONE: Final = 0
 GUARD_FULL: Final = 1
 GUARD_PEAK: Final = 2
 
-BLOCK_TEXTS: Final = {
-    "replica": "the replica that decides: its clients, queue and stages",
-    "memory": "its KV memory, its half-computed prompt and its chunk budget",
-    "cluster": "where it stands among all replicas",
-}
-"""What each block of the observation tells; an observation holds its blocks in this order."""
-
-OBSERVATION_BLOCKS: Final = tuple(BLOCK_TEXTS)
-"""Names of the blocks of the observation."""
+OBSERVATION_BLOCKS: Final = ("replica", "memory", "cluster")
+"""Names of the blocks of the observation, which holds them in this order: the clients, queue and stages of
+the replica that decides; its memory and chunk budget; where it stands among all replicas."""
 
 MIXED_COSTS: Final = ("one-pass", "sum")
 """What a mixed stage costs: one pass of the weights, or a prefill part and a decode part."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_an_agent_of_more_blocks_is_exported_and_refuses_a_task_without_them(
             "observes block 'cluster', which process.observe of servegym/Tiny-v0",
         ),
     ):
-        refused(lambda lacking=lacking: metrics_of(agent, lacking), words)
+        refused(partial(metrics_of, agent, lacking), words)
     refused(lambda: export_agent(model, TINY, "", tmp_path), f"has {len(FEATURES)} features")
 
 

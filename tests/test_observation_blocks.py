@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -413,7 +414,7 @@ def test_blocks_that_do_not_exist() -> None:
         ("memory", "process.observe must be a list, got 'memory'"),
     ):
         overrides = {"process": {"observe": observe}}
-        refused(lambda overrides=overrides: with_overrides(TINY, overrides), words)
+        refused(partial(with_overrides, TINY, overrides), words)
 
 
 @pytest.mark.parametrize("policy", ["rollout-1", "fcfs"])
