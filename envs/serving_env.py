@@ -200,6 +200,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.state: State | None = None
         self._imagined: State | None = None
         self.rows = make_rows(1, 1 + self._last_action, len(self.features))
+        self._many_replicas = len(self.machine.layout.clients) > 1
         self._over = True
         self._steps_left = float("inf")  # until a wrapper cuts the episode
 
@@ -220,7 +221,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self._steps_left = _steps_until_cut(self)
         return self.rows.observations[0].copy(), {
             "lower_bound_s": float(self._state.episodes[0].bound_s),
-            "replica": self._replica(),
+            "replica": self._replica() if self._many_replicas else 0,
         }
 
     def step(
@@ -232,7 +233,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         rows = self.rows
         chosen = whole_number("action", action, 0, self._last_action)
         step_row(self._state, self.costs, self.settings, rows, 0, chosen)
-        info: dict[str, Any] = {"replica": self._replica()}
+        info: dict[str, Any] = {"replica": self._replica() if self._many_replicas else 0}
         if rows.illegal[0]:
             info["illegal_action"] = True
         terminated, truncated = bool(rows.terminated[0]), bool(rows.truncated[0])
@@ -309,9 +310,8 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
 
         As ``deciding``, without the microseconds of a call into a kernel.
         """
-        replicas = len(self.machine.layout.clients)
-        turn = int(self._state.episodes["turn"][0]) if replicas > 1 else 0
-        return turn if turn < replicas else 0
+        turn = int(self._state.episodes["turn"][0])
+        return turn if turn < len(self.machine.layout.clients) else 0
 
     @staticmethod
     def _checked_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:

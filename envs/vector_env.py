@@ -98,6 +98,9 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
         self._every_row = np.ones(self.num_envs, np.bool_)
+        self._first_replica = np.zeros(self.num_envs, np.int64)
+        for shared in (self._every_row, self._first_replica):  # in the infos of all steps
+            shared.setflags(write=False)
         self._copy = copy
         self.rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]  # of the rows
         requests = len(sample_requests(self.task, np.random.default_rng(0)))
@@ -147,7 +150,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         over = rows.terminated | rows.truncated
         ended = np.flatnonzero(over)
         infos["illegal_action"], infos["_illegal_action"] = rows.illegal.copy(), rows.illegal.copy()
-        infos["replica"], infos["_replica"] = self.replicas(), self._every_row.copy()
+        infos["replica"], infos["_replica"] = self.replicas(), self._every_row
         if same_step and len(ended):
             infos |= self._begin_next(over)
             infos["replica"] = self.replicas()
@@ -183,11 +186,11 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     def replicas(self) -> NDArray[np.int64]:
         """Return the replica that each row's observation is of: whose turn it is, the first one at the end.
 
-        Shape (num_envs,).
+        Shape (num_envs,); read-only where there is one replica.
         """
         replicas = len(self.machine.layout.clients)
         if replicas == 1:
-            return np.zeros(self.num_envs, np.int64)
+            return self._first_replica
         turns = np.asarray(self.state.episodes["turn"])
         return np.where(turns < replicas, turns, 0)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from servegym.envs import ServingEnv, load_task, make_case, make_requests, play
-from servegym.envs.process.blocks import BLOCK_FEATURES, block_of, features_of, first_entry
+from servegym.envs.process.blocks import BLOCK_FEATURES, block_of, features_of
 from servegym.envs.process.observation import FEATURES
 from servegym.envs.process.observed_cluster import CLUSTER_FEATURES
 from servegym.envs.process.observed_memory import MEMORY_FEATURES
@@ -278,12 +278,8 @@ def test_constants_of_one_replica_without_a_memory_limit(rng: np.random.Generato
 
 def seen(env: ServingEnv, block: str) -> dict[str, float]:
     """Entries of a block by name."""
-    first = first_entry(block, env.task.process.observe)
-    values = env.rows.observations[0, first : first + len(BLOCK_FEATURES[block])]
-    return {
-        name: round(float(value), 6)
-        for name, value in zip(BLOCK_FEATURES[block], values, strict=True)
-    }
+    values = dict(zip(env.features, env.rows.observations[0], strict=True))
+    return {name: round(float(values[name]), 6) for name in BLOCK_FEATURES[block]}
 
 
 def test_memory_by_hand() -> None:

@@ -21,9 +21,7 @@ class Settings(NamedTuple):
     mixed_rules: NDArray[np.int64]  # (M,) admission rule of action 1 + P + k: a mixed stage
     every_round: bool  # ask at every decode round, not only where the choice has changed
     max_prefill_tokens: int  # prompt tokens of one prefill stage, 0: no limit
-    observes_replica: bool  # the block ``replica``, the first entries of the observation
-    memory_at: int  # first entry of the block ``memory``, or NOBODY
-    cluster_at: int  # first entry of the block ``cluster``, or NOBODY
+    observes: int  # bit k: the k-th of OBSERVATION_BLOCKS
     reward: int
     max_decisions: int  # truncate after so many, 0: never
     max_seconds: float  # truncate once the clock has passed it, 0: never

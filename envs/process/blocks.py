@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.actions import Settings
-from servegym.envs.process.observation import FEATURES, observe_replica
+from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE, observe_replica
 from servegym.envs.process.observed_cluster import CLUSTER_FEATURES, observe_cluster
 from servegym.envs.process.observed_memory import MEMORY_FEATURES, observe_memory
-from servegym.envs.simulator.state import NOBODY, State
+from servegym.envs.simulator.state import State
 from servegym.envs.vocabulary import OBSERVATION_BLOCKS
 
 BLOCK_FEATURES: Final[dict[str, tuple[str, ...]]] = {
@@ -56,15 +56,6 @@ def block_of(feature: str) -> str | None:
     return next((block for block, names in BLOCK_FEATURES.items() if feature in names), None)
 
 
-def first_entry(block: str, blocks: Iterable[str]) -> int:
-    """Return where a block begins in an observation of ``blocks``, or NOBODY if it is none of them."""
-    named = set(blocks)
-    if block not in named:
-        return NOBODY
-    before = OBSERVATION_BLOCKS[: OBSERVATION_BLOCKS.index(block)]
-    return len(features_of(named.intersection(before)))
-
-
 @kernel
 def observe(
     state: State,
@@ -75,9 +66,12 @@ def observe(
     out: NDArray[np.float32],
 ) -> None:
     """Write the task's observation of replica ``r`` in environment ``e`` into ``out`` (features,)."""
-    if settings.observes_replica:
+    at = 0
+    if settings.observes & 1:
         observe_replica(state, costs, e, r, out)
-    if settings.memory_at != NOBODY:
-        observe_memory(state, e, r, settings.memory_at, out)
-    if settings.cluster_at != NOBODY:
-        observe_cluster(state, costs, e, r, settings.cluster_at, out)
+        at = OBSERVATION_SIZE
+    if settings.observes & 2:
+        observe_memory(state, e, r, at, out)
+        at += len(MEMORY_FEATURES)
+    if settings.observes & 4:
+        observe_cluster(state, costs, e, r, at, out)

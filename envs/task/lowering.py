@@ -19,7 +19,7 @@ from servegym.envs.machine.costs import (
 )
 from servegym.envs.machine.layout import Layout
 from servegym.envs.process.actions import Settings
-from servegym.envs.process.blocks import features_of, first_entry
+from servegym.envs.process.blocks import features_of
 from servegym.envs.process.reward import write_credits
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import State, make_state
@@ -28,6 +28,7 @@ from servegym.envs.task.config import ClusterConfig, TaskConfig
 from servegym.envs.vocabulary import (
     ADMISSION_GUARDS,
     ADMISSION_RULES,
+    OBSERVATION_BLOCKS,
     REWARDS,
     ROUTERS,
     VICTIMS,
@@ -79,9 +80,7 @@ def lower(task: TaskConfig) -> Machine:
         rules=np.array([ADMISSION_RULES.index(rule) for rule in process.rules]),
         mixed_rules=np.array([ADMISSION_RULES.index(rule) for rule in mixed_rules], np.int64),
         every_round=process.decisions == "rounds",
-        observes_replica="replica" in process.observe,
-        memory_at=first_entry("memory", process.observe),
-        cluster_at=first_entry("cluster", process.observe),
+        observes=sum(1 << OBSERVATION_BLOCKS.index(block) for block in process.observe),
         max_prefill_tokens=cluster.max_prefill_tokens,
         reward=REWARDS.index(process.reward),
         max_decisions=process.max_decisions,
