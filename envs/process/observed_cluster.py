@@ -17,7 +17,6 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.observation import QUEUE_DOUBLINGS, balance, log_scaled
 from servegym.envs.simulator.routing import look
 from servegym.envs.simulator.seconds import decode_seconds
-from servegym.envs.simulator.stages import rounds_until
 from servegym.envs.simulator.state import DECODE_RUN, IDLE, UNLIMITED_BLOCKS, State
 
 CLUSTER_FEATURES: Final = (
@@ -55,41 +54,48 @@ def observe_cluster(
     """Write the block of replica ``r`` in environment ``e`` into ``out``, from entry ``at`` on."""
     replicas = state.replicas.shape[1]
     pool = state.queues.shape[1] < replicas
-    here = look(state, costs, e, r)
-    tokens_here = max(here.tokens, 0)
-    waiting, running, tokens, blocks, clients = 0.0, 0.0, 0.0, 0.0, 0.0  # of all replicas
-    free, token_s = 0.0, 0.0
+    waiting_here, running_here, tokens_here, blocks_here, free_here = 0.0, 0.0, 0.0, 0.0, 0.0
+    waiting, running, tokens, blocks, free = 0.0, 0.0, 0.0, 0.0, 0.0  # of all replicas
+    clients, token_s = 0.0, 0.0
     most_waiting, most_tokens, boundary_s = 0.0, 0.0, 0.0  # of the others
     empty, in_prefill = 0, 0
     for s in range(replicas):
         seen = look(state, costs, e, s)
-        work = max(seen.tokens, 0)  # who has outlived its expected length counts less than nothing
-        waiting += seen.waiting
-        running += seen.running
-        tokens += work
-        blocks += seen.used_blocks + seen.wanted_blocks
+        its_waiting, its_running = float(seen.waiting), float(seen.running)
+        its_tokens = max(
+            float(seen.tokens), 0.0
+        )  # who has outlived its length counts less than nothing
+        its_blocks = float(seen.used_blocks + seen.wanted_blocks)
+        its_free = _free_share(state, s, seen.used_blocks)
+        waiting += its_waiting
+        running += its_running
+        tokens += its_tokens
+        blocks += its_blocks
+        free += its_free
         clients += state.machines[s].clients
-        free += _free_share(state, s, seen.used_blocks)
         token_s += _token_seconds(state, costs, s)
-        if s != r:
-            most_waiting = max(most_waiting, float(seen.waiting))
-            most_tokens = max(most_tokens, float(work))
+        if s == r:
+            waiting_here, running_here, tokens_here = its_waiting, its_running, its_tokens
+            blocks_here, free_here = its_blocks, its_free
+        else:
             stage = state.replicas[e, s].stage
-            empty += int(seen.running == 0 and (pool or seen.waiting == 0))
+            most_waiting = max(most_waiting, its_waiting)
+            most_tokens = max(most_tokens, its_tokens)
+            empty += int(its_running == 0.0 and (pool or its_waiting == 0.0))
             in_prefill += int(stage not in (IDLE, DECODE_RUN))
-            boundary_s += _seconds_to_boundary(state, costs, e, s)
-    clients_here = state.machines[r].clients
-    idle_here = clients_here - here.running
+            boundary_s += _seconds_to_boundary(state, costs, e, s, seen.rounds)
+    clients_here = float(state.machines[r].clients)
+    idle_here = clients_here - running_here
     idle_elsewhere = clients - running - idle_here
-    waiting_elsewhere = 0.0 if pool else waiting - here.waiting
+    waiting_elsewhere = 0.0 if pool else waiting - waiting_here
     out[at] = 1.0 / replicas
-    out[at + 1] = _against(here.waiting, waiting / replicas)
-    out[at + 2] = _against(here.waiting, most_waiting)
-    out[at + 3] = _against(here.running, running / replicas)
+    out[at + 1] = _against(waiting_here, waiting / replicas)
+    out[at + 2] = _against(waiting_here, most_waiting)
+    out[at + 3] = _against(running_here, running / replicas)
     out[at + 4] = _against(tokens_here, tokens / replicas)
     out[at + 5] = _against(tokens_here, most_tokens)
-    out[at + 6] = _against(_free_share(state, r, here.used_blocks), free / replicas)
-    out[at + 7] = _against(here.used_blocks + here.wanted_blocks, blocks / replicas)
+    out[at + 6] = _against(free_here, free / replicas)
+    out[at + 7] = _against(blocks_here, blocks / replicas)
     out[at + 8] = _against(clients_here, clients / replicas)
     out[at + 9] = _against(token_s / replicas, _token_seconds(state, costs, r))
     if replicas == 1:  # nobody to be compared with
@@ -124,14 +130,16 @@ def _token_seconds(state: State, costs: CostTables, s: int) -> float:
 
 
 @kernel
-def _seconds_to_boundary(state: State, costs: CostTables, e: int, s: int) -> float:
-    """Return the seconds until the present round or stage of replica ``s`` ends, 0 where there is none."""
+def _seconds_to_boundary(state: State, costs: CostTables, e: int, s: int, rounds: int) -> float:
+    """Return the seconds until the present stage of replica ``s`` ends, 0 where there is none.
+
+    Of a run of decode rounds the first ``rounds`` count, the last of which is under way.
+    """
     replica, now_s = state.replicas[e, s], state.episodes[e].now_s
     if replica.stage == IDLE:
         return 0.0
     end_s = state.event_s[e, s]
     if replica.stage == DECODE_RUN:
-        rounds = rounds_until(state, costs, e, s, now_s)
         run_s = decode_seconds(costs, s, replica.active, replica.cached_tokens, rounds)
         end_s = replica.clock_s + run_s
     return max(end_s - now_s, 0.0)

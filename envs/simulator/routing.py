@@ -103,6 +103,7 @@ class Load(NamedTuple):
     used_blocks: int
     wanted_blocks: int
     unfinished_blocks: int
+    rounds: int  # of its run of decode rounds, the one under way included
 
 
 @kernel
@@ -121,10 +122,11 @@ def look(state: State, costs: CostTables, e: int, r: int) -> Load:
     """Return what others see of a replica; the queue is its own or the pool."""
     replica, queue = state.replicas[e, r], state.queues[e, queue_of(state, r)]
     rounds = 0  # that have ended before now; the one under way has taken its blocks
-    begun = int(replica.stage == MIXED)
+    run, begun = 0, int(replica.stage == MIXED)
     if replica.stage == DECODE_RUN:
-        begun = rounds_until(state, costs, e, r, state.episodes[e].now_s)
-        rounds = begun - 1
+        run = rounds_until(state, costs, e, r, state.episodes[e].now_s)
+        begun = run
+        rounds = run - 1
     tokens = queue.tokens + queue.rounds + queue.unseen_work
     tokens += replica.due_sum - replica.active * (replica.rounds + rounds)
     tokens += replica.stage_tokens
@@ -148,6 +150,7 @@ def look(state: State, costs: CostTables, e: int, r: int) -> Load:
         replica.used_blocks + blocks_of_rounds(state, e, r, begun),
         queue.blocks + queue.unseen_blocks,
         unfinished,
+        run,
     )
 
 
