@@ -10,7 +10,7 @@ import pytest
 from servegym.envs import ServingEnv, make_requests
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.task.config import InformationConfig
-from servegym.envs.vocabulary import ADMISSION_RULES, ROUTERS
+from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS, ROUTERS
 from tests.cluster_helpers import play_any, play_eagerly, recount, requests_of, shared_case, task_of
 from tests.random_clusters import ClusterCase
 from tests.reference_cluster import ClusterSpec, ReplicaSpec
@@ -48,7 +48,8 @@ def case_of(seed: int) -> ClusterCase:
 def test_every_rule_and_mixed_rule(seed: int) -> None:
     case, rng = case_of(seed), np.random.default_rng(seed)
     decisions = str(rng.choice(["events", "rounds"]))
-    env = ServingEnv(task_of(case.spec, mixed_rules=ADMISSION_RULES, decisions=decisions))
+    process = {"mixed_rules": ADMISSION_RULES, "observe": OBSERVATION_BLOCKS}
+    env = ServingEnv(task_of(case.spec, decisions=decisions, **process))
     env.reset(options={"requests": requests_of(case)})
     watched(env, rng)
     log = env.records()

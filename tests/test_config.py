@@ -102,6 +102,8 @@ BAD_VALUES = [
     ("cluster", "replica", "[{}, {}]", "replicas is 1, but there are 2 tables", "[]"),
     ("process", "mixed_rules", "[]", "at least one rule, each once", '["fcfs"]'),
     ("process", "mixed_rules", '["fcsf"]', "did you mean 'fcfs'?", '["longest"]'),
+    ("process", "observe", "[]", "at least one block, each once", '["memory"]'),
+    ("process", "observe", '["memry"]', "did you mean 'memory'?", '["cluster", "replica"]'),
     ("process", "rules", '"fcfs"', "a list, got 'fcfs'", '["fcfs"]'),
     ("process", "rules", "[]", "at least one rule, each once", '["fcfs"]'),
     ("process", "rules", '["fcfs", "fcfs"]', "each once", '["fcfs", "plan"]'),

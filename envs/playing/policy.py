@@ -56,7 +56,7 @@ class Situation:
     """
 
     view: DecisionView
-    observation: NDArray[np.float32]  # (OBSERVATION_SIZE,)
+    observation: NDArray[np.float32]  # (features,) see ``ServingEnv.features``
     mask: NDArray[np.bool_]  # (actions,) legal actions
     imagine: Callable[[], State] = _no_imagination
     """Makes the episode as the scheduler believes it to be (``ServingEnv.imagine``), where asked."""

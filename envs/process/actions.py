@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     steals: NDArray[np.int64]  # (S,) of action 1 + P + M + k: place in STEALS
     every_round: bool  # ask at every decode round, not only where the choice has changed
     max_prefill_tokens: int  # prompt tokens of one prefill stage, 0: no limit
+    observes: int  # bit k: the k-th of OBSERVATION_BLOCKS
     reward: int
     max_decisions: int  # truncate after so many, 0: never
     max_seconds: float  # truncate once the clock has passed it, 0: never

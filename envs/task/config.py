@@ -17,7 +17,7 @@ from servegym.envs.machine.costs import CostModel
 from servegym.envs.machine.presets import cost_preset
 from servegym.envs.task.building import build, cost_model
 from servegym.envs.task.cluster import ClusterConfig, check_whole
-from servegym.envs.vocabulary import ADMISSION_RULES, REWARDS, STEALS
+from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS, REWARDS, STEALS
 from servegym.envs.workload.comparison import COMPARISONS
 from servegym.envs.workload.predictors import PREDICTOR_NAMES
 from servegym.envs.workload.presets import (
@@ -127,6 +127,9 @@ class ProcessConfig:
     requests, and ``running`` ones. Replicas then need queues of their own."""
     decisions: Literal["events", "rounds"] = "events"
     """Ask where the choice has changed (a finish, an arrival), or at every decode round."""
+    observe: tuple[str, ...] = ("replica",)
+    """Blocks of the observation, ``replica``, ``memory`` and ``cluster``; it holds them in this order,
+    whatever the order in which they are named."""
     reward: str = "gap"
     """``gap`` (the return is minus the gap in percent) or ``latency`` (minus mean latency, s)."""
     max_decisions: int = 0
@@ -148,6 +151,13 @@ class ProcessConfig:
         for kind in self.steals:
             if kind not in STEALS:
                 raise unknown("value of process.steals:", kind, STEALS)
+        if not self.observe or len(set(self.observe)) != len(self.observe):
+            raise ServegymError("process.observe must name at least one block, each once")
+        for block in self.observe:
+            if block not in OBSERVATION_BLOCKS:
+                raise unknown("block of process.observe:", block, OBSERVATION_BLOCKS)
+        blocks = tuple(block for block in OBSERVATION_BLOCKS if block in self.observe)
+        object.__setattr__(self, "observe", blocks)
         if self.reward not in REWARDS:
             raise unknown("reward", self.reward, REWARDS)
         check_whole("process.max_decisions", self.max_decisions, 0, 10**12)

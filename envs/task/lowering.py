@@ -19,6 +19,7 @@ from servegym.envs.machine.costs import (
 )
 from servegym.envs.machine.layout import Layout
 from servegym.envs.process.actions import Settings
+from servegym.envs.process.blocks import features_of
 from servegym.envs.process.reward import write_credits
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import State, make_state
@@ -28,6 +29,7 @@ from servegym.envs.vocabulary import (
     ADMISSION_GUARDS,
     ADMISSION_RULES,
     MOVES,
+    OBSERVATION_BLOCKS,
     REWARDS,
     ROLES,
     ROUTERS,
@@ -60,6 +62,7 @@ class Machine(NamedTuple):
     costs: CostTables
     settings: Settings
     layout: Layout
+    features: tuple[str, ...]  # what each entry of the observation means
 
 
 def lower(task: TaskConfig) -> Machine:
@@ -85,12 +88,14 @@ def lower(task: TaskConfig) -> Machine:
         mixed_rules=np.array([ADMISSION_RULES.index(rule) for rule in mixed_rules], np.int64),
         steals=np.array([STEALS.index(kind) for kind in process.steals], np.int64),
         every_round=process.decisions == "rounds",
+        observes=sum(1 << OBSERVATION_BLOCKS.index(block) for block in process.observe),
         max_prefill_tokens=cluster.max_prefill_tokens,
         reward=REWARDS.index(process.reward),
         max_decisions=process.max_decisions,
         max_seconds=process.max_seconds,
     )
-    return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout)
+    features = features_of(process.observe)
+    return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout, features)
 
 
 def _lay_out(task: TaskConfig) -> Layout:
