@@ -46,12 +46,20 @@ CLUSTERS = (
     "Random clusters (1 … 4 replicas, equal or not; up to 30 requests; every router, victim, guard and\n"
     "block length; watermarks, stale routers, token budgets, requests that are rejected) under the first-\n"
     "come rule, prefill-first or chunked, in the compiled simulator and in the slow reference of `tests/`:\n"
-    "replica, client, admission, first token, finish, preemptions and recomputed tokens of every request,\n"
-    "and the stages of every replica. Integers are equal, times to 1e-9. exact: seconds are multiples of\n"
-    "powers of two, so that ties are ties for both."
+    "replica, client, admission, first token, finish, preemptions, recomputed tokens and moves of every\n"
+    "request, and the stages of every replica. Integers are equal, times to 1e-9. exact: seconds are\n"
+    "multiples of powers of two, so that ties are ties for both. moving: prefill-first or chunked, and\n"
+    "replicas steal, prefill for others or evict to the host."
 )
 
-KINDS = ("prefill-first", "prefill-first, exact", "chunked", "chunked, exact")
+KINDS = (  # the place of each is part of its generator's key
+    "prefill-first",
+    "prefill-first, exact",
+    "chunked",
+    "chunked, exact",
+    "moving",
+    "moving, exact",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Args:
     episodes: int = 50_000
     """How many, shared evenly by the kinds of information on output lengths."""
     clusters: int = 0
-    """Play so many random clusters instead, shared evenly by prefill-first and chunked ones."""
+    """Play so many random clusters instead, shared evenly by prefill-first, chunked and moving ones."""
     seed: int = 0
     """Episode k of a kind is drawn from (seed, kind, k)."""
     output: Path = Path("results/checks/reference")
@@ -95,6 +103,7 @@ class ClusterCount:
     stages: int = 0
     preemptions: int = 0
     rejected: int = 0
+    moves: int = 0
     different: int = 0
 
 
@@ -131,7 +140,9 @@ def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
     for number in numbers:
         key = [seed, place, number]
         rng = np.random.default_rng(key)
-        case = shared_case(rng, dyadic="exact" in kind, chunked="chunked" in kind)
+        moving = "moving" in kind
+        chunked = None if moving else "chunked" in kind
+        case = shared_case(rng, dyadic="exact" in kind, chunked=chunked, moving=moving)
         count.clusters += 1
         try:
             with warnings.catch_warnings():  # of decode tables shorter than the clients
@@ -145,6 +156,7 @@ def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
             count.stages += len(outcome.stages)
             count.preemptions += outcome.preemptions
             count.rejected += sum(record.rejected for record in outcome.records)
+            count.moves += sum(record.moves for record in outcome.records)
     return kind, count, differences
 
 
