@@ -95,6 +95,23 @@ def play_any(
     return total, info
 
 
+def assert_empty(state: State) -> None:
+    """At the end nobody holds, wants or is on the way to anything."""
+    replicas, episode = state.replicas[0], state.episodes[0]
+    for name in ("used_blocks", "cached_tokens", "active", "due_sum"):
+        assert not replicas[name].any(), name
+    for name in ("coming", "coming_blocks", "incoming", "incoming_blocks", "leaving"):
+        assert not replicas[name].any(), name
+    assert (replicas.idle == state.machines.clients).all()
+    assert not state.residues[0].any()
+    for name in ("waiting", "rounds", "tokens", "blocks", "squares_high", "squares_low", "unseen"):
+        assert not state.queues[0][name].any(), name
+    assert not state.waiting_lengths[0].any()
+    assert not state.clients[0]["queue_rounds"].any()
+    assert episode.in_system == 0
+    assert episode.transfers == 0
+
+
 # ---- a recount of everything that the simulator keeps in sums --------------------------------
 
 
