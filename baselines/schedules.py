@@ -13,12 +13,12 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.machine.layout import one_replica
+from servegym.envs.simulator.booking import book
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.queues import push_back, tokens_to_prefill
 from servegym.envs.simulator.stages import (
     begin_decode,
     begin_prefill,
-    book,
     compute,
     pick,
     rounds_to_next_finish,

@@ -329,14 +329,18 @@ class ReferenceCluster(Moving):
 
         CHOICE: a guard comes on top of this and compares with the whole memory, not the watermark.
         """
-        wanted = replica.blocks_for(request.wanted_tokens)
-        if request.stored is not None and self.fetches_leave_a_round:
-            wanted = replica.blocks_for(request.wanted_tokens + 1) + len(replica.reserved)
-            decoding = [r for r in replica.running if r.decoding]
-            wanted += sum(replica.lacks(r, r.prompt + r.emitted) for r in decoding)
+        wanted = self.blocks_to_admit(replica, request)
         if wanted + self.watermark(replica) > replica.free_blocks:
             return False
         return self.guard_allows(replica, request)
+
+    def blocks_to_admit(self, replica: Replica, request: ReferenceRequest) -> int:
+        """Blocks that must be free for a waiting request; a fetch also wants a round of everybody."""
+        if request.stored is None or not self.fetches_leave_a_round:
+            return replica.blocks_for(request.wanted_tokens)
+        wanted = replica.blocks_for(request.wanted_tokens + 1) + len(replica.reserved)
+        decoding = [r for r in replica.running if r.decoding]
+        return wanted + sum(replica.lacks(r, r.prompt + r.emitted) for r in decoding)
 
     def guard_allows(self, replica: Replica, request: ReferenceRequest) -> bool:
         """Whether whole outputs fit, beside those that run."""

@@ -199,11 +199,14 @@ class Moving:
 
     def admissible(self, thief: Replica, request: ReferenceRequest) -> bool:
         """Whether a thief could admit a waiting request if its queue had been admitted."""
-        fits = self.fits(thief, request.wanted_tokens)
+        fits = self.fits(thief, self.blocks_to_admit(thief, request))
         return fits and self.guard_allows(thief, request)
 
-    def fits(self, thief: Replica, tokens: int) -> bool:
-        """Whether memory holds so many tokens more than what waits at or comes to a queue."""
+    def blocks_to_admit(self, replica: Replica, request: ReferenceRequest) -> int:
+        raise NotImplementedError
+
+    def fits(self, thief: Replica, blocks: int) -> bool:
+        """Whether memory has so many blocks more than what waits at or comes to a queue wants."""
         wanted = sum(thief.blocks_for(request.wanted_tokens) for request in thief.queue)
         wanted += sum(
             thief.blocks_for(move.tokens)
@@ -213,7 +216,7 @@ class Moving:
         kept = 0
         if self.present(thief) > 0 and thief.blocks < math.inf:
             kept = math.floor(self.spec.watermark * thief.blocks)
-        return wanted + thief.blocks_for(tokens) + kept <= thief.free_blocks
+        return wanted + blocks + kept <= thief.free_blocks
 
     def taken(self, queue: list[ReferenceRequest], room: int) -> list[ReferenceRequest]:
         count = min(room, len(queue))
@@ -240,7 +243,7 @@ class Moving:
         move.emitted = request.emitted
         copy_s = self.spec.copy_s(request.held_tokens)
         if self.recomputes(thief, request, copy_s):
-            if not self.fits(thief, request.prompt + request.emitted):
+            if not self.fits(thief, thief.blocks_for(request.prompt + request.emitted)):
                 return False
             move.kind, move.state = "recompute", "pausing"
             move.tokens = request.prompt + request.emitted
@@ -248,7 +251,7 @@ class Moving:
             if not source.stage:
                 self.leave(move)
             return True
-        if not self.fits(thief, request.held_tokens):
+        if not self.fits(thief, thief.blocks_for(request.held_tokens)):
             return False
         self.reserve(move)
         move.due_s = self.clock_s + copy_s

@@ -13,8 +13,8 @@ from servegym.envs.playing.policy import asked_task
 from servegym.envs.process.metrics import METRICS, episode_metrics
 from servegym.envs.simulator.admission import admits, mixes
 from servegym.envs.simulator.events import advance, decode, mix, prefill, sleep
-from servegym.envs.simulator.moving import fullest_queue, steal_running, steal_waiting, stealable
 from servegym.envs.simulator.state import NOBODY, State
+from servegym.envs.simulator.stealing import fullest_queue, steal_running, steal_waiting, stealable
 from servegym.envs.simulator.view import view
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig

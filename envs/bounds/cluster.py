@@ -12,11 +12,11 @@ with the *KV area* g = Σ (d_i·p_i + d_i(d_i + 1)/2), the tokens held in all ro
 **One request.** It runs at one replica at a time: its prefill and its rounds, each at least as long as
 the shortest round of the fastest replica.
 
-**Preemption**, and a running request that moves to be computed again. A recomputation emits one token, so a decode round is served one token less; it computes
-the prompt and a token more. The work above holds where that never pays: (a − c − v/K)·(p + 1) ≥ u for the
-shortest prompt p, a seconds per prompt token, c per cached token, v the shortest round and u the least
-seconds per token of a full round; v/K is 0 where some memory is without limit. Where it might pay,
-prefills alone are counted.
+**Preemption**, or a running request that moves to be computed again. A recomputation emits one token, so
+a decode round is served one token less; it computes the prompt and a token more. The work above holds
+where that never pays: (a − c − v/K)·(p + 1) ≥ u for the shortest prompt p, a seconds per prompt token, c per
+cached token, v the shortest round and u the least seconds per token of a full round; v/K is 0 where some
+memory is without limit. Where it might pay, prefills alone are counted.
 
 **Mixed stages.** A pass of n decoding clients and T prompt tokens takes at least the decode line at n, and
 at least a·T; attention adds to both. So W is the larger of the two lines, plus attention; in stages that

@@ -11,8 +11,8 @@ from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admits, mixes
 from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep
-from servegym.envs.simulator.moving import fullest_queue, steal_running, steal_waiting, stealable
 from servegym.envs.simulator.state import NOBODY, State
+from servegym.envs.simulator.stealing import fullest_queue, steal_running, steal_waiting, stealable
 from servegym.envs.vocabulary import STEAL_WAITING
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admit, admit_chunks
+from servegym.envs.simulator.booking import book
 from servegym.envs.simulator.memory import make_room
 from servegym.envs.simulator.moving import (
     begin_instant,
-    can_steal,
     end_boundary,
     end_instant,
     wake_sleepers,
@@ -36,12 +36,12 @@ from servegym.envs.simulator.stages import (
     begin_decode,
     begin_pass,
     begin_prefill,
-    book,
     continue_partial,
     cut,
     see_arrivals,
 )
 from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, UNLIMITED_BLOCKS, State
+from servegym.envs.simulator.stealing import can_steal
 
 DECODE: Final = 0
 """The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""

@@ -106,14 +106,23 @@ def fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool
 
 @rare_kernel
 def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool:
-    blocks = blocks_of(state, tokens_to_prefill(state, e, i)) + taken
-    if state.requests[e, i].stored != NOBODY:
-        # It could be fetched and evicted for ever, unless a round of everybody fits, too.
-        blocks = blocks_of(state, tokens_to_prefill(state, e, i) + 1)
-        blocks += blocks_of_round(state, e, r) + state.replicas[e, r].incoming
+    blocks = blocks_to_admit(state, e, r, i, taken)
     if running > 0:
         blocks += state.machines[r].watermark_blocks
     return blocks <= free_blocks(state, e, r) and guard_allows(state, e, r, i, running)
+
+
+@kernel
+def blocks_to_admit(state: State, e: int, r: int, i: int, taken: int) -> int:
+    """Return the blocks that must be free to admit request ``i``, ``taken`` of them for something else.
+
+    One that is fetched could be evicted and fetched again for ever, unless a round of everybody fits, too.
+    """
+    tokens = tokens_to_prefill(state, e, i)
+    if state.requests[e, i].stored == NOBODY:
+        return blocks_of(state, tokens) + taken
+    round_blocks = blocks_of_round(state, e, r) + state.replicas[e, r].incoming
+    return blocks_of(state, tokens + 1) + round_blocks
 
 
 @rare_kernel

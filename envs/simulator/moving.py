@@ -18,22 +18,16 @@ from servegym.envs.simulator.memory import (
     count_held,
     emitted_tokens,
     free_blocks,
-    guard_allows,
     stop_decoding,
 )
 from servegym.envs.simulator.queues import (
     blocks_of,
-    count_waiting,
-    first_waiting,
-    forget_plan,
     leave_lists,
     push_back,
     rounds_ahead,
     tokens_to_prefill,
-    waiting_at,
 )
-from servegym.envs.simulator.seconds import prefill_seconds
-from servegym.envs.simulator.stages import cut, pick, see_arrivals, sort_idle
+from servegym.envs.simulator.stages import cut, pick
 from servegym.envs.simulator.state import (
     COPYING,
     DECODE_RUN,
@@ -48,8 +42,6 @@ from servegym.envs.simulator.state import (
     PAUSING,
     RUNNING,
     TO_QUEUE,
-    UNLIMITED_BLOCKS,
-    WAITING,
     State,
 )
 from servegym.envs.simulator.transfers import (
@@ -61,14 +53,10 @@ from servegym.envs.simulator.transfers import (
     stop_coming,
 )
 from servegym.envs.vocabulary import (
-    MOVE_CHEAPER,
-    MOVE_COPY,
     ROLE_PREFILL,
-    TAKE_LONGEST,
-    TAKE_OLDEST,
 )
 
-# ---- what a replica may steal ---------------------------------------------------------------
+# ---- at and on the way to a replica --------------------------------------------------------
 
 
 @kernel
@@ -79,7 +67,7 @@ def room_for(state: State, e: int, r: int) -> int:
 
 
 @kernel
-def _present(state: State, e: int, r: int) -> int:
+def present(state: State, e: int, r: int) -> int:
     """Return the requests at or on the way to replica ``r``."""
     replica, queue = state.replicas[e, r], state.queues[e, r]
     held = state.machines[r].clients - replica.idle
@@ -87,107 +75,13 @@ def _present(state: State, e: int, r: int) -> int:
 
 
 @kernel
-def _may_serve(state: State, r: int, s: int) -> bool:
-    """Return whether replica ``r`` can serve whatever replica ``s`` can."""
-    thief, victim = state.machines[r], state.machines[s]
-    return r != s and thief.role == victim.role and thief.blocks >= victim.blocks
-
-
-@kernel
-def _fits(state: State, e: int, r: int, blocks: int) -> bool:
-    """Return whether ``r`` has memory for ``blocks`` besides those wanted by its queue and on the way there."""
-    machine, replica, queue = state.machines[r], state.replicas[e, r], state.queues[e, r]
-    if machine.blocks == UNLIMITED_BLOCKS:
-        return True
-    blocks += queue.blocks + queue.unseen_blocks + replica.coming_blocks
-    if _present(state, e, r) > 0:
-        blocks += machine.watermark_blocks
-    return blocks <= free_blocks(state, e, r)
-
-
-@rare_kernel
-def fullest_queue(state: State, e: int, r: int) -> int:
-    """Return the replica that ``r`` may steal waiting requests from, or NOBODY.
-
-    It has most expected work waiting; the first request that would be taken must fit into memory.
-    """
-    best, most = NOBODY, 0
-    if not state.cluster[0].steals_waiting or room_for(state, e, r) <= 0:
-        return NOBODY
-    for s in range(state.replicas.shape[1]):
-        queue = state.queues[e, s]
-        if queue.waiting + queue.unseen > 0 and _may_serve(state, r, s):
-            work = queue.tokens + queue.rounds + queue.unseen_work
-            if best == NOBODY or work > most:
-                best, most = s, work
-    if best == NOBODY or state.machines[r].blocks == UNLIMITED_BLOCKS:
-        return best
-    see_arrivals(state, e, best)
-    i = _first_taken(state, e, best, min(room_for(state, e, r), state.queues[e, best].waiting))
-    return best if _admissible(state, e, r, i) else NOBODY
-
-
-@kernel
-def _admissible(state: State, e: int, r: int, i: int) -> bool:
-    """Return whether ``r`` could admit waiting request ``i`` if the queue before it were admitted."""
-    if not _fits(state, e, r, _wanted_blocks(state, e, i)):
-        return False
-    if state.machines[r].blocks == UNLIMITED_BLOCKS:
-        return True
-    return guard_allows(state, e, r, i, state.machines[r].clients - state.replicas[e, r].idle)
-
-
-@kernel
-def _wanted_blocks(state: State, e: int, i: int) -> int:
+def wanted_blocks(state: State, e: int, i: int) -> int:
+    """Return the blocks that the next prefill of a waiting request takes, or what it fetches."""
     return blocks_of(state, tokens_to_prefill(state, e, i))
 
 
 @kernel
-def _first_taken(state: State, e: int, s: int, most: int) -> int:
-    """Return which waiting request is stolen first if up to ``most`` are."""
-    order, waiting = state.cluster[0].steal_order, state.queues[e, s].waiting
-    if order == TAKE_LONGEST:
-        return waiting_at(state, e, s, waiting - 1)
-    i = first_waiting(state, e, s)
-    if order == TAKE_OLDEST:
-        return i
-    skipped = waiting - most
-    while skipped > 0:
-        i = state.requests[e, i].next
-        skipped -= state.requests[e, i].phase == WAITING
-    return i
-
-
-@rare_kernel
-def stealable(state: State, costs: CostTables, e: int, r: int) -> int:
-    """Return the running request that replica ``r`` may steal, or NOBODY.
-
-    It has most rounds left of those at the replica where most decode, and must fit into memory.
-    """
-    if not state.cluster[0].steals_running or room_for(state, e, r) <= 0:
-        return NOBODY
-    best, most = NOBODY, _present(state, e, r) + 1
-    for s in range(state.replicas.shape[1]):
-        staying = state.replicas[e, s].active - state.replicas[e, s].leaving
-        if staying > most and _may_serve(state, r, s):
-            best, most = s, staying
-    if best == NOBODY:
-        return NOBODY
-    i, due = NOBODY, 0
-    for place in range(state.replicas[e, best].active):
-        finish = state.expected[e, best, place]
-        if i != NOBODY and finish.due < due:
-            break
-        if not state.requests[e, finish.request].leaving and (i == NOBODY or finish.request < i):
-            i, due = finish.request, finish.due
-    tokens = _held_now(state, e, best, i)
-    if not _copies(state, costs, e, r, tokens):
-        tokens += 1
-    return i if _fits(state, e, r, blocks_of(state, tokens)) else NOBODY
-
-
-@kernel
-def _held_now(state: State, e: int, s: int, i: int) -> int:
+def held_now(state: State, e: int, s: int, i: int) -> int:
     """Return the tokens that a decoding request holds after the rounds that have ended by now."""
     replica = state.replicas[e, s]
     rounds = 0
@@ -198,65 +92,13 @@ def _held_now(state: State, e: int, s: int, i: int) -> int:
 
 
 @kernel
-def _copies(state: State, costs: CostTables, e: int, r: int, held: int) -> bool:
-    """Return whether a running request that holds so many tokens moves to ``r`` by copy."""
-    move = state.cluster[0].move
-    if move != MOVE_CHEAPER:
-        return move == MOVE_COPY
-    tokens = held + 1
-    again_s = prefill_seconds(costs, r, tokens, float(tokens) * tokens, 1)
-    return _copy_seconds(state, held) <= again_s
-
-
-@kernel
-def _copy_seconds(state: State, tokens: int) -> float:
+def copy_seconds(state: State, tokens: int) -> float:
+    """Return how long the keys and values of so many tokens take from one replica to another."""
     return state.cluster[0].copy_latency_s + tokens * state.cluster[0].copy_token_s
 
 
 @kernel
-def can_steal(state: State, costs: CostTables, e: int, r: int) -> bool:
-    """Return whether replica ``r``, at its turn, may steal something."""
-    if fullest_queue(state, e, r) != NOBODY:
-        return True
-    return stealable(state, costs, e, r) != NOBODY
-
-
-# ---- stealing -------------------------------------------------------------------------------
-
-
-@rare_kernel
-def steal_waiting(state: State, e: int, r: int) -> None:
-    """Take as many requests as ``r`` has room and memory for from the queue that it may steal from."""
-    s = fullest_queue(state, e, r)
-    see_arrivals(state, e, s)
-    order = state.cluster[0].steal_order
-    left = min(room_for(state, e, r), state.queues[e, s].waiting)
-    i = _first_taken(state, e, s, left)
-    while left > 0 and _admissible(state, e, r, i):
-        after = state.requests[e, i].next
-        _take(state, e, s, r, i)
-        left -= 1
-        if left > 0 and order in (TAKE_LONGEST, TAKE_OLDEST):
-            i = _first_taken(state, e, s, left)
-        elif left > 0:
-            i = after
-            while state.requests[e, i].phase != WAITING:
-                i = state.requests[e, i].next
-
-
-@kernel
-def _take(state: State, e: int, s: int, r: int, i: int) -> None:
-    """Send waiting request ``i`` from the queue of ``s`` to that of ``r``."""
-    request = state.requests[e, i]
-    count_waiting(state, e, s, i, -1)
-    forget_plan(state, e, i)
-    leave_lists(state, e, s, i)
-    request.moves = min(request.moves + 1, 32_767)
-    _send(state, e, s, r, i)
-
-
-@kernel
-def _send(state: State, e: int, s: int, r: int, i: int) -> None:
+def send(state: State, e: int, s: int, r: int, i: int) -> None:
     """Let a request that has left ``s`` wait at ``r`` after the delay of a theft."""
     delay_s = state.cluster[0].steal_delay_s
     state.requests[e, i].phase = MOVING
@@ -264,7 +106,7 @@ def _send(state: State, e: int, s: int, r: int, i: int) -> None:
         join_queue(state, e, r, i)
         return
     state.replicas[e, r].coming += 1
-    state.replicas[e, r].coming_blocks += _wanted_blocks(state, e, i)
+    state.replicas[e, r].coming_blocks += wanted_blocks(state, e, i)
     due_s = state.episodes[e].now_s + delay_s
     start(state, e, TO_QUEUE, i, s, r, NOBODY, tokens_to_prefill(state, e, i), due_s)
 
@@ -280,44 +122,6 @@ def join_queue(state: State, e: int, r: int, i: int) -> None:
     queue.unseen_work += rounds_ahead(state, e, i)
     if request.stored == NOBODY:
         queue.unseen_work += tokens
-
-
-@rare_kernel
-def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
-    """Begin to move the running request that ``r`` may steal, of which there must be one."""
-    episode = state.episodes[e]
-    i = stealable(state, costs, e, r)
-    request = state.requests[e, i]
-    s = np.int64(request.replica)
-    held = _held_now(state, e, s, i)
-    source = state.replicas[e, s]
-    request.leaving = 1
-    source.leaving += 1
-    if _copies(state, costs, e, r, held):
-        client = _lowest_idle(state, e, r)
-        keep_room(state, e, r, client, held)
-        due_s = episode.now_s + _copy_seconds(state, held)
-        start(state, e, COPYING, i, s, r, client, held, due_s)
-        return
-    state.replicas[e, r].coming += 1
-    state.replicas[e, r].coming_blocks += blocks_of(state, held + 1)
-    start(state, e, DROPPING, i, s, r, NOBODY, held + 1, np.inf)
-    if source.stage == IDLE:
-        leave(state, e, s)
-    else:
-        cut(state, costs, e, s, np.nextafter(episode.now_s, np.inf))
-
-
-@kernel
-def _lowest_idle(state: State, e: int, r: int) -> int:
-    """Take the lowest idle client; the replica must be between two stages."""
-    sort_idle(state, e, r)
-    replica, idle = state.replicas[e, r], state.idle[e, r]
-    client = np.int64(idle[0])
-    replica.idle -= 1
-    for k in range(replica.idle):
-        idle[k] = idle[k + 1]
-    return client
 
 
 # ---- leaving --------------------------------------------------------------------------------
@@ -338,7 +142,7 @@ def leave(state: State, e: int, s: int) -> None:
             state.requests[e, i].computed = 0
             stop_coming(state, e, k)
             remove(state, e, k)
-            _send(state, e, s, target, i)
+            send(state, e, s, target, i)
             if state.cluster[0].steal_delay_s > 0.0:
                 _put_last_at(state, e, k)
         elif _keep_more(state, e, k):
@@ -392,7 +196,7 @@ def _keep_more(state: State, e: int, place: int) -> bool:
     """Keep memory at the target for what the request has emitted since; return whether it was free."""
     transfer = state.transfers[e, place]
     s, i = np.int64(transfer.source), np.int64(transfer.request)
-    held = _held_now(state, e, s, i)
+    held = held_now(state, e, s, i)
     more = blocks_of(state, held) - blocks_of(state, np.int64(transfer.tokens))
     r = np.int64(transfer.target)
     replica = state.replicas[e, r]
@@ -444,9 +248,9 @@ def _decode_replica(state: State, e: int, i: int) -> int:
     best, least = NOBODY, 0
     for r in range(state.replicas.shape[1]):
         if state.machines[r].role != ROLE_PREFILL and state.machines[r].blocks >= whole:
-            present = _present(state, e, r)
-            if best == NOBODY or present < least:
-                best, least = r, present
+            requests = present(state, e, r)
+            if best == NOBODY or requests < least:
+                best, least = r, requests
     return best
 
 
@@ -462,7 +266,7 @@ def fetch(state: State, e: int, r: int, client: int, i: int) -> None:
     pick(state, e, r, client, i)
     request.phase = MOVING
     request.stored = NOBODY
-    seconds = _copy_seconds(state, tokens)
+    seconds = copy_seconds(state, tokens)
     if source == HOST:
         seconds = 2.0 * (cluster.host_latency_s + tokens * cluster.host_token_s)  # out and back
     keep_room(state, e, r, client, tokens)
