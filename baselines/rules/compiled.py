@@ -69,7 +69,7 @@ def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledP
 def _steals(state: State, costs: CostTables, e: int, r: int) -> bool:
     """Let replica ``r`` steal if it may; waiting requests come first."""
     if fullest_queue(state, e, r) != NOBODY:
-        steal_waiting(state, e, r)
+        steal_waiting(state, costs, e, r)
     elif stealable(state, costs, e, r) != NOBODY:
         steal_running(state, costs, e, r)
     else:

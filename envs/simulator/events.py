@@ -41,7 +41,7 @@ from servegym.envs.simulator.stages import (
     see_arrivals,
 )
 from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, UNLIMITED_BLOCKS, State
-from servegym.envs.simulator.stealing import can_steal
+from servegym.envs.simulator.stealing import can_steal, tell_thieves
 
 DECODE: Final = 0
 """The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""
@@ -196,6 +196,8 @@ def prefill(
     if state.replicas[e, r].stage_chunks > 0:
         begin_prefill(state, costs, e, r)
     _tell_others(state, costs, e, r)
+    if state.cluster[0].steals_waiting:
+        tell_thieves(state, costs, e, r)
 
 
 @rare_kernel
@@ -208,6 +210,7 @@ def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
     """
     preempted = make_room(state, e, r)
     preempted = continue_partial(state, e, r) or preempted
+    waiting = state.queues[e, queue_of(state, r)].waiting
     if not preempted:
         admit_chunks(state, e, r, rule)
     if state.replicas[e, r].active > 0 or state.replicas[e, r].stage_tokens > 0:
@@ -215,6 +218,8 @@ def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
     elif preempted:
         sleep(state, e, r)
     _tell_others(state, costs, e, r)
+    if state.cluster[0].steals_waiting and state.queues[e, r].waiting < waiting:
+        tell_thieves(state, costs, e, r)
 
 
 @kernel

@@ -162,7 +162,7 @@ def can_steal(state: State, costs: CostTables, e: int, r: int) -> bool:
 
 
 @rare_kernel
-def steal_waiting(state: State, e: int, r: int) -> None:
+def steal_waiting(state: State, costs: CostTables, e: int, r: int) -> None:
     """Take as many requests as ``r`` has room and memory for from the queue that it may steal from."""
     s = fullest_queue(state, e, r)
     see_arrivals(state, e, s)
@@ -179,6 +179,7 @@ def steal_waiting(state: State, e: int, r: int) -> None:
             i = after
             while state.requests[e, i].phase != WAITING:
                 i = state.requests[e, i].next
+    tell_thieves(state, costs, e, r)
 
 
 @kernel
@@ -208,6 +209,7 @@ def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
         keep_room(state, e, r, client, held)
         due_s = episode.now_s + copy_seconds(state, held)
         start(state, e, COPYING, i, s, r, client, held, due_s)
+        tell_thieves(state, costs, e, r)
         return
     state.replicas[e, r].coming += 1
     state.replicas[e, r].coming_blocks += blocks_of(state, held + 1)
@@ -216,6 +218,18 @@ def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
         leave(state, e, s)
     else:
         cut(state, costs, e, s, np.nextafter(episode.now_s, np.inf))
+    tell_thieves(state, costs, e, r)
+
+
+@rare_kernel
+def tell_thieves(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Let others look again for what to steal, as ``r`` has stolen or has admitted from its queue.
+
+    Those that have begun decode rounds at this instant do at the end of the first of them.
+    """
+    for other in range(state.replicas.shape[1]):
+        if other != r and state.replicas[e, other].idle > 0:
+            cut(state, costs, e, other, np.nextafter(state.episodes[e].now_s, np.inf))
 
 
 @kernel
