@@ -177,6 +177,7 @@ def _recount_queue(state: State, q: int, seen: list[int], unseen: list[int]) -> 
     # What is stored elsewhere is fetched, not computed.
     todo = {i: tokens * int(requests[i].stored == NOBODY) for i, tokens in wanted.items()}
     assert queue.waiting == len(seen)
+    assert queue.stolen == sum(int(requests[i].stolen) for i in wanted)
     assert queue.rounds == sum(left[i] for i in seen)
     assert queue.tokens == sum(todo[i] for i in seen)
     if state.cluster[0].counts_memory:
@@ -294,11 +295,14 @@ def _recount_transfers(state: State) -> None:
             assert request.replica == t.source != t.target
         if t.kind == LANDED:
             assert target.stage != IDLE
-        if t.kind in (TO_QUEUE, LANDING, LANDED):
+        if t.kind in (LANDING, LANDED):
             assert t.tokens == _wanted(state, int(t.request))
-        if t.kind == TO_QUEUE:
+        if t.kind == TO_QUEUE:  # it may have emitted a token since it was to be computed again
+            assert 0 <= _wanted(state, int(t.request)) - t.tokens
+            assert request.stolen
             assert request.plan_client == NOBODY
             assert not request.listed
+    assert np.isin(requests.phase[requests.stolen > 0], (WAITING, MOVING)).all()
     for i in np.flatnonzero(requests.stored != NOBODY):
         assert requests[i].phase == WAITING or i in of[TO_QUEUE]
         source = int(requests[i].stored)

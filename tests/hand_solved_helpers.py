@@ -98,6 +98,8 @@ def reference_records(reference: ReferenceSimulator) -> EpisodeLog:
         name: np.array([-1 if (value := getattr(row, field)) is None else value for row in rows])
         for name, field in whole.items()
     }
-    ints |= {name: np.zeros(len(rows), int) for name in ("preemptions", "recomputed_tokens", "moves")}
+    ints |= {
+        name: np.zeros(len(rows), int) for name in ("preemptions", "recomputed_tokens", "moves")
+    }
     ints["replica"] = np.where(np.isnan(times["admitted_s"]), -1, 0)
     return EpisodeLog(**times, **ints, rejected=np.zeros(len(rows), bool))

@@ -101,8 +101,8 @@ class ReferenceCluster(Moving):
     def next_event(self) -> bool:
         """Go to the next time; serve transfers, arrivals, stages that end, joins, idle replicas.
 
-        Replicas that stay idle are asked again, by number, as long as one of them begins a stage: a
-        later one may have evicted somebody into a pool, and begun no stage if that was its last.
+        Replicas that stay idle are asked again, by number, as long as one of them evicts somebody or
+        begins a stage: what a later one leaves may suit an earlier one.
         """
         times = [request.arrival_s for request in self.future[:1]]
         times += [replica.stage.end_s for replica in self.replicas if replica.stage]
@@ -126,8 +126,7 @@ class ReferenceCluster(Moving):
             idle = [replica for replica in self.replicas if not replica.stage]
             for replica in idle:
                 self.begin_stage(replica)
-            again = any(replica.stage for replica in idle)
-            again |= self.spec.router == "pool" and self.evictions > evictions
+            again = self.evictions > evictions or any(replica.stage for replica in idle)
         return True
 
     # ---- arrivals and routing ---------------------------------------------------------------
@@ -315,6 +314,7 @@ class ReferenceCluster(Moving):
     def admit(self, replica: Replica, request: ReferenceRequest) -> None:
         """Give a waiting request the lowest idle client."""
         replica.queue.remove(request)
+        request.stolen = False
         request.client = replica.idle_clients[0]
         request.replica = replica.id
         request.phase = "running"

@@ -89,6 +89,7 @@ class Moving:
         """The request lands at the back of the target's queue."""
         move.due_s = math.inf
         move.request.phase = "waiting"
+        move.request.stolen = True
         move.request.replica = move.target.id
         move.target.queue.append(move.request)
         self.end(move, "queued")
@@ -172,7 +173,11 @@ class Moving:
     def steal_waiting(self, thief: Replica) -> bool:
         """Steal from the queue with most work, if that is legal; return whether it was."""
         room = self.room(thief)
-        queued = [replica for replica in self.victims_of(thief) if replica.queue]
+        queued = [
+            replica
+            for replica in self.victims_of(thief)
+            if any(not request.stolen for request in replica.queue)
+        ]
         if "waiting" not in self.spec.steals or room <= 0 or not queued:
             return False
         source = max(queued, key=lambda s: (sum(r.tokens_left for r in s.queue), -s.id))
@@ -219,6 +224,7 @@ class Moving:
         return wanted + blocks + kept <= thief.free_blocks
 
     def taken(self, queue: list[ReferenceRequest], room: int) -> list[ReferenceRequest]:
+        queue = [request for request in queue if not request.stolen]
         count = min(room, len(queue))
         if self.spec.steal_takes == "oldest":
             return queue[:count]
@@ -251,7 +257,7 @@ class Moving:
             if not source.stage:
                 self.leave(move)
             return True
-        if not self.fits(thief, thief.blocks_for(request.held_tokens)):
+        if not self.fits(thief, thief.blocks_for(request.prompt + request.emitted)):
             return False
         self.reserve(move)
         move.due_s = self.clock_s + copy_s
@@ -271,6 +277,7 @@ class Moving:
         """Admit a waiting request whose keys and values are stored: they are copied first."""
         stage.fetched = True
         replica.queue.remove(request)
+        request.stolen = False
         request.phase = "moving"
         request.replica = replica.id
         if request.admitted_s is None:

@@ -99,6 +99,7 @@ class ReferenceRequest:
     todo: int = 0  # tokens that its prefill computes
     computed: int = 0  # tokens whose keys and values it holds
     blocks: int = 0  # at the replica where it runs, or that keeps them while it waits or moves
+    stolen: bool = False  # it waits where it has come by theft: nobody steals it again
     stored: int | None = None  # waiting or fetched: the replica with its keys and values, or HOST
 
     @property

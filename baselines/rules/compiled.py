@@ -12,14 +12,14 @@ from servegym.envs.playing.evaluation import brief, play
 from servegym.envs.playing.policy import asked_task
 from servegym.envs.process.metrics import METRICS, episode_metrics
 from servegym.envs.simulator.admission import admits, mixes
-from servegym.envs.simulator.events import advance, decode, mix, prefill, sleep
+from servegym.envs.simulator.events import advance, decode, mix, prefill, sleep, steal
 from servegym.envs.simulator.state import NOBODY, State
-from servegym.envs.simulator.stealing import fullest_queue, steal_running, steal_waiting, stealable
+from servegym.envs.simulator.stealing import fullest_queue, stealable
 from servegym.envs.simulator.view import view
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import load_case, lower, make_task_state
-from servegym.envs.vocabulary import ADMISSION_RULES
+from servegym.envs.vocabulary import ADMISSION_RULES, STEAL_RUNNING, STEAL_WAITING
 
 
 class CompiledPolicy(NamedTuple):
@@ -69,9 +69,9 @@ def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledP
 def _steals(state: State, costs: CostTables, e: int, r: int) -> bool:
     """Let replica ``r`` steal if it may; waiting requests come first."""
     if fullest_queue(state, e, r) != NOBODY:
-        steal_waiting(state, costs, e, r)
+        steal(state, costs, e, r, STEAL_WAITING)
     elif stealable(state, costs, e, r) != NOBODY:
-        steal_running(state, costs, e, r)
+        steal(state, costs, e, r, STEAL_RUNNING)
     else:
         return False
     state.episodes[e].decisions += 1

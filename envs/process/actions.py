@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admits, mixes
-from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep
+from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep, steal
 from servegym.envs.simulator.state import NOBODY, State
-from servegym.envs.simulator.stealing import fullest_queue, steal_running, steal_waiting, stealable
+from servegym.envs.simulator.stealing import fullest_queue, stealable
 from servegym.envs.vocabulary import STEAL_WAITING
 
 
@@ -100,7 +100,5 @@ def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, a
         prefill(state, costs, e, r, settings.rules[action - 1], settings.max_prefill_tokens)
     elif action <= mixes_too:
         mix(state, costs, e, r, settings.mixed_rules[action - 1 - prefills])
-    elif settings.steals[action - 1 - mixes_too] == STEAL_WAITING:
-        steal_waiting(state, costs, e, r)
     else:
-        steal_running(state, costs, e, r)
+        steal(state, costs, e, r, settings.steals[action - 1 - mixes_too])

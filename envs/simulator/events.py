@@ -20,7 +20,6 @@ from servegym.envs.simulator.moving import (
     begin_instant,
     end_boundary,
     end_instant,
-    wake_sleepers,
 )
 from servegym.envs.simulator.queues import (
     blocks_of,
@@ -41,7 +40,8 @@ from servegym.envs.simulator.stages import (
     see_arrivals,
 )
 from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, UNLIMITED_BLOCKS, State
-from servegym.envs.simulator.stealing import can_steal, tell_thieves
+from servegym.envs.simulator.stealing import can_steal, steal_running, steal_waiting
+from servegym.envs.vocabulary import STEAL_WAITING
 
 DECODE: Final = 0
 """The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""
@@ -72,7 +72,11 @@ def advance(state: State, costs: CostTables, e: int) -> int:
                     decode(state, costs, e, r, False)
                 else:
                     sleep(state, e, r)
-        _run_to_next_event(state, costs, e)
+        if episode.again:
+            episode.again = 0
+            episode.turn = 0
+        else:
+            _run_to_next_event(state, costs, e)
     return NOBODY
 
 
@@ -193,11 +197,10 @@ def prefill(
     Where all that are admitted fetch what is stored elsewhere no stage begins: the replica decides again.
     """
     admit(state, e, r, rule, max_prefill_tokens)
+    state.episodes[e].disturbed = 1
     if state.replicas[e, r].stage_chunks > 0:
         begin_prefill(state, costs, e, r)
     _tell_others(state, costs, e, r)
-    if state.cluster[0].steals_waiting:
-        tell_thieves(state, costs, e, r)
 
 
 @rare_kernel
@@ -210,40 +213,53 @@ def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
     """
     preempted = make_room(state, e, r)
     preempted = continue_partial(state, e, r) or preempted
-    waiting = state.queues[e, queue_of(state, r)].waiting
     if not preempted:
         admit_chunks(state, e, r, rule)
     if state.replicas[e, r].active > 0 or state.replicas[e, r].stage_tokens > 0:
         begin_pass(state, costs, e, r)
     elif preempted:
         sleep(state, e, r)
+    state.episodes[e].disturbed = 1
     _tell_others(state, costs, e, r)
-    if state.cluster[0].steals_waiting and state.queues[e, r].waiting < waiting:
-        tell_thieves(state, costs, e, r)
+
+
+@rare_kernel
+def steal(state: State, costs: CostTables, e: int, r: int, kind: int) -> None:
+    """Steal waiting requests, or a running one, which replica ``r`` must be allowed to."""
+    if kind == STEAL_WAITING:
+        steal_waiting(state, e, r)
+    else:
+        steal_running(state, costs, e, r)
+    state.episodes[e].disturbed = 1
+    _tell_others(state, costs, e, r)
 
 
 @kernel
 def _tell_others(state: State, costs: CostTables, e: int, r: int) -> None:
-    """Let other replicas look at what the beginning of a stage of ``r`` has changed for them."""
+    """Let other replicas look at what a decision of ``r`` has changed for them."""
     if state.queues.shape[1] < state.replicas.shape[1]:
         _tell_of_pool(state, costs, e, r)
     elif state.cluster[0].moves and state.episodes[e].disturbed:
-        _tell_of_eviction(state, costs, e, r)
+        _tell_of_change(state, costs, e, r)
 
 
 @rare_kernel
-def _tell_of_eviction(state: State, costs: CostTables, e: int, r: int) -> None:
-    """Let replicas look for whom ``r`` has preempted, to steal it or to take back the room kept for it.
+def _tell_of_change(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Let replicas with idle clients look for what they may steal after a decision of ``r``.
 
-    All without a stage decide again after those that have not decided yet. Others look at the end of the
-    round that they are in.
+    All without a stage decide again, when all others have decided. The rest look at the end of their round.
     """
     episode = state.episodes[e]
     episode.disturbed = 0
     for other in range(state.replicas.shape[1]):
-        if other != r:
+        replica = state.replicas[e, other]
+        if other == r or replica.idle == 0:
+            continue
+        if replica.stage == IDLE:
+            state.event_s[e, other] = episode.now_s
+            episode.again = 1
+        else:
             cut(state, costs, e, other, np.nextafter(episode.now_s, np.inf))
-    wake_sleepers(state, e)
 
 
 @rare_kernel

@@ -141,6 +141,7 @@ def _write_requests(
         request.moves = 0
         request.stored = NOBODY
         request.leaving = 0
+        request.stolen = 0
         times.arrival_s = arrival_s[i]
         times.admitted_s = np.nan
         times.first_token_s = np.nan

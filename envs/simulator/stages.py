@@ -204,6 +204,9 @@ def pick(state: State, e: int, r: int, client: int, i: int) -> None:
     if request.prefilled_tokens == 0:  # else it has been admitted before
         state.times[e, i].admitted_s = replica.clock_s
     state.clients[e, r, client].expected_end = replica.rounds + rounds_ahead(state, e, i)
+    if request.stolen:
+        request.stolen = 0
+        state.queues[e, queue_of(state, r)].stolen -= 1
     request.phase = RUNNING
     request.client = client
     request.replica = r

@@ -126,7 +126,8 @@ EPISODE: Final = np.dtype(
         ("in_system_s", np.float64),  # ∫ in_system dt
         ("transfers", np.int64),  # how many are under way
         ("transfer_s", np.float64),  # when the next of them is due; ∞: none
-        ("disturbed", np.int64),  # 1: the stage that begins has preempted somebody
+        ("disturbed", np.int64),  # 1: this decision has changed what others may steal or have kept
+        ("again", np.int64),  # 1: replicas that sleep are to be asked again at ``now_s``
         ("reported_loss", np.float64),  # the loss that rewards have told of
         ("decisions", np.int64),
     ],
@@ -144,6 +145,7 @@ QUEUE: Final = np.dtype(
         ("unseen_blocks", np.int64),  # Σ blocks of their prefills
         # Of those that have been seen.
         ("waiting", np.int64),
+        ("stolen", np.int64),  # of them and of the unseen
         ("rounds", np.int64),  # Σ expected rounds left
         ("tokens", np.int64),  # Σ tokens to prefill
         ("blocks", np.int64),  # Σ blocks of these prefills
@@ -178,6 +180,7 @@ REQUEST: Final = np.dtype(
         ("listed", np.int8),  # 1: it is in the list of a queue, waiting or no more
         ("planned", np.int8),  # 1: it is in the list of a client's planned queue
         ("leaving", np.int8),  # 1: it decodes, and a transfer will take it elsewhere
+        ("stolen", np.int8),  # 1: it waits where it has come by theft, and is not stolen again
     ],
     align=True,
 )

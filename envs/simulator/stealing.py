@@ -74,14 +74,14 @@ def fullest_queue(state: State, e: int, r: int) -> int:
         return NOBODY
     for s in range(state.replicas.shape[1]):
         queue = state.queues[e, s]
-        if queue.waiting + queue.unseen > 0 and _may_serve(state, r, s):
+        if queue.waiting + queue.unseen > queue.stolen and _may_serve(state, r, s):
             work = queue.tokens + queue.rounds + queue.unseen_work
             if best == NOBODY or work > most:
                 best, most = s, work
     if best == NOBODY or state.machines[r].blocks == UNLIMITED_BLOCKS:
         return best
     see_arrivals(state, e, best)
-    i = _first_taken(state, e, best, min(room_for(state, e, r), state.queues[e, best].waiting))
+    i = _first_taken(state, e, best, _most_taken(state, e, best, r))
     return best if _admissible(state, e, r, i) else NOBODY
 
 
@@ -96,18 +96,31 @@ def _admissible(state: State, e: int, r: int, i: int) -> bool:
 
 
 @kernel
+def _most_taken(state: State, e: int, s: int, r: int) -> int:
+    """Return how many requests ``r`` may steal from the queue of ``s``, which has been seen."""
+    queue = state.queues[e, s]
+    return min(room_for(state, e, r), queue.waiting - queue.stolen)
+
+
+@kernel
+def _may_take(state: State, e: int, i: int) -> bool:
+    return state.requests[e, i].phase == WAITING and state.requests[e, i].stolen == 0
+
+
+@kernel
 def _first_taken(state: State, e: int, s: int, most: int) -> int:
-    """Return which waiting request is stolen first if up to ``most`` are."""
-    order, waiting = state.cluster[0].steal_order, state.queues[e, s].waiting
+    """Return which waiting request is stolen first if up to ``most`` ≥ 1 are."""
+    queue, order = state.queues[e, s], state.cluster[0].steal_order
     if order == TAKE_LONGEST:
-        return waiting_at(state, e, s, waiting - 1)
+        place = queue.waiting - 1
+        while state.requests[e, waiting_at(state, e, s, place)].stolen:
+            place -= 1
+        return waiting_at(state, e, s, place)
+    skipped = 0 if order == TAKE_OLDEST else queue.waiting - queue.stolen - most
     i = first_waiting(state, e, s)
-    if order == TAKE_OLDEST:
-        return i
-    skipped = waiting - most
-    while skipped > 0:
+    while skipped > 0 or not _may_take(state, e, i):
+        skipped -= int(_may_take(state, e, i))
         i = state.requests[e, i].next
-        skipped -= state.requests[e, i].phase == WAITING
     return i
 
 
@@ -133,9 +146,7 @@ def stealable(state: State, costs: CostTables, e: int, r: int) -> int:
             break
         if not state.requests[e, finish.request].leaving and (i == NOBODY or finish.request < i):
             i, due = finish.request, finish.due
-    tokens = held_now(state, e, best, i)
-    if not _copies(state, costs, e, r, tokens):
-        tokens += 1
+    tokens = held_now(state, e, best, i) + 1  # with the next round's, so that it can go on
     return i if _fits(state, e, r, blocks_of(state, tokens)) else NOBODY
 
 
@@ -162,12 +173,12 @@ def can_steal(state: State, costs: CostTables, e: int, r: int) -> bool:
 
 
 @rare_kernel
-def steal_waiting(state: State, costs: CostTables, e: int, r: int) -> None:
+def steal_waiting(state: State, e: int, r: int) -> None:
     """Take as many requests as ``r`` has room and memory for from the queue that it may steal from."""
     s = fullest_queue(state, e, r)
     see_arrivals(state, e, s)
     order = state.cluster[0].steal_order
-    left = min(room_for(state, e, r), state.queues[e, s].waiting)
+    left = _most_taken(state, e, s, r)
     i = _first_taken(state, e, s, left)
     while left > 0 and _admissible(state, e, r, i):
         after = state.requests[e, i].next
@@ -177,9 +188,8 @@ def steal_waiting(state: State, costs: CostTables, e: int, r: int) -> None:
             i = _first_taken(state, e, s, left)
         elif left > 0:
             i = after
-            while state.requests[e, i].phase != WAITING:
+            while not _may_take(state, e, i):
                 i = state.requests[e, i].next
-    tell_thieves(state, costs, e, r)
 
 
 @kernel
@@ -209,7 +219,6 @@ def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
         keep_room(state, e, r, client, held)
         due_s = episode.now_s + copy_seconds(state, held)
         start(state, e, COPYING, i, s, r, client, held, due_s)
-        tell_thieves(state, costs, e, r)
         return
     state.replicas[e, r].coming += 1
     state.replicas[e, r].coming_blocks += blocks_of(state, held + 1)
@@ -218,18 +227,6 @@ def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
         leave(state, e, s)
     else:
         cut(state, costs, e, s, np.nextafter(episode.now_s, np.inf))
-    tell_thieves(state, costs, e, r)
-
-
-@rare_kernel
-def tell_thieves(state: State, costs: CostTables, e: int, r: int) -> None:
-    """Let others look again for what to steal, as ``r`` has stolen or has admitted from its queue.
-
-    Those that have begun decode rounds at this instant do at the end of the first of them.
-    """
-    for other in range(state.replicas.shape[1]):
-        if other != r and state.replicas[e, other].idle > 0:
-            cut(state, costs, e, other, np.nextafter(state.episodes[e].now_s, np.inf))
 
 
 @kernel
