@@ -11,21 +11,35 @@ import numpy as np
 from servegym.envs import Requests, ServingEnv, make_requests
 from servegym.envs.simulator.order import select
 from servegym.envs.simulator.state import (
+    COPYING,
     DECODE_RUN,
+    DROPPING,
     FINISHED,
     FUTURE,
+    HOST,
+    IDLE,
+    LANDED,
+    LANDING,
     LENGTH_BUCKETS,
     MIXED,
+    MOVING,
     NOBODY,
+    PAUSING,
     REJECTED,
     RUNNING,
+    TO_QUEUE,
     WAITING,
+    RecordArray,
     State,
 )
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.vocabulary import ROLE_PREFILL
 from tests.against_cluster import cluster_task
 from tests.random_clusters import ClusterCase, random_case
 from tests.reference_cluster import ClusterSpec
+
+MANY_STEPS = 20_000
+"""More decisions than any episode of a random case has that comes to an end."""
 
 
 def shared_case(rng: np.random.Generator, **settings: Any) -> ClusterCase:
@@ -66,8 +80,10 @@ def play_any(
     env: ServingEnv, rng: np.random.Generator, watch: Callable[[], None]
 ) -> tuple[float, dict[str, Any]]:
     """Take random legal actions to the end, decoding half of the time; `watch` looks before each."""
-    total, over, info = 0.0, False, dict[str, Any]()
+    total, over, steps, info = 0.0, False, 0, dict[str, Any]()
     while not over:
+        steps += 1
+        assert steps < MANY_STEPS
         watch()
         legal = np.flatnonzero(env.action_masks())
         taken = int(legal[0] if rng.random() < 0.5 else rng.choice(legal))
@@ -77,6 +93,23 @@ def play_any(
         over = terminated or truncated
     watch()
     return total, info
+
+
+def assert_empty(state: State) -> None:
+    """At the end nobody holds, wants or is on the way to anything."""
+    replicas, episode = state.replicas[0], state.episodes[0]
+    for name in ("used_blocks", "cached_tokens", "active", "due_sum"):
+        assert not replicas[name].any(), name
+    for name in ("coming", "coming_blocks", "incoming", "incoming_blocks", "leaving"):
+        assert not replicas[name].any(), name
+    assert (replicas.idle == state.machines.clients).all()
+    assert not state.residues[0].any()
+    for name in ("waiting", "rounds", "tokens", "blocks", "squares_high", "squares_low", "unseen"):
+        assert not state.queues[0][name].any(), name
+    assert not state.waiting_lengths[0].any()
+    assert not state.clients[0]["queue_rounds"].any()
+    assert episode.in_system == 0
+    assert episode.transfers == 0
 
 
 # ---- a recount of everything that the simulator keeps in sums --------------------------------
@@ -91,7 +124,7 @@ def recount(state: State) -> None:
     assert not (phases[: episode.routed] == FUTURE).any()
     assert (phases == FINISHED).sum() == episode.finished
     assert (phases == REJECTED).sum() == episode.rejected
-    present = int(np.isin(phases, (WAITING, RUNNING)).sum())
+    present = int(np.isin(phases, (WAITING, RUNNING, MOVING)).sum())
     assert episode.in_system == present
     assert (
         np.isfinite(state.times[0, : episode.requests].finished_s) == (phases == FINISHED)
@@ -101,8 +134,17 @@ def recount(state: State) -> None:
     assert listed == np.flatnonzero(phases == WAITING).tolist()
     for q, (seen, unseen) in enumerate(queues):
         _recount_queue(state, q, seen, unseen)
+        if state.queues.shape[1] > 1:
+            assert all(requests[i].replica in (NOBODY, q) for i in [*seen, *unseen])
+    _recount_transfers(state)
     for r in range(state.replicas.shape[1]):
         _recount_replica(state, r)
+    new = [i for _, unseen in queues for i in unseen if requests[i].moves == 0]
+    arrived = np.isin(phases, (WAITING, RUNNING, MOVING, FINISHED))
+    arrived[new] = False
+    assert episode.arrived == arrived.sum()
+    assert episode.arrived_rounds == requests.expected_rounds[arrived].sum()
+    assert episode.served_rounds == sum(_served_rounds(state, i) for i in np.flatnonzero(arrived))
     _recount_plans(state, {i for seen, _ in queues for i in seen})
 
 
@@ -130,18 +172,21 @@ def _waiting_in(state: State, q: int) -> tuple[list[int], list[int]]:
 def _recount_queue(state: State, q: int, seen: list[int], unseen: list[int]) -> None:
     queue = state.queues[0, q]
     requests = state.requests[0]
-    todo = {i: int(requests[i].prompt_tokens) + int(requests[i].emitted) for i in seen + unseen}
-    left = {i: int(requests[i].expected_rounds) - int(requests[i].emitted) for i in todo}
+    wanted = {i: _wanted(state, i) for i in seen + unseen}
+    left = {i: int(requests[i].expected_rounds) - int(requests[i].emitted) for i in wanted}
+    # What is stored elsewhere is fetched, not computed.
+    todo = {i: tokens * int(requests[i].stored == NOBODY) for i, tokens in wanted.items()}
     assert queue.waiting == len(seen)
+    assert queue.stolen == sum(int(requests[i].stolen) for i in wanted)
     assert queue.rounds == sum(left[i] for i in seen)
     assert queue.tokens == sum(todo[i] for i in seen)
     if state.cluster[0].counts_memory:
-        assert queue.blocks == sum(_blocks(state, todo[i]) for i in seen)
+        assert queue.blocks == sum(_blocks(state, wanted[i]) for i in seen)
     squares = int(queue.squares_high) * 2**32 + int(queue.squares_low)
     assert squares == sum(todo[i] ** 2 for i in seen)
     assert queue.unseen == len(unseen)
     assert queue.unseen_work == sum(todo[i] + left[i] for i in unseen)
-    assert queue.unseen_blocks == sum(_blocks(state, todo[i]) for i in unseen)
+    assert queue.unseen_blocks == sum(_blocks(state, wanted[i]) for i in unseen)
     buckets = np.bincount([int(requests[i].bucket) for i in seen], minlength=len(LENGTH_BUCKETS))
     assert state.waiting_lengths[0, q].tolist() == buckets.tolist()
     ranks = [int(select(state.waiting_tree[0, q], place)) for place in range(len(seen))]
@@ -159,7 +204,9 @@ def _recount_replica(state: State, r: int) -> None:
     clients = [int(requests[i].client) for i in running]
     assert len(set(clients)) == len(clients)
     idle = state.idle[0, r, : replica.idle].tolist()
-    assert sorted(clients + idle) == list(range(machine.clients))
+    kept = [int(t.client) for t in _transfers(state) if t.target == r and t.kind in TO_CLIENTS]
+    assert sorted(clients + kept + idle) == list(range(machine.clients))
+    assert all(state.clients[0, r, client].expected_end > 0 for client in kept)
     decoding = state.finishes[0, r, : replica.active].request.tolist()
     picked = state.picked[0, r, : replica.emitting].tolist()
     partial = [] if replica.partial == NOBODY else [int(replica.partial)]
@@ -184,15 +231,101 @@ def _recount_replica(state: State, r: int) -> None:
 def _recount_memory(state: State, r: int, held: list[int], computed: list[int]) -> None:
     """Blocks and residues; what the stage under way will hold at its end fits, too."""
     replica, length = state.replicas[0, r], int(state.cluster[0].block_tokens)
-    prefills = sum(_blocks(state, tokens) for tokens in computed)
-    assert replica.used_blocks == prefills + sum(_blocks(state, tokens) for tokens in held)
+    fixed = sum(_blocks(state, tokens) for tokens in computed)
+    fixed += int(replica.incoming_blocks) + _kept_blocks(state, r)
+    assert replica.used_blocks == fixed + sum(_blocks(state, tokens) for tokens in held)
     rounds = {DECODE_RUN: int(replica.run_rounds), MIXED: 1}.get(int(replica.stage), 0)
-    used = prefills + sum(_blocks(state, tokens + rounds) for tokens in held)
+    used = fixed + sum(_blocks(state, tokens + rounds) for tokens in held)
     assert used <= state.machines[r].blocks
     if length > 1:
         places = [(tokens - int(replica.rounds)) % length for tokens in held]
         residues = np.bincount(np.array(places, np.int64), minlength=length)
         assert state.residues[0, r].tolist() == residues.tolist()
+
+
+# ---- what moves ------------------------------------------------------------------------------
+
+LEAVING = (DROPPING, COPYING, PAUSING)  # decodes at its source
+TO_CLIENTS = (COPYING, PAUSING, LANDING, LANDED)  # has a client and memory of its target
+WAITS_FOR_BOUNDARY = (DROPPING, PAUSING, LANDED)
+
+
+def _transfers(state: State) -> list[RecordArray]:
+    return [state.transfers[0, k] for k in range(int(state.episodes[0].transfers))]
+
+
+def _wanted(state: State, i: int) -> int:
+    """Tokens that a waiting request will hold once it is admitted; stored ones hold one less."""
+    return int(state.requests[0, i].prompt_tokens) + int(state.requests[0, i].emitted)
+
+
+def _served_rounds(state: State, i: int) -> int:
+    """Tokens that a request has emitted after its first."""
+    request = state.requests[0, i]
+    if request.phase == FINISHED:
+        return int(request.decode_rounds)
+    places = state.finishes[0, request.replica, : state.replicas[0, request.replica].active]
+    if request.phase == RUNNING and i in places.request:
+        due = int(places.due[places.request == i][0])
+        left = due - int(state.replicas[0, request.replica].rounds)
+        return int(request.decode_rounds) - left
+    landing = any(t.request == i and t.kind in (LANDING, LANDED) for t in _transfers(state))
+    if landing or request.stored != NOBODY:
+        return int(request.emitted)
+    return max(int(request.emitted) - 1, 0)
+
+
+def _recount_transfers(state: State) -> None:
+    """Everybody who moves or leaves is in one transfer, and what its replicas keep for it adds up."""
+    requests, now_s = state.requests[0, : state.episodes[0].requests], state.episodes[0].now_s
+    transfers = _transfers(state)
+    assert state.episodes[0].transfer_s == min((t.due_s for t in transfers), default=np.inf)
+    of = {kind: [int(t.request) for t in transfers if t.kind == kind] for kind in range(LANDED + 1)}
+    leaving = [i for kind in LEAVING for i in of[kind]]
+    moving = [i for kind in (TO_QUEUE, LANDING, LANDED) for i in of[kind]]
+    assert sorted(leaving) == np.flatnonzero(requests.leaving).tolist()
+    assert sorted(moving) == np.flatnonzero(requests.phase == MOVING).tolist()
+    for t in transfers:
+        request, target = requests[t.request], state.replicas[0, t.target]
+        assert t.due_s >= now_s
+        assert np.isinf(t.due_s) == (t.kind in WAITS_FOR_BOUNDARY)
+        assert (t.client == NOBODY) == (t.kind not in TO_CLIENTS)
+        if t.kind in LEAVING:
+            assert request.phase == RUNNING
+            assert request.replica == t.source != t.target
+        if t.kind == LANDED:
+            assert target.stage != IDLE
+        if t.kind in (LANDING, LANDED):
+            assert t.tokens == _wanted(state, int(t.request))
+        if t.kind == TO_QUEUE:  # it may have emitted a token since it was to be computed again
+            assert _wanted(state, int(t.request)) - t.tokens >= 0
+            assert request.stolen
+            assert request.plan_client == NOBODY
+            assert not request.listed
+    assert np.isin(requests.phase[requests.stolen > 0], (WAITING, MOVING)).all()
+    for i in np.flatnonzero(requests.stored != NOBODY):
+        assert requests[i].phase == WAITING or i in of[TO_QUEUE]
+        source = int(requests[i].stored)
+        host = source == HOST and state.cluster[0].evicts_to_host
+        assert host or state.machines[source].role == ROLE_PREFILL
+    for r in range(state.replicas.shape[1]):
+        replica = state.replicas[0, r]
+        coming = [t for t in transfers if t.target == r and t.kind not in TO_CLIENTS]
+        incoming = [t for t in transfers if t.target == r and t.kind in TO_CLIENTS]
+        assert replica.coming == len(coming)
+        assert replica.coming_blocks == sum(_blocks(state, int(t.tokens)) for t in coming)
+        assert replica.incoming == len(incoming)
+        assert replica.incoming_blocks == sum(_blocks(state, int(t.tokens)) for t in incoming)
+        assert replica.leaving == sum(t.source == r for t in transfers if t.kind in LEAVING)
+        assert state.machines[r].role != ROLE_PREFILL or replica.active == 0
+
+
+def _kept_blocks(state: State, r: int) -> int:
+    """Blocks of a replica that hold keys and values of requests that have left its clients."""
+    requests = state.requests[0, : state.episodes[0].requests]
+    kept = [_wanted(state, int(i)) for i in np.flatnonzero(requests.stored == r)]
+    kept += [int(t.tokens) for t in _transfers(state) if t.source == r and t.kind == LANDING]
+    return sum(_blocks(state, tokens) for tokens in kept)
 
 
 def _recount_plans(state: State, seen: set[int]) -> None:

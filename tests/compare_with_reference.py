@@ -45,19 +45,26 @@ WHAT = (
 CLUSTERS = (
     "Random clusters (1 … 4 replicas, equal or not; up to 30 requests; every router, victim, guard and\n"
     "block length; watermarks, stale routers, token budgets, requests that are rejected) under the first-\n"
-    "come rule, prefill-first, chunked or under SGLang's guard, in the compiled simulator and in the slow\n"
-    "reference of `tests/`: replica, client, admission, first token, finish, preemptions and recomputed\n"
-    "tokens of every request, and the stages of every replica. Integers are equal, times to 1e-9. exact:\n"
-    "seconds are multiples of powers of two, so that ties are ties for both."
+    "come rule, prefill-first, chunked or under SGLang's guard, in the compiled simulator and in the slow
+"
+    "reference of `tests/`: replica, client, admission, first token, finish, preemptions, recomputed tokens
+"
+    "and moves of every request, and the stages of every replica. Integers are equal, times to 1e-9. exact:
+"
+    "seconds are multiples of powers of two, so that ties are ties for both. moving: prefill-first or
+"
+    "chunked, and replicas steal, prefill for others or evict to the host."
 )
 
-KINDS = (
+KINDS = (  # the place of each is part of its generator's key
     "prefill-first",
     "prefill-first, exact",
     "chunked",
     "chunked, exact",
     "sglang",
     "sglang, exact",
+    "moving",
+    "moving, exact",
 )
 
 
@@ -102,6 +109,7 @@ class ClusterCount:
     stages: int = 0
     preemptions: int = 0
     rejected: int = 0
+    moves: int = 0
     different: int = 0
 
 
@@ -138,9 +146,11 @@ def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
     for number in numbers:
         key = [seed, place, number]
         rng = np.random.default_rng(key)
-        sglang = "sglang" in kind
-        chunked = None if sglang else "chunked" in kind
-        case = shared_case(rng, dyadic="exact" in kind, chunked=chunked, sglang=sglang)
+        sglang, moving = "sglang" in kind, "moving" in kind
+        chunked = None if sglang or moving else "chunked" in kind
+        case = shared_case(
+            rng, dyadic="exact" in kind, chunked=chunked, sglang=sglang, moving=moving
+        )
         count.clusters += 1
         try:
             with warnings.catch_warnings():  # of decode tables shorter than the clients
@@ -154,6 +164,7 @@ def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
             count.stages += len(outcome.stages)
             count.preemptions += outcome.preemptions
             count.rejected += sum(record.rejected for record in outcome.records)
+            count.moves += sum(record.moves for record in outcome.records)
     return kind, count, differences
 
 

@@ -16,6 +16,7 @@ from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, lower
 from tests.against_cluster import cluster_task, compare_cluster, with_draws
+from tests.cluster_helpers import assert_empty
 from tests.helpers import changed, random_legal_action, refused
 from tests.random_clusters import ClusterCase, random_case
 
@@ -60,17 +61,8 @@ def test_any_legal_actions_serve_everybody(seed: int) -> None:
     assert over
     log, metrics = env.records(), env.metrics()
     assert np.isfinite(log.finished_s[~log.rejected]).all()
-    replicas, episode = state.replicas[0], state.episodes[0]
-    for name in ("used_blocks", "cached_tokens", "active", "due_sum"):
-        assert not replicas[name].any(), name
-    assert (replicas.idle == state.machines.clients).all()
-    assert not state.residues[0].any()
-    for name in ("waiting", "rounds", "tokens", "blocks", "squares_high", "squares_low", "unseen"):
-        assert not state.queues[0][name].any(), name
-    assert not state.waiting_lengths[0].any()
-    assert not state.clients[0]["queue_rounds"].any()
-    assert episode.in_system == 0
-    assert int(episode.served_rounds) == int(log.decode_rounds[~log.rejected].sum())
+    assert_empty(state)
+    assert int(state.episodes[0].served_rounds) == int(log.decode_rounds[~log.rejected].sum())
     if not log.rejected.all():
         assert total == pytest.approx(-100 * metrics["gap"], rel=1e-9, abs=1e-9)
         assert metrics["gap"] > -1e-9

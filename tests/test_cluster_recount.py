@@ -40,13 +40,15 @@ def watched(env: ServingEnv, rng: np.random.Generator) -> tuple[float, dict[str,
     return play_any(env, rng, watch)
 
 
-def case_of(seed: int) -> ClusterCase:
-    return shared_case(np.random.default_rng([12, seed]), dyadic=bool(seed % 2))
+def case_of(seed: int, *, moving: bool = False) -> ClusterCase:
+    rng = np.random.default_rng([12, seed])
+    return shared_case(rng, dyadic=bool(seed % 2), moving=moving)
 
 
+@pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_every_rule_and_mixed_rule(seed: int) -> None:
-    case, rng = case_of(seed), np.random.default_rng(seed)
+def test_every_rule_and_mixed_rule(seed: int, *, moving: bool) -> None:
+    case, rng = case_of(seed, moving=moving), np.random.default_rng(seed)
     decisions = str(rng.choice(["events", "rounds"]))
     process = {"mixed_rules": ADMISSION_RULES, "observe": OBSERVATION_BLOCKS}
     env = ServingEnv(task_of(case.spec, decisions=decisions, **process))
@@ -71,11 +73,12 @@ def test_one_rule_alone_serves_everybody(rule: str, router: str) -> None:
         assert np.isfinite(log.finished_s[~log.rejected]).all()
 
 
+@pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_lengths_that_are_not_known(seed: int) -> None:
-    """Preempted requests that outlive their expected lengths, too."""
+def test_lengths_that_are_not_known(seed: int, *, moving: bool) -> None:
+    """Preempted requests, and those that move, that outlive their expected lengths, too."""
     rng = np.random.default_rng([seed, 14])
-    case = shared_case(rng, dyadic=bool(seed % 2))
+    case = shared_case(rng, dyadic=bool(seed % 2), moving=moving)
     known = requests_of(case)
     expected = np.maximum(known.output_tokens // rng.integers(1, 4, len(known)), 1)
     requests = make_requests(

@@ -32,7 +32,7 @@ from servegym.envs.simulator.events import DECODE, advance
 from servegym.envs.simulator.imagination import copy_row, imagine_row
 from servegym.envs.simulator.state import NOBODY, State, make_alike
 from servegym.envs.task.lowering import lower
-from servegym.envs.vocabulary import ADMISSION_RULES
+from servegym.envs.vocabulary import ADMISSION_RULES, STEALS
 from servegym.envs.workload.plan import Plan
 
 RULES: Final = ("aligned", "longest")
@@ -216,6 +216,8 @@ class _Search:
         tried = [rule for rule in task.process.rules if rule in (base.rule, *rules)]
         self._rules = [ADMISSION_RULES.index(rule) for rule in tried]
         self._actions = [DECODE, *(1 + task.process.rules.index(rule) for rule in tried)]
+        steals = [kind for kind in STEALS if kind in task.process.steals]
+        self._steals = [task.actions.index(f"steal:{kind}") for kind in steals]
         _, requests = imagined.requests.shape
         self._scratch = make_alike(imagined, 1)
         stages = requests + 1  # each admits someone; the last entry is looked at, never used
@@ -225,7 +227,9 @@ class _Search:
 
     def act(self, situation: Situation, imagined: State, variations: int, deadline: float) -> int:
         """Try candidates until the deadline, keep the best schedule, return its first action."""
-        stage = int(imagined.replicas[0, 0].prefill_stages)
+        turn = int(imagined.episodes[0].turn)
+        stage = int(imagined.replicas[0, turn].prefill_stages)
+        stage = min(stage, self._schedule.rules.size - 1)  # more where somebody was preempted
         best_action = own = self._own_action(situation, stage)
         if perf_counter() >= deadline:
             return own
@@ -254,11 +258,14 @@ class _Search:
 
     def _own_action(self, situation: Situation, stage: int) -> int:
         """Return what the kept schedule does now."""
+        for steal in self._steals:  # as `take_turn` does
+            if situation.mask[steal]:
+                return steal
         rules = self._settings.rules
         action = 1 + int(np.flatnonzero(rules == self._schedule.rules[stage])[0])
         if not situation.mask[action]:
             return DECODE
-        if not situation.mask[DECODE]:
+        if not situation.mask[DECODE] or situation.view.active == 0:
             return action
         parameter = self._schedule.parameters[stage]
         return action if fires(self._base.trigger, parameter, situation.view) else DECODE

@@ -145,7 +145,7 @@ class VerdictPolicy:
     def act(self, situation: Situation) -> int:
         """Return what the rule does, and judge it if asked to."""
         mask = situation.mask
-        if not (mask[DECODE] and mask[self._action]):
+        if not (mask[DECODE] and mask[self._action] and situation.view.active > 0):
             return self.policy.act(situation)
         trigger, multiplier = self.policy.trigger, self.policy.parameter
         if self.noise > 0:

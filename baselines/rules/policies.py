@@ -92,7 +92,7 @@ class TriggerPolicy:
                 return action
         if not mask[self._action]:
             return DECODE
-        if not mask[DECODE]:
+        if not mask[DECODE] or situation.view.active == 0:  # else decode means to wait
             return self._action
         fires = triggers.fires(self.trigger, self.parameter, situation.view)
         return self._action if fires else DECODE

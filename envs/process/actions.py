@@ -36,11 +36,16 @@ def legal_actions(
 ) -> int:
     """Write which actions are legal; return how many. After the end, decode counts as legal.
 
-    Where nobody decodes and nothing can be admitted, but something can be stolen, decode means to wait.
+    Where nobody decodes, decode means to wait. It is legal where nothing can be admitted, but something can
+    be stolen, and where the replica keeps memory for requests that come or have left: who is first under
+    one rule may fit, under another not.
     """
     episode = state.episodes[e]
     ended = episode.finished + episode.rejected == episode.requests
     mask[DECODE] = ended or state.replicas[e, r].active > 0
+    if state.cluster[0].moves and not mask[DECODE]:
+        replica = state.replicas[e, r]
+        mask[DECODE] = replica.used_blocks > 0 and replica.partial == NOBODY
     count = int(mask[DECODE])
     for k in range(settings.rules.size):
         mask[1 + k] = admits(state, e, r, settings.rules[k])
@@ -88,7 +93,7 @@ def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, a
     prefills = settings.rules.size
     mixes_too = prefills + settings.mixed_rules.size
     if action == DECODE:
-        if settings.steals.size > 0 and state.replicas[e, r].active == 0:
+        if state.replicas[e, r].active == 0:
             sleep(state, e, r)
         else:
             decode(state, costs, e, r, settings.every_round)

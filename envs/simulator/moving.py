@@ -132,6 +132,7 @@ def join_queue(state: State, e: int, r: int, i: int) -> None:
 @rare_kernel
 def leave(state: State, e: int, s: int) -> None:
     """Let requests leave replica ``s``, which is at a boundary, whose moves wait for it."""
+    delay_s = state.cluster[0].steal_delay_s
     k = 0
     while k < state.episodes[e].transfers:
         transfer = state.transfers[e, k]
@@ -142,35 +143,22 @@ def leave(state: State, e: int, s: int) -> None:
             i, target = np.int64(transfer.request), np.int64(transfer.target)
             _stop(state, e, s, i, False)
             state.requests[e, i].computed = 0
+            if delay_s > 0.0:  # the same transfer, with the blocks counted when it was made
+                state.requests[e, i].phase = MOVING
+                state.requests[e, i].stolen = 1
+                transfer.kind = TO_QUEUE
+                transfer.due_s = state.episodes[e].now_s + delay_s
+                k += 1
+                continue
             stop_coming(state, e, k)
             remove(state, e, k)
             send(state, e, s, target, i)
-            if state.cluster[0].steal_delay_s > 0.0:
-                _put_last_at(state, e, k)
         elif _keep_more(state, e, k):
             _pause(state, e, s, k)
             k += 1
         else:
             end_move(state, e, k)
     find_next_due(state, e)
-
-
-@kernel
-def _put_last_at(state: State, e: int, place: int) -> None:
-    """Move the last transfer to ``place``: it goes on with the move that was there."""
-    transfers, last = state.transfers[e], state.episodes[e].transfers - 1
-    kind, request, source = transfers[last].kind, transfers[last].request, transfers[last].source
-    target, due_s, tokens = transfers[last].target, transfers[last].due_s, transfers[last].tokens
-    for k in range(last, place, -1):
-        transfers[k] = transfers[k - 1]
-    moved = transfers[place]
-    moved.kind = kind
-    moved.request = request
-    moved.source = source
-    moved.target = target
-    moved.client = NOBODY
-    moved.tokens = tokens
-    moved.due_s = due_s
 
 
 @kernel
