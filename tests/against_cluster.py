@@ -112,7 +112,8 @@ def compare_cluster(case: ClusterCase) -> Outcome:
         assert int(replicas[r].mixed_stages) == sum(s.kind == "mixed" for s in stages)
         for name in ("used_blocks", "cached_tokens", "incoming_blocks", "coming_blocks"):
             assert not replicas[r][name], (r, name)
-        assert not (replicas[r].incoming or replicas[r].coming or replicas[r].leaving)
+        for name in ("incoming", "coming", "leaving"):
+            assert not replicas[r][name], (r, name)
         assert not state.residues[0, r].any()
     assert not state.episodes[0].transfers
     done = [record for record in slow.records if not record.rejected]

@@ -45,14 +45,10 @@ WHAT = (
 CLUSTERS = (
     "Random clusters (1 … 4 replicas, equal or not; up to 30 requests; every router, victim, guard and\n"
     "block length; watermarks, stale routers, token budgets, requests that are rejected) under the first-\n"
-    "come rule, prefill-first, chunked or under SGLang's guard, in the compiled simulator and in the slow
-"
-    "reference of `tests/`: replica, client, admission, first token, finish, preemptions, recomputed tokens
-"
-    "and moves of every request, and the stages of every replica. Integers are equal, times to 1e-9. exact:
-"
-    "seconds are multiples of powers of two, so that ties are ties for both. moving: prefill-first or
-"
+    "come rule, prefill-first, chunked or under SGLang's guard, in the compiled simulator and in the slow\n"
+    "reference of `tests/`: replica, client, admission, first token, finish, preemptions, recomputed tokens\n"
+    "and moves of every request, and the stages of every replica. Integers are equal, times to 1e-9. exact:\n"
+    "seconds are multiples of powers of two, so that ties are ties for both. moving: prefill-first or\n"
     "chunked, and replicas steal, prefill for others or evict to the host."
 )
 
