@@ -69,7 +69,7 @@ class SglangCluster(ReferenceCluster):
         begun = [request for request in replica.running if not request.decoding]
         left = self.spec.chunk_tokens or math.inf
         limit = self.spec.max_prefill_tokens or math.inf
-        room, others = self.room(replica), len(replica.running) - len(begun)
+        room, others = self.tokens_free(replica), len(replica.running) - len(begun)
         chunks: list[tuple[ReferenceRequest, int]] = []
         for request in begun + replica.queue:
             if others == replica.spec.clients:
@@ -100,7 +100,7 @@ class SglangCluster(ReferenceCluster):
         whole = max(int(left) // length * length, 0)
         return int(left) if first and whole == 0 else whole
 
-    def room(self, replica: Replica) -> float:
+    def tokens_free(self, replica: Replica) -> float:
         """Tokens of memory that nobody holds and that are not reserved."""
         held, reserved = 0, 0
         for request in replica.running:

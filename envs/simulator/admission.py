@@ -47,12 +47,21 @@ _NOT_BUILT: Final = -1
 
 
 @kernel
+def _takes_more(state: State, e: int, r: int) -> bool:
+    """Return whether somebody waits and a client may be given away."""
+    replica = state.replicas[e, r]
+    if state.queues[e, queue_of(state, r)].waiting == 0:
+        return False
+    return state.machines[r].clients - replica.idle < replica.most_running
+
+
+@kernel
 def admits(state: State, e: int, r: int, rule: int) -> bool:
     """Return whether a prefill stage under ``rule`` would admit at least one request now."""
     replica = state.replicas[e, r]
     if state.cluster[0].guard == GUARD_SGLANG:
         return _piece_fits(state, e, r, rule)
-    if state.queues[e, queue_of(state, r)].waiting == 0 or replica.idle == 0:
+    if not _takes_more(state, e, r):
         return False
     if replica.partial != NOBODY:
         return False  # its prompt goes on in mixed stages
@@ -99,7 +108,7 @@ def _piece_fits(state: State, e: int, r: int, rule: int) -> bool:
     others = state.machines[r].clients - replica.idle
     if i != NOBODY:
         others -= 1
-    elif state.queues[e, queue_of(state, r)].waiting > 0 and replica.idle > 0:
+    elif _takes_more(state, e, r):
         i = _first_given(state, e, r, rule)
     if i == NOBODY:
         return False
@@ -138,7 +147,7 @@ def mixes(state: State, e: int, r: int, rule: int) -> bool:
         return False
     if replica.partial != NOBODY:
         return True
-    if state.queues[e, queue_of(state, r)].waiting == 0 or replica.idle == 0:
+    if not _takes_more(state, e, r):
         return False
     if state.machines[r].blocks == UNLIMITED_BLOCKS:
         return _gives(state, e, r, rule)
@@ -175,13 +184,14 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> N
     clients = replica.idle
     idle = state.idle[e, r, :clients]
     left_idle = 0
+    room = replica.most_running - (state.machines[r].clients - clients)
     full, stored = False, False
     counts_memory = state.cluster[0].counts_memory
     tokens, squares, admitted = 0, 0.0, 0
     for k in range(clients):
         client = idle[k]
         i = NOBODY
-        if not full and state.queues[e, q].waiting > 0:
+        if not full and room > 0 and state.queues[e, q].waiting > 0:
             i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
             stored = counts_memory and state.requests[e, i].stored != NOBODY
@@ -193,6 +203,7 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> N
             idle[left_idle] = client
             left_idle += 1
             continue
+        room -= 1
         if stored:
             replica.idle -= 1
             fetch(state, e, r, client, i)
@@ -274,10 +285,11 @@ def _admit_parts(
     for k in range(clients):
         client = idle[k]
         i = NOBODY
-        if not full and left > 0 and state.queues[e, q].waiting > 0:
+        running = state.machines[r].clients - replica.idle
+        may = not full and left > 0 and running < replica.most_running
+        if may and state.queues[e, q].waiting > 0:
             i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
-            running = state.machines[r].clients - replica.idle
             if pieces:
                 tokens = _piece(state, e, i, left, replica.stage_chunks == 0)
                 needed = blocks_of(state, tokens) * state.cluster[0].block_tokens

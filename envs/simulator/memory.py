@@ -121,7 +121,7 @@ def fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool
 def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool:
     blocks = blocks_to_admit(state, e, r, i, taken)
     if running > 0:
-        blocks += state.machines[r].watermark_blocks
+        blocks += state.replicas[e, r].reserve_blocks
     return blocks <= free_blocks(state, e, r) and guard_allows(state, e, r, i, blocks, running)
 
 
@@ -135,7 +135,7 @@ def chunk_fits(state: State, e: int, r: int, i: int, tokens: int, running: int) 
         return True
     done = np.int64(state.requests[e, i].computed)
     blocks = blocks_of(state, done + tokens) - blocks_of(state, done)
-    blocks += blocks_of_round(state, e, r) + state.machines[r].watermark_blocks
+    blocks += blocks_of_round(state, e, r) + state.replicas[e, r].reserve_blocks
     ends = done + tokens == tokens_to_prefill(state, e, i)
     return _leaves_reserve(state, e, r, blocks, output_left(state, e, i) if ends else 0)
 

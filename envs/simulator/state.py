@@ -204,6 +204,8 @@ REPLICA: Final = np.dtype(
         ("active", np.int64),  # clients whose request decodes
         ("idle", np.int64),  # clients without a request
         ("partial", np.int64),  # the request whose prompt is half computed, or NOBODY
+        ("most_running", np.int64),  # requests that may hold a client once this action has admitted
+        ("reserve_blocks", np.int64),  # free blocks that it leaves while others run
         ("cached_tokens", np.int64),  # Σ prompt + emitted over the decoding
         ("used_blocks", np.int64),
         # Σ expected_end over the decoding. It may wrap; less active · rounds, Σ rounds left, it is exact.

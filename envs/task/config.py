@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -122,6 +122,12 @@ class ProcessConfig:
     mixed_rules: tuple[str, ...] = ("fcfs",)
     """Admission rules of mixed stages, whose actions come behind; without meaning where
     ``cluster.chunk_tokens`` is 0."""
+    caps: tuple[float, ...] = (1.0,)
+    """Shares of a replica's clients up to which it may admit, > 0: every rule is on offer with each. Some
+    action must offer all clients: 1."""
+    reserves: tuple[float, ...] = (0.0,)
+    """Shares of a replica's memory that admission leaves free while others run, < 1: every rule is on
+    offer with each, also with 0. The watermark is left free in any case."""
     steals: tuple[str, ...] = ()
     """What a replica with idle clients may take from another, whose actions come last: ``waiting``
     requests, and ``running`` ones. Replicas then need queues of their own."""
@@ -146,6 +152,13 @@ class ProcessConfig:
         for rule in (*self.rules, *self.mixed_rules):
             if rule not in ADMISSION_RULES:
                 raise unknown("admission rule", rule, ADMISSION_RULES)
+        for name, shares, needed in (("caps", self.caps, 1.0), ("reserves", self.reserves, 0.0)):
+            if len(set(shares)) != len(shares) or needed not in shares:
+                raise ServegymError(f"process.{name} must hold {needed:g}, and each share once")
+        if not all(0 < cap <= 1 for cap in self.caps):
+            raise ServegymError(f"process.caps must be > 0 and at most 1, got {list(self.caps)}")
+        if not all(0 <= reserve < 1 for reserve in self.reserves):
+            raise ServegymError(f"process.reserves must be ≥ 0 and < 1, got {list(self.reserves)}")
         if len(set(self.steals)) != len(self.steals):
             raise ServegymError("process.steals must name each kind once")
         for kind in self.steals:
@@ -163,6 +176,22 @@ class ProcessConfig:
         check_whole("process.max_decisions", self.max_decisions, 0, 10**12)
         if not 0 <= self.max_seconds < np.inf:
             raise ServegymError(f"process.max_seconds must be ≥ 0, got {self.max_seconds}")
+
+
+class Admission(NamedTuple):
+    """An action that admits: by which rule, in which stage, within which limits."""
+
+    rule: str
+    mixed: bool
+    cap: float
+    reserve: float
+
+    @property
+    def name(self) -> str:
+        """Its name among ``TaskConfig.actions``; limits that do not limit are left out."""
+        cap = "" if self.cap == 1 else f":cap={self.cap:g}"
+        reserve = "" if self.reserve == 0 else f":reserve={self.reserve:g}"
+        return f"{'mixed' if self.mixed else 'prefill'}:{self.rule}{cap}{reserve}"
 
 
 @dataclass(frozen=True)
@@ -216,14 +245,23 @@ class TaskConfig:
     def actions(self) -> tuple[str, ...]:
         """What each action does: ``decode``, ``prefill:RULE``, ``mixed:RULE`` or ``steal:KIND``.
 
-        Where a replica has no request to decode and may steal, ``decode`` lets it wait.
+        Behind a rule may stand a cap or a reserve, as in ``prefill:fcfs:cap=0.5:reserve=0.1``. Where a
+        replica has no request to decode, ``decode`` lets it wait.
         """
-        mixed = self.process.mixed_rules if self.cluster.chunk_tokens > 0 else ()
-        return (
-            "decode",
-            *(f"prefill:{rule}" for rule in self.process.rules),
-            *(f"mixed:{rule}" for rule in mixed),
-            *(f"steal:{kind}" for kind in self.process.steals),
+        steals = (f"steal:{kind}" for kind in self.process.steals)
+        return ("decode", *(admission.name for admission in self.admissions), *steals)
+
+    @property
+    def admissions(self) -> tuple[Admission, ...]:
+        """The actions that admit, in order: prefill stages, then mixed ones."""
+        process = self.process
+        mixed = process.mixed_rules if self.cluster.chunk_tokens > 0 else ()
+        offers = [(rule, False) for rule in process.rules] + [(rule, True) for rule in mixed]
+        return tuple(
+            Admission(rule, is_mixed, cap, reserve)
+            for rule, is_mixed in offers
+            for cap in process.caps
+            for reserve in process.reserves
         )
 
 

@@ -82,10 +82,17 @@ def lower(task: TaskConfig) -> Machine:
     """
     cluster, process = task.cluster, task.process
     layout = _lay_out(task)
-    mixed_rules = [name.split(":")[1] for name in task.actions if name.startswith("mixed:")]
+    rules, mixed_rules, limits = [], [], []
+    for action in task.admissions:
+        (mixed_rules if action.mixed else rules).append(ADMISSION_RULES.index(action.rule))
+        limits.append((action.cap, action.reserve))
+    caps, reserves = np.array(limits).T.copy()
     settings = Settings(
-        rules=np.array([ADMISSION_RULES.index(rule) for rule in process.rules]),
-        mixed_rules=np.array([ADMISSION_RULES.index(rule) for rule in mixed_rules], np.int64),
+        rules=np.array(rules, np.int64),
+        mixed_rules=np.array(mixed_rules, np.int64),
+        caps=caps,
+        reserves=reserves,
+        limits=bool((caps < 1).any() or (reserves > 0).any()),
         steals=np.array([STEALS.index(kind) for kind in process.steals], np.int64),
         every_round=process.decisions == "rounds",
         observes=sum(1 << OBSERVATION_BLOCKS.index(block) for block in process.observe),
