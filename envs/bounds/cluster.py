@@ -25,6 +25,8 @@ are the ``sum`` of two parts it is the sum of both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,7 +41,7 @@ from servegym.envs.bounds.batch import (
 )
 from servegym.envs.machine.costs import CostTables, costs_of
 from servegym.envs.machine.layout import Layout
-from servegym.envs.vocabulary import MOVE_COPY
+from servegym.envs.vocabulary import MOVE_COPY, ROLE_DECODE, ROLE_PREFILL
 from servegym.envs.workload.requests import Requests
 
 
@@ -66,9 +68,15 @@ def cluster_bound(
     served = np.ones(len(requests), np.bool_)
     most_tokens = 0  # of the largest memory, if none is without limit
     if limited:
-        length = layout.block_tokens
-        most_tokens = max(layout.kv_capacity_tokens) // length * length
+        most_tokens = _whole_blocks(layout, layout.kv_capacity_tokens)
         served = requests.prompt_tokens + requests.output_tokens <= most_tokens
+    if any(layout.roles):  # a request goes through a replica for its prompt and one for its rounds
+        for role in (ROLE_PREFILL, ROLE_DECODE):
+            sizes = zip(layout.roles, layout.kv_capacity_tokens, strict=True)
+            own = [tokens for its_role, tokens in sizes if its_role != role]
+            if all(own):
+                most = _whole_blocks(layout, own)
+                served &= requests.prompt_tokens + requests.output_tokens <= most
     if not served.any():
         return LowerBound(0.0, 0.0, 0.0, 0.0, 0, 0)
     bounds = [_longest_alone(requests, served, tables, layout, recomputes=recomputes)]
@@ -84,6 +92,11 @@ def cluster_bound(
     best = max(bounds, key=lambda bound: bound.seconds)
     refuse_standstill(best.seconds, requests, tables)
     return best
+
+
+def _whole_blocks(layout: Layout, tokens: Sequence[int]) -> int:
+    """Return the tokens in whole blocks of the largest of several limited memories."""
+    return max(tokens) // layout.block_tokens * layout.block_tokens
 
 
 def _work(

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.jit import kernel
-from servegym.envs.simulator.state import State
+from servegym.envs.simulator.queues import blocks_of
+from servegym.envs.simulator.routing import largest_servable
+from servegym.envs.simulator.state import UNLIMITED_BLOCKS, State
 from servegym.envs.vocabulary import GAP
 from servegym.envs.workload.requests import Requests
 
@@ -37,18 +39,29 @@ def loss(state: State, e: int, reward: int) -> float:
 
 def write_credits(state: State, e: int, requests: Requests, bound: LowerBound) -> None:
     """Divide the bound among the tokens to decode (its decode share) and the prompt tokens (the rest)."""
-    served = _served(state, requests)
-    rounds = int(requests.decode_rounds[served].sum())
-    prompts = max(int(requests.prompt_tokens[served].sum()), 1)
-    decode_share = bound.decode_share if rounds > 0 else 0.0
+    prompts, rounds = requests.prompt_tokens, requests.decode_rounds
+    _write_credits(state, e, prompts, rounds, bound.seconds, bound.decode_share)
+
+
+@kernel
+def _write_credits(
+    state: State,
+    e: int,
+    prompt_tokens: NDArray[np.int64],
+    decode_rounds: NDArray[np.int64],
+    bound_s: float,
+    decode_share: float,
+) -> None:
+    """Do so; requests that fit into no replica's memory are rejected and earn nothing."""
+    largest = largest_servable(state)
+    rounds, prompts = 0, 0
+    for i in range(prompt_tokens.size):
+        tokens = prompt_tokens[i] + decode_rounds[i] + 1
+        if largest == UNLIMITED_BLOCKS or blocks_of(state, tokens) <= largest:
+            rounds += decode_rounds[i]
+            prompts += prompt_tokens[i]
+    share = decode_share if rounds > 0 else 0.0
     episode = state.episodes[e]
-    episode.bound_s = bound.seconds
-    episode.round_credit_s = decode_share * bound.seconds / max(rounds, 1)
-    episode.prompt_credit_s = (1.0 - decode_share) * bound.seconds / prompts
-
-
-def _served(state: State, requests: Requests) -> NDArray[np.bool_]:
-    """Return which requests fit into the memory of a replica; the others are rejected."""
-    length = int(state.cluster[0].block_tokens)
-    blocks = -(-(requests.prompt_tokens + requests.output_tokens) // length)
-    return blocks <= int(state.machines.blocks.max())
+    episode.bound_s = bound_s
+    episode.round_credit_s = share * bound_s / max(rounds, 1)
+    episode.prompt_credit_s = (1.0 - share) * bound_s / max(prompts, 1)

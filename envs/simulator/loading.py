@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,10 @@ from servegym.envs.simulator.state import (
 from servegym.envs.vocabulary import ROUTE_PLAN
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import Requests
+
+_NO_EPISODE: Final = np.zeros((), EPISODE)
+_NO_REPLICA: Final = np.zeros((), REPLICA)
+_NO_QUEUE: Final = np.zeros((), QUEUE)
 
 
 def load(
@@ -46,15 +51,13 @@ def load(
     n, rounds = len(requests), requests.decode_rounds
     expected = rounds if known else requests.as_predicted().decode_rounds
     spread = requests.predicted_spread
-    state.episodes[e] = np.zeros((), EPISODE)
-    state.replicas[e] = np.zeros((), REPLICA)
-    state.queues[e] = np.zeros((), QUEUE)
+    state.episodes[e] = _NO_EPISODE
+    state.replicas[e] = _NO_REPLICA
+    state.queues[e] = _NO_QUEUE
     state.event_s[e] = np.inf
     state.residues[e] = 0
     state.waiting_lengths[e] = 0
     state.waiting_tree[e] = 0
-    state.episodes[e].lengths_known = known
-    state.episodes[e].random_bits = router_luck(requests)
     if not known and spread is not None:
         state.beliefs[e, :n].spread = spread
         state.beliefs[e, :n].log_median = np.log(requests.predicted_output_tokens) - spread**2 / 2
@@ -62,7 +65,8 @@ def load(
     # Among equal lengths the later request is "shorter", so that longest-first serves in order.
     order = n - 1 - np.sort(compared * n + np.arange(n)[::-1]) % n  # faster than argsort
     arrival_s, prompts = requests.arrival_s, requests.prompt_tokens
-    _free_clients(state, e)
+    alone = state.event_s.shape[1] == 1
+    _free_clients(state, e, known, 0 if alone else router_luck(requests))
     _write_requests(state, e, arrival_s, prompts, rounds, expected, compared, order)
     if plan is not None:
         _enqueue_plan(state, e, plan.order, plan.offsets)
@@ -76,10 +80,13 @@ def router_luck(requests: Requests) -> int:
 
 
 @kernel
-def _free_clients(state: State, e: int) -> None:
+def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
     """Put every replica to sleep, its queues empty and its clients idle."""
-    state.episodes[e].turn = state.replicas.shape[1]
-    state.episodes[e].transfer_s = np.inf
+    episode = state.episodes[e]
+    episode.lengths_known = lengths_known
+    episode.random_bits = luck
+    episode.turn = state.replicas.shape[1]
+    episode.transfer_s = np.inf
     for q in range(state.queues.shape[1]):
         queue = state.queues[e, q]
         queue.first = NOBODY
@@ -114,22 +121,11 @@ def _write_requests(
 ) -> None:
     """Write the requests, none of them arrived; ``order``: the fewest compared rounds first."""
     state.episodes[e].requests = order.size
-    bucket = 0
-    for rank in range(order.size):
-        i = order[rank]
-        rounds = expected_rounds[i]
-        while LENGTH_BUCKETS[bucket] > rounds:  # only where they are compared by something else
-            bucket -= 1
-        while bucket + 1 < LENGTH_BUCKETS.size and LENGTH_BUCKETS[bucket + 1] <= rounds:
-            bucket += 1
-        state.by_length[e, rank] = i
-        state.lengths[e, rank] = compared_rounds[i]
+    for i in range(order.size):  # in the order of memory, which takes half the time
         request, times = state.requests[e, i], state.times[e, i]
         request.prompt_tokens = prompt_tokens[i]
         request.decode_rounds = decode_rounds[i]
-        request.expected_rounds = rounds
-        request.rank = rank
-        request.bucket = bucket
+        request.expected_rounds = expected_rounds[i]
         request.phase = FUTURE
         request.plan_client = NOBODY
         request.plan_next = NOBODY
@@ -149,6 +145,18 @@ def _write_requests(
         times.admitted_s = np.nan
         times.first_token_s = np.nan
         times.finished_s = np.nan
+    bucket = 0
+    for rank in range(order.size):
+        i = order[rank]
+        rounds = expected_rounds[i]
+        while LENGTH_BUCKETS[bucket] > rounds:  # only where they are compared by something else
+            bucket -= 1
+        while bucket + 1 < LENGTH_BUCKETS.size and LENGTH_BUCKETS[bucket + 1] <= rounds:
+            bucket += 1
+        state.by_length[e, rank] = i
+        state.lengths[e, rank] = compared_rounds[i]
+        state.requests[e, i].rank = rank
+        state.requests[e, i].bucket = bucket
 
 
 @kernel
