@@ -18,6 +18,7 @@ from servegym.envs.simulator.state import (
     LANDED,
     LANDING,
     NOBODY,
+    REJECTED,
     TO_QUEUE,
     State,
     make_alike,
@@ -86,7 +87,7 @@ def test_a_copied_row_goes_on_as_the_original(name: str) -> None:
         if over:
             continue
         met |= kinds(state)
-        left = np.flatnonzero(state.requests[0].phase != FINISHED)
+        left = np.flatnonzero(~np.isin(state.requests[0].phase, (FINISHED, REJECTED)))
         imagined = env.imagine()
         copy = make_alike(imagined, 1)
         copy_row(imagined, 0, copy, 0)
