@@ -109,7 +109,8 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
         found, values = (json.loads(header[part]) for part in ("identity", "values"))
         check_identity(str(path), found, identity)
         # Weights and observations in it are by place, without names; the first versions noted none.
-        if values.get("features", list(FEATURES)) != list(FEATURES):
+        observed = list(_environments(model)[1].env.features)
+        if values.get("features", list(FEATURES)) != observed:
             raise ServegymError(
                 f"{path}: the run observes other features, or in another order, than this version; "
                 "begin a run in another folder"
@@ -160,7 +161,7 @@ def take_snapshot(model: OnPolicyAlgorithm) -> Snapshot:
     for parameter, slots in model.policy.optimizer.state_dict()["state"].items():
         arrays |= {f"optimizer.{parameter}.{slot}": value.numpy() for slot, value in slots.items()}
     values = {
-        "features": list(FEATURES),
+        "features": list(environment.env.features),
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
         "episode_count": monitor.episode_count,

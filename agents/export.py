@@ -15,7 +15,7 @@ from torch import nn
 from servegym.agents.policy import Network, save_agent
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.identity import notes_of
-from servegym.envs.process.observation import OBSERVATION_SIZE
+from servegym.envs.process.blocks import features_of
 from servegym.envs.task.config import TaskConfig
 
 _LIBRARIES: Final = ("servegym", "numpy", "torch", "stable_baselines3", "sb3_contrib")
@@ -56,14 +56,15 @@ def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folde
     model
         PPO of stable-baselines3 or MaskablePPO of sb3-contrib, with ``MlpPolicy`` and tanh.
     task
-        What it was trained on; its rules and decisions are the agent's.
+        What it was trained on; its rules, decisions and features are the agent's.
     command
         The command line that trained it, kept for the reader.
     folder
         Made if it is missing; an agent in it is replaced.
     """
     network = policy_network(model)
-    ends = (OBSERVATION_SIZE, len(task.actions))
+    features = features_of(task.process.observe)
+    ends = (len(features), len(task.actions))
     if (network.sizes[0], network.sizes[-1]) != ends:
         raise ServegymError(
             f"cannot export: the network leads from {network.sizes[0]} to {network.sizes[-1]}, "
@@ -77,7 +78,9 @@ def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folde
         "versions": {"python": platform.python_version()} | _versions(),
     }
     process = task.process
-    save_agent(network, folder, process.rules, process.decisions, notes_of(task), training)
+    save_agent(
+        network, folder, process.rules, process.decisions, notes_of(task), training, features
+    )
 
 
 def _versions() -> dict[str, Any]:

@@ -34,7 +34,7 @@ _OPENING_RATES: Final = (0.01, 0.3)
 class Labelled(NamedTuple):
     """States and their labels from the expert."""
 
-    observations: NDArray[np.float32]  # (states, OBSERVATION_SIZE)
+    observations: NDArray[np.float32]  # (states, features)
     masks: NDArray[np.bool_]  # (states, actions)
     targets: NDArray[np.float32]  # (states, actions) probabilities to imitate
     returns: NDArray[np.float32]  # (states,) reward from here on

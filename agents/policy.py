@@ -22,8 +22,9 @@ from safetensors.numpy import load, save
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.files import WRONG_VALUES, make_folder, read_bytes, read_json, write_file
 from servegym.envs.playing.policy import Briefing, Policy, Situation
+from servegym.envs.process.blocks import block_of, features_of
 from servegym.envs.process.observation import FEATURES, OBSERVATION_VERSION
-from servegym.envs.vocabulary import ADMISSION_RULES
+from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS
 from servegym.envs.workload.plan import Plan
 
 AGENT_FORMAT: Final = "servegym-agent-1"
@@ -121,9 +122,9 @@ class LearnedPolicy(Policy):
 
     Runs on any number of clients: the size of the observation does not depend on that number.
     Actions are matched by the names of the rules, so a task may offer more rules, or another order.
-    Inputs are matched by the names of the features, so a later servegym may observe more features, or
-    in another order, as long as its ``OBSERVATION_VERSION`` is the card's: that number says what the
-    named features mean, and :func:`load_agent` refuses another.
+    Inputs are matched by the names of the features, so a task may observe more blocks, and a later
+    servegym more features, or in another order, as long as its ``OBSERVATION_VERSION`` is the card's: that
+    number says what the named features mean, and :func:`load_agent` refuses another.
 
     Parameters
     ----------
@@ -135,7 +136,7 @@ class LearnedPolicy(Policy):
     Raises
     ------
     ServegymError
-        If the observation lacks a feature of the card.
+        If no block of the observation has a feature of the card.
 
     Examples
     --------
@@ -151,7 +152,9 @@ class LearnedPolicy(Policy):
     def __init__(self, network: Network, card: AgentCard) -> None:
         self.network = network
         self.card = card
-        self._columns = _columns_of(card.features)
+        self.blocks = _blocks_of(card.features)
+        """Blocks of the observation that it reads; before ``prepare`` it expects just these."""
+        self._columns = _columns_of(card.features, features_of(self.blocks))
         self._actions = np.arange(1 + len(card.rules))  # the task's number of each of our actions
 
     @property
@@ -160,13 +163,20 @@ class LearnedPolicy(Policy):
         return "rounds" if self.card.decisions == "rounds" else None
 
     def prepare(self, briefing: Briefing) -> Plan | None:
-        """Find the agent's rules in this task.
+        """Find the agent's rules and features in this task.
 
         Raises
         ------
         ServegymError
-            If the task lacks one of them.
+            If the task lacks one of the rules, or does not observe a block that the agent reads.
         """
+        observed = briefing.task.process.observe
+        if lacking := [block for block in self.blocks if block not in observed]:
+            raise ServegymError(
+                f"this agent observes {_listed(lacking)}, which process.observe of "
+                f"{briefing.task.name} leaves out; add {'it' if len(lacking) == 1 else 'them'} there"
+            )
+        self._columns = _columns_of(self.card.features, features_of(observed))
         rules = briefing.task.process.rules
         for rule in self.card.rules:
             if rule not in rules:
@@ -188,23 +198,33 @@ class LearnedPolicy(Policy):
         return int(self._actions[self.network.best(observation, legal)])
 
 
-def _columns_of(features: Sequence[str]) -> NDArray[np.intp] | None:
-    """Return the place of each feature in the observation; None where the observation has just these.
+def _listed(blocks: Sequence[str]) -> str:
+    return ("block " if len(blocks) == 1 else "blocks ") + " and ".join(map(repr, blocks))
+
+
+def _blocks_of(features: Sequence[str]) -> tuple[str, ...]:
+    """Return the blocks of the observation that have these features.
 
     Raises
     ------
     ServegymError
-        If the observation lacks a feature.
+        If no block has a feature.
     """
-    if tuple(features) == FEATURES:
-        return None  # a decision then copies nothing
-    place = {name: k for k, name in enumerate(FEATURES)}
-    for name in features:
-        if name not in place:
+    found = {feature: block_of(feature) for feature in features}
+    for feature, block in found.items():
+        if block is None:
             raise ServegymError(
-                f"of the agent's {len(features)} features, feature {shown(name)} is not among the "
-                f"{len(FEATURES)} of this version; train it again"
+                f"of the agent's {len(features)} features, feature {shown(feature)} is not among the "
+                f"{len(features_of(OBSERVATION_BLOCKS))} of this version; train it again"
             )
+    return tuple(block for block in OBSERVATION_BLOCKS if block in found.values())
+
+
+def _columns_of(features: Sequence[str], observed: Sequence[str]) -> NDArray[np.intp] | None:
+    """Return the place of each feature in the observation; None where the observation has just these."""
+    if tuple(features) == tuple(observed):
+        return None  # a decision then copies nothing
+    place = {name: k for k, name in enumerate(observed)}
     return np.array([place[name] for name in features], np.intp)
 
 
@@ -215,6 +235,7 @@ def save_agent(
     decisions: str,
     task: dict[str, Any],
     training: dict[str, Any],
+    features: Sequence[str] = FEATURES,
 ) -> None:
     """Write an agent's two files into ``folder``, each under a temporary name first, the card last.
 
@@ -226,7 +247,9 @@ def save_agent(
         tensors[f"{k}.bias"] = np.ascontiguousarray(biases)
     data = save(tensors)
     digest = hashlib.sha256(data).hexdigest()
-    card = AgentCard(tuple(rules), decisions, network.sizes, digest, task, training)
+    card = AgentCard(
+        tuple(rules), decisions, network.sizes, digest, task, training, features=tuple(features)
+    )
     make_folder(folder)
     write_file(folder / WEIGHTS_FILE, data)
     write_file(folder / CARD_FILE, json.dumps(asdict(card), indent=2, default=str) + "\n")
@@ -288,7 +311,7 @@ def read_card(path: Path) -> AgentCard:
 def _check(path: Path, card: AgentCard) -> None:
     """Refuse a card that this version of the environment cannot serve."""
     try:
-        _columns_of(card.features)
+        _blocks_of(card.features)
     except ServegymError as error:
         raise ServegymError(f"{path}: {error}") from None
     if len(set(card.features)) != len(card.features):

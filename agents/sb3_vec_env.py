@@ -26,7 +26,8 @@ Indices = Iterable[int] | int | None
 class ServingSB3VecEnv(VecEnv):
     """The rows of a :class:`ServingVectorEnv`, as Stable-Baselines3 asks for them.
 
-    What a row's ``info`` holds: ``illegal_action`` where its action was replaced; of a row whose
+    What a row's ``info`` holds: ``replica``, the replica that its observation is of (also in
+    ``reset_infos``); ``illegal_action`` where its action was replaced; of a row whose
     episode ended also ``terminal_observation``, ``TimeLimit.truncated`` and ``serving``, the
     episode's metrics (``servegym.envs.process.metrics.METRICS``). sb3-contrib finds the legal actions by
     ``env_method("action_masks")``.
@@ -71,8 +72,9 @@ class ServingSB3VecEnv(VecEnv):
         """Begin a new episode in every row, from the seeds of :meth:`seed` where it was called."""
         if any(self._options):
             raise ServegymError("the vector environment takes no reset options")
-        observations, _ = self.env.reset(seed=list(self._seeds))
+        observations, infos = self.env.reset(seed=list(self._seeds))
         self._reset_seeds()
+        self.reset_infos = [{"replica": replica} for replica in infos["replica"].tolist()]
         # A copy: the caller keeps it while the rows are stepped.
         return observations.copy()
 
@@ -90,7 +92,7 @@ class ServingSB3VecEnv(VecEnv):
         rewards = rewards.copy()  # SB3 adds to them
         # What would have followed on an episode that was cut short holds its reference's gap already.
         rewards[terminated] += reference_gaps_percent[terminated]
-        infos: Infos = [{} for _ in range(self.num_envs)]
+        infos: Infos = [{"replica": replica} for replica in all_infos["replica"].tolist()]
         for e in np.flatnonzero(all_infos["illegal_action"]):
             infos[e]["illegal_action"] = True
         for e in np.flatnonzero(dones):

@@ -20,7 +20,7 @@ from servegym.envs.task.config import TaskConfig
 class Trace:
     """The decisions of the first case."""
 
-    observations: NDArray[np.float32]  # (decisions, OBSERVATION_SIZE)
+    observations: NDArray[np.float32]  # (decisions, features)
     masks: NDArray[np.bool_]  # (decisions, actions)
     rewards: NDArray[np.float64]  # (decisions,)
     clock_s: NDArray[np.float64]  # (decisions,) time of each decision

@@ -83,10 +83,11 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
             scratch = make_alike(env.state, 2 * threads)
         values = np.empty(env.rows.masks.shape)
         arguments = (env.state, env.costs, env.settings, base, env.rows.masks, scratch, values)
-        with ThreadPoolExecutor(threads) as pool:
-            shares = [pool.submit(_value_share, *arguments, t, threads) for t in range(threads)]
-        for share in shares:
-            share.result()
+        if threads == 1:
+            _value_share(*arguments, 0, 1)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda t: _value_share(*arguments, t, threads), range(threads)))
         return values
 
     return value_actions

@@ -20,6 +20,9 @@ from servegym.envs.playing.policy import Policy
 
 MAX_NUMBER: Final = 1_000_000
 
+ANY_PROMPTS: Final = 10**12
+"""A token budget of mixed stages that cuts no prompt."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -83,6 +86,12 @@ PARAMETERS: Final[dict[str, Parameter]] = {
         *_within(0, 100),
         lambda policy, k: replace(policy, planner=partial(plan_at_risk, deviations=k)),
     ),
+    # Of SGLang's admission: how much of the outputs to come it provides for.
+    "conservativeness": Parameter(
+        "c",
+        *_within(0, 100),
+        lambda policy, c: replace(policy, cluster={**policy.cluster, "conservativeness": c}),
+    ),
     # Sampled scenarios of the plan.
     "scenarios": Parameter(
         "S",
@@ -136,6 +145,31 @@ REGISTRY: Final[dict[str, Entry]] = {
     "trt-no-evict": Entry(
         "TensorRT-LLM's default: the same, admitting only what fits with all outputs at full length",
         TriggerPolicy("fcfs", triggers.EAGER, mixed=True, cluster={"admission_guard": "full"}),
+    ),
+    "orca": Entry(
+        "Orca: every pass takes new requests, prompts whole, if they fit with all outputs at full length "
+        "(its budget replaces cluster.chunk_tokens, which the task must set)",
+        TriggerPolicy(
+            "fcfs",
+            triggers.EAGER,
+            mixed=True,
+            cluster={"admission_guard": "full", "chunk_tokens": ANY_PROMPTS},
+        ),
+    ),
+    "sglang": Entry(
+        "SGLang: prefill what fits beside a share of all outputs to come, in order of arrival, else "
+        "decode; c is its schedule_conservativeness (1; the task sets cluster.chunk_tokens, SGLang's is "
+        "8192, and max_prefill_tokens, 16384)",
+        TriggerPolicy(
+            "fcfs",
+            triggers.EAGER,
+            cluster={
+                "admission_guard": "sglang",
+                "conservativeness": 1.0,
+                "preempt": "fewest-output",
+            },
+        ),
+        parameter="conservativeness",
     ),
     "static": Entry(
         "decode until all clients are idle, then refill them in order of arrival",

@@ -2,37 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final
+
 from servegym.baselines.calendar.planner import plan_jointly
 from servegym.baselines.exact.optimum import exact_optimum
 from servegym.baselines.expert import make_rollout_expert
 from servegym.baselines.registry import MIXED, REGISTRY, make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
-from servegym.envs.playing.evaluation import make_case, play
+from servegym.envs.playing.evaluation import brief, make_case, play
+from servegym.envs.playing.parallel import run_parallel
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.lowering import lower
 from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
 
+TASK: Final = TASKS["servegym/Tiny-v0"]
+
 
 def warm_up() -> None:
-    """Play a tiny episode under each policy, in Python and in compiled code; solve it; ask the expert."""
-    task = TASKS["servegym/Tiny-v0"]
-    case = make_case(task, seed=0)
-    chunked = with_overrides(task, {"cluster": {"chunk_tokens": 16}})
-    for family, entry in REGISTRY.items():
-        name = f"{family}-1" if entry.required else family
-        policy = make_policy(name)
-        its_task = chunked if name in MIXED else task
-        play(its_task, name, policy, case, seed=0)
-        if isinstance(policy, TriggerPolicy):
-            play_compiled(its_task, policy, case)
-    machine = lower(task)
+    """Compile in two processes, first what has no kernel in common, then what calls all that."""
+    for works in ((play_rules, plan_and_solve), (play_searches, ask_the_expert)):
+        for _ in run_parallel(_call, [(work,) for work in works], jobs=2):
+            pass
+
+
+def play_rules() -> None:
+    """Play a tiny episode under each policy that follows a rule, in Python and in compiled code."""
+    _play_all(rules=True)
+
+
+def play_searches() -> None:
+    """Play a tiny episode under each other policy."""
+    _play_all(rules=False)
+
+
+def plan_and_solve() -> None:
+    """Plan a tiny case as each policy does, and solve it."""
+    case, machine = make_case(TASK, seed=0), lower(TASK)
+    for family in REGISTRY.keys() - set(MIXED):
+        make_policy(_full_name(family)).prepare(brief(TASK, case, seed=0))
     exact_optimum(case.requests, machine.clients, machine.costs)
     plan_jointly(case.requests, machine.clients, machine.costs, moves=1000)
-    env = ServingVectorEnv(2, task)
+
+
+def ask_the_expert() -> None:
+    """Value the actions of two rows of a vector environment, and step them."""
+    env = ServingVectorEnv(2, TASK)
     env.reset(seed=0)
-    make_rollout_expert("aligned", task)(env)
+    values = make_rollout_expert("aligned", TASK)(env)
+    env.step(values.argmax(axis=1))
+
+
+def _call(work: Callable[[], None]) -> None:
+    work()
+
+
+def _play_all(*, rules: bool) -> None:
+    case = make_case(TASK, seed=0)
+    chunked = with_overrides(TASK, {"cluster": {"chunk_tokens": 16}})
+    for family in REGISTRY:
+        name = _full_name(family)
+        policy = make_policy(name)
+        task = chunked if name in MIXED else TASK
+        if isinstance(policy, TriggerPolicy) == rules:
+            play(task, name, policy, case, seed=0)
+            if isinstance(policy, TriggerPolicy):
+                play_compiled(task, policy, case)
+
+
+def _full_name(family: str) -> str:
+    """Return a name that is one policy, with a number where the family needs one."""
+    return f"{family}-1" if REGISTRY[family].required else family
 
 
 if __name__ == "__main__":

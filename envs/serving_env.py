@@ -18,7 +18,6 @@ from servegym.envs.arguments import plain, whole_number
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.process.metrics import EpisodeLog, episode_metrics, records
-from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE
 from servegym.envs.process.steps import begin_row, deciding, make_rows, step_row
 from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.state import State, make_alike
@@ -61,8 +60,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     the first legal one, and ``info["illegal_action"]`` says so.
 
     ## Observation space
-    ``Box(0, 1, (65,), float32)``, already scaled and independent of J. A log-scaled x reads
-    log₂(1 + x), straight between powers of two, over 14 (rounds) or 8 (queue), at most 1.
+    ``Box(0, 1, (65,), float32)``, already scaled and independent of J: the block ``replica`` of the
+    replica whose turn it is. A log-scaled x reads log₂(1 + x), straight between powers of two, over 14
+    (rounds) or 8 (queue), at most 1.
 
     | entry | what |
     |---|---|
@@ -92,7 +92,52 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     The shares are 0%, 1%, 2%, 5%, 10%, 20%, 35%, 50%, 75%, 100%; 0% is the next finish.
     Idle time is held against ¼, ½, 1, 2 and 4 times the fixed cost of a stage.
     The histograms' buckets begin at 0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048 rounds.
-    ``servegym.envs.process.observation.FEATURES`` names every entry.
+    ``features`` names every entry.
+
+    ``process.observe`` names the blocks that a task observes, any of the three; they stand in the order
+    ``replica``, ``memory``, ``cluster``. Entries of the block ``memory``, where memory that is not limited
+    reads 0, 0, 1, 1 and then 0, and a task without mixed stages 0 in the last four:
+
+    | entry | what |
+    |---|---|
+    | 0 | memory is limited, 0 or 1 |
+    | 1 | blocks in use / blocks |
+    | 2 | blocks free beyond the watermark / blocks |
+    | 3 | rounds until memory is full, log-scaled |
+    | 4 | rounds until the next finish against rounds until memory is full, a / (a + b) |
+    | 5 | blocks of the next decode round against free blocks, a / (a + b) |
+    | 6 | tokens of the decoding at their finishes against memory, a / (a + b) |
+    | 7 | blocks that waiting prefills want against all blocks, a / (a + b) |
+    | 8 | blocks that waiting prefills want against free blocks, a / (a + b) |
+    | 9 | mean blocks of a waiting prefill / blocks |
+    | 10 | preemptions here against finished requests per replica, a / (a + b) |
+    | 11 | half-computed prompt's share left |
+    | 12 | tokens left of the half-computed prompt against the chunk budget left, a / (a + b) |
+    | 13 | chunk budget that the decoding leave / chunk budget |
+    | 14 | tokens of waiting prefills against the chunk budget left, a / (a + b) |
+
+    Entries of the block ``cluster``. Other replicas are as a router sees them that looks now. With one
+    replica comparisons read ½, and entries 10 … 16 read 0. In a pool all replicas have the same queue:
+
+    | entry | what |
+    |---|---|
+    | 0 | 1 / replicas |
+    | 1 | waiting here against the mean of all replicas, a / (a + b) |
+    | 2 | waiting here against the most elsewhere, a / (a + b) |
+    | 3 | running here against the mean of all replicas, a / (a + b) |
+    | 4 | expected tokens to compute here against the mean of all replicas, a / (a + b) |
+    | 5 | expected tokens to compute here against the most elsewhere, a / (a + b) |
+    | 6 | free share of memory here against the mean of all replicas, a / (a + b) |
+    | 7 | blocks in use or wanted here against the mean of all replicas, a / (a + b) |
+    | 8 | clients here against the mean of all replicas, a / (a + b) |
+    | 9 | mean seconds of a token, all clients busy, against those here, a / (a + b) |
+    | 10 | replicas without a request / other replicas |
+    | 11 | replicas in a prefill or mixed stage / other replicas |
+    | 12 | idle clients elsewhere / clients elsewhere |
+    | 13 | waiting elsewhere / waiting |
+    | 14 | waiting elsewhere per client there, log-scaled |
+    | 15 | waiting elsewhere against idle clients here, a / (a + b) |
+    | 16 | mean seconds until a round or stage elsewhere ends against a round here, a / (a + b) |
 
     Rounds to a finish are expected ones: true where ``information.output_lengths`` is "known", else
     by the prediction, revised when a request outlives it. No entry depends on a true length before a
@@ -105,7 +150,8 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     is minus what was lost until then.
 
     ## Start and end
-    ``reset(seed=…)`` samples the task's workload; ``options`` may hold ``requests`` (a
+    Every ``info`` holds ``replica``, the number of the replica that the observation is of: whose turn it is,
+    0 at the end. ``reset(seed=…)`` samples the task's workload; ``options`` may hold ``requests`` (a
     :class:`Requests`), its ``bound`` where that is already known, and ``plan`` (a :class:`Plan` of
     the requests present at t = 0; without it the greedy longest-first plan is used). Terminated when
     all requests have finished; truncated at ``process.max_decisions`` or ``process.max_seconds``.
@@ -150,10 +196,11 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.settings = self.machine.settings
         self._last_action = len(self.task.actions) - 1
         self.action_space = spaces.Discrete(1 + self._last_action)
-        self.observation_space = spaces.Box(0.0, 1.0, (OBSERVATION_SIZE,), np.float32)
+        self.observation_space = spaces.Box(0.0, 1.0, (len(self.features),), np.float32)
         self.state: State | None = None
         self._imagined: State | None = None
-        self.rows = make_rows(1, 1 + self._last_action)
+        self.rows = make_rows(1, 1 + self._last_action, len(self.features))
+        self._many_replicas = len(self.machine.layout.clients) > 1
         self._over = True
         self._steps_left = float("inf")  # until a wrapper cuts the episode
 
@@ -173,7 +220,8 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self._over = False
         self._steps_left = _steps_until_cut(self)
         return self.rows.observations[0].copy(), {
-            "lower_bound_s": float(self._state.episodes[0].bound_s)
+            "lower_bound_s": float(self._state.episodes[0].bound_s),
+            "replica": self._replica() if self._many_replicas else 0,
         }
 
     def step(
@@ -185,7 +233,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         rows = self.rows
         chosen = whole_number("action", action, 0, self._last_action)
         step_row(self._state, self.costs, self.settings, rows, 0, chosen)
-        info: dict[str, Any] = {"illegal_action": True} if rows.illegal[0] else {}
+        info: dict[str, Any] = {"replica": self._replica() if self._many_replicas else 0}
+        if rows.illegal[0]:
+            info["illegal_action"] = True
         terminated, truncated = bool(rows.terminated[0]), bool(rows.truncated[0])
         self._over = terminated or truncated
         self._steps_left -= 1
@@ -247,13 +297,21 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     @property
     def features(self) -> tuple[str, ...]:
         """What each entry of the observation means."""
-        return FEATURES
+        return self.machine.features
 
     @property
     def _state(self) -> State:
         if self.state is None:
             raise ServegymError("call reset() first")
         return self.state
+
+    def _replica(self) -> int:
+        """Return the replica that the observation is of: whose turn it is, the first one at the end.
+
+        As ``deciding``, without the microseconds of a call into a kernel.
+        """
+        turn = int(self._state.episodes["turn"][0])
+        return turn if turn < len(self.machine.layout.clients) else 0
 
     @staticmethod
     def _checked_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:

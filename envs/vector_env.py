@@ -43,6 +43,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     ``infos["final_info"]`` hold the last one and the metrics. In the other modes the metrics stand in
     ``infos`` itself. Unlike those of ``SyncVectorEnv``, every step's ``infos`` hold
     ``illegal_action``, shape (num_envs,), also where no action was illegal and of the rows that ended.
+    ``replica`` is the replica that each row's observation is of, as in the infos of single environments.
 
     ## Arguments
     ``num_envs``; ``task``, ``overrides`` and ``render_mode`` as for :class:`ServingEnv`; ``threads``:
@@ -92,10 +93,14 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.single_action_space = single.action_space
         self.observation_space = batch_space(single.observation_space, self.num_envs)
         self.action_space = batch_space(single.action_space, self.num_envs)
-        self.rows = make_rows(self.num_envs, len(self.task.actions))
+        self.rows = make_rows(self.num_envs, len(self.task.actions), len(self.features))
         self.on_case: Callable[[int, Case], object] | None = None
         self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
+        self._every_row = np.ones(self.num_envs, np.bool_)
+        self._first_replica = np.zeros(self.num_envs, np.int64)
+        for shared in (self._every_row, self._first_replica):  # in the infos of all steps
+            shared.setflags(write=False)
         self._copy = copy
         self.rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]  # of the rows
         requests = len(sample_requests(self.task, np.random.default_rng(0)))
@@ -119,7 +124,9 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
                     self.rngs[e] = seeding.np_random(row_seed)[0]
                 self._begin_episode(e)
         self._started = True
-        return self._observations(), self._bounds(chosen)
+        replicas = np.where(chosen, self.replicas(), 0)
+        infos = self._bounds(chosen) | {"replica": replicas, "_replica": chosen.copy()}
+        return self._observations(), infos
 
     def step(
         self, actions: ArrayLike
@@ -143,8 +150,10 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         over = rows.terminated | rows.truncated
         ended = np.flatnonzero(over)
         infos["illegal_action"], infos["_illegal_action"] = rows.illegal.copy(), rows.illegal.copy()
+        infos["replica"], infos["_replica"] = self.replicas(), self._every_row
         if same_step and len(ended):
             infos |= self._begin_next(over)
+            infos["replica"] = self.replicas()
         if not same_step:
             self._over = over
             for e in ended:
@@ -173,6 +182,22 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     def action_masks(self) -> NDArray[np.bool_]:
         """Return which actions are legal now, shape (num_envs, actions)."""
         return self.rows.masks.copy() if self._copy else self.rows.masks
+
+    def replicas(self) -> NDArray[np.int64]:
+        """Return the replica that each row's observation is of: whose turn it is, the first one at the end.
+
+        Shape (num_envs,); read-only where there is one replica.
+        """
+        replicas = len(self.machine.layout.clients)
+        if replicas == 1:
+            return self._first_replica
+        turns = np.asarray(self.state.episodes["turn"])
+        return np.where(turns < replicas, turns, 0)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What each entry of an observation means."""
+        return self.machine.features
 
     def _advance(self, actions: NDArray[np.int64]) -> None:
         if self._threads == 1:
@@ -215,10 +240,12 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     def _begin_next(self, over: NDArray[np.bool_]) -> dict[str, Any]:
         """Begin the next episodes of the ended rows; return their final infos, in Gymnasium's form."""
         last: dict[str, Any] = {}
+        replicas = self.replicas()
         final = np.full(self.num_envs, None, dtype=object)
         for e in np.flatnonzero(over):
             if self.rows.illegal[e]:
                 last = self._add_info(last, {"illegal_action": True}, int(e))
+            last = self._add_info(last, {"replica": int(replicas[e])}, int(e))
             last = self._add_info(last, episode_metrics(self.state, int(e)), int(e))
             final[e] = self.rows.observations[e].copy()
             self._begin_episode(int(e))

@@ -1,5 +1,6 @@
-"""The names that tasks, policies and kernels share: admission rules, rewards and their numbers.
+"""The names that tasks, policies and kernels share: admission rules, rewards, routers and the like.
 
+Kernels know a name by its place in its table, a number; some of these numbers have names of their own.
 Nothing is imported here, so that reading a task loads no kernels.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 ADMISSION_RULES: Final = ("plan", "steal", "longest", "shortest", "fcfs", "aligned")
-"""Names of the admission rules; kernels know a rule by its place here."""
+"""Names of the admission rules."""
 
 PLAN: Final = 0
 STEAL: Final = 1
@@ -18,11 +19,11 @@ FCFS: Final = 4
 ALIGNED: Final = 5
 
 REWARDS: Final = ("gap", "latency")
-"""Names of the rewards; kernels know a reward by its place here."""
+"""Names of the rewards."""
 
 GAP: Final = 0
 
-ROUTER_TEXTS: Final = {
+ROUTERS: Final = {
     "round-robin": "one replica after another",
     "random": "any replica, all as likely",
     "least-requests": "fewest requests, waiting and running",
@@ -34,10 +35,7 @@ ROUTER_TEXTS: Final = {
     "plan": "as the offline plan over all replicas says",
     "pool": "no router: one queue for all replicas, who take from it when they can",
 }
-"""What each router goes by; of equal replicas it takes the lowest number."""
-
-ROUTERS: Final = tuple(ROUTER_TEXTS)
-"""Names of the routers; kernels know a router by its place here."""
+"""Each router and what it goes by; of equal replicas it takes the lowest number."""
 
 ROUTE_ROUND_ROBIN: Final = 0
 ROUTE_RANDOM: Final = 1
@@ -49,33 +47,29 @@ ROUTE_LLUMNIX: Final = 6
 ROUTE_DYNAMO: Final = 7
 ROUTE_PLAN: Final = 8
 
-VICTIM_TEXTS: Final = {
+VICTIMS: Final = {
     "newest": "the last admitted, as vLLM",
     "least-computed": "the one with the fewest tokens in memory; of equals the newest",
     "fewest-output": "the one that has emitted the fewest tokens, as SGLang; of equals the newest",
 }
 """Who gives up its memory when a decode round does not fit, and is computed again later."""
 
-VICTIMS: Final = tuple(VICTIM_TEXTS)
-"""Who is preempted when memory is full; kernels know a rule by its place here."""
-
 NEWEST: Final = 0
 LEAST_COMPUTED: Final = 1
 FEWEST_OUTPUT: Final = 2
 
-GUARD_TEXTS: Final = {
+ADMISSION_GUARDS: Final = {
     "none": "a prompt must fit now",
     "full": "so must the whole expected outputs of all who run, as TensorRT-LLM without eviction",
     "peak": "all who run must fit at every expected finish",
+    "sglang": "so must its expected output beside a falling share of all others', as SGLang",
 }
 """What must fit into memory before a request is admitted."""
-
-ADMISSION_GUARDS: Final = tuple(GUARD_TEXTS)
-"""What must fit into memory before a request is admitted; kernels know a guard by its place here."""
 
 GUARD_NONE: Final = 0
 GUARD_FULL: Final = 1
 GUARD_PEAK: Final = 2
+GUARD_SGLANG: Final = 3
 
 STEALS: Final = ("waiting", "running")
 """What a replica may steal from another; kernels know it by its place here."""
@@ -83,29 +77,23 @@ STEALS: Final = ("waiting", "running")
 STEAL_WAITING: Final = 0
 STEAL_RUNNING: Final = 1
 
-STEAL_TEXTS: Final = {
+STEAL_ORDERS: Final = {
     "longest": "those with the longest outputs, as Algorithm 1 of the paper",
     "newest": "those that have waited least, the last of the queue",
     "oldest": "those that have waited longest, the first of the queue",
 }
-"""Which waiting requests a replica steals."""
-
-STEAL_ORDERS: Final = tuple(STEAL_TEXTS)
-"""Which waiting requests are stolen; kernels know an order by its place here."""
+"""Which waiting requests a replica steals; kernels know an order by its place here."""
 
 TAKE_LONGEST: Final = 0
 TAKE_NEWEST: Final = 1
 TAKE_OLDEST: Final = 2
 
-MOVE_TEXTS: Final = {
+MOVES: Final = {
     "copy": "its keys and values are copied while it goes on decoding (live migration)",
     "recompute": "it waits at the other replica and is computed again",
     "cheaper": "whichever of the two takes fewer seconds",
 }
-"""How a running request moves to another replica."""
-
-MOVES: Final = tuple(MOVE_TEXTS)
-"""How a running request moves; kernels know a way by its place here."""
+"""How a running request moves to another replica; kernels know a way by its place here."""
 
 MOVE_COPY: Final = 0
 MOVE_RECOMPUTE: Final = 1
@@ -120,6 +108,10 @@ ROLES: Final = ("both", "prefill", "decode")
 ROLE_BOTH: Final = 0
 ROLE_PREFILL: Final = 1
 ROLE_DECODE: Final = 2
+
+OBSERVATION_BLOCKS: Final = ("replica", "memory", "cluster")
+"""Names of the blocks of the observation, which holds them in this order: the clients, queue and stages of
+the replica that decides; its memory and chunk budget; where it stands among all replicas."""
 
 MIXED_COSTS: Final = ("one-pass", "sum")
 """What a mixed stage costs: one pass of the weights, or a prefill part and a decode part."""

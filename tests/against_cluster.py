@@ -16,7 +16,8 @@ from servegym.envs.task.cluster import ClusterConfig, LinkConfig, ReplicaConfig
 from servegym.envs.task.config import ProcessConfig, TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
 from tests.random_clusters import ClusterCase
-from tests.reference_cluster import ClusterSpec, Outcome, serve
+from tests.reference_cluster import ClusterSpec, Outcome, ReferenceCluster, serve
+from tests.reference_sglang import SglangCluster
 
 FIRST_COME = TriggerPolicy("fcfs", EAGER)
 CHUNKED = TriggerPolicy("fcfs", EAGER, mixed=True)
@@ -31,6 +32,7 @@ def cluster_task(spec: ClusterSpec) -> TaskConfig:
         watermark=spec.watermark,
         preempt=spec.preempt,
         admission_guard=spec.admission_guard,
+        conservativeness=spec.conservativeness,
         chunk_tokens=spec.chunk_tokens,
         mixed=spec.mixed,
         max_prefill_tokens=spec.max_prefill_tokens,
@@ -62,9 +64,16 @@ def play_fast(case: ClusterCase) -> tuple[EpisodeLog, State, list[int], float]:
     bounded = bound_case(machine, requests)
     state = make_task_state(task, 1, len(requests))
     load_case(task, state, 0, bounded)
-    policy = CHUNKED if case.spec.chunk_tokens > 0 else FIRST_COME
+    mixed = case.spec.chunk_tokens > 0 and case.spec.admission_guard != "sglang"
+    policy = CHUNKED if mixed else FIRST_COME
     play_loaded(state, machine.costs, task, policy)
     return records(state, 0), state, rows, bounded.bound.seconds
+
+
+def serve_case(case: ClusterCase) -> Outcome:
+    """Serve in the slow reference."""
+    reference = SglangCluster if case.spec.admission_guard == "sglang" else ReferenceCluster
+    return serve(case.requests, case.spec, reference)
 
 
 def with_draws(case: ClusterCase) -> ClusterCase:
@@ -79,7 +88,7 @@ def with_draws(case: ClusterCase) -> ClusterCase:
 def compare_cluster(case: ClusterCase) -> Outcome:
     """Serve in both; AssertionError where they differ."""
     case = with_draws(case)
-    slow = serve(case.requests, case.spec)
+    slow = serve_case(case)
     log, state, rows, bound_s = play_fast(case)
     for i, row in enumerate(rows):
         theirs = slow.records[row]

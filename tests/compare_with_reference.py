@@ -45,11 +45,11 @@ WHAT = (
 CLUSTERS = (
     "Random clusters (1 … 4 replicas, equal or not; up to 30 requests; every router, victim, guard and\n"
     "block length; watermarks, stale routers, token budgets, requests that are rejected) under the first-\n"
-    "come rule, prefill-first or chunked, in the compiled simulator and in the slow reference of `tests/`:\n"
-    "replica, client, admission, first token, finish, preemptions, recomputed tokens and moves of every\n"
-    "request, and the stages of every replica. Integers are equal, times to 1e-9. exact: seconds are\n"
-    "multiples of powers of two, so that ties are ties for both. moving: prefill-first or chunked, and\n"
-    "replicas steal, prefill for others or evict to the host."
+    "come rule, prefill-first, chunked or under SGLang's guard, in the compiled simulator and in the slow\n"
+    "reference of `tests/`: replica, client, admission, first token, finish, preemptions, recomputed tokens\n"
+    "and moves of every request, and the stages of every replica. Integers are equal, times to 1e-9. exact:\n"
+    "seconds are multiples of powers of two, so that ties are ties for both. moving: prefill-first or\n"
+    "chunked, and replicas steal, prefill for others or evict to the host."
 )
 
 KINDS = (  # the place of each is part of its generator's key
@@ -57,6 +57,8 @@ KINDS = (  # the place of each is part of its generator's key
     "prefill-first, exact",
     "chunked",
     "chunked, exact",
+    "sglang",
+    "sglang, exact",
     "moving",
     "moving, exact",
 )
@@ -69,7 +71,7 @@ class Args:
     episodes: int = 50_000
     """How many, shared evenly by the kinds of information on output lengths."""
     clusters: int = 0
-    """Play so many random clusters instead, shared evenly by prefill-first, chunked and moving ones."""
+    """Play so many random clusters instead, shared evenly by their kinds."""
     seed: int = 0
     """Episode k of a kind is drawn from (seed, kind, k)."""
     output: Path = Path("results/checks/reference")
@@ -140,9 +142,11 @@ def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
     for number in numbers:
         key = [seed, place, number]
         rng = np.random.default_rng(key)
-        moving = "moving" in kind
-        chunked = None if moving else "chunked" in kind
-        case = shared_case(rng, dyadic="exact" in kind, chunked=chunked, moving=moving)
+        sglang, moving = "sglang" in kind, "moving" in kind
+        chunked = None if sglang or moving else "chunked" in kind
+        case = shared_case(
+            rng, dyadic="exact" in kind, chunked=chunked, sglang=sglang, moving=moving
+        )
         count.clusters += 1
         try:
             with warnings.catch_warnings():  # of decode tables shorter than the clients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 from servegym.envs import Requests, ServingEnv
 from tests.hand_solved_helpers import Player, play_env, play_reference
 from tests.helpers import instance, make_env
+
+# Read when torch is imported. Tests run side by side, and its threads would wait for one another's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples in every run, and no deadline: the first example may load the kernels.
 settings.register_profile(

@@ -32,8 +32,9 @@ def random_case(
     routers: list[str] = ROUTERS,
     rejections: bool = True,
     moving: bool | None = None,
+    sglang: bool = False,
 ) -> ClusterCase:
-    """A case of up to 30 requests on up to 4 replicas.
+    """A case of up to 30 requests on up to 4 replicas; with `sglang`, under its guard.
 
     What moves requests is drawn last: without it (`moving=False`) a seed means what it always meant.
     """
@@ -68,7 +69,7 @@ def random_case(
         staleness_s=float(rng.choice([0.25, 1.0, 8.0])) if stale else 0.0,
     )
     if moving is None:
-        moving = bool(rng.random() < 0.5)
+        moving = bool(rng.random() < 0.5) and not sglang
     if moving:
         unit_s = 1.0 if dyadic else decode_round_s(costs, 1, 0)
         spec = with_moves(rng, spec, unit_s, longest)
@@ -76,6 +77,9 @@ def random_case(
             requests = one_sided(requests, len(spec.replicas))
         if rng.random() < 0.5:
             requests = in_two_waves(requests, float(rng.integers(4, 80)) / 4 * unit_s)
+    if sglang:
+        share = float(rng.choice([1.0, 1.0, 0.0, 0.3, 1.3]))
+        spec = replace(spec, admission_guard="sglang", conservativeness=share)
     return ClusterCase(requests, spec)
 
 

@@ -66,11 +66,6 @@ class Outcome:
 class ReferenceCluster(Moving):
     """A cluster under one rule of decision, `choose`; override it for another policy."""
 
-    fetches_leave_a_round = True
-    """A fetch takes blocks of p + k − 1 tokens, but only if its next round and that of all others fit,
-    too. Else two requests of a full memory may fetch and evict each other for ever.
-    """
-
     def __init__(self, requests: Sequence[tuple[float, int, int]], spec: ClusterSpec) -> None:
         self.spec = spec
         self.records = [ReferenceRequest(i, *row) for i, row in enumerate(requests)]
@@ -335,8 +330,12 @@ class ReferenceCluster(Moving):
         return self.guard_allows(replica, request)
 
     def blocks_to_admit(self, replica: Replica, request: ReferenceRequest) -> int:
-        """Blocks that must be free for a waiting request; a fetch also wants a round of everybody."""
-        if request.stored is None or not self.fetches_leave_a_round:
+        """Blocks that must be free for a waiting request.
+
+        A fetch also wants a round of everybody. Else two requests of a full memory may fetch and evict
+        each other for ever.
+        """
+        if request.stored is None:
             return replica.blocks_for(request.wanted_tokens)
         wanted = replica.blocks_for(request.wanted_tokens + 1) + len(replica.reserved)
         decoding = [r for r in replica.running if r.decoding]
@@ -397,13 +396,16 @@ class ReferenceCluster(Moving):
 
     def victim(self, replica: Replica) -> ReferenceRequest:
         """Of equal outputs the longest prompt, as SGLang. CHOICE: of equal ones the newest."""
-        newest_first = replica.running[::-1]
+        newest_first = self.preemptible(replica)[::-1]
         if self.spec.preempt == "least-computed":
             return min(newest_first, key=lambda request: request.computed)
         if self.spec.preempt == "fewest-output":
             return min(newest_first, key=lambda request: (request.emitted, -request.prompt))
         assert self.spec.preempt == "newest"
         return newest_first[0]
+
+    def preemptible(self, replica: Replica) -> list[ReferenceRequest]:
+        return replica.running
 
     # ---- the end of a stage -----------------------------------------------------------------
 

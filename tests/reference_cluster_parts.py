@@ -38,7 +38,8 @@ class ClusterSpec:
     kv_block_tokens: int = 1
     watermark: float = 0.0
     preempt: str = "newest"  # one of VICTIMS
-    admission_guard: str = "none"  # one of GUARDS
+    admission_guard: str = "none"  # one of GUARDS, or sglang: see reference_sglang
+    conservativeness: float = 1.0  # of sglang
     chunk_tokens: int = 0  # 0: prefill first
     max_prefill_tokens: int = 0  # of a prefill stage; 0: no budget
     padded: bool = False  # that budget counts requests × longest

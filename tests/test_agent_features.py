@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from servegym.agents import checkpoints
-from servegym.agents import policy as module
 from servegym.agents.checkpoints import load_checkpoint, save_checkpoint
+from servegym.agents.export import export_agent
 from servegym.agents.hyperparameters import Hyperparameters
-from servegym.agents.policy import CARD_FILE, LearnedPolicy, Network, load_agent
+from servegym.agents.policy import CARD_FILE, AgentCard, LearnedPolicy, Network, load_agent
 from servegym.agents.record import identity
 from servegym.agents.training import make_model
 from servegym.envs import ServegymError, ServingEnv, load_task
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.playing.policy import Situation
+from servegym.envs.process import blocks
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.process.observation import FEATURES
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.vocabulary import OBSERVATION_BLOCKS
+from tests.helpers import refused
 
 TINY = load_task("Tiny-v0")
 SMALL = Hyperparameters(environments=2, steps=16, batch_size=16, epochs=1, width=4, timesteps=32)
@@ -47,7 +52,7 @@ class WithLaterObservations(LearnedPolicy):
     order: list[int]
 
     def act(self, situation: Situation) -> int:
-        entries = np.append(situation.observation, np.float32(0.7))
+        entries = np.append(situation.observation[: len(FEATURES)], np.float32(0.7))
         return super().act(replace(situation, observation=entries[self.order]))
 
 
@@ -61,11 +66,16 @@ class WatchedNetwork(Network):
         return super().best(observations, masks)
 
 
+def with_features(patch: pytest.MonkeyPatch, features: Sequence[str]) -> None:
+    """Let the block `replica` have these features, as in another version."""
+    patch.setattr(blocks, "BLOCK_FEATURES", blocks.BLOCK_FEATURES | {"replica": tuple(features)})
+
+
 @pytest.fixture(params=ORDERS)
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The order of a later version, whose FEATURES the agents meet."""
+    """The order of a later version, whose features the agents meet."""
     places, names = ORDERS[request.param], [*FEATURES, LATER]
-    monkeypatch.setattr(module, "FEATURES", tuple(names[place] for place in places))
+    with_features(monkeypatch, [names[place] for place in places])
     return places
 
 
@@ -76,8 +86,8 @@ def situation(observation: NDArray[np.float32]) -> Situation:
     return Situation(env.view(), observation, np.ones(7, np.bool_))
 
 
-def metrics_of(policy: LearnedPolicy) -> dict[str, Any]:
-    row = play(TINY, "agent", policy, make_case(TINY, 3), 3).row
+def metrics_of(policy: LearnedPolicy, task: TaskConfig = TINY) -> dict[str, Any]:
+    row = play(task, "agent", policy, make_case(task, 3), 3).row
     return {name: row[name] for name in METRICS}
 
 
@@ -87,7 +97,7 @@ def test_shipped_agents_play_the_same(folder: Path, order: list[int]) -> None:
     later = WithLaterObservations(agent.network, agent.card)
     later.order = order
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "FEATURES", FEATURES)
+        with_features(patch, FEATURES)
         expected = metrics_of(load_agent(folder))
     assert metrics_of(later) == expected
 
@@ -117,15 +127,72 @@ def test_an_observation_that_lacks_a_feature_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_agent(folder)
-    monkeypatch.setattr(module, "FEATURES", (LATER, *FEATURES[1:]))
-    words = (
-        f"feature '{FEATURES[0]}' is not among the {len(FEATURES)} of this version; train it again"
-    )
+    with_features(monkeypatch, (LATER, *FEATURES[1:]))
+    count = len(blocks.features_of(OBSERVATION_BLOCKS))
+    words = f"feature '{FEATURES[0]}' is not among the {count} of this version; train it again"
     with pytest.raises(ServegymError) as refusal:
         load_agent(folder)
     assert words in str(refusal.value)
     assert str(folder / CARD_FILE) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+# ---- blocks ----------------------------------------------------------------------------------
+
+
+def observing(*names: str) -> TaskConfig:
+    return with_overrides(TINY, {"process": {"observe": names}})
+
+
+def test_a_shipped_agent_plays_the_same_where_more_is_observed() -> None:
+    agent = load_agent(AGENTS / "Tiny-v0")
+    assert agent.blocks == ("replica",)
+    expected = metrics_of(agent)
+    for task in (observing("memory", "replica"), observing(*OBSERVATION_BLOCKS), TINY):
+        assert metrics_of(agent, task) == expected
+
+
+def test_an_agent_of_more_blocks_is_exported_and_refuses_a_task_without_them(
+    tmp_path: Path,
+) -> None:
+    """Found by name in any task that observes its blocks; the file names its features."""
+    task = observing("memory", "cluster")
+    model = make_model(task, SMALL).learn(1)
+    export_agent(model, task, "train", tmp_path)
+    agent = load_agent(tmp_path)
+    assert agent.blocks == ("memory", "cluster")
+    assert agent.card.features == blocks.features_of(task.process.observe)
+    assert metrics_of(agent, task) == metrics_of(agent, observing(*OBSERVATION_BLOCKS))
+    for lacking, words in (
+        (TINY, "observes blocks 'memory' and 'cluster', which process.observe of servegym/Tiny-v0"),
+        (
+            observing("memory"),
+            "observes block 'cluster', which process.observe of servegym/Tiny-v0",
+        ),
+    ):
+        refused(partial(metrics_of, agent, lacking), words)
+    refused(lambda: export_agent(model, TINY, "", tmp_path), f"has {len(FEATURES)} features")
+
+
+def test_an_agent_of_some_features_of_two_blocks() -> None:
+    """It is given just these, in its order."""
+    network = WatchedNetwork([(np.zeros((2, 3), np.float32), np.zeros(2, np.float32))])
+    features = "1 / replicas", FEATURES[4], "memory is limited, 0 or 1"
+    agent = LearnedPolicy(network, AgentCard(("fcfs",), "events", (3, 2), "", features=features))
+    assert agent.blocks == OBSERVATION_BLOCKS
+    metrics_of(agent, observing(*OBSERVATION_BLOCKS))
+    assert network.asked[[0, 2]].tolist() == [1.0, 0.0]
+    assert 0 < network.asked[1] < 1
+
+
+def test_a_run_goes_on_only_with_the_blocks_that_it_observes(tmp_path: Path) -> None:
+    task = observing("replica", "memory")
+    model, run = make_model(task, SMALL).learn(1), identity(task, SMALL)
+    path = save_checkpoint(model, run, tmp_path)
+    load_checkpoint(make_model(task, SMALL), run, path)
+    other = observing("replica", "cluster")
+    with pytest.raises(ServegymError, match=r"observe \['replica', 'memory'\], this one has"):
+        load_checkpoint(make_model(other, SMALL), identity(other, SMALL), path)
 
 
 def test_a_checkpoint_of_other_features_is_not_gone_on_from(
@@ -135,7 +202,7 @@ def test_a_checkpoint_of_other_features_is_not_gone_on_from(
     model, run = make_model(TINY, SMALL).learn(1), identity(TINY, SMALL)
     path = save_checkpoint(model, run, tmp_path)
     load_checkpoint(make_model(TINY, SMALL), run, path)
-    monkeypatch.setattr(checkpoints, "FEATURES", FEATURES[::-1])
+    with_features(monkeypatch, FEATURES[::-1])
     with pytest.raises(ServegymError, match="other features, or in another order") as refusal:
         load_checkpoint(make_model(TINY, SMALL), run, path)
     assert str(refusal.value).startswith(f"{path}: ")

@@ -26,15 +26,19 @@ from servegym.agents.validation import Validation
 from servegym.envs import ServegymError, ServingEnv, TaskConfig, load_task
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.playing.policy import Situation
+from servegym.envs.process.blocks import features_of
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE, OBSERVATION_VERSION
 from servegym.envs.task.config import with_overrides
+from servegym.envs.vocabulary import OBSERVATION_BLOCKS
 from servegym.studies import policies
 from servegym.studies.cli import run
 from servegym.studies.commands import evaluate
 from tests.test_packaging import run_outside
 
 TINY = load_task("Tiny-v0")
+KNOWN = len(features_of(OBSERVATION_BLOCKS))
+"""Features of all blocks."""
 ALGORITHMS: list[Any] = [PPO, MaskablePPO]
 
 
@@ -224,7 +228,7 @@ def not_safetensors(folder: Path) -> None:
         (edited(features=["weather", *FEATURES[1:]]), "'weather' is not among"),
         (
             edited(features=["weather", *FEATURES[2:]]),
-            f"of the agent's {len(FEATURES) - 1} features, .* is not among the {len(FEATURES)} of",
+            f"of the agent's {len(FEATURES) - 1} features, .* is not among the {KNOWN} of",
         ),
         (edited(features=list(FEATURES[:-1])), "layers must lead from 64 features to 7 actions"),
         (edited(features=[*FEATURES[:-1], FEATURES[0]]), "must name each feature once"),

@@ -1,7 +1,6 @@
-"""The reference equals AISimulate: an independent replay of vLLM V1 and of TensorRT-LLM.
+"""The reference equals AISimulate: an independent replay of vLLM V1, of TensorRT-LLM and of SGLang.
 
-`tests/golden/make_aisimulate.py` made the files. Times are milliseconds here as there. SGLang's file
-is kept for its rule, which admits by an estimate of what running requests will still take.
+`tests/golden/make_aisimulate.py` made the files. Times are milliseconds here as there.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 import pytest
 
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
-from tests.against_cluster import play_fast
+from tests.against_cluster import play_fast, serve_case
 from tests.random_clusters import ClusterCase
-from tests.reference_cluster import ClusterSpec, ReplicaSpec, serve
+from tests.reference_cluster import ClusterSpec, ReplicaSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -27,7 +26,19 @@ def golden_cases(backend: str) -> list[dict[str, Any]]:
     return [dict(zip(golden["header"]["fields"], row, strict=True)) for row in golden["cases"]]
 
 
-def cluster_case(case: dict[str, Any], guard: str) -> ClusterCase:
+SETTINGS: dict[str, dict[str, Any]] = {
+    "vllm": {},
+    "trtllm": {"admission_guard": "full"},
+    "sglang": {
+        "admission_guard": "sglang",
+        "preempt": "fewest-output",
+        "max_prefill_tokens": 16_384,
+    },
+}
+"""What each scheduler needs besides the numbers of its cases."""
+
+
+def cluster_case(case: dict[str, Any], backend: str) -> ClusterCase:
     capacity = case["blocks"] * case["block"]
     decode = AffineDecode(float(case["decode_ms"]))
     prefill = AffinePrefill(float(case["prefill_ms"]), 0.0)
@@ -35,25 +46,20 @@ def cluster_case(case: dict[str, Any], guard: str) -> ClusterCase:
         (ReplicaSpec(case["clients"], capacity),) * case["workers"],
         StageCosts(decode, prefill),
         kv_block_tokens=case["block"],
-        admission_guard=guard,
         chunk_tokens=case["budget"],
         mixed="sum",
+        **SETTINGS[backend],
     )
     rows = [(float(arrival), prompt, output) for arrival, prompt, output in case["requests"]]
     return ClusterCase(rows, spec)
 
 
-@pytest.mark.parametrize(
-    ("backend", "guard", "least"), [("vllm", "none", 300), ("trtllm", "full", 100)]
-)
-def test_every_token_time_and_every_admission_is_the_same(
-    backend: str, guard: str, least: int
-) -> None:
+@pytest.mark.parametrize(("backend", "least"), [("vllm", 300), ("trtllm", 100), ("sglang", 100)])
+def test_every_token_time_and_every_admission_is_the_same(backend: str, least: int) -> None:
     cases = golden_cases(backend)
     assert len(cases) >= least
     for case in cases:
-        posed = cluster_case(case, guard)
-        outcome = serve(posed.requests, posed.spec)
+        outcome = serve_case(cluster_case(case, backend))
         for ours, theirs in zip(outcome.records, case["answers"], strict=True):
             worker, first_ms, last_ms, admissions_ms = theirs
             assert ours.replica == worker
@@ -63,10 +69,10 @@ def test_every_token_time_and_every_admission_is_the_same(
             assert ours.preemptions + 1 == len(admissions_ms)
 
 
-@pytest.mark.parametrize(("backend", "guard"), [("vllm", "none"), ("trtllm", "full")])
-def test_the_compiled_core_gives_the_same(backend: str, guard: str) -> None:
+@pytest.mark.parametrize("backend", list(SETTINGS))
+def test_the_compiled_core_gives_the_same(backend: str) -> None:
     for case in golden_cases(backend):
-        log, _, rows, _ = play_fast(cluster_case(case, guard))
+        log, _, rows, _ = play_fast(cluster_case(case, backend))
         for i, row in enumerate(rows):
             worker, first_ms, last_ms, admissions_ms = case["answers"][row]
             assert log.replica[i] == worker
@@ -93,7 +99,11 @@ def test_no_case_without_eviction_readmits() -> None:
     assert all(len(times) == 1 for times in admissions)
 
 
-def test_the_file_of_sglang_is_complete() -> None:
+def test_the_cases_of_sglang_hold_what_they_are_for() -> None:
+    """Requests that are retracted, prompts in pieces, and ends of pieces beside other prompts."""
     cases = golden_cases("sglang")
-    assert len(cases) >= 100
-    assert all(len(case["requests"]) == len(case["answers"]) for case in cases)
+    retracted = [case for case in cases if any(len(times) > 1 for *_, times in case["answers"])]
+    chunked = [case for case in cases if any(p > case["budget"] for _, p, _ in case["requests"])]
+    assert len(retracted) >= 10
+    assert len(chunked) >= 50
+    assert {case["block"] for case in cases} == {1, 16}

@@ -14,7 +14,7 @@ import pytest
 
 from servegym.envs import Requests, ServingEnv, make_requests
 from servegym.envs.task.config import InformationConfig
-from servegym.envs.vocabulary import ADMISSION_GUARDS, ADMISSION_RULES, STEALS
+from servegym.envs.vocabulary import ADMISSION_GUARDS, ADMISSION_RULES, OBSERVATION_BLOCKS, STEALS
 from tests.cluster_helpers import requests_of, shared_case, task_of
 from tests.helpers import refused
 from tests.test_leakage import other_truth, revealed
@@ -65,6 +65,7 @@ def two_truths(
     task = task_of(
         replace(case.spec, replicas=parts, admission_guard=guard, steals=steals),
         mixed_rules=ADMISSION_RULES,
+        observe=OBSERVATION_BLOCKS,
         decisions=str(rng.choice(["events", "rounds"])),
     )
     task = replace(

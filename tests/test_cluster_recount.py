@@ -12,7 +12,7 @@ from servegym.envs import ServingEnv, make_requests
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.simulator.state import LANDED, State
 from servegym.envs.task.config import InformationConfig
-from servegym.envs.vocabulary import ADMISSION_RULES, MOVES, ROUTERS
+from servegym.envs.vocabulary import ADMISSION_RULES, MOVES, OBSERVATION_BLOCKS, ROUTERS
 from tests.cluster_helpers import (
     play_any,
     play_eagerly,
@@ -66,7 +66,8 @@ def case_of(seed: int, *, moving: bool = False) -> ClusterCase:
 def test_every_rule_and_mixed_rule(seed: int, *, moving: bool) -> None:
     case, rng = case_of(seed, moving=moving), np.random.default_rng(seed)
     decisions = str(rng.choice(["events", "rounds"]))
-    env = ServingEnv(task_of(case.spec, mixed_rules=ADMISSION_RULES, decisions=decisions))
+    process = {"mixed_rules": ADMISSION_RULES, "observe": OBSERVATION_BLOCKS}
+    env = ServingEnv(task_of(case.spec, decisions=decisions, **process))
     env.reset(options={"requests": requests_of(case)})
     watched(env, rng)
     log = env.records()

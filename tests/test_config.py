@@ -11,8 +11,8 @@ import pytest
 
 from servegym.envs import TASKS, ServegymError, ServingEnv, TaskConfig, load_task
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
+from servegym.envs.task.cluster import ClusterConfig
 from servegym.envs.task.config import (
-    ClusterConfig,
     InformationConfig,
     ProcessConfig,
     WorkloadConfig,
@@ -64,6 +64,8 @@ BAD_VALUES = [
     ("cluster", "watermark", "nan", "≥ 0 and < 1, got nan", "0.5"),
     ("cluster", "staleness_s", "-1", "0 … 1e9, got -1.0", "0"),
     ("cluster", "staleness_s", "nan", "0 … 1e9, got nan", "1e9"),
+    ("cluster", "conservativeness", "-0.1", "0 … 100, got -0.1", "0"),
+    ("cluster", "conservativeness", "101", "0 … 100, got 101.0", "100"),
     # texts
     ("workload", "source", "5", "a text, got 5", '"tiny"'),
     ("workload", "source", '"gsm8k-cap51"', "did you mean 'gsm8k-cap512'?", '"gsm8k-cap512"'),
@@ -100,6 +102,8 @@ BAD_VALUES = [
     ("cluster", "replica", "[{}, {}]", "replicas is 1, but there are 2 tables", "[]"),
     ("process", "mixed_rules", "[]", "at least one rule, each once", '["fcfs"]'),
     ("process", "mixed_rules", '["fcsf"]', "did you mean 'fcfs'?", '["longest"]'),
+    ("process", "observe", "[]", "at least one block, each once", '["memory"]'),
+    ("process", "observe", '["memry"]', "did you mean 'memory'?", '["cluster", "replica"]'),
     ("process", "rules", '"fcfs"', "a list, got 'fcfs'", '["fcfs"]'),
     ("process", "rules", "[]", "at least one rule, each once", '["fcfs"]'),
     ("process", "rules", '["fcfs", "fcfs"]', "each once", '["fcfs", "plan"]'),

@@ -52,7 +52,7 @@ def test_an_illegal_action_is_replaced_by_the_first_legal_one(three_on_two: Requ
     first, second = env.step(np.int64(0)), twin.step(np.int64(1))
     assert first[0].tobytes() == second[0].tobytes()
     assert first[1:4] == second[1:4]
-    assert (first[4], second[4]) == ({"illegal_action": True}, {})
+    assert (first[4], second[4]) == ({"replica": 0, "illegal_action": True}, {"replica": 0})
 
 
 def test_an_illegal_action_at_the_end_is_told_beside_the_metrics(three_on_two: Requests) -> None:
@@ -67,7 +67,7 @@ def test_an_illegal_action_at_the_end_is_told_beside_the_metrics(three_on_two: R
     env.step(np.int64(1))
     *_, terminated, _, info = env.step(np.int64(1))  # decode in its place, then 2 runs by itself
     assert not terminated
-    assert info == {"illegal_action": True}
+    assert info == {"replica": 0, "illegal_action": True}
 
 
 BAD_ACTIONS = [(-1, 1), (7, 6)]  # the neighbour is legal
@@ -201,7 +201,7 @@ def test_after_the_end_decode_is_legal_and_info_holds_every_metric(three_on_two:
     start(env, three_on_two)
     _, info = play_randomly(env, np.random.default_rng(1))
     assert env.action_masks().tolist() == [True] + [False] * 6
-    assert tuple(info) == METRICS
+    assert tuple(info) == ("replica", *METRICS)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
@@ -211,6 +211,7 @@ def test_truncation_by_decisions(most: int) -> None:
     for decision in range(1, most + 1):
         _, _, terminated, truncated, info = env.step(np.int64(1))
         assert (terminated, truncated) == (False, decision == most)
+        assert info.pop("replica") == 0
     assert tuple(info) == METRICS
     assert info["decisions"] == most
     assert info["unfinished_requests"] == 10 - most
@@ -268,4 +269,4 @@ def test_returns(name: str, reward: str) -> None:
 def test_reset_info_holds_the_bound() -> None:
     env = ServingEnv("Tiny-v0")
     _, info = env.reset(seed=2)
-    assert info == {"lower_bound_s": inside(env).bound_s}
+    assert info == {"lower_bound_s": inside(env).bound_s, "replica": 0}

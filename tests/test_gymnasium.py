@@ -28,6 +28,18 @@ def test_gymnasium_check_env(name: str) -> None:
     gymnasium_check_env(gym.make(name).unwrapped, skip_render_check=True)
 
 
+def test_checkers_of_a_cluster_that_observes_all_blocks() -> None:
+    from stable_baselines3.common.env_checker import check_env
+
+    overrides = {
+        "cluster": {"replicas": 3, "clients": 2, "kv_capacity_tokens": 3000, "chunk_tokens": 64},
+        "process": {"observe": ["replica", "memory", "cluster"]},
+    }
+    env = gym.make("servegym/Tiny-v0", overrides=overrides).unwrapped
+    gymnasium_check_env(env, skip_render_check=True)
+    check_env(env, warn=True)
+
+
 def test_gymnasium_check_env_with_rendering() -> None:
     gymnasium_check_env(gym.make("servegym/Tiny-v0", render_mode="rgb_array").unwrapped)
 
@@ -150,10 +162,11 @@ def test_the_last_info_of_a_cut_episode_holds_every_metric(make: Callable[[], gy
     for _ in range(2):  # the second episode, too
         env.reset(seed=0)
         *_, terminated, truncated, info = env.step(3)
-        assert (terminated, truncated, info) == (False, False, {})
+        assert (terminated, truncated, info) == (False, False, {"replica": 0})
         *_, terminated, truncated, info = env.step(3)
         assert (terminated, truncated) == (False, True)
         info.pop("episode", None)  # of RecordEpisodeStatistics
+        assert info.pop("replica") == 0
         assert tuple(info) == METRICS
         assert info["unfinished_requests"] > 0
         assert np.isnan(info["gap"])
@@ -171,10 +184,10 @@ def test_a_limit_is_forgotten_with_its_wrapper() -> None:
             return super().reset(**words)
 
     TimeLimit(ResetsAnother(env), 1).reset(seed=0)
-    assert tuple(env.step(3)[4]) == METRICS
-    assert other.step(3)[4] == {}
+    assert tuple(env.step(3)[4]) == ("replica", *METRICS)
+    assert other.step(3)[4] == {"replica": 0}
     env.reset(seed=0)
-    assert env.step(3)[4] == {}
+    assert env.step(3)[4] == {"replica": 0}
 
 
 def test_metrics_at_any_time(three_on_two: Requests) -> None:
@@ -185,7 +198,7 @@ def test_metrics_at_any_time(three_on_two: Requests) -> None:
     assert before["unfinished_requests"] == before["requests"] == 3
     assert np.isnan(before["client_utilization"])  # of no time at all
     _, info = play_randomly(env, np.random.default_rng(0))
-    assert env.metrics() == info
+    assert env.metrics() | {"replica": 0} == info
 
 
 # ---- pictures --------------------------------------------------------------------------------

@@ -254,6 +254,7 @@ def test_metrics_by_hand() -> None:
     env.step(np.int64(number("fcfs")))
     *_, info = env.step(np.int64(number("fcfs")))
     assert info == {
+        "replica": 0,  # the one of the last observation
         "requests": 3,
         "makespan_s": 7.0,
         "lower_bound_s": 7.0,

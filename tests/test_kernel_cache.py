@@ -120,6 +120,17 @@ def test_a_cached_caller_does_not_keep_an_old_callee(sources: Sources) -> None:
     assert sources.run() == (21, 1)
 
 
+def test_linked_code_is_read_where_a_caller_is_compiled(sources: Sources) -> None:
+    sources.run()
+    linked = {path: path.stat().st_mtime_ns for path in sources.files() if "-linked" in path.name}
+    assert {path.name.split("-")[0] for path in linked} == {"callee.double"}
+    for path in set(sources.files()) - set(linked):
+        path.unlink()
+    assert sources.run() == (21, 0)
+    assert {path: path.stat().st_mtime_ns for path in linked} == linked  # not compiled anew
+    assert sources.run() == (21, 1)
+
+
 def test_the_users_folder_where_the_sources_cannot_be_written(sources: Sources) -> None:
     (sources.folder / "__pycache__").write_text("no folder, so nothing can be written in it")
     assert sources.run() == (21, 0)

@@ -59,6 +59,7 @@ LACKING = [
     (("information",), {"information": {"quantile": 0.5}}),
     (("process", "rules"), {"process": {"rules": ("fcfs",)}}),
     (("process", "max_seconds"), {"process": {"max_seconds": 5.0}}),
+    (("process", "observe"), {"process": {"observe": ("memory",)}}),
     (("cost", "engine_overhead"), {"cost": {"engine_overhead": {"base": 0.5}}}),
     (("cost", "engine_overhead", "per_client"), {"cost": {"engine_overhead": {"per_client": 0.5}}}),
     (

@@ -18,7 +18,7 @@ from servegym.envs.playing.evaluation import COLUMNS, Episode, evaluate, read_ep
 from servegym.envs.playing.records import RECORD_COLUMNS, records_path, records_table
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
-from servegym.envs.vocabulary import GUARD_TEXTS, ROUTER_TEXTS, VICTIM_TEXTS
+from servegym.envs.vocabulary import ADMISSION_GUARDS, ROUTERS, VICTIMS
 from servegym.envs.workload.requests import Requests
 from servegym.studies.commands import evaluate as command
 
@@ -205,9 +205,9 @@ def test_the_command_writes_records(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("flag", "texts"),
     [
-        ("--list-routers", ROUTER_TEXTS),
-        ("--list-victims", VICTIM_TEXTS),
-        ("--list-guards", GUARD_TEXTS),
+        ("--list-routers", ROUTERS),
+        ("--list-victims", VICTIMS),
+        ("--list-guards", ADMISSION_GUARDS),
     ],
 )
 def test_listings(capsys: pytest.CaptureFixture[str], flag: str, texts: dict[str, str]) -> None:

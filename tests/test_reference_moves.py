@@ -251,7 +251,7 @@ def test_guards_count_what_is_reserved_and_a_landing_due_now_repeats_the_instant
 
 
 def test_a_copy_begins_only_where_it_fits() -> None:
-    """At 2 s 37 of 48 tokens are free at replica 1; request 0 needs 4 and the watermark 33 or 36."""
+    """At 2 s 37 of 48 tokens are free at replica 1; request 0 needs 5 and the watermark 32 or 33."""
     requests = [(0.0, 4, 12), (0.0, 1, 11), (0.0, 1, 11), (0.0, 11, 4)]
     spec = cluster(
         ReplicaSpec(3, 48),
@@ -260,7 +260,7 @@ def test_a_copy_begins_only_where_it_fits() -> None:
         draws=[0, 0, 0, 1],
         steals=("running",),
     )
-    for watermark, moves in ((0.6875, 1), (0.75, 0)):
+    for watermark, moves in ((0.67, 1), (0.69, 0)):
         outcome = serve(requests, replace(spec, watermark=watermark))
         assert sum(move.made_s == 2 for move in outcome.moves) == moves
 
@@ -382,22 +382,15 @@ def test_a_victim_waits_on_the_host() -> None:
     assert (victim.preemptions, victim.recomputed_tokens, victim.moves) == (1, 0, 0)
 
 
-class NoRoom(ReferenceCluster):
-    fetches_leave_a_round = False
+def test_a_fetch_leaves_room_for_the_next_round_of_all() -> None:
+    """9 tokens. At 4 s request 0 holds 5 and wants a sixth, and request 1, on the host, 4: one too many.
 
-
-def test_a_fetch_without_room_for_the_next_round_may_swap_for_ever() -> None:
-    """9 tokens. At 4 s request 0 holds 5, and request 1, on the host, 4: together all.
-
-    Fetched at once, it leaves no token for request 0, which is evicted; and so on, in turns.
+    Fetched at once, it would leave no token for request 0, which would be evicted; and so on, in turns.
     """
     requests = [(0.0, 3, 6), (0.0, 3, 6)]
-    spec = cluster(ReplicaSpec(2, 9), preempt_to="host", host_latency_s=1.0)
-    stuck = NoRoom(requests, spec)
-    for _ in range(1000):
-        assert stuck.next_event()
-    assert stuck.stages[-1].start_s == 3
-    assert finishes(serve(requests, spec)) == [7, 13]
+    outcome = serve(requests, cluster(ReplicaSpec(2, 9), preempt_to="host", host_latency_s=1.0))
+    assert finishes(outcome) == [7, 13]
+    assert moves_of(outcome) == [("fetch", 1, 7, 7, 9, "joined")]
 
 
 def test_an_eviction_into_the_pool_wakes_whoever_can_hold_the_request() -> None:

@@ -41,6 +41,24 @@ def test_metrics_are_metrics_also_where_the_last_action_was_illegal() -> None:
         assert info["TimeLimit.truncated"]
 
 
+def test_infos_tell_the_replica_of_the_observation() -> None:
+    """As the vector environment's do, also where the next episode has begun."""
+    overrides = {"cluster": {"replicas": 3, "clients": 1}, "process": {"observe": ["cluster"]}}
+    inner = ServingVectorEnv(4, TINY, overrides)
+    env = ServingSB3VecEnv(inner)
+    env.seed(0)
+    assert env.reset().shape == (4, len(inner.features))
+    assert [info["replica"] for info in env.reset_infos] == inner.replicas().tolist()
+    seen, ended = set[int](), 0
+    for _ in range(40):
+        _, _, dones, infos = env.step(inner.action_masks().argmax(axis=1))
+        assert [info["replica"] for info in infos] == inner.replicas().tolist()
+        seen |= {info["replica"] for info in infos}
+        ended += int(dones.sum())
+    assert seen == {0, 1, 2}
+    assert ended > 0
+
+
 def test_a_saved_state_holds_the_steps_that_are_left() -> None:
     env, twin = (ServingSB3VecEnv(ServingVectorEnv(2, TINY, max_episode_steps=3)) for _ in "ab")
     env.seed(0)

@@ -11,7 +11,7 @@ import numpy as np
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.plans import Planner
 from servegym.envs.errors import ServegymError
-from servegym.envs.playing.policy import Briefing, Policy, Situation
+from servegym.envs.playing.policy import Briefing, Policy, Situation, no_mixed_stages
 from servegym.envs.simulator.events import DECODE
 from servegym.envs.vocabulary import STEALS
 from servegym.envs.workload.plan import Plan
@@ -37,7 +37,7 @@ class TriggerPolicy:
     mixed
         Admit in mixed stages, not in prefill stages.
     cluster
-        Keys of the task's ``[cluster]`` that belong to the scheduler: ``admission_guard``.
+        Keys of the task's ``[cluster]`` that belong to the scheduler, as ``admission_guard``.
 
     Examples
     --------
@@ -70,10 +70,7 @@ class TriggerPolicy:
         if self.mixed:
             action, key = f"mixed:{self.rule}", "process.mixed_rules"
             if task.cluster.chunk_tokens == 0:
-                raise ServegymError(
-                    f"this policy needs mixed stages, which {task.name} has not: its "
-                    "cluster.chunk_tokens is 0, vLLM's default is 8192"
-                )
+                raise ServegymError(no_mixed_stages(task))
         if action not in task.actions:
             raise ServegymError(
                 f"this policy admits by {self.rule!r}, which {key} of {task.name} leaves out; "

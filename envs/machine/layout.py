@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from servegym.envs.vocabulary import GUARD_SGLANG
+
 
 class Layout(NamedTuple):
     """The replicas of a cluster and what they share; see ``[cluster]`` for each field's meaning."""
@@ -18,6 +20,7 @@ class Layout(NamedTuple):
     staleness_s: float = 0.0
     victim: int = 0
     guard: int = 0
+    first_ratio: float = 0.0  # of the guard ``sglang``
     one_pass: bool = True
     roles: tuple[int, ...] = ()  # of each replica; empty: all serve both
     steals_waiting: bool = False
@@ -39,9 +42,9 @@ class Layout(NamedTuple):
 
     @property
     def counts_memory(self) -> bool:
-        """Whether anything depends on memory or on chunks of prompts: a limit, a budget, a router."""
-        alone = len(self.clients) == 1
-        return any(self.kv_capacity_tokens) or self.chunk_tokens > 0 or not alone
+        """Whether anything depends on memory or chunks of prompts: limit, budget, router, guard."""
+        chunks = self.chunk_tokens > 0 or self.guard == GUARD_SGLANG
+        return any(self.kv_capacity_tokens) or chunks or len(self.clients) > 1
 
 
 def one_replica(clients: int) -> Layout:

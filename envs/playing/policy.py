@@ -56,7 +56,7 @@ class Situation:
     """
 
     view: DecisionView
-    observation: NDArray[np.float32]  # (OBSERVATION_SIZE,)
+    observation: NDArray[np.float32]  # (features,) see ``ServingEnv.features``
     mask: NDArray[np.bool_]  # (actions,) legal actions
     imagine: Callable[[], State] = _no_imagination
     """Makes the episode as the scheduler believes it to be (``ServingEnv.imagine``), where asked."""
@@ -86,7 +86,11 @@ class Policy(Protocol):
 
     @property
     def cluster(self) -> Mapping[str, Any]:
-        """Keys of ``[cluster]`` that belong to the scheduler, ``admission_guard``; empty: the task's."""
+        """Keys of ``[cluster]`` that belong to the scheduler, as ``preempt``; empty: the task's.
+
+        They are ``admission_guard``, ``conservativeness``, ``preempt`` and, of a task that has mixed
+        stages, ``chunk_tokens``.
+        """
         return {}
 
     def prepare(self, briefing: Briefing) -> Plan | None:
@@ -100,20 +104,31 @@ class Policy(Protocol):
 
 _DECLARED: Final = {
     "comparison": ("information", ("compare_by", "quantile", "deviations")),
-    "cluster": ("cluster", ("admission_guard",)),
+    "cluster": (
+        "cluster",
+        ("admission_guard", "conservativeness", "preempt", "chunk_tokens"),
+    ),
 }
 """What a policy may declare besides ``decisions``: the section of the task and its keys."""
 
 
+def no_mixed_stages(task: TaskConfig) -> str:
+    """Return what to tell a policy that needs mixed stages, of a task without."""
+    return (
+        f"this policy needs mixed stages, which {task.name} has not: its cluster.chunk_tokens is 0, "
+        "vLLM's default is 8192"
+    )
+
+
 def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
-    """Return the task with decisions, comparison and guard as the policy declares them.
+    """Return the task with decisions, comparison and its scheduler's keys as the policy declares them.
 
     Nothing else of the task can be declared: all policies serve the same requests on the same machine.
 
     Raises
     ------
     ServegymError
-        If the policy declares what no task can have.
+        If the policy declares what no task can have, or a budget of mixed stages where there are none.
     """
     sections: dict[str, Mapping[str, Any]] = {}
     if policy.decisions is not None:
@@ -130,4 +145,6 @@ def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
                 raise unknown(f"key in a policy's {name}:", key, keys)
         if values:
             sections[section] = values
+    if task.cluster.chunk_tokens == 0 and sections.get("cluster", {}).get("chunk_tokens"):
+        raise ServegymError(no_mixed_stages(task))
     return with_overrides(task, sections) if sections else task

@@ -14,7 +14,7 @@ from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import load_case, lower, make_task_state
 
 Predict = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.int64]]
-"""Observations (cases, OBSERVATION_SIZE) and masks (cases, actions) to legal actions (cases,)."""
+"""Observations (cases, features) and masks (cases, actions) to legal actions (cases,)."""
 
 
 class Step(NamedTuple):
@@ -44,6 +44,7 @@ class SideBySide:
         self.state = make_task_state(task, cases, requests)
         machine = lower(task)
         self._costs, self._settings = machine.costs, machine.settings
+        self._features = len(machine.features)
 
     def play(self, cases: Sequence[Case], predict: Predict) -> Iterator[Step]:
         """Play every case once to its end; yield after each step.
@@ -52,7 +53,7 @@ class SideBySide:
         terminated rows stay as they are, truncated rows play on without being reported.
         """
         state, n = self.state, len(cases)
-        rows = make_rows(n, len(self.task.actions))
+        rows = make_rows(n, len(self.task.actions), self._features)
         for e, case in enumerate(cases):
             load_case(self.task, state, e, case)
             begin_row(state, self._costs, self._settings, rows, e)

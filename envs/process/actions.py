@@ -11,7 +11,7 @@ from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admits, mixes
 from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep, steal
-from servegym.envs.simulator.state import NOBODY, State
+from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.stealing import fullest_queue, stealable
 from servegym.envs.vocabulary import STEAL_WAITING
 
@@ -21,9 +21,15 @@ class Settings(NamedTuple):
 
     rules: NDArray[np.int64]  # (P,) admission rule of action 1 + k: a prefill stage
     mixed_rules: NDArray[np.int64]  # (M,) admission rule of action 1 + P + k: a mixed stage
+    caps: NDArray[
+        np.float64
+    ]  # (P + M,) share of its clients that a replica may use after the action
+    reserves: NDArray[np.float64]  # (P + M,) share of its memory that the action leaves free
+    limits: bool  # whether any of these limits anything
     steals: NDArray[np.int64]  # (S,) of action 1 + P + M + k: place in STEALS
     every_round: bool  # ask at every decode round, not only where the choice has changed
     max_prefill_tokens: int  # prompt tokens of one prefill stage, 0: no limit
+    observes: int  # bit k: the k-th of OBSERVATION_BLOCKS
     reward: int
     max_decisions: int  # truncate after so many, 0: never
     max_seconds: float  # truncate once the clock has passed it, 0: never
@@ -47,12 +53,18 @@ def legal_actions(
         mask[DECODE] = replica.used_blocks > 0 and replica.partial == NOBODY
     count = int(mask[DECODE])
     for k in range(settings.rules.size):
+        if settings.limits:
+            _limit(state, settings, e, r, k)
         mask[1 + k] = admits(state, e, r, settings.rules[k])
         count += int(mask[1 + k])
     first = 1 + settings.rules.size
     for k in range(settings.mixed_rules.size):
+        if settings.limits:
+            _limit(state, settings, e, r, first - 1 + k)
         mask[first + k] = mixes(state, e, r, settings.mixed_rules[k])
         count += int(mask[first + k])
+    if settings.limits:
+        _free_of_limits(state, e, r)
     if settings.steals.size > 0:
         count += _legal_steals(state, costs, settings, e, r, count, mask)
     return count
@@ -86,9 +98,28 @@ def _legal_steals(
     return count
 
 
+@rare_kernel
+def _limit(state: State, settings: Settings, e: int, r: int, k: int) -> None:
+    """Let admission at replica ``r`` use as many clients and as much memory as action 1 + k says."""
+    replica, machine = state.replicas[e, r], state.machines[r]
+    replica.most_running = int(np.ceil(settings.caps[k] * machine.clients))
+    replica.reserve_blocks = machine.watermark_blocks
+    if machine.blocks != UNLIMITED_BLOCKS:
+        reserve = int(settings.reserves[k] * machine.blocks)
+        replica.reserve_blocks = max(replica.reserve_blocks, reserve)
+
+
+@kernel
+def _free_of_limits(state: State, e: int, r: int) -> None:
+    state.replicas[e, r].most_running = state.machines[r].clients
+    state.replicas[e, r].reserve_blocks = state.machines[r].watermark_blocks
+
+
 @kernel
 def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> None:
     """Begin what a legal action says at replica ``r``."""
+    if settings.limits and 0 < action <= settings.caps.size:
+        _limit(state, settings, e, r, action - 1)
     prefills = settings.rules.size
     mixes_too = prefills + settings.mixed_rules.size
     if action == DECODE:
@@ -102,3 +133,5 @@ def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, a
         mix(state, costs, e, r, settings.mixed_rules[action - 1 - prefills])
     else:
         steal(state, costs, e, r, settings.steals[action - 1 - mixes_too])
+    if settings.limits:
+        _free_of_limits(state, e, r)

@@ -1,7 +1,7 @@
-"""The observation: a float32 vector in [0, 1] whose size does not depend on the number of clients.
+"""The block ``replica`` of the observation: float32 in [0, 1], of a size that no number of clients changes.
 
 Shares, logarithms and histograms let one policy run on 50 or 5,000 clients. Output lengths are expected
-ones, never true ones.
+ones, never true ones. Tasks may observe further blocks, see ``blocks``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from servegym.envs.simulator.state import LENGTH_BUCKETS, State
 from servegym.envs.simulator.view import view
 
 OBSERVATION_VERSION: Final = 2
-"""Raised when a name in FEATURES changes its meaning: agents of the version before are then refused.
+"""Raised when the name of a feature changes its meaning: agents of the version before are then refused.
 
-It stays when FEATURES gets, loses or reorders names: agents find their features by name."""
+It stays when a block gets, loses or reorders names: agents find their features by name."""
 
 FINISH_SHARES: Final = np.array([0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0])
 """Shares of all clients whose next finish the observation holds."""
@@ -56,16 +56,20 @@ FEATURES: Final = (
     *(f"idle / clients once idling on costs {cost:g} stages" for cost in STAGE_COSTS),
     *(f"rounds until idling on costs {cost:g} stages, log-scaled" for cost in STAGE_COSTS),
 )
-"""What each entry means, in order; the environment's specification."""
+"""What each entry of the block means, in order; the environment's specification."""
 
 OBSERVATION_SIZE: Final = len(FEATURES)
+"""Entries of the block ``replica``, all that a task observes unless it names more."""
 
-_ROUND_DOUBLINGS: Final = 14.0  # rounds beyond 16,384 read as 1
-_QUEUE_DOUBLINGS: Final = 8.0  # requests per client beyond 256 read as 1
+ROUND_DOUBLINGS: Final = 14.0
+"""Of log-scaled rounds: those beyond 16,384 read as 1."""
+
+QUEUE_DOUBLINGS: Final = 8.0
+"""Of log-scaled requests per client: those beyond 256 read as 1."""
 
 
 @kernel
-def _log(x: float, doublings: float) -> float:
+def log_scaled(x: float, doublings: float) -> float:
     """Return log₂(1 + x) / doublings, at most 1, linear between powers of two.
 
     Exact arithmetic only: a library's logarithm may differ in the last bit between machines.
@@ -75,14 +79,16 @@ def _log(x: float, doublings: float) -> float:
 
 
 @kernel
-def _balance(a: float, b: float) -> float:
+def balance(a: float, b: float) -> float:
     """Return a / (a + b): ½ where both are equal, 0 where neither is positive."""
     return a / (a + b) if a + b > 0 else 0.0
 
 
 @kernel
-def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.float32]) -> None:
-    """Write the observation of replica ``r`` in environment ``e`` into ``out`` (OBSERVATION_SIZE,)."""
+def observe_replica(
+    state: State, costs: CostTables, e: int, r: int, out: NDArray[np.float32]
+) -> None:
+    """Write the block of replica ``r`` in environment ``e`` into ``out`` [: OBSERVATION_SIZE]."""
     episode = state.episodes[e]
     now = view(state, costs, e, r)
     running = state.replicas[e, r].due_sum - now.active * now.round
@@ -94,17 +100,17 @@ def observe(state: State, costs: CostTables, e: int, r: int, out: NDArray[np.flo
     out[0] = now.active / now.clients
     out[1] = min(now.idle, now.waiting) / now.clients
     out[2] = now.waiting / arrived
-    out[3] = _log(now.waiting / now.clients, _QUEUE_DOUBLINGS)
+    out[3] = log_scaled(now.waiting / now.clients, QUEUE_DOUBLINGS)
     out[4] = episode.finished / arrived
     out[5] = cached_s / now.round_s
     out[6] = state.queues[e, queue_of(state, r)].rounds / total
     out[7] = running / total
-    out[8] = _balance(now.prefill_s, now.seconds_to_finish)
-    out[9] = _balance(now.idle_wait_s, fixed_cost)
-    out[10] = _balance(expected_wait, fixed_cost)
-    out[11] = _balance(now.idle_wait_s + expected_wait, now.active * now.prefill_s)
+    out[8] = balance(now.prefill_s, now.seconds_to_finish)
+    out[9] = balance(now.idle_wait_s, fixed_cost)
+    out[10] = balance(expected_wait, fixed_cost)
+    out[11] = balance(now.idle_wait_s + expected_wait, now.active * now.prefill_s)
     out[12] = min(now.prefill_fixed_s / now.prefill_s, 1.0) if now.prefill_s > 0 else 0.0
-    out[13] = _balance(now.prefill_s, now.round_s)
+    out[13] = balance(now.prefill_s, now.round_s)
     _observe_waiting(state, e, queue_of(state, r), out)
     _observe_running(state, e, r, out)
     _observe_idling(state, e, r, fixed_cost / now.round_s, out)
@@ -121,7 +127,7 @@ def _observe_waiting(state: State, e: int, q: int, out: NDArray[np.float32]) -> 
     for k in range(3):
         place = (2 - k) * (waiting - 1) // 2
         rounds = state.lengths[e, select(state.waiting_tree[e, q], place)]
-        out[14 + k] = _log(rounds, _ROUND_DOUBLINGS)
+        out[14 + k] = log_scaled(rounds, ROUND_DOUBLINGS)
     for bucket in range(_BUCKETS):
         out[histogram + bucket] = state.waiting_lengths[e, q, bucket] / waiting
 
@@ -137,7 +143,9 @@ def _observe_running(state: State, e: int, r: int, out: NDArray[np.float32]) -> 
         # Idle clients count as done; the next to finish is the first of the active ones.
         done = max(int(np.ceil(FINISH_SHARES[k] * clients)) - (clients - active), 1)
         place = active - done
-        out[first + k] = _log(finishes[place].due - now, _ROUND_DOUBLINGS) if place >= 0 else 0.0
+        out[first + k] = (
+            log_scaled(finishes[place].due - now, ROUND_DOUBLINGS) if place >= 0 else 0.0
+        )
     histogram = first + FINISH_SHARES.size
     longer = active  # requests with at least the bucket's first length left
     for bucket in range(_BUCKETS - 1):
@@ -191,4 +199,4 @@ def _observe_idling(
             idle += 1
         out[first + k] = idle / clients
         spent = passed + (limit - cost) / idle if place >= 0 else passed
-        out[first + STAGE_COSTS.size + k] = _log(spent, _ROUND_DOUBLINGS)
+        out[first + STAGE_COSTS.size + k] = log_scaled(spent, ROUND_DOUBLINGS)

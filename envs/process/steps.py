@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from servegym.envs.jit import kernel, parallel_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.actions import Settings, apply, legal_actions
-from servegym.envs.process.observation import OBSERVATION_SIZE, observe
+from servegym.envs.process.blocks import observe
 from servegym.envs.process.reward import loss
 from servegym.envs.simulator.events import advance, sleep
 from servegym.envs.simulator.state import NOBODY, State
@@ -63,7 +63,7 @@ def step(
         episode.decisions += 1
         apply(state, costs, settings, e, deciding(state, e), action)
         alive = run_to_choice(state, costs, settings, e, mask)
-    observe(state, costs, e, deciding(state, e), observation)
+    observe(state, costs, settings, e, deciding(state, e), observation)
     late = 0 < settings.max_seconds < episode.now_s
     many = 0 < settings.max_decisions <= episode.decisions
     now_lost = loss(state, e, settings.reward)
@@ -75,7 +75,7 @@ def step(
 class Rows(NamedTuple):
     """What a step writes for each of E environments."""
 
-    observations: NDArray[np.float32]  # (E, OBSERVATION_SIZE)
+    observations: NDArray[np.float32]  # (E, features)
     masks: NDArray[np.bool_]  # (E, actions); on entry of a step the legal actions
     rewards: NDArray[np.float64]  # (E,)
     terminated: NDArray[np.bool_]  # (E,)
@@ -83,10 +83,10 @@ class Rows(NamedTuple):
     illegal: NDArray[np.bool_]  # (E,) the action was replaced by the first legal one
 
 
-def make_rows(environments: int, actions: int) -> Rows:
+def make_rows(environments: int, actions: int, features: int) -> Rows:
     """Allocate what steps of ``environments`` environments write."""
     return Rows(
-        np.zeros((environments, OBSERVATION_SIZE), np.float32),
+        np.zeros((environments, features), np.float32),
         np.zeros((environments, actions), np.bool_),
         np.zeros(environments),
         *(np.zeros(environments, np.bool_) for _ in range(3)),
@@ -97,7 +97,7 @@ def make_rows(environments: int, actions: int) -> Rows:
 def begin_row(state: State, costs: CostTables, settings: Settings, rows: Rows, e: int) -> None:
     """Start the episode loaded into environment ``e``; write its first observation and mask."""
     run_to_choice(state, costs, settings, e, rows.masks[e])
-    observe(state, costs, e, deciding(state, e), rows.observations[e])
+    observe(state, costs, settings, e, deciding(state, e), rows.observations[e])
 
 
 @kernel
@@ -128,4 +128,5 @@ def step_rows_in_parallel(
 ) -> None:
     """Step every environment once, on numba's threads; the same results, as rows are independent."""
     for e in prange(actions.size):
-        step_row(state, costs, settings, rows, e, actions[e])
+        row = np.int64(e)  # prange counts in uint64, for which all kernels would be compiled again
+        step_row(state, costs, settings, rows, row, actions[row])

@@ -14,9 +14,10 @@ import numpy as np
 
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.simulator.aligned import forget_targets, longest_aligned
-from servegym.envs.simulator.memory import blocks_of_round, fits, free_blocks
+from servegym.envs.simulator.memory import blocks_of_round, chunk_fits, fits, free_blocks
 from servegym.envs.simulator.moving import fetch
 from servegym.envs.simulator.queues import (
+    blocks_of,
     first_waiting,
     head,
     queue_of,
@@ -26,20 +27,41 @@ from servegym.envs.simulator.queues import (
 )
 from servegym.envs.simulator.stages import client_work, compute, pick, sort_idle
 from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
-from servegym.envs.vocabulary import ALIGNED, FCFS, LONGEST, PLAN, SHORTEST, STEAL
+from servegym.envs.vocabulary import (
+    ALIGNED,
+    FCFS,
+    GUARD_SGLANG,
+    LONGEST,
+    PLAN,
+    SHORTEST,
+    STEAL,
+)
 
 _REPLICA: Final = 32  # bits by which a heap of victims shifts the replica
 _CLIENT: Final = (1 << _REPLICA) - 1
+
+_ANY_TOKENS: Final = 1 << 60
 
 _NOT_BUILT: Final = -1
 """Size of the heap of victims before a stage's first theft builds the heap."""
 
 
 @kernel
+def _takes_more(state: State, e: int, r: int) -> bool:
+    """Return whether somebody waits and a client may be given away."""
+    replica = state.replicas[e, r]
+    if state.queues[e, queue_of(state, r)].waiting == 0:
+        return False
+    return state.machines[r].clients - replica.idle < replica.most_running
+
+
+@kernel
 def admits(state: State, e: int, r: int, rule: int) -> bool:
     """Return whether a prefill stage under ``rule`` would admit at least one request now."""
     replica = state.replicas[e, r]
-    if state.queues[e, queue_of(state, r)].waiting == 0 or replica.idle == 0:
+    if state.cluster[0].guard == GUARD_SGLANG:
+        return _piece_fits(state, e, r, rule)
+    if not _takes_more(state, e, r):
         return False
     if replica.partial != NOBODY:
         return False  # its prompt goes on in mixed stages
@@ -62,14 +84,55 @@ def _gives(state: State, e: int, r: int, rule: int) -> bool:
 @rare_kernel
 def _first_fits(state: State, e: int, r: int, rule: int, taken: int) -> bool:
     """Return whether the first request that ``rule`` gives to an idle client fits into memory."""
+    i = _first_given(state, e, r, rule)
+    running = state.machines[r].clients - state.replicas[e, r].idle
+    return i != NOBODY and fits(state, e, r, i, taken, running)
+
+
+@rare_kernel
+def _first_given(state: State, e: int, r: int, rule: int) -> int:
+    """Return the first request that ``rule`` gives to an idle client, or NOBODY; somebody must wait."""
     _begin_choosing(state, e, r, rule)
-    replica = state.replicas[e, r]
-    running = state.machines[r].clients - replica.idle
-    for client in state.idle[e, r, : replica.idle]:
+    for client in state.idle[e, r, : state.replicas[e, r].idle]:
         i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
-            return fits(state, e, r, i, taken, running)
-    return False
+            return i
+    return NOBODY
+
+
+@rare_kernel
+def _piece_fits(state: State, e: int, r: int, rule: int) -> bool:
+    """Return whether ``admit_pieces`` would compute something now."""
+    replica = state.replicas[e, r]
+    i = replica.partial
+    others = state.machines[r].clients - replica.idle
+    if i != NOBODY:
+        others -= 1
+    elif _takes_more(state, e, r):
+        i = _first_given(state, e, r, rule)
+    if i == NOBODY:
+        return False
+    return chunk_fits(state, e, r, i, _piece(state, e, i, _budget(state), True), others)
+
+
+@kernel
+def _budget(state: State) -> int:
+    tokens = state.cluster[0].chunk_tokens
+    return tokens if tokens > 0 else _ANY_TOKENS
+
+
+@kernel
+def _piece(state: State, e: int, i: int, left: int, first: bool) -> int:
+    """Return the tokens of a prefill to compute where ``left`` of the budget are left: whole blocks.
+
+    All of a budget below one block where the stage has nothing else.
+    """
+    rest = tokens_to_prefill(state, e, i) - state.requests[e, i].computed
+    if rest <= left:
+        return rest
+    length = state.cluster[0].block_tokens
+    whole = max(left, 0) // length * length
+    return left if first and whole == 0 else whole
 
 
 @kernel
@@ -84,7 +147,7 @@ def mixes(state: State, e: int, r: int, rule: int) -> bool:
         return False
     if replica.partial != NOBODY:
         return True
-    if state.queues[e, queue_of(state, r)].waiting == 0 or replica.idle == 0:
+    if not _takes_more(state, e, r):
         return False
     if state.machines[r].blocks == UNLIMITED_BLOCKS:
         return _gives(state, e, r, rule)
@@ -121,13 +184,14 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> N
     clients = replica.idle
     idle = state.idle[e, r, :clients]
     left_idle = 0
+    room = replica.most_running - (state.machines[r].clients - clients)
     full, stored = False, False
     counts_memory = state.cluster[0].counts_memory
     tokens, squares, admitted = 0, 0.0, 0
     for k in range(clients):
         client = idle[k]
         i = NOBODY
-        if not full and state.queues[e, q].waiting > 0:
+        if not full and room > 0 and state.queues[e, q].waiting > 0:
             i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
             stored = counts_memory and state.requests[e, i].stored != NOBODY
@@ -139,6 +203,7 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> N
             idle[left_idle] = client
             left_idle += 1
             continue
+        room -= 1
         if stored:
             replica.idle -= 1
             fetch(state, e, r, client, i)
@@ -166,8 +231,45 @@ def admit_chunks(state: State, e: int, r: int, rule: int) -> None:
     The last one's prompt is cut to what is left of the token budget; its whole prompt must fit into
     memory all the same.
     """
+    replica = state.replicas[e, r]
+    left = state.cluster[0].chunk_tokens - replica.active - replica.stage_tokens
+    _admit_parts(state, e, r, rule, left, _ANY_TOKENS, False)
+
+
+@rare_kernel
+def admit_pieces(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> None:
+    """Let a prefill stage compute prompts as SGLang does, under the guard ``sglang``.
+
+    The half-computed prompt goes on, then idle clients get waiting requests under ``rule``. The one that
+    exceeds ``chunk_tokens`` is cut and ends the stage; it goes on in the next one. ``max_prefill_tokens``
+    bounds the stage, too, but cuts nobody. Both count whole blocks.
+    """
+    replica = state.replicas[e, r]
+    left = _budget(state)
+    limit = max_prefill_tokens if max_prefill_tokens > 0 else _ANY_TOKENS
+    replica.continued_from = 0
+    i = replica.partial
+    if i != NOBODY:
+        done = np.int64(state.requests[e, i].computed)
+        tokens = _piece(state, e, i, left, True)
+        blocks = blocks_of(state, done + tokens) - blocks_of(state, done)
+        left -= blocks * state.cluster[0].block_tokens
+        limit -= blocks * state.cluster[0].block_tokens
+        replica.continued_from = done
+        compute(state, e, r, i, tokens)
+    _admit_parts(state, e, r, rule, left, limit, True)
+
+
+@rare_kernel
+def _admit_parts(
+    state: State, e: int, r: int, rule: int, left: int, limit: int, pieces: bool
+) -> None:
+    """Give waiting requests to idle clients until one is cut or does not fit.
+
+    ``left`` and ``limit``: what is left of the token budgets that cut prompts and do not cut them.
+    ``pieces``: by the rules of ``admit_pieces``, not those of ``admit_chunks``.
+    """
     replica, q = state.replicas[e, r], queue_of(state, r)
-    budget = state.cluster[0].chunk_tokens - replica.active - replica.stage_tokens
     if replica.partial != NOBODY or replica.idle == 0:
         return
     held = replica.emitting  # a half-computed prompt that this stage completes; sorting moves it
@@ -183,11 +285,20 @@ def admit_chunks(state: State, e: int, r: int, rule: int) -> None:
     for k in range(clients):
         client = idle[k]
         i = NOBODY
-        if not full and budget > 0 and state.queues[e, q].waiting > 0:
+        running = state.machines[r].clients - replica.idle
+        may = not full and left > 0 and running < replica.most_running
+        if may and state.queues[e, q].waiting > 0:
             i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
-            running = state.machines[r].clients - replica.idle
-            full = not fits(state, e, r, i, round_blocks, running)
+            if pieces:
+                tokens = _piece(state, e, i, left, replica.stage_chunks == 0)
+                needed = blocks_of(state, tokens) * state.cluster[0].block_tokens
+                full = tokens == 0 or (replica.stage_chunks > 0 and needed > limit)
+                full = full or not chunk_fits(state, e, r, i, tokens, running)
+            else:
+                tokens = min(tokens_to_prefill(state, e, i), left)
+                needed = tokens
+                full = not fits(state, e, r, i, round_blocks, running)
         if i == NOBODY or full:
             idle[left_idle] = client
             left_idle += 1
@@ -196,10 +307,11 @@ def admit_chunks(state: State, e: int, r: int, rule: int) -> None:
         if state.requests[e, i].stored != NOBODY:
             fetch(state, e, r, client, i)
             continue
-        needed = min(tokens_to_prefill(state, e, i), budget)
-        budget -= needed
+        left -= needed
+        limit -= needed
         pick(state, e, r, client, i)
-        compute(state, e, r, i, needed)
+        compute(state, e, r, i, tokens)
+        full = replica.partial != NOBODY
 
 
 @kernel

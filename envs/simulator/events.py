@@ -13,14 +13,10 @@ import numpy as np
 
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.admission import admit, admit_chunks
+from servegym.envs.simulator.admission import admit, admit_chunks, admit_pieces
 from servegym.envs.simulator.booking import book
 from servegym.envs.simulator.memory import make_room
-from servegym.envs.simulator.moving import (
-    begin_instant,
-    end_boundary,
-    end_instant,
-)
+from servegym.envs.simulator.moving import begin_instant, end_boundary, end_instant
 from servegym.envs.simulator.queues import (
     blocks_of,
     forget_plan,
@@ -41,7 +37,7 @@ from servegym.envs.simulator.stages import (
 )
 from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.stealing import can_steal, steal_running, steal_waiting
-from servegym.envs.vocabulary import STEAL_WAITING
+from servegym.envs.vocabulary import GUARD_SGLANG, STEAL_WAITING
 
 DECODE: Final = 0
 """The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""
@@ -196,7 +192,10 @@ def prefill(
 
     Where all that are admitted fetch what is stored elsewhere no stage begins: the replica decides again.
     """
-    admit(state, e, r, rule, max_prefill_tokens)
+    if state.cluster[0].guard == GUARD_SGLANG:
+        admit_pieces(state, e, r, rule, max_prefill_tokens)
+    else:
+        admit(state, e, r, rule, max_prefill_tokens)
     state.episodes[e].disturbed = 1
     if state.replicas[e, r].stage_chunks > 0:
         begin_prefill(state, costs, e, r)

@@ -40,18 +40,13 @@ def deal(rounds: Whole, clients: int) -> Whole:
 @allocating_kernel
 def _deal_evenly(rounds: Whole, load: Whole, held: Whole, client_of: Whole) -> None:
     """Deal the requests without rounds; ``held`` counts the others at each client."""
-    clients = load.size
-    by_load = np.argsort(load, kind="mergesort")
-    # The requests a client holds and, for ties, its place by load, in one number.
-    key = np.empty_like(load)
-    for place in range(clients):
-        key[by_load[place]] = held[by_load[place]] * clients + place
-    heap = np.argsort(key)
+    winner = tournament(held, load)
     for place in range(rounds.size):
         if rounds[place] == 0:
-            client_of[place] = heap[0]
-            key[heap[0]] += clients
-            sift_down(heap, key)
+            client = winner[1]
+            client_of[place] = client
+            held[client] += 1
+            update_tournament(winner, client, held, load)
 
 
 @kernel

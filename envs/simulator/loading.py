@@ -87,7 +87,10 @@ def _free_clients(state: State, e: int) -> None:
         queue.first_unseen = NOBODY
     for r in range(state.clients.shape[1]):
         state.replicas[e, r].idle = state.machines[r].clients
+        state.replicas[e, r].most_running = state.machines[r].clients
+        state.replicas[e, r].reserve_blocks = state.machines[r].watermark_blocks
         state.replicas[e, r].partial = NOBODY
+        state.replicas[e, r].ratio = state.cluster[0].first_ratio
         for client in range(state.clients.shape[2]):
             own = state.clients[e, r, client]
             own.queue_head = NOBODY

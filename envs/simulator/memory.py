@@ -19,14 +19,22 @@ from servegym.envs.simulator.queues import (
     blocks_of,
     enqueue_first,
     push_front,
+    push_last,
     queue_of,
     release_client,
     rounds_ahead,
     tokens_to_prefill,
 )
+from servegym.envs.simulator.reserve import output_left, reserved_tokens, set_ratio_anew
 from servegym.envs.simulator.state import HOST, NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.transfers import end_move_of
-from servegym.envs.vocabulary import FEWEST_OUTPUT, GUARD_FULL, GUARD_NONE, LEAST_COMPUTED
+from servegym.envs.vocabulary import (
+    FEWEST_OUTPUT,
+    GUARD_FULL,
+    GUARD_NONE,
+    GUARD_SGLANG,
+    LEAST_COMPUTED,
+)
 
 _FOREVER: Final = 1 << 62
 """Rounds until a memory without limit is full."""
@@ -70,7 +78,10 @@ def blocks_of_rounds(state: State, e: int, r: int, rounds: int) -> int:
 
 @kernel
 def rounds_to_full(state: State, e: int, r: int) -> int:
-    """Return how many decode rounds fit into the free blocks; a client must be active."""
+    """Return how many decode rounds fit into the free blocks; a client must be active.
+
+    Under the guard ``sglang`` it is one less: a round needs room for the token that it emits, too.
+    """
     if state.machines[r].blocks == UNLIMITED_BLOCKS:
         return _FOREVER
     return _rounds_to_full(state, e, r)
@@ -88,6 +99,8 @@ def _rounds_to_full(state: State, e: int, r: int) -> int:
         while state.residues[e, r, -(replica.rounds + rounds) % length] <= free:
             free -= state.residues[e, r, -(replica.rounds + rounds) % length]
             rounds += 1
+    if state.cluster[0].guard == GUARD_SGLANG:
+        rounds = max(rounds - 1, 1)
     return rounds
 
 
@@ -108,8 +121,30 @@ def fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool
 def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool:
     blocks = blocks_to_admit(state, e, r, i, taken)
     if running > 0:
-        blocks += state.machines[r].watermark_blocks
-    return blocks <= free_blocks(state, e, r) and guard_allows(state, e, r, i, running)
+        blocks += state.replicas[e, r].reserve_blocks
+    return blocks <= free_blocks(state, e, r) and guard_allows(state, e, r, i, blocks, running)
+
+
+@rare_kernel
+def chunk_fits(state: State, e: int, r: int, i: int, tokens: int, running: int) -> bool:
+    """Return whether the guard ``sglang`` lets a prefill stage compute ``tokens`` of request ``i``.
+
+    ``running``: the other requests that hold a client; where there are none it does not bind.
+    """
+    if state.machines[r].blocks == UNLIMITED_BLOCKS or running == 0:
+        return True
+    done = np.int64(state.requests[e, i].computed)
+    blocks = blocks_of(state, done + tokens) - blocks_of(state, done)
+    blocks += blocks_of_round(state, e, r) + state.replicas[e, r].reserve_blocks
+    ends = done + tokens == tokens_to_prefill(state, e, i)
+    return _leaves_reserve(state, e, r, blocks, output_left(state, e, i) if ends else 0)
+
+
+@kernel
+def _leaves_reserve(state: State, e: int, r: int, blocks: int, tokens: int) -> bool:
+    """Return whether ``blocks`` and an output of ``tokens`` fit beside what is reserved."""
+    left = (free_blocks(state, e, r) - blocks) * state.cluster[0].block_tokens
+    return left - tokens > reserved_tokens(state, e, r)
 
 
 @kernel
@@ -126,14 +161,22 @@ def blocks_to_admit(state: State, e: int, r: int, i: int, taken: int) -> int:
 
 
 @rare_kernel
-def guard_allows(state: State, e: int, r: int, i: int, running: int) -> bool:
-    """Return whether the whole expected outputs fit: all at once, or at their largest in time.
+def guard_allows(state: State, e: int, r: int, i: int, blocks: int, running: int) -> bool:
+    """Return whether the cluster's guard lets request ``i`` in, which takes ``blocks`` now.
 
-    It does not bind where nothing runs, nor without a guard.
+    It does not bind where nothing runs.
     """
     guard = state.cluster[0].guard
     if guard == GUARD_NONE or running == 0:
         return True
+    if guard == GUARD_SGLANG:
+        return _leaves_reserve(state, e, r, blocks, output_left(state, e, i))
+    return _guarded(state, e, r, i, guard)
+
+
+@kernel
+def _guarded(state: State, e: int, r: int, i: int, guard: int) -> bool:
+    """Return whether the whole expected outputs fit: all at once, or at their largest in time."""
     replica, blocks = state.replicas[e, r], state.machines[r].blocks
     if guard == GUARD_FULL:
         total = _whole_blocks(state, e, i)
@@ -208,17 +251,28 @@ def make_room(state: State, e: int, r: int) -> bool:
 @rare_kernel
 def _make_room(state: State, e: int, r: int) -> bool:
     preempted = False
-    while blocks_of_round(state, e, r) > free_blocks(state, e, r):
+    reserves = state.cluster[0].guard == GUARD_SGLANG
+    rounds = 2 if reserves else 1  # with room for the token that the round emits
+    while blocks_of_rounds(state, e, r, rounds) > free_blocks(state, e, r):
         preempt(state, e, r, find_victim(state, e, r))
         preempted = True
+    if preempted and reserves:
+        set_ratio_anew(state, e, r)
     return preempted
 
 
 @kernel
 def find_victim(state: State, e: int, r: int) -> int:
-    """Return who is to be preempted: by the cluster's rule, of equals the newest."""
+    """Return who is to be preempted: by the cluster's rule, of equals the newest.
+
+    Under the guard ``sglang`` it is a decoding one, unless it were the last: then the half-computed one.
+    """
     replica = state.replicas[e, r]
     best = replica.partial
+    if state.cluster[0].guard == GUARD_SGLANG:
+        if replica.active <= 1:
+            return best
+        best = NOBODY
     for place in range(replica.active):
         i = state.finishes[e, r, place].request
         if best == NOBODY or _sooner(state, e, r, i, best):
@@ -267,7 +321,7 @@ def computed_tokens(state: State, e: int, r: int, i: int) -> int:
 
 @kernel
 def preempt(state: State, e: int, r: int, i: int) -> None:
-    """Drop a running request's memory and let it wait before all others."""
+    """Drop a running request's memory; let it wait before all others, with SGLang behind them."""
     replica, request = state.replicas[e, r], state.requests[e, i]
     client = np.int64(request.client)
     replica.used_blocks -= blocks_of(state, computed_tokens(state, e, r, i))
@@ -286,7 +340,10 @@ def preempt(state: State, e: int, r: int, i: int) -> None:
     request.preemptions = min(request.preemptions + 1, 32_767)
     replica.preemptions += 1
     enqueue_first(state, e, r, client, i)
-    push_front(state, e, queue_of(state, r), i)
+    if state.cluster[0].guard == GUARD_SGLANG:
+        push_last(state, e, queue_of(state, r), i)
+    else:
+        push_front(state, e, queue_of(state, r), i)
 
 
 @kernel

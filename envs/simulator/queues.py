@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.envs.jit import kernel
+from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.simulator.order import add, select
 from servegym.envs.simulator.state import NOBODY, WAITING, State
 
@@ -74,6 +74,23 @@ def push_front(state: State, e: int, q: int, i: int) -> None:
     if queue.first == NOBODY:
         queue.last = i
     queue.first = i
+    count_waiting(state, e, q, i, 1)
+
+
+@rare_kernel
+def push_last(state: State, e: int, q: int, i: int) -> None:
+    """Let a preempted request wait behind all others, who have been seen."""
+    queue, request = state.queues[e, q], state.requests[e, i]
+    if request.listed:
+        _unlist(state, e, q, i)
+    request.phase = WAITING
+    request.listed = 1
+    request.next = NOBODY
+    if queue.last == NOBODY:
+        queue.first = i
+    else:
+        state.requests[e, queue.last].next = i
+    queue.last = i
     count_waiting(state, e, q, i, 1)
 
 

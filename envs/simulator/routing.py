@@ -8,12 +8,19 @@ a request does not fit into is passed over. Ties go to the lowest replica.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.memory import blocks_of_rounds
-from servegym.envs.simulator.queues import blocks_of, rounds_ahead, tokens_to_prefill
+from servegym.envs.simulator.queues import (
+    blocks_of,
+    queue_of,
+    rounds_ahead,
+    tokens_to_prefill,
+)
 from servegym.envs.simulator.stages import rounds_until
 from servegym.envs.simulator.state import DECODE_RUN, IDLE, MIXED, NOBODY, State
 from servegym.envs.vocabulary import (
@@ -55,7 +62,7 @@ def route(state: State, costs: CostTables, e: int, i: int, whole_blocks: int) ->
     if turn == 0 or staleness_s == 0.0 or episode.now_s - episode.looked_s >= staleness_s:
         episode.looked_s = episode.now_s
         for r in range(replicas):
-            _look(state, costs, e, r)
+            _remember(state, e, r, look(state, costs, e, r))
     best = NOBODY
     least = 0.0
     for r in range(replicas):
@@ -109,19 +116,39 @@ def _cost(state: State, e: int, r: int, router: int) -> float:
     return float(load.waiting + load.running)
 
 
+class Load(NamedTuple):
+    """A replica as a router sees it, and as the observation of another replica does; see ``LOAD``."""
+
+    waiting: int
+    running: int
+    tokens: int
+    used_blocks: int
+    wanted_blocks: int
+    unfinished_blocks: int
+    rounds: int  # of its run of decode rounds, the one under way included
+
+
 @kernel
-def _look(state: State, costs: CostTables, e: int, r: int) -> None:
-    """Write what a router sees of a replica that has its own queue."""
-    load, replica, queue = state.loads[e, r], state.replicas[e, r], state.queues[e, r]
+def _remember(state: State, e: int, r: int, seen: Load) -> None:
+    load = state.loads[e, r]
+    load.waiting = seen.waiting
+    load.running = seen.running
+    load.tokens = seen.tokens
+    load.used_blocks = seen.used_blocks
+    load.wanted_blocks = seen.wanted_blocks
+    load.unfinished_blocks = seen.unfinished_blocks
+
+
+@kernel
+def look(state: State, costs: CostTables, e: int, r: int) -> Load:
+    """Return what others see of a replica; the queue is its own or the pool."""
+    replica, queue = state.replicas[e, r], state.queues[e, queue_of(state, r)]
     rounds = 0  # that have ended before now; the one under way has taken its blocks
-    begun = int(replica.stage == MIXED)
+    run, begun = 0, int(replica.stage == MIXED)
     if replica.stage == DECODE_RUN:
-        begun = rounds_until(state, costs, e, r, state.episodes[e].now_s)
-        rounds = begun - 1
-    load.waiting = queue.waiting + queue.unseen
-    load.running = state.machines[r].clients - replica.idle
-    load.used_blocks = replica.used_blocks + blocks_of_rounds(state, e, r, begun)
-    load.wanted_blocks = queue.blocks + queue.unseen_blocks
+        run = rounds_until(state, costs, e, r, state.episodes[e].now_s)
+        begun = run
+        rounds = run - 1
     tokens = queue.tokens + queue.rounds + queue.unseen_work
     tokens += replica.due_sum - replica.active * (replica.rounds + rounds)
     tokens += replica.stage_tokens
@@ -133,13 +160,20 @@ def _look(state: State, costs: CostTables, e: int, r: int) -> None:
         done = 0
     if replica.partial != NOBODY:
         i = replica.partial
-        if replica.stage == IDLE:
+        if replica.stage in (IDLE, DECODE_RUN):  # which does not go on with it
             done = np.int64(state.requests[e, i].computed)
         unfinished += blocks_of(state, tokens_to_prefill(state, e, i) - done)
         tokens += tokens_to_prefill(state, e, i) - state.requests[e, i].computed
         tokens += rounds_ahead(state, e, i)
-    load.tokens = tokens
-    load.unfinished_blocks = unfinished
+    return Load(
+        queue.waiting + queue.unseen,
+        state.machines[r].clients - replica.idle,
+        tokens,
+        replica.used_blocks + blocks_of_rounds(state, e, r, begun),
+        queue.blocks + queue.unseen_blocks,
+        unfinished,
+        run,
+    )
 
 
 @kernel

@@ -46,7 +46,7 @@ from servegym.envs.simulator.state import (
     RUNNING,
     State,
 )
-from servegym.envs.vocabulary import GUARD_PEAK
+from servegym.envs.vocabulary import GUARD_PEAK, GUARD_SGLANG
 
 ANY_ROUNDS: Final = 1 << 62
 """More decode rounds than any run has."""
@@ -283,11 +283,14 @@ def begin_decode(state: State, costs: CostTables, e: int, r: int, most: int) -> 
 
 @kernel
 def _guard_may_open(state: State, e: int, r: int) -> bool:
-    """Return whether each round may let in a request, of any queue, that the guard of peaks keeps out."""
-    if state.cluster[0].guard != GUARD_PEAK or state.replicas[e, r].idle == 0:
+    """Return whether each round may let in a request that a guard which counts rounds has kept out."""
+    guard, replica = state.cluster[0].guard, state.replicas[e, r]
+    waits = state.queues[e, queue_of(state, r)].waiting > 0 and replica.idle > 0
+    if guard == GUARD_SGLANG:
+        return waits or replica.partial != NOBODY
+    if guard != GUARD_PEAK:
         return False
-    waits = state.queues[e, queue_of(state, r)].waiting > 0
-    return waits or state.cluster[0].steals_waiting > 0
+    return waits or (state.cluster[0].steals_waiting > 0 and replica.idle > 0)
 
 
 @kernel

@@ -66,6 +66,7 @@ CLUSTER: Final = np.dtype(
         ("staleness_s", np.float64),  # age up to which a router keeps what it has seen
         ("victim", np.int64),  # place in VICTIMS: who is preempted
         ("guard", np.int64),  # place in ADMISSION_GUARDS
+        ("first_ratio", np.float64),  # of the guard ``sglang``, see ``reserve``
         ("one_pass", np.int64),  # 1: a mixed stage is one pass; 0: a prefill and a decode part
         ("counts_memory", np.int64),  # 0: nothing depends on memory or chunks: neither is counted
         (
@@ -203,6 +204,8 @@ REPLICA: Final = np.dtype(
         ("active", np.int64),  # clients whose request decodes
         ("idle", np.int64),  # clients without a request
         ("partial", np.int64),  # the request whose prompt is half computed, or NOBODY
+        ("most_running", np.int64),  # requests that may hold a client once this action has admitted
+        ("reserve_blocks", np.int64),  # free blocks that it leaves while others run
         ("cached_tokens", np.int64),  # Σ prompt + emitted over the decoding
         ("used_blocks", np.int64),
         # Σ expected_end over the decoding. It may wrap; less active · rounds, Σ rounds left, it is exact.
@@ -225,6 +228,8 @@ REPLICA: Final = np.dtype(
         ("incoming", np.int64),  # to its clients, which are kept for them
         ("incoming_blocks", np.int64),  # Σ blocks kept for these
         ("leaving", np.int64),  # of the decoding
+        ("ratio", np.float64),  # of outputs for which memory is kept, see ``reserve``
+        ("ratio_rounds", np.int64),  # the decode clock from which it falls
         # Totals so far.
         ("idle_wait_s", np.float64),  # idle client-seconds since the last prefill, work waiting
         ("prefill_stages", np.int64),
@@ -343,6 +348,7 @@ def make_state(
         layout.staleness_s,
         layout.victim,
         layout.guard,
+        layout.first_ratio,
         layout.one_pass,
         layout.counts_memory,
         layout.moves,

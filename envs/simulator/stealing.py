@@ -88,11 +88,13 @@ def fullest_queue(state: State, e: int, r: int) -> int:
 @kernel
 def _admissible(state: State, e: int, r: int, i: int) -> bool:
     """Return whether ``r`` could admit waiting request ``i`` if the queue before it were admitted."""
-    if not _fits(state, e, r, blocks_to_admit(state, e, r, i, 0)):
+    blocks = blocks_to_admit(state, e, r, i, 0)
+    if not _fits(state, e, r, blocks):
         return False
     if state.machines[r].blocks == UNLIMITED_BLOCKS:
         return True
-    return guard_allows(state, e, r, i, state.machines[r].clients - state.replicas[e, r].idle)
+    held = state.machines[r].clients - state.replicas[e, r].idle
+    return guard_allows(state, e, r, i, blocks, held)
 
 
 @kernel

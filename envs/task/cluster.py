@@ -119,14 +119,14 @@ class ClusterConfig:
     watermark: float = 0.0
     """Share of the blocks that admission leaves free while others run, ≥ 0 and < 1."""
     preempt: str = "newest"
-    """Who gives up its memory when a decode round does not fit: the ``newest`` admitted, who has
-    ``least-computed`` tokens, or the ``fewest-output`` tokens; of equals the newest."""
+    """Who gives up its memory when a decode round does not fit, see ``VICTIMS``."""
     admission_guard: str = "none"
-    """``none``: a prompt must fit now; ``full``: so must the whole expected outputs of all who run;
-    ``peak``: memory must hold all who run at every expected finish."""
+    """What must fit into memory before a request is admitted, see ``ADMISSION_GUARDS``."""
+    conservativeness: float = 1.0
+    """Of ``sglang``: factor of that share at first, 0 … 100; SGLang's schedule_conservativeness."""
     chunk_tokens: int = 0
     """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
-    mixed stages."""
+    mixed stages. Under the guard ``sglang`` it cuts prompts of prefill stages, too."""
     mixed: str = "one-pass"
     """What a mixed stage costs: ``one-pass`` of the weights for all tokens, or the ``sum`` of a prefill
     part and a decode part, as some simulators have it."""
@@ -137,13 +137,12 @@ class ClusterConfig:
     staleness_s: float = 0.0
     """For how long a router goes by what it has seen of the replicas."""
     steal_order: str = "longest"
-    """Which waiting requests a replica steals: the ``longest``, ``newest`` or ``oldest`` of the queue with
-    most work. Without meaning unless ``process.steals`` names ``waiting``."""
+    """Which waiting requests a replica steals, see ``STEAL_ORDERS``. Without meaning unless
+    ``process.steals`` names ``waiting``."""
     steal_delay_s: float = 0.0
     """Seconds until a stolen request that has no keys and values to copy arrives, 0 … 1e6."""
     move: str = "copy"
-    """How a stolen running request moves: by ``copy`` of its keys and values while it decodes, by
-    ``recompute``, or whichever is ``cheaper``."""
+    """How a stolen running request moves, see ``MOVES``."""
     kv_bytes_per_token: int = 327_680
     """Bytes of the keys and values of one token; the default is that of Llama 2 70B in 16 bits."""
     link: str | LinkConfig = "nvlink"
@@ -171,6 +170,10 @@ class ClusterConfig:
         if not 0 <= self.steal_delay_s <= 1e6:
             raise ServegymError(
                 f"cluster.steal_delay_s must lie in 0 … 1e6, got {self.steal_delay_s}"
+            )
+        if not 0 <= self.conservativeness <= 100:
+            raise ServegymError(
+                f"cluster.conservativeness must lie in 0 … 100, got {self.conservativeness}"
             )
         for key, link in (("link", self.link), ("host_link", self.host_link)):
             if isinstance(link, str) and link not in LINKS:

@@ -1,30 +1,23 @@
-"""A task's configuration: frozen dataclasses that cannot be built wrong, and their TOML form.
+"""A task's configuration: frozen dataclasses that cannot be built wrong.
 
 Every key has a documented default; CONTRIBUTING shows an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
 from servegym.envs.arguments import as_annotated, check_fields, field_types
 from servegym.envs.errors import ServegymError, shown, unknown
-from servegym.envs.machine.costs import (
-    AffineDecode,
-    AffinePrefill,
-    CostModel,
-    LevelledPrefill,
-    StageCosts,
-    TableDecode,
-)
+from servegym.envs.machine.costs import CostModel
 from servegym.envs.machine.presets import cost_preset
+from servegym.envs.task.building import build, cost_model
 from servegym.envs.task.cluster import ClusterConfig, check_whole
-from servegym.envs.vocabulary import ADMISSION_RULES, REWARDS, STEALS
+from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS, REWARDS, STEALS
 from servegym.envs.workload.comparison import COMPARISONS
 from servegym.envs.workload.predictors import PREDICTOR_NAMES
 from servegym.envs.workload.presets import (
@@ -129,11 +122,20 @@ class ProcessConfig:
     mixed_rules: tuple[str, ...] = ("fcfs",)
     """Admission rules of mixed stages, whose actions come behind; without meaning where
     ``cluster.chunk_tokens`` is 0."""
+    caps: tuple[float, ...] = (1.0,)
+    """Shares of a replica's clients up to which it may admit, > 0: every rule is on offer with each. Some
+    action must offer all clients: 1."""
+    reserves: tuple[float, ...] = (0.0,)
+    """Shares of a replica's memory that admission leaves free while others run, < 1: every rule is on
+    offer with each, also with 0. The watermark is left free in any case."""
     steals: tuple[str, ...] = ()
     """What a replica with idle clients may take from another, whose actions come last: ``waiting``
     requests, and ``running`` ones. Replicas then need queues of their own."""
     decisions: Literal["events", "rounds"] = "events"
     """Ask where the choice has changed (a finish, an arrival), or at every decode round."""
+    observe: tuple[str, ...] = ("replica",)
+    """Blocks of the observation, ``replica``, ``memory`` and ``cluster``; it holds them in this order,
+    whatever the order in which they are named."""
     reward: str = "gap"
     """``gap`` (the return is minus the gap in percent) or ``latency`` (minus mean latency, s)."""
     max_decisions: int = 0
@@ -150,16 +152,46 @@ class ProcessConfig:
         for rule in (*self.rules, *self.mixed_rules):
             if rule not in ADMISSION_RULES:
                 raise unknown("admission rule", rule, ADMISSION_RULES)
+        for name, shares, needed in (("caps", self.caps, 1.0), ("reserves", self.reserves, 0.0)):
+            if len(set(shares)) != len(shares) or needed not in shares:
+                raise ServegymError(f"process.{name} must hold {needed:g}, and each share once")
+        if not all(0 < cap <= 1 for cap in self.caps):
+            raise ServegymError(f"process.caps must be > 0 and at most 1, got {list(self.caps)}")
+        if not all(0 <= reserve < 1 for reserve in self.reserves):
+            raise ServegymError(f"process.reserves must be ≥ 0 and < 1, got {list(self.reserves)}")
         if len(set(self.steals)) != len(self.steals):
             raise ServegymError("process.steals must name each kind once")
         for kind in self.steals:
             if kind not in STEALS:
                 raise unknown("value of process.steals:", kind, STEALS)
+        if not self.observe or len(set(self.observe)) != len(self.observe):
+            raise ServegymError("process.observe must name at least one block, each once")
+        for block in self.observe:
+            if block not in OBSERVATION_BLOCKS:
+                raise unknown("block of process.observe:", block, OBSERVATION_BLOCKS)
+        blocks = tuple(block for block in OBSERVATION_BLOCKS if block in self.observe)
+        object.__setattr__(self, "observe", blocks)
         if self.reward not in REWARDS:
             raise unknown("reward", self.reward, REWARDS)
         check_whole("process.max_decisions", self.max_decisions, 0, 10**12)
         if not 0 <= self.max_seconds < np.inf:
             raise ServegymError(f"process.max_seconds must be ≥ 0, got {self.max_seconds}")
+
+
+class Admission(NamedTuple):
+    """An action that admits: by which rule, in which stage, within which limits."""
+
+    rule: str
+    mixed: bool
+    cap: float
+    reserve: float
+
+    @property
+    def name(self) -> str:
+        """Its name among ``TaskConfig.actions``; limits that do not limit are left out."""
+        cap = "" if self.cap == 1 else f":cap={self.cap:g}"
+        reserve = "" if self.reserve == 0 else f":reserve={self.reserve:g}"
+        return f"{'mixed' if self.mixed else 'prefill'}:{self.rule}{cap}{reserve}"
 
 
 @dataclass(frozen=True)
@@ -191,36 +223,47 @@ class TaskConfig:
                     f"{section} must be a {kind.__name__}, got {shown(getattr(self, section))}"
                 )
 
-        shared = self.cluster.replicas == 1 or self.cluster.router == "pool"
-        if self.process.steals and shared:
-            lacks = (
-                "cluster.replicas is 1" if self.cluster.replicas == 1 else "replicas share a pool"
-            )
+        self._check_moves()
+
+    def _check_moves(self) -> None:
+        """Refuse steals that can take nothing, and moves under a guard that has no rule for them."""
+        cluster, steals = self.cluster, self.process.steals
+        lacks = "cluster.replicas is 1" if cluster.replicas == 1 else "replicas share a pool"
+        if steals and (cluster.replicas == 1 or cluster.router == "pool"):
             raise ServegymError(
                 f"process.steals has nothing to steal from: {lacks}; leave it empty"
+            )
+        roles = {replica.role for replica in cluster.replica_tables()}
+        moves = steals or roles != {"both"} or cluster.evict == "host"
+        if moves and cluster.admission_guard == "sglang":
+            raise ServegymError(
+                "cluster.admission_guard 'sglang' has no rule for requests that move: leave out "
+                "process.steals, roles and cluster.evict 'host', or choose the guard 'full'"
             )
 
     @property
     def actions(self) -> tuple[str, ...]:
         """What each action does: ``decode``, ``prefill:RULE``, ``mixed:RULE`` or ``steal:KIND``.
 
-        Where a replica has no request to decode and may steal, ``decode`` lets it wait.
+        Behind a rule may stand a cap or a reserve, as in ``prefill:fcfs:cap=0.5:reserve=0.1``. Where a
+        replica has no request to decode, ``decode`` lets it wait.
         """
-        mixed = self.process.mixed_rules if self.cluster.chunk_tokens > 0 else ()
-        return (
-            "decode",
-            *(f"prefill:{rule}" for rule in self.process.rules),
-            *(f"mixed:{rule}" for rule in mixed),
-            *(f"steal:{kind}" for kind in self.process.steals),
+        steals = (f"steal:{kind}" for kind in self.process.steals)
+        return ("decode", *(admission.name for admission in self.admissions), *steals)
+
+    @property
+    def admissions(self) -> tuple[Admission, ...]:
+        """The actions that admit, in order: prefill stages, then mixed ones."""
+        process = self.process
+        mixed = process.mixed_rules if self.cluster.chunk_tokens > 0 else ()
+        offers = [(rule, False) for rule in process.rules] + [(rule, True) for rule in mixed]
+        return tuple(
+            Admission(rule, is_mixed, cap, reserve)
+            for rule, is_mixed in offers
+            for cap in process.caps
+            for reserve in process.reserves
         )
 
-
-_COST_MODELS: Final = {
-    "affine": (AffineDecode, AffinePrefill),
-    "table": (TableDecode, AffinePrefill),
-    "levelled": (AffineDecode, LevelledPrefill),
-}
-"""``[cost] model``: the classes of its ``decode`` and ``prefill`` tables."""
 
 _SECTIONS: Final = {"cluster", "cost", "workload", "information", "process"}
 
@@ -253,83 +296,7 @@ def with_overrides(task: TaskConfig, sections: Mapping[str, Any]) -> TaskConfig:
         if not isinstance(values, Mapping):
             raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
         if section == "cost":
-            changed["cost"] = _cost_model(values, task.cost)
+            changed["cost"] = cost_model(values, task.cost)
         else:
-            changed[section] = _build(section, getattr(task, section), values)
+            changed[section] = build(section, getattr(task, section), values)
     return replace(task, **changed)
-
-
-@contextmanager
-def _blaming(*key: str) -> Iterator[None]:
-    """Name the key to blame in errors that do not name one themselves."""
-    try:
-        yield
-    except ServegymError as error:
-        error.key = error.key or key
-        raise
-
-
-def _cost_model(values: Mapping[str, Any], base: CostModel) -> CostModel:
-    """Build ``[cost]``: a preset and what replaces parts of it, or a model given in full."""
-    known = ("preset", "model", "decode", "prefill", "engine_overhead")
-    for key in values:
-        if key not in known:
-            options = [f"cost.{name}" for name in known]
-            raise ServegymError(str(unknown("key", f"cost.{key}", options)), (key,))
-    costs = base
-    if "preset" in values:
-        with _blaming("preset"):
-            costs = cost_preset(as_annotated("cost.preset", values["preset"], str)).costs
-    if not values:
-        return base
-    if not isinstance(costs, StageCosts):
-        raise ServegymError(
-            f"the parts of a {type(costs).__name__} are not servegym's to change; name a cost.preset"
-        )
-    if "model" in values:
-        with _blaming("model"):
-            costs = _replace_parts(values, costs)
-    elif "decode" in values or "prefill" in values:
-        raise ServegymError(f"cost.model is missing; choose from {', '.join(_COST_MODELS)}")
-    if "engine_overhead" in values:
-        with _blaming("engine_overhead"):
-            table = values["engine_overhead"]
-            overhead = _build("cost.engine_overhead", costs.engine_overhead, table)
-            costs = replace(costs, engine_overhead=overhead)
-    return costs
-
-
-def _replace_parts(values: Mapping[str, Any], costs: StageCosts) -> StageCosts:
-    """Replace ``decode`` and ``prefill`` by those of the model that ``values`` names."""
-    model = as_annotated("cost.model", values["model"], str)
-    if model not in _COST_MODELS:
-        raise unknown("cost model", model, _COST_MODELS)
-    for part, cls in zip(("decode", "prefill"), _COST_MODELS[model], strict=True):
-        if part in values:
-            with _blaming(part):
-                costs = replace(costs, **{part: _build(f"cost.{part}", cls, values[part])})
-        elif not isinstance(getattr(costs, part), cls):
-            raise ServegymError(f"cost.{part} is missing for model {model!r}")
-    return costs
-
-
-def _build(section: str, base: Any, values: Any) -> Any:
-    """Make a dataclass from a table of keys; ``base`` is the class, or an instance to change."""
-    cls = base if isinstance(base, type) else type(base)
-    if not isinstance(values, Mapping):
-        raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
-    hints = field_types(cls)
-    names = [item.name for item in fields(cls)]
-    checked: dict[str, Any] = {}
-    above = section.split(".")[1:]
-    for key, value in values.items():
-        with _blaming(*above, key):
-            if key not in names:
-                raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in names])
-            checked[key] = as_annotated(f"{section}.{key}", value, hints[key])
-    try:
-        with _blaming(*above, *(values if len(values) == 1 else ())):
-            return replace(base, **checked) if not isinstance(base, type) else cls(**checked)
-    except TypeError as error:
-        missing = str(error).split("argument")[-1].lstrip("s: ")
-        raise ServegymError(f"{section} lacks {missing}") from None

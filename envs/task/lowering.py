@@ -19,6 +19,7 @@ from servegym.envs.machine.costs import (
 )
 from servegym.envs.machine.layout import Layout
 from servegym.envs.process.actions import Settings
+from servegym.envs.process.blocks import features_of
 from servegym.envs.process.reward import write_credits
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import State, make_state
@@ -28,6 +29,7 @@ from servegym.envs.vocabulary import (
     ADMISSION_GUARDS,
     ADMISSION_RULES,
     MOVES,
+    OBSERVATION_BLOCKS,
     REWARDS,
     ROLES,
     ROUTERS,
@@ -41,6 +43,9 @@ from servegym.envs.workload.requests import Requests
 
 _LONGEST_PASS: Final = 65_536
 """Tokens of a mixed stage up to which its decode line is tabulated; beyond, it goes on straight."""
+
+_FIRST_RATIO: Final = 0.7
+"""Share of the outputs to come for which SGLang keeps memory free at first."""
 
 
 class Machine(NamedTuple):
@@ -57,6 +62,7 @@ class Machine(NamedTuple):
     costs: CostTables
     settings: Settings
     layout: Layout
+    features: tuple[str, ...]  # what each entry of the observation means
 
 
 def lower(task: TaskConfig) -> Machine:
@@ -76,18 +82,27 @@ def lower(task: TaskConfig) -> Machine:
     """
     cluster, process = task.cluster, task.process
     layout = _lay_out(task)
-    mixed_rules = [name.split(":")[1] for name in task.actions if name.startswith("mixed:")]
+    rules, mixed_rules, limits = [], [], []
+    for action in task.admissions:
+        (mixed_rules if action.mixed else rules).append(ADMISSION_RULES.index(action.rule))
+        limits.append((action.cap, action.reserve))
+    caps, reserves = np.array(limits).T.copy()
     settings = Settings(
-        rules=np.array([ADMISSION_RULES.index(rule) for rule in process.rules]),
-        mixed_rules=np.array([ADMISSION_RULES.index(rule) for rule in mixed_rules], np.int64),
+        rules=np.array(rules, np.int64),
+        mixed_rules=np.array(mixed_rules, np.int64),
+        caps=caps,
+        reserves=reserves,
+        limits=bool((caps < 1).any() or (reserves > 0).any()),
         steals=np.array([STEALS.index(kind) for kind in process.steals], np.int64),
         every_round=process.decisions == "rounds",
+        observes=sum(1 << OBSERVATION_BLOCKS.index(block) for block in process.observe),
         max_prefill_tokens=cluster.max_prefill_tokens,
         reward=REWARDS.index(process.reward),
         max_decisions=process.max_decisions,
         max_seconds=process.max_seconds,
     )
-    return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout)
+    features = features_of(process.observe)
+    return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout, features)
 
 
 def _lay_out(task: TaskConfig) -> Layout:
@@ -103,17 +118,18 @@ def _lay_out(task: TaskConfig) -> Layout:
         block_tokens=cluster.kv_block_tokens,
         watermark=cluster.watermark,
         chunk_tokens=cluster.chunk_tokens,
-        router=ROUTERS.index(cluster.router),
+        router=list(ROUTERS).index(cluster.router),
         staleness_s=cluster.staleness_s,
-        victim=VICTIMS.index(cluster.preempt),
-        guard=ADMISSION_GUARDS.index(cluster.admission_guard),
+        victim=list(VICTIMS).index(cluster.preempt),
+        guard=list(ADMISSION_GUARDS).index(cluster.admission_guard),
+        first_ratio=min(_FIRST_RATIO * cluster.conservativeness, 1.0),
         one_pass=cluster.mixed == "one-pass",
         roles=roles,
         steals_waiting="waiting" in steals,
         steals_running="running" in steals,
-        steal_order=STEAL_ORDERS.index(cluster.steal_order),
+        steal_order=list(STEAL_ORDERS).index(cluster.steal_order),
         steal_delay_s=cluster.steal_delay_s,
-        move=MOVES.index(cluster.move),
+        move=list(MOVES).index(cluster.move),
         copy_latency_s=between.latency_s,
         copy_token_s=cluster.kv_bytes_per_token / between.bytes_per_s,
         evicts_to_host=cluster.evict == "host" and any(r.kv_capacity_tokens for r in replicas),

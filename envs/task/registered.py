@@ -9,8 +9,8 @@ from typing import Final
 from servegym.envs.arguments import plain
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.machine.presets import cost_preset
+from servegym.envs.task.cluster import ClusterConfig
 from servegym.envs.task.config import (
-    ClusterConfig,
     InformationConfig,
     TaskConfig,
     WorkloadConfig,

@@ -22,7 +22,7 @@ from servegym.envs.playing.parallel import USUAL_JOBS
 from servegym.envs.playing.summary import summarise, to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import TASKS, load_task
-from servegym.envs.vocabulary import GUARD_TEXTS, ROUTER_TEXTS, VICTIM_TEXTS
+from servegym.envs.vocabulary import ADMISSION_GUARDS, ROUTERS, VICTIMS
 from servegym.envs.workload.presets import is_csv
 from servegym.studies.cases import parse_policies, parse_seeds
 from servegym.studies.cli import command_line, parse
@@ -136,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             (args.list_policies, list_policies),
             (args.list_costs, list_costs),
             (args.list_tasks, list_tasks),
-            (args.list_routers, partial(_in_columns, ROUTER_TEXTS)),
-            (args.list_victims, partial(_in_columns, VICTIM_TEXTS)),
-            (args.list_guards, partial(_in_columns, GUARD_TEXTS)),
+            (args.list_routers, partial(_in_columns, ROUTERS)),
+            (args.list_victims, partial(_in_columns, VICTIMS)),
+            (args.list_guards, partial(_in_columns, ADMISSION_GUARDS)),
             (args.list_links, list_links),
         )
         if wanted
