@@ -101,7 +101,7 @@ def test_a_copied_row_goes_on_as_the_original(name: str) -> None:
 
 def one_replica(rng: np.random.Generator) -> tuple[list[ServingEnv], list[Requests]]:
     """A replica that evicts to its host; requests differ in true lengths behind equal predictions."""
-    case = shared_case(rng, dyadic=True, routers=["llumnix"], rejections=False)
+    case = shared_case(rng, dyadic=True, chunked=False, routers=["llumnix"], rejections=False)
     known = requests_of(case)
     n = len(known)
     longest = int(known.output_tokens.max())
