@@ -110,9 +110,9 @@ def compare_cluster(case: ClusterCase) -> Outcome:
         assert int(replicas[r].rounds) == rounds, (r, "rounds")
         assert int(replicas[r].prefill_stages) == sum(s.kind == "prefill" for s in stages)
         assert int(replicas[r].mixed_stages) == sum(s.kind == "mixed" for s in stages)
-        for name in ("used_blocks", "cached_tokens", "incoming_blocks", "coming_blocks"):
+        for name in ("used_blocks", "cached_tokens", "coming", "coming_blocks"):
             assert not replicas[r][name], (r, name)
-        for name in ("incoming", "coming", "leaving"):
+        for name in ("incoming", "incoming_blocks", "leaving"):
             assert not replicas[r][name], (r, name)
         assert not state.residues[0, r].any()
     assert not state.episodes[0].transfers

@@ -33,7 +33,7 @@ from servegym.envs.simulator.state import (
     State,
 )
 from servegym.envs.task.config import TaskConfig
-from servegym.envs.vocabulary import ROLE_PREFILL
+from servegym.envs.vocabulary import ROLE_PREFILL, STEALS
 from tests.against_cluster import cluster_task
 from tests.random_clusters import ClusterCase, random_case
 from tests.reference_cluster import ClusterSpec
@@ -46,6 +46,14 @@ def shared_case(rng: np.random.Generator, **settings: Any) -> ClusterCase:
     """A random case without what only the reference has: two options, and moves unless asked for."""
     case = random_case(rng, **{"moving": False, **settings})
     return ClusterCase(case.requests, replace(case.spec, padded=False, reserve="chunk"))
+
+
+def stealing_case(rng: np.random.Generator, **settings: Any) -> ClusterCase:
+    """A case with moves, and both kinds of theft wherever there is something to steal from."""
+    case = shared_case(rng, **{"moving": True, **settings})
+    if len(case.spec.replicas) == 1 or case.spec.router == "pool":
+        return case
+    return ClusterCase(case.requests, replace(case.spec, steals=STEALS))
 
 
 def requests_of(case: ClusterCase, predicted: Sequence[int] | None = None) -> Requests:
@@ -77,16 +85,22 @@ def play_eagerly(env: ServingEnv, action: str) -> tuple[float, dict[str, Any]]:
 
 
 def play_any(
-    env: ServingEnv, rng: np.random.Generator, watch: Callable[[], None]
+    env: ServingEnv, rng: np.random.Generator, watch: Callable[[], None], prefer: str = "decode"
 ) -> tuple[float, dict[str, Any]]:
-    """Take random legal actions to the end, decoding half of the time; `watch` looks before each."""
+    """Take random legal actions to the end; `watch` looks before each.
+
+    Half of the time it is the first legal one of a kind, or of all.
+    """
+    kind = np.array([name.startswith(prefer) for name in env.task.actions])
     total, over, steps, info = 0.0, False, 0, dict[str, Any]()
     while not over:
         steps += 1
         assert steps < MANY_STEPS
         watch()
-        legal = np.flatnonzero(env.action_masks())
-        taken = int(legal[0] if rng.random() < 0.5 else rng.choice(legal))
+        mask = env.action_masks()
+        legal = np.flatnonzero(mask)
+        first = np.flatnonzero(mask & kind)[:1]
+        taken = int([*first, *legal][0] if rng.random() < 0.5 else rng.choice(legal))
         _, reward, terminated, truncated, info = env.step(np.int64(taken))
         assert "illegal_action" not in info
         total += float(reward)
@@ -298,7 +312,7 @@ def _recount_transfers(state: State) -> None:
         if t.kind in (LANDING, LANDED):
             assert t.tokens == _wanted(state, int(t.request))
         if t.kind == TO_QUEUE:  # it may have emitted a token since it was to be computed again
-            assert _wanted(state, int(t.request)) - t.tokens >= 0
+            assert t.tokens <= _wanted(state, int(t.request))
             assert request.stolen
             assert request.plan_client == NOBODY
             assert not request.listed

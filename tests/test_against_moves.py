@@ -14,7 +14,7 @@ from servegym.envs import Requests, ServingEnv
 from servegym.envs.playing.evaluation import play
 from servegym.envs.simulator.state import IDLE, NOBODY
 from servegym.envs.task.lowering import bound_case, lower
-from servegym.envs.vocabulary import ADMISSION_RULES
+from servegym.envs.vocabulary import ADMISSION_RULES, STEALS
 from tests.against_cluster import compare_cluster
 from tests.cluster_helpers import (
     MANY_STEPS,
@@ -22,6 +22,7 @@ from tests.cluster_helpers import (
     play_any,
     requests_of,
     shared_case,
+    stealing_case,
     task_of,
 )
 from tests.random_clusters import ClusterCase
@@ -31,20 +32,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered"),  # kernels as plain Python
 ]
 
-STEAL_BOTH = ("waiting", "running")
-
 
 def case_of(seed: int) -> ClusterCase:
     """A random case in which requests may move; every other one is exact."""
     return shared_case(np.random.default_rng([21, seed]), dyadic=bool(seed % 2), moving=True)
 
 
-def stealing_case(seed: int) -> ClusterCase:
+def thieves(seed: int) -> ClusterCase:
     """The same, both kinds of theft allowed wherever there is something to steal from."""
-    case = case_of(seed)
-    if len(case.spec.replicas) == 1 or case.spec.router == "pool":
-        return case
-    return ClusterCase(case.requests, replace(case.spec, steals=STEAL_BOTH))
+    return stealing_case(np.random.default_rng([21, seed]), dyadic=bool(seed % 2))
 
 
 def posed(case: ClusterCase, **process: object) -> tuple[ServingEnv, Requests]:
@@ -74,7 +70,7 @@ def test_the_compiled_core_equals_the_reference(first: int) -> None:
 def test_any_legal_actions_serve_everybody(seed: int) -> None:
     """Nothing is lost on the way; the return is the gap, and memory is empty at the end."""
     rng = np.random.default_rng([22, seed])
-    env, _ = posed(stealing_case(seed), decisions=str(rng.choice(["events", "rounds"])))
+    env, _ = posed(thieves(seed), decisions=str(rng.choice(["events", "rounds"])))
     state = env.state
     assert state is not None
 
@@ -96,7 +92,7 @@ def test_an_illegal_action_is_replaced_by_the_first_legal_one() -> None:
     replaced = stolen = 0
     for seed in range(16):
         rng = np.random.default_rng([23, seed])
-        envs = [posed(stealing_case(seed))[0] for _ in range(2)]
+        envs = [posed(thieves(seed))[0] for _ in range(2)]
         over = False
         while not over:
             mask = envs[0].action_masks()
@@ -114,11 +110,11 @@ def test_an_illegal_action_is_replaced_by_the_first_legal_one() -> None:
     assert stolen > 0
 
 
-@pytest.mark.parametrize("kind", STEAL_BOTH)
+@pytest.mark.parametrize("kind", STEALS)
 def test_a_theft_is_legal_until_there_is_no_room(kind: str) -> None:
     """Each takes something at once: the mask of the same replica changes, or room does."""
     for seed in range(30):
-        env, _ = posed(stealing_case(seed))
+        env, _ = posed(thieves(seed))
         state, name = env.state, f"steal:{kind}"
         if name not in env.task.actions:
             continue
@@ -144,7 +140,7 @@ def test_decoding_where_nobody_decodes_is_waiting() -> None:
     """Action 0 begins no stage; it is legal where only theft is, or where memory is kept for others."""
     waited = kept = 0
     for seed in range(40):
-        env, _ = posed(stealing_case(seed))
+        env, _ = posed(thieves(seed))
         state, over = env.state, False
         assert state is not None
         rng = np.random.default_rng([25, seed])
@@ -197,7 +193,7 @@ def test_waiting_and_stealing_come_to_an_end(
 ) -> None:
     """Whoever waits or steals whenever it may still serves everybody."""
     for seed in range(40):
-        env, _ = posed(stealing_case(seed))
+        env, _ = posed(thieves(seed))
         rng, over, steps = np.random.default_rng([26, seed]), False, 0
         while not over:
             over = env.step(np.int64(choose(env, rng)))[2]
@@ -217,7 +213,7 @@ def test_the_environment_equals_the_compiled_loop(name: str) -> None:
     """The same metrics from the policy object, asked at each decision, and from compiled code."""
     moves = 0.0
     for seed in range(24):
-        case = stealing_case(seed)
+        case = thieves(seed)
         if name == "vllm" and case.spec.chunk_tokens == 0:
             case = ClusterCase(case.requests, replace(case.spec, chunk_tokens=16))
         task, policy = task_of(case.spec), make_trigger_policy(name)
@@ -234,7 +230,7 @@ def test_the_environment_equals_the_compiled_loop(name: str) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_rollout_never_ends_later_than_its_base(seed: int) -> None:
     """With known lengths and everybody present at the start, thefts among its actions."""
-    case = stealing_case(seed)
+    case = thieves(seed)
     rows = [(0.0, prompt, output) for _, prompt, output in case.requests]
     task = task_of(case.spec)
     instance = bound_case(lower(task), requests_of(ClusterCase(rows, case.spec)))

@@ -14,7 +14,7 @@ import pytest
 
 from servegym.envs import Requests, ServingEnv, make_requests
 from servegym.envs.task.config import InformationConfig
-from servegym.envs.vocabulary import ADMISSION_GUARDS, ADMISSION_RULES, OBSERVATION_BLOCKS
+from servegym.envs.vocabulary import ADMISSION_GUARDS, ADMISSION_RULES, OBSERVATION_BLOCKS, STEALS
 from tests.cluster_helpers import requests_of, shared_case, task_of
 from tests.helpers import refused
 from tests.test_leakage import other_truth, revealed
@@ -28,13 +28,24 @@ ROUTERS = ["least-tokens", "llumnix", "dynamo", "least-requests", "vllm-dp", "pl
 
 
 def two_truths(
-    rng: np.random.Generator, router: str, guard: str = "none"
+    rng: np.random.Generator,
+    router: str,
+    guard: str = "none",
+    *,
+    moving: bool = False,
+    lengths: str = "predicted",
 ) -> tuple[list[ServingEnv], list[Requests]]:
-    """Two environments of a cluster whose requests differ in true lengths behind equal predictions."""
-    case = shared_case(rng, dyadic=bool(rng.random() < 0.5), routers=["llumnix"], rejections=False)
+    """Two environments of a cluster whose requests differ in true lengths behind equal predictions.
+
+    With moves replicas also steal what the router lets them, have roles, or evict to the host.
+    """
+    dyadic = bool(rng.random() < 0.5)
+    case = shared_case(rng, dyadic=dyadic, routers=["llumnix"], rejections=False, moving=moving)
     known = requests_of(case)
     n = len(known)
     predictions = np.minimum(rng.choice([2, 6, 12], n), known.output_tokens.max())
+    if lengths == "unknown":
+        predictions = np.full(n, predictions[0])
     spread = np.full(n, rng.choice([0.0, 0.3, 1.5]))
     truth = make_requests(
         known.prompt_tokens, known.output_tokens, known.arrival_s, predictions, spread
@@ -48,30 +59,38 @@ def two_truths(
     parts = tuple(
         replace(part, kv_capacity_tokens=max(part.kv_capacity_tokens, most)) for part in parts
     )
+    if router in ("plan", "pool"):
+        parts = tuple(replace(part, role="both") for part in parts)
+    steals = STEALS if moving and router != "pool" and rng.random() < 0.7 else ()
     task = task_of(
-        replace(case.spec, replicas=parts, admission_guard=guard),
+        replace(case.spec, replicas=parts, admission_guard=guard, steals=steals),
         mixed_rules=ADMISSION_RULES,
         observe=OBSERVATION_BLOCKS,
         decisions=str(rng.choice(["events", "rounds"])),
     )
     task = replace(
         task,
-        information=InformationConfig(output_lengths="predicted"),
+        information=InformationConfig(output_lengths=lengths),
         cluster=replace(task.cluster, router=router),
     )
     return [ServingEnv(task), ServingEnv(task)], [truth, altered]
 
 
 def side_by_side(
-    envs: list[ServingEnv], requests: list[Requests], rng: np.random.Generator
+    envs: list[ServingEnv],
+    requests: list[Requests],
+    rng: np.random.Generator,
+    prefer: str = "decode",
 ) -> Iterator[None]:
     """Take the same random legal actions in both, as long as no finish tells them apart."""
+    kind = np.array([name.startswith(prefer) for name in envs[0].task.actions])
     for env, truth in zip(envs, requests, strict=True):
         env.reset(options={"requests": truth})
     while revealed(envs[0]) == revealed(envs[1]):
         yield
-        legal = np.flatnonzero(envs[0].action_masks())
-        action = int(legal[0] if rng.random() < 0.5 else rng.choice(legal))
+        mask = envs[0].action_masks()
+        legal, first = np.flatnonzero(mask), np.flatnonzero(mask & kind)[:1]
+        action = int([*first, *legal][0] if rng.random() < 0.5 else rng.choice(legal))
         ended = [env.step(np.int64(action))[2] for env in envs]
         if any(ended):
             break
@@ -81,6 +100,7 @@ def looks(env: ServingEnv) -> tuple[object, ...]:
     """What a scheduler sees: whose turn it is and when, the view, observation, mask, routes so far."""
     assert env.state is not None
     episode, requests = env.state.episodes[0], env.state.requests[0]
+    transfers = env.state.transfers[0, : episode.transfers]
     return (
         int(episode.turn),
         float(episode.now_s),
@@ -90,6 +110,9 @@ def looks(env: ServingEnv) -> tuple[object, ...]:
         requests.replica.tolist(),
         requests.preemptions.tolist(),
         env.state.queues[0].waiting.tolist(),
+        requests.moves.tolist(),
+        requests.stored.tolist(),
+        transfers.tolist(),
     )
 
 
@@ -106,6 +129,24 @@ def test_nothing_leaks_between_replicas(router: str, guard: str) -> None:
             compared += 1
     assert differing >= 4
     assert compared >= 8
+
+
+@pytest.mark.parametrize("lengths", ["predicted", "unknown"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_nothing_leaks_where_requests_move(router: str, lengths: str) -> None:
+    """Who is stolen, what is legal, and when who leaves and lands."""
+    compared = moved = 0
+    for seed in range(12):
+        rng = np.random.default_rng([seed, 80, ROUTERS.index(router)])
+        guard = ADMISSION_GUARDS[seed % len(ADMISSION_GUARDS)]
+        envs, requests = two_truths(rng, router, guard, moving=True, lengths=lengths)
+        for _ in side_by_side(envs, requests, rng, "steal"):
+            assert looks(envs[0]) == looks(envs[1])
+            compared += 1
+        assert envs[0].state is not None
+        moved += int(envs[0].state.requests[0].moves.sum())
+    assert compared >= 12
+    assert moved >= 5 or router == "pool"
 
 
 def test_other_replicas_are_not_imagined_where_lengths_are_uncertain() -> None:

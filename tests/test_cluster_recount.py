@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,18 @@ import pytest
 
 from servegym.envs import ServingEnv, make_requests
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
+from servegym.envs.simulator.state import LANDED, State
 from servegym.envs.task.config import InformationConfig
-from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS, ROUTERS
-from tests.cluster_helpers import play_any, play_eagerly, recount, requests_of, shared_case, task_of
+from servegym.envs.vocabulary import ADMISSION_RULES, MOVES, OBSERVATION_BLOCKS, ROUTERS
+from tests.cluster_helpers import (
+    play_any,
+    play_eagerly,
+    recount,
+    requests_of,
+    shared_case,
+    stealing_case,
+    task_of,
+)
 from tests.random_clusters import ClusterCase
 from tests.reference_cluster import ClusterSpec, ReplicaSpec
 
@@ -21,7 +31,12 @@ pytestmark = [
 ]
 
 
-def watched(env: ServingEnv, rng: np.random.Generator) -> tuple[float, dict[str, float]]:
+def watched(
+    env: ServingEnv,
+    rng: np.random.Generator,
+    prefer: str = "decode",
+    also: Callable[[State], None] = lambda _: None,
+) -> tuple[float, dict[str, float]]:
     """Take random legal actions; at every decision recount, and look at clocks and observation."""
     state = env.state
     assert state is not None
@@ -29,6 +44,7 @@ def watched(env: ServingEnv, rng: np.random.Generator) -> tuple[float, dict[str,
 
     def watch() -> None:
         recount(state)
+        also(state)
         now = [float(state.episodes[0].now_s), *state.replicas[0].clock_s.tolist()]
         assert all(before <= after for before, after in zip(clocks, now, strict=True))
         assert max(now) == now[0]  # nothing is booked that has not happened
@@ -37,7 +53,7 @@ def watched(env: ServingEnv, rng: np.random.Generator) -> tuple[float, dict[str,
         assert (observation >= 0).all()
         assert (observation <= 1).all()
 
-    return play_any(env, rng, watch)
+    return play_any(env, rng, watch, prefer)
 
 
 def case_of(seed: int, *, moving: bool = False) -> ClusterCase:
@@ -56,6 +72,29 @@ def test_every_rule_and_mixed_rule(seed: int, *, moving: bool) -> None:
     watched(env, rng)
     log = env.records()
     assert np.isfinite(log.finished_s[~log.rejected]).all()
+
+
+@pytest.mark.parametrize("lengths", ["known", "predicted"])
+def test_thefts_meet_every_kind_of_transfer(lengths: str) -> None:
+    met = set[int]()
+
+    def look(state: State) -> None:
+        met.update(state.transfers[0, : int(state.episodes[0].transfers)].kind.tolist())
+
+    for seed in range(60):
+        rng = np.random.default_rng([seed, 16])
+        case = stealing_case(rng, dyadic=bool(seed % 2))
+        known = requests_of(case)
+        expected = np.maximum(known.output_tokens // rng.integers(1, 4, len(known)), 1)
+        spec = replace(case.spec, move_by=MOVES[seed % 2])
+        task = task_of(spec, mixed_rules=ADMISSION_RULES)
+        env = ServingEnv(replace(task, information=InformationConfig(output_lengths=lengths)))
+        requests = requests_of(case, expected.tolist())
+        env.reset(options={"requests": known if lengths == "known" else requests})
+        watched(env, rng, "steal", look)
+        log = env.records()
+        assert np.isfinite(log.finished_s[~log.rejected]).all()
+    assert met == set(range(LANDED + 1))
 
 
 @pytest.mark.parametrize("router", ROUTERS)

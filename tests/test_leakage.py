@@ -42,8 +42,8 @@ def imagined_bytes(env: ServingEnv) -> list[bytes]:
     """Everything that the imagined episode holds."""
     state = env.imagine()
     n = int(state.replicas[0, 0]["active"])
-    clients = state.clients.shape[2]
-    parts: list[NDArray[Any]] = [state.finishes[0, 0, :n], state.idle[0, 0, : clients - n]]
+    idle = int(state.replicas[0, 0]["idle"])
+    parts: list[NDArray[Any]] = [state.finishes[0, 0, :n], state.idle[0, 0, :idle]]
     names = ("episodes", "requests", "by_length", "lengths", "waiting_lengths", "waiting_tree")
     parts += [getattr(state, name) for name in (*names, "replicas", "clients")]
     return [
