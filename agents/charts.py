@@ -15,6 +15,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
 
+from servegym.agents.actions import charted
 from servegym.agents.evaluations import CHARTED, means
 from servegym.agents.validation import Trace, ValidationResult
 from servegym.envs.pictures import draw_gantt, draw_values, to_image
@@ -52,7 +53,7 @@ class Charts:
         self.task = task
         self.logger = logger
         self.references = references
-        self._actions = ("decode", *task.process.rules)
+        self._actions = tuple(map(charted, task.actions))
         self._writers = {
             policy: SummaryWriter(str(folder / f"reference-{policy}"), purge_step=purge_step)
             for policy in references

@@ -216,17 +216,19 @@ def _draw_stages(axes: Axes, run: _Run) -> None:
 
 
 def _draw_actions(axes: Axes, run: _Run) -> None:
-    """Stack the rules' shares; the rest above them is decode, by far the most frequent action."""
-    axes.set_title("rules chosen, share of decisions")
+    """Stack the other actions' shares; the rest above them is decode, by far the most frequent."""
+    axes.set_title("actions chosen, share of decisions")
     lines = {name: line for name, line in run.shares().items() if name != "decode"}
-    rules, shares = list(lines), list(lines.values())
+    actions, shares = list(lines), list(lines.values())
     if shares and len(shares[0].steps):
         points = min(len(share.steps) for share in shares)
         stacked = np.stack([share.values[:points] for share in shares])
         colours = mpl.colormaps["tab20c"](
-            np.arange(len(rules)) % 5 * 4 + np.arange(len(rules)) // 5
+            np.arange(len(actions)) % 5 * 4 + np.arange(len(actions)) // 5
         )
-        axes.stackplot(shares[0].steps[:points], stacked, labels=rules, colors=colours, linewidth=0)
+        axes.stackplot(
+            shares[0].steps[:points], stacked, labels=actions, colors=colours, linewidth=0
+        )
         axes.set_ylim(0, 1.05 * float(stacked.sum(axis=0).max()))
         axes.margins(x=0)
         _legend(axes, ncols=2, loc="upper right", title="above: decode", title_fontsize=8)

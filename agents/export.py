@@ -56,7 +56,7 @@ def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folde
     model
         PPO of stable-baselines3 or MaskablePPO of sb3-contrib, with ``MlpPolicy`` and tanh.
     task
-        What it was trained on; its rules, decisions and features are the agent's.
+        What it was trained on; its actions, decisions and features are the agent's.
     command
         The command line that trained it, kept for the reader.
     folder
@@ -77,10 +77,8 @@ def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folde
         "timesteps": model.num_timesteps,
         "versions": {"python": platform.python_version()} | _versions(),
     }
-    process = task.process
-    save_agent(
-        network, folder, process.rules, process.decisions, notes_of(task), training, features
-    )
+    decisions = task.process.decisions
+    save_agent(network, folder, task.actions, decisions, notes_of(task), training, features)
 
 
 def _versions() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Trained agents as policies: read from safetensors and JSON, run in plain numpy, without torch.
 
 An agent is a folder of two files. ``agent.safetensors`` holds the weights ``0.weight``, ``0.bias``,
-``1.weight`` … of a tanh network, float32. ``agent.json`` names the agent's features and rules, and
+``1.weight`` … of a tanh network, float32. ``agent.json`` names the agent's features and actions, and
 records its training. Nothing in either file can run code.
 """
 
@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.agents.actions import actions_of_rules, check_actions, places_of
+from servegym.envs.errors import ServegymError, shown
 from servegym.envs.files import WRONG_VALUES, make_folder, read_bytes, read_json, write_file
 from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.process.blocks import block_of, features_of
 from servegym.envs.process.observation import FEATURES, OBSERVATION_VERSION
-from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS
+from servegym.envs.vocabulary import OBSERVATION_BLOCKS
 from servegym.envs.workload.plan import Plan
 
 AGENT_FORMAT: Final = "servegym-agent-1"
@@ -95,12 +96,14 @@ class AgentCard:
 
     Examples
     --------
-    >>> AgentCard(rules=("fcfs",), decisions="events", layers=(65, 2), weights_sha256="").rules
-    ('fcfs',)
+    >>> actions = "decode", "prefill:fcfs"
+    >>> AgentCard(actions, decisions="events", layers=(65, 2), weights_sha256="").actions
+    ('decode', 'prefill:fcfs')
     """
 
-    rules: tuple[str, ...]
-    """Action 1 + k prefills under the k-th of these admission rules; action 0 decodes."""
+    actions: tuple[str, ...]
+    """Name of the action of each output, in order, as in ``TaskConfig.actions``; :class:`LearnedPolicy`
+    finds them by name. In older files ``rules`` R1, R2 … stand for ``decode``, ``prefill:R1`` …"""
     decisions: str
     """``process.decisions`` of the agent's task: decisions at events or at every round."""
     layers: tuple[int, ...]
@@ -121,7 +124,7 @@ class LearnedPolicy(Policy):
     """The legal action that a trained network scores highest.
 
     Runs on any number of clients: the size of the observation does not depend on that number.
-    Actions are matched by the names of the rules, so a task may offer more rules, or another order.
+    Actions are matched by their names, so a task may offer more of them, or in another order.
     Inputs are matched by the names of the features, so a task may observe more blocks, and a later
     servegym more features, or in another order, as long as its ``OBSERVATION_VERSION`` is the card's: that
     number says what the named features mean, and :func:`load_agent` refuses another.
@@ -129,9 +132,9 @@ class LearnedPolicy(Policy):
     Parameters
     ----------
     network
-        Scores the actions of ``card.rules``.
+        Scores the actions of ``card.actions``.
     card
-        Names the features and the rules of the network.
+        Names the features and the actions of the network.
 
     Raises
     ------
@@ -140,7 +143,7 @@ class LearnedPolicy(Policy):
 
     Examples
     --------
-    >>> card = AgentCard(("fcfs",), "events", (len(FEATURES), 2), "")
+    >>> card = AgentCard(("decode", "prefill:fcfs"), "events", (len(FEATURES), 2), "")
     >>> layer = (np.zeros((2, len(FEATURES)), np.float32), np.zeros(2, np.float32))
     >>> from servegym.envs import TASKS, make_case, play
     >>> task = TASKS["servegym/Tiny-v0"]
@@ -155,7 +158,7 @@ class LearnedPolicy(Policy):
         self.blocks = _blocks_of(card.features)
         """Blocks of the observation that it reads; before ``prepare`` it expects just these."""
         self._columns = _columns_of(card.features, features_of(self.blocks))
-        self._actions = np.arange(1 + len(card.rules))  # the task's number of each of our actions
+        self._actions = np.arange(len(card.actions))  # the task's number of each of our actions
 
     @property
     def decisions(self) -> Literal["rounds"] | None:
@@ -163,12 +166,12 @@ class LearnedPolicy(Policy):
         return "rounds" if self.card.decisions == "rounds" else None
 
     def prepare(self, briefing: Briefing) -> Plan | None:
-        """Find the agent's rules and features in this task.
+        """Find the agent's actions and features in this task.
 
         Raises
         ------
         ServegymError
-            If the task lacks one of the rules, or does not observe a block that the agent reads.
+            If the task lacks one of the actions, or does not observe a block that the agent reads.
         """
         observed = briefing.task.process.observe
         if lacking := [block for block in self.blocks if block not in observed]:
@@ -177,20 +180,13 @@ class LearnedPolicy(Policy):
                 f"{briefing.task.name} leaves out; add {'it' if len(lacking) == 1 else 'them'} there"
             )
         self._columns = _columns_of(self.card.features, features_of(observed))
-        rules = briefing.task.process.rules
-        for rule in self.card.rules:
-            if rule not in rules:
-                raise ServegymError(
-                    f"this agent admits by {rule!r}, which process.rules of {briefing.task.name} "
-                    "leaves out; add it there"
-                )
-        self._actions = np.array([0, *(1 + rules.index(rule) for rule in self.card.rules)])
+        self._actions = places_of(self.card.actions, briefing.task)
         return None
 
     def act(self, situation: Situation) -> int:
-        """Return the best legal action."""
+        """Return the best of its own actions that are legal; where none is, the first legal one."""
         legal = situation.mask[self._actions]
-        if not legal.any():  # only rules that the agent does not know are legal
+        if not legal.any():
             return int(situation.mask.argmax())
         observation = situation.observation
         if self._columns is not None:
@@ -231,7 +227,7 @@ def _columns_of(features: Sequence[str], observed: Sequence[str]) -> NDArray[np.
 def save_agent(
     network: Network,
     folder: Path,
-    rules: Sequence[str],
+    actions: Sequence[str],
     decisions: str,
     task: dict[str, Any],
     training: dict[str, Any],
@@ -248,7 +244,7 @@ def save_agent(
     data = save(tensors)
     digest = hashlib.sha256(data).hexdigest()
     card = AgentCard(
-        tuple(rules), decisions, network.sizes, digest, task, training, features=tuple(features)
+        tuple(actions), decisions, network.sizes, digest, task, training, features=tuple(features)
     )
     make_folder(folder)
     write_file(folder / WEIGHTS_FILE, data)
@@ -262,16 +258,16 @@ def load_agent(folder: str | Path) -> LearnedPolicy:
     ------
     ServegymError
         If a file is missing, damaged or was changed after it was written, if it is of another format
-        or of another version of the observation, or names a rule or a feature that does not exist.
+        or of another version of the observation, or names an action or a feature that does not exist.
 
     Examples
     --------
     >>> import tempfile
     >>> layer = (np.zeros((2, len(FEATURES)), np.float32), np.zeros(2, np.float32))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_agent(Network([layer]), Path(folder), ["fcfs"], "events", {}, {})
-    ...     load_agent(folder).card.rules
-    ('fcfs',)
+    ...     save_agent(Network([layer]), Path(folder), ["decode", "prefill:fcfs"], "events", {}, {})
+    ...     load_agent(folder).card.actions
+    ('decode', 'prefill:fcfs')
     """
     folder = Path(folder)
     card = read_card(folder / CARD_FILE)
@@ -296,7 +292,7 @@ def read_card(path: Path) -> AgentCard:
             f"version {OBSERVATION_VERSION}; train it again"
         )
     card = AgentCard(
-        rules=_texts(path, content, "rules"),
+        actions=_actions(path, content),
         decisions=content.get("decisions", ""),
         layers=_sizes(path, content),
         weights_sha256=str(content.get("weights_sha256")),
@@ -316,16 +312,11 @@ def _check(path: Path, card: AgentCard) -> None:
         raise ServegymError(f"{path}: {error}") from None
     if len(set(card.features)) != len(card.features):
         raise ServegymError(f"{path}: features must name each feature once")
-    for rule in card.rules:
-        if rule not in ADMISSION_RULES:
-            raise ServegymError(f"{path}: {unknown('admission rule', rule, ADMISSION_RULES)}")
-    if not card.rules or len(set(card.rules)) != len(card.rules):
-        raise ServegymError(f"{path}: rules must name at least one rule, each once")
     if card.decisions not in ("events", "rounds"):
         raise ServegymError(
             f"{path}: decisions must be 'events' or 'rounds', got {shown(card.decisions)}"
         )
-    ends = (len(card.features), 1 + len(card.rules))
+    ends = (len(card.features), len(card.actions))
     if (card.layers[0], card.layers[-1]) != ends:
         raise ServegymError(
             f"{path}: layers must lead from {ends[0]} features to {ends[1]} actions, "
@@ -368,6 +359,20 @@ def _check_tensor(
         )
     if not np.isfinite(tensor).all():
         raise ServegymError(f"{path}: tensor {name!r} holds NaN or infinity; train the agent again")
+
+
+def _actions(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
+    """Return the card's actions; the first versions noted admission rules only."""
+    key = "actions" if "actions" in content else "rules"
+    names = _texts(path, content, key)
+    if not names or len(set(names)) != len(names):
+        raise ServegymError(f"{path}: {key} must name at least one of the {key}, each once")
+    actions = names if key == "actions" else actions_of_rules(names)
+    try:
+        check_actions(actions)
+    except ServegymError as error:
+        raise ServegymError(f"{path}: {error}") from None
+    return actions
 
 
 def _texts(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:

@@ -95,7 +95,8 @@ def test_numpy_scores_as_torch_does(
 
 def test_the_card_tells_where_the_agent_comes_from(agent: Path) -> None:
     card = json.loads((agent / CARD_FILE).read_text())
-    assert card["rules"] == list(TINY.process.rules)
+    assert card["actions"] == list(TINY.actions)
+    assert "rules" not in card
     assert card["features"] == list(FEATURES)
     assert card["layers"] == [OBSERVATION_SIZE, 16, 8, 7]
     assert card["task"]["cluster"]["clients"] == 3
@@ -140,7 +141,7 @@ def test_rules_are_found_by_name(agent: Path) -> None:
     assert play_agent(policy, turned)["makespan_s"] == expected
     assert play_agent(policy, TINY)["makespan_s"] == expected
     fewer = with_overrides(TINY, {"process": {"rules": TINY.process.rules[1:]}})
-    with pytest.raises(ServegymError, match=f"admits by '{TINY.process.rules[0]}'"):
+    with pytest.raises(ServegymError, match=f"may choose 'prefill:{TINY.process.rules[0]}'"):
         play_agent(policy, fewer)
 
 
@@ -233,10 +234,19 @@ def not_safetensors(folder: Path) -> None:
         (edited(features=list(FEATURES[:-1])), "layers must lead from 64 features to 7 actions"),
         (edited(features=[*FEATURES[:-1], FEATURES[0]]), "must name each feature once"),
         (edited(features=7), "features must be a list"),
-        (edited(rules=["plan", "longset"]), "did you mean 'longest'"),
-        (edited(rules=[]), "rules must name at least one"),
-        (edited(rules=["plan", "plan"]), "each once"),
-        (edited(rules=["plan", "longest"]), "layers must lead from .* to 3 actions"),
+        (edited(actions=["decode", "prefill:longset"]), "did you mean 'longest'"),
+        (edited(actions=["decode", "prefil:longest"]), "unknown action 'prefil:longest'"),
+        (edited(actions=["decode", "steal:sitting"]), "unknown kind of steal 'sitting'"),
+        (edited(actions=["decode", "prefill"]), "unknown action 'prefill'"),
+        (edited(actions=[]), "actions must name at least one"),
+        (edited(actions=["decode", "decode"]), "actions .* each once"),
+        (edited(actions=["decode", "mixed:fcfs"]), "layers must lead from .* to 2 actions"),
+        (edited(actions="decode"), "actions must be a list"),
+        (edited(actions=None), "rules must be a list"),
+        (edited(actions=None, rules=["plan", "longset"]), "did you mean 'longest'"),
+        (edited(actions=None, rules=[]), "rules must name at least one"),
+        (edited(actions=None, rules=["plan", "plan"]), "rules .* each once"),
+        (edited(actions=None, rules=["plan", "longest"]), "layers must lead from .* to 3 actions"),
         (edited(decisions="hourly"), "decisions must be"),
         (edited(layers=[OBSERVATION_SIZE]), "layers must be two or more"),
         (edited(layers=[OBSERVATION_SIZE, "x", 7]), "layers must be two or more"),

@@ -70,7 +70,7 @@ def test_charts_show_the_events(finished: Path) -> None:
     assert [heights(line) for line in stages] == [[41, 6, 3]]
     latency = charts["one decision (µs)"].get_lines()
     assert [heights(line) for line in latency] == [pytest.approx([20, 20, 20])]
-    rules = charts["rules chosen, share of decisions"]
+    rules = charts["actions chosen, share of decisions"]
     assert [bands.get_label() for bands in rules.collections] == ["fcfs", "longest"]
     tops = [bands.get_datalim(rules.transData).ymax for bands in rules.collections]
     assert tops == pytest.approx([0.2, 0.3])

@@ -147,7 +147,7 @@ def make_run(training: Run, runs: Path, gap_percent: float) -> None:
     weights = generator.normal(size=(7, len(FEATURES))).astype(np.float32)
     network = Network([(weights, np.zeros(7, np.float32))])
     for name in ("agent", "final"):
-        save_agent(network, runs / training.name / name, TINY.process.rules, "events", {}, {})
+        save_agent(network, runs / training.name / name, TINY.actions, "events", {}, {})
     rows = {"timesteps": [0, training.timesteps], "wall_s": [0.0, 9.0], "training_s": [0.0, 6.0]}
     table = pd.DataFrame(rows).assign(gap_percent=[90.0, gap_percent])
     table.to_csv(runs / training.name / "evaluations.csv", index=False)

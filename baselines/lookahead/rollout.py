@@ -213,9 +213,13 @@ class _Search:
         self._costs, self._settings = machine.costs, machine.settings
         self._base = compile_policy(base, task)
         self._rng = briefing.rng
-        tried = [rule for rule in task.process.rules if rule in (base.rule, *rules)]
+        offered = task.process.mixed_rules if base.mixed else task.process.rules
+        tried = [rule for rule in offered if rule in (base.rule, *rules)]
+        kind = "mixed" if base.mixed else "prefill"
         self._rules = [ADMISSION_RULES.index(rule) for rule in tried]
-        self._actions = [DECODE, *(1 + task.process.rules.index(rule) for rule in tried)]
+        admissions = [task.actions.index(f"{kind}:{rule}") for rule in tried]
+        self._actions = [DECODE, *admissions]
+        self._action_of = dict(zip(self._rules, admissions, strict=True))
         steals = [kind for kind in STEALS if kind in task.process.steals]
         self._steals = [task.actions.index(f"steal:{kind}") for kind in steals]
         _, requests = imagined.requests.shape
@@ -261,8 +265,7 @@ class _Search:
         for steal in self._steals:  # as `take_turn` does
             if situation.mask[steal]:
                 return steal
-        rules = self._settings.rules
-        action = 1 + int(np.flatnonzero(rules == self._schedule.rules[stage])[0])
+        action = self._action_of[int(self._schedule.rules[stage])]
         if not situation.mask[action]:
             return DECODE
         if not situation.mask[DECODE] or situation.view.active == 0:

@@ -138,7 +138,7 @@ class VerdictPolicy:
             raise ServegymError("verdicts need known output lengths: both ways are played out")
         self.verdicts, self.played = [], 0
         self._rng = briefing.rng
-        self._action = 1 + task.process.rules.index(self.policy.rule)
+        self._action = task.actions.index(f"prefill:{self.policy.rule}")
         self._finish = _Judges(task, self.judges)
         return self.policy.prepare(briefing)
 

@@ -22,7 +22,7 @@ from servegym.studies.cli import parse
 
 TASK: Final = TASKS["servegym/Tiny-v0"]
 SEED: Final = 1
-LONGEST: Final = 1 + TASK.process.rules.index("longest")
+LONGEST: Final = TASK.actions.index("prefill:longest")
 """The action that prefills the longest waiting requests."""
 IDLE_CLIENTS: Final = 2
 """The scheduler that is drawn prefills once so many clients are idle (``threshold-2``)."""
