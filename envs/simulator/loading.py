@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.jit import allocating_kernel, kernel
-from servegym.envs.simulator.heap import deal
+from servegym.envs.simulator.heap import deal, deal_by_time
 from servegym.envs.simulator.queues import enqueue
 from servegym.envs.simulator.state import (
     EPISODE,
@@ -17,6 +17,7 @@ from servegym.envs.simulator.state import (
     NOBODY,
     QUEUE,
     REPLICA,
+    UNLIMITED_BLOCKS,
     State,
 )
 from servegym.envs.vocabulary import ROUTE_PLAN
@@ -33,7 +34,8 @@ def load(
 ) -> None:
     """Write an instance into row ``e`` and put its clock to 0.
 
-    Without a plan the requests present at t = 0 go longest first to the least loaded client (``deal``).
+    Without a plan the requests present at t = 0 go longest first to the least loaded client (``deal``), or,
+    where replicas differ or have a limit of memory, to the client that would end first (``deal_by_time``).
     The bound and the reward's credits are the caller's to write. ``compared_rounds`` (requests,) decide
     which request is the longer one; None: the expected rounds do.
 
@@ -67,7 +69,41 @@ def load(
     if plan is not None:
         _enqueue_plan(state, e, plan.order, plan.offsets)
     elif state.queues.shape[1] == 1 or state.cluster[0].router == ROUTE_PLAN:
-        plan_greedily(state, e)
+        if _are_alike(state):
+            plan_greedily(state, e)
+        else:
+            _plan_by_time(state, e)
+
+
+def _are_alike(state: State) -> bool:
+    """Whether every replica is equally fast and holds every request."""
+    machines = state.machines
+    if machines[0].blocks != UNLIMITED_BLOCKS:
+        return False
+    if len(machines) == 1:
+        return True
+    unlimited = (machines.blocks == UNLIMITED_BLOCKS).all()
+    return bool(unlimited and (machines.round_s == machines.round_s[0]).all())
+
+
+def _plan_by_time(state: State, e: int) -> None:
+    """Queue the requests present at t = 0 longest first, as ``deal_by_time`` says.
+
+    One that is expected to be larger than any memory is not planned.
+    """
+    by_length = state.by_length[e, : state.episodes[e].requests][::-1].astype(np.int64)
+    order = by_length[state.times[e].arrival_s[by_length] == 0]
+    rounds = state.requests[e].expected_rounds[order].astype(np.int64)
+    tokens = state.requests[e].prompt_tokens[order] + rounds + 1
+    needs = -(-tokens // state.cluster[0].block_tokens)
+    clients = state.machines.clients
+    round_s, holds = (
+        np.repeat(values, clients) for values in (state.machines.round_s, state.machines.blocks)
+    )
+    client_of = deal_by_time(rounds, needs, round_s, holds)
+    by_client = np.argsort(client_of, kind="stable")
+    offsets = np.searchsorted(client_of[by_client], np.arange(len(holds) + 1))
+    _enqueue_plan(state, e, order[by_client], offsets)
 
 
 def router_luck(requests: Requests) -> int:

@@ -68,6 +68,7 @@ MACHINE: Final = np.dtype(
         ("clients", np.int64),
         ("blocks", np.int64),  # of KV memory, or UNLIMITED_BLOCKS
         ("watermark_blocks", np.int64),  # free blocks that admission leaves while others run
+        ("round_s", np.float64),  # by which plans count, see ``layout.Fleet``
     ],
     align=True,
 )
@@ -293,7 +294,8 @@ def make_state(
     for replica, tokens in enumerate(layout.kv_capacity_tokens):
         blocks = tokens // layout.block_tokens if tokens > 0 else UNLIMITED_BLOCKS
         left = int(layout.watermark * blocks) if tokens > 0 else 0
-        machines[replica] = (layout.clients[replica], blocks, left)
+        round_s = layout.round_s[replica] if layout.round_s else 1.0
+        machines[replica] = (layout.clients[replica], blocks, left, round_s)
     return State(
         cluster=cluster,
         machines=machines,

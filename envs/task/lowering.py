@@ -23,7 +23,7 @@ from servegym.envs.process.reward import write_credits
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.task.cases import Case
-from servegym.envs.task.config import ClusterConfig, TaskConfig
+from servegym.envs.task.config import FullReplica, TaskConfig
 from servegym.envs.vocabulary import (
     ADMISSION_GUARDS,
     ADMISSION_RULES,
@@ -71,7 +71,7 @@ def lower(task: TaskConfig) -> Machine:
     ((1, 4), False)
     """
     cluster, process = task.cluster, task.process
-    layout = _lay_out(cluster)
+    layout = lay_out(task)
     mixed_rules = [name.split(":")[1] for name in task.actions if name.startswith("mixed:")]
     settings = Settings(
         rules=np.array([ADMISSION_RULES.index(rule) for rule in process.rules]),
@@ -85,8 +85,16 @@ def lower(task: TaskConfig) -> Machine:
     return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout)
 
 
-def _lay_out(cluster: ClusterConfig) -> Layout:
-    """Return the replicas as kernels read them."""
+def lay_out(task: TaskConfig) -> Layout:
+    """Return the replicas of a task as kernels and planners read them.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS
+    >>> lay_out(TASKS["servegym/Tiny-v0"]).clients
+    (3,)
+    """
+    cluster = task.cluster
     replicas = cluster.replica_tables()
     return Layout(
         clients=tuple(replica.clients for replica in replicas),
@@ -100,7 +108,18 @@ def _lay_out(cluster: ClusterConfig) -> Layout:
         victim=VICTIMS.index(cluster.preempt),
         guard=ADMISSION_GUARDS.index(cluster.admission_guard),
         one_pass=cluster.mixed == "one-pass",
+        round_s=_full_rounds(task.cost, replicas),
     )
+
+
+def _full_rounds(cost: CostModel, replicas: tuple[FullReplica, ...]) -> tuple[float, ...]:
+    """Return the seconds of each replica's round with all its clients active, without their cache."""
+    if len(replicas) == 1:
+        return ()  # nobody to be faster than
+    with warnings.catch_warnings():  # that a table ends is said where the costs are tabulated
+        warnings.simplefilter("ignore")
+        base_s = _tables(cost, max(replica.clients for replica in replicas)).decode_base_s[0]
+    return tuple(float(base_s[replica.clients]) / replica.speed for replica in replicas)
 
 
 def _tabulate(task: TaskConfig, layout: Layout) -> CostTables:
@@ -137,7 +156,7 @@ def bound_case(machine: Machine, requests: Requests) -> Case:
 def make_task_state(task: TaskConfig, environments: int, requests: int) -> State:
     """Allocate the state of ``environments`` episodes of ``task``, of up to ``requests`` each."""
     known = task.information.output_lengths == "known"
-    return make_state(environments, requests, _lay_out(task.cluster), lengths_known=known)
+    return make_state(environments, requests, lay_out(task), lengths_known=known)
 
 
 def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | None = None) -> None:
