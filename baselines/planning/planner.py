@@ -325,15 +325,15 @@ def _certify(
     solver: str,
     started: float,
 ) -> CertifiedPlan:
-    plan = _plan_of(problem, client_of)
-    load = problem.servers.span(plan.loads(problem.rounds))
+    plan = _plan_of(problem, served, client_of)
+    loads = np.bincount(client_of, weights=problem.rounds, minlength=problem.clients)
+    load = problem.servers.span(loads.astype(np.int64))
     unit = "rounds" if problem.servers.equally_fast else "s"
-    seconds = time.perf_counter() - started
-    return CertifiedPlan(Plan(served[plan.order], plan.offsets), load, bound, solver, seconds, unit)
+    return CertifiedPlan(plan, load, bound, solver, time.perf_counter() - started, unit)
 
 
-def _plan_of(problem: _Problem, client_of: NDArray[np.int64]) -> Plan:
-    """Queue every client's requests longest first, ties by id."""
+def _plan_of(problem: _Problem, served: NDArray[np.int64], client_of: NDArray[np.int64]) -> Plan:
+    """Queue every client's requests longest first, ties by id; write who is without rounds to clients."""
     rounds, servers = problem.rounds, problem.servers
     held = np.bincount(client_of[client_of >= 0], minlength=servers.clients)
     unplaced = np.flatnonzero(client_of < 0)
@@ -347,7 +347,7 @@ def _plan_of(problem: _Problem, client_of: NDArray[np.int64]) -> Plan:
         client_of[unplaced] = np.resize(np.argsort(held, kind="stable"), len(unplaced))
     order = np.lexsort((-rounds, client_of))
     held = np.bincount(client_of, minlength=servers.clients)
-    return Plan(order, np.concatenate(([0], np.cumsum(held))))
+    return Plan(served[order], np.concatenate(([0], np.cumsum(held))))
 
 
 def _checked_rounds(rounds: NDArray[np.int64]) -> NDArray[np.int64]:

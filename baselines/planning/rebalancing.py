@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.baselines.planning.servers import Servers
-from servegym.envs.jit import allocating_kernel
+from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.simulator.heap import deal, deal_by_time
 
 # numpy's integers stand where int is written; numba converts, the checker does not.
@@ -40,7 +40,10 @@ PARTNERS: Final = 4
 
 
 class Loads(NamedTuple):
-    """Which client holds which request, as linked lists, with the walk's scratch space."""
+    """Which client holds which request, as linked lists, with the walk's scratch space.
+
+    Twelve arrays: with a thirteenth, a compiled move took half as long again.
+    """
 
     rounds: Whole  # (requests,) decode rounds
     first: Whole  # (clients,) a request of each client, −1: none
@@ -49,9 +52,8 @@ class Loads(NamedTuple):
     target: Whole  # (clients,) decode rounds that each should have at most
     needs: Whole  # (requests,) tokens
     holds: Whole  # (clients,) most tokens of a request there
-    over: Whole  # (clients,) the clients above their targets, then unused places
-    place: Whole  # (clients,) where each of them stands in ``over``, −1: nowhere
-    overloaded: Whole  # (1,) how many clients are above their targets
+    over: Whole  # (clients + 1,) how many clients are above their targets, these, unused places
+    place: Whole  # (clients,) where each of them stands in ``over``, 0: nowhere
     pool: Whole  # (requests,) scratch: the requests of a pair
     mine: NDArray[np.bool_]  # (requests,) scratch: which of the pool go to the pair's first client
     reach: NDArray[np.uint64]  # (MAX_FREE + 1, words) scratch: bit s of row k is set if some of the
@@ -93,9 +95,8 @@ def longest_first(rounds: Whole, servers: Servers) -> Loads:
         target=np.zeros(clients, dtype=np.int64),
         needs=servers.needs,
         holds=servers.holds,
-        over=np.zeros(clients, dtype=np.int64),
-        place=np.full(clients, -1),
-        overloaded=np.zeros(1, dtype=np.int64),
+        over=np.zeros(clients + 1, dtype=np.int64),
+        place=np.zeros(clients, dtype=np.int64),
         pool=np.zeros(len(rounds), dtype=np.int64),
         mine=np.zeros(len(rounds), dtype=np.bool_),
         reach=np.zeros((MAX_FREE + 1, words), dtype=np.uint64),
@@ -117,27 +118,27 @@ def _hold(
 @allocating_kernel
 def set_targets(loads: Loads, targets: Whole) -> None:
     """List the clients whose loads are above their ``targets``, shape (clients,)."""
-    loads.overloaded[0] = 0
+    loads.over[0] = 0
     for client in range(loads.load.size):
         loads.target[client] = targets[client]
-        loads.place[client] = -1
+        loads.place[client] = 0
         _list_if_over(loads, client)
 
 
-@allocating_kernel
+@kernel
 def _list_if_over(loads: Loads, client: int) -> None:
     over = loads.load[client] > loads.target[client]
-    listed = loads.place[client] >= 0
-    if over and not listed:
-        loads.over[loads.overloaded[0]] = client
-        loads.place[client] = loads.overloaded[0]
-        loads.overloaded[0] += 1
-    elif listed and not over:
-        loads.overloaded[0] -= 1
-        moved = loads.over[loads.overloaded[0]]
-        loads.over[loads.place[client]] = moved
-        loads.place[moved] = loads.place[client]
-        loads.place[client] = -1
+    place = loads.place[client]
+    if over and place == 0:
+        loads.over[0] += 1
+        loads.over[loads.over[0]] = client
+        loads.place[client] = loads.over[0]
+    elif place > 0 and not over:
+        moved = loads.over[loads.over[0]]
+        loads.over[0] -= 1
+        loads.over[place] = moved
+        loads.place[moved] = place
+        loads.place[client] = 0
 
 
 @allocating_kernel
@@ -150,10 +151,10 @@ def walk(loads: Loads, tries: int, rng: np.random.Generator) -> int:
     ``set_targets`` first. At least two clients are needed.
     """
     clients = loads.load.size
-    while tries > 0 and loads.overloaded[0] > 0:
+    while tries > 0 and loads.over[0] > 0:
         tries -= 1
         if rng.random() < OVERLOADED_FIRST:
-            one = loads.over[rng.integers(0, loads.overloaded[0])]
+            one = loads.over[1 + rng.integers(0, loads.over[0])]
         else:
             one = rng.integers(0, clients)
         other = _lightest_of_some(loads.load, loads.target, one, rng)
@@ -217,7 +218,7 @@ def _split_anew(loads: Loads, one: int, other: int, rng: np.random.Generator) ->
         _list_if_over(loads, other)
 
 
-@allocating_kernel
+@kernel
 def _pool(loads: Loads, one: int, other: int) -> int:
     """Write the requests of both clients into ``pool``; return how many there are."""
     size = 0
@@ -230,7 +231,7 @@ def _pool(loads: Loads, one: int, other: int) -> int:
     return size
 
 
-@allocating_kernel
+@kernel
 def _bind(loads: Loads, one: int, other: int, size: int) -> int:
     """Move what only one of the pair can hold to the pool's end, marked; return how many are loose."""
     if loads.holds[one] == loads.holds[other]:
@@ -254,7 +255,7 @@ def _shuffle(pool: Whole, size: int, rng: np.random.Generator) -> None:
         pool[last], pool[other] = pool[other], pool[last]
 
 
-@allocating_kernel
+@kernel
 def _deal_rest(
     loads: Loads, one: int, other: int, free: int, loose: int, size: int, unlike: bool
 ) -> int:
@@ -282,7 +283,7 @@ def _deal_rest(
     return ours
 
 
-@allocating_kernel
+@kernel
 def _fill_reach(loads: Loads, free: int, limit: int, shift: int) -> None:
     """Row k + 1 of ``reach`` is row k, or row k moved up by the length of the k-th free request."""
     reach = loads.reach
@@ -305,7 +306,7 @@ def _fill_reach(loads: Loads, free: int, limit: int, shift: int) -> None:
             below = moved
 
 
-@allocating_kernel
+@kernel
 def _highest(row: NDArray[np.uint64], limit: int) -> int:
     """Return the highest bit of ``row`` that is set and ≤ ``limit``, −1 if there is none."""
     word = limit >> 6
@@ -321,7 +322,7 @@ def _highest(row: NDArray[np.uint64], limit: int) -> int:
     return 64 * word + bit
 
 
-@allocating_kernel
+@kernel
 def _mark_share(loads: Loads, free: int, wanted: int, shift: int) -> int:
     """Mark free requests that sum to ``wanted``, a sum that is reached; return their rounds."""
     rounds = 0
@@ -335,7 +336,7 @@ def _mark_share(loads: Loads, free: int, wanted: int, shift: int) -> int:
     return rounds
 
 
-@allocating_kernel
+@kernel
 def _hand_out(loads: Loads, one: int, other: int, size: int) -> None:
     """Link the marked requests of the pool to ``one``, the others to ``other``."""
     for client in (one, other):

@@ -78,7 +78,7 @@ class Walk:
         if len(self._loads.load) < 2:
             tries = 0  # no pair to split
         portion = 64
-        while tries > 0 and self._loads.overloaded[0] > 0 and time.perf_counter() < self._deadline:
+        while tries > 0 and self._loads.over[0] > 0 and time.perf_counter() < self._deadline:
             started = time.perf_counter()
             portion = min(portion, tries)
             tries += walk(self._loads, portion, self._rng) - portion
@@ -86,7 +86,7 @@ class Walk:
                 portion *= 2
         if self._servers.span(self._loads.load) < self.best:
             self._keep()
-        return self._loads.overloaded[0] == 0
+        return bool(self._loads.over[0] == 0)
 
     def kick(self) -> None:
         """Disturb the loads before another ``aim``; the best plan is kept."""

@@ -69,21 +69,8 @@ def load(
     if plan is not None:
         _enqueue_plan(state, e, plan.order, plan.offsets)
     elif state.queues.shape[1] == 1 or state.cluster[0].router == ROUTE_PLAN:
-        if _are_alike(state):
-            plan_greedily(state, e)
-        else:
+        if not plan_alike(state, e):
             _plan_by_time(state, e)
-
-
-def _are_alike(state: State) -> bool:
-    """Whether every replica is equally fast and holds every request."""
-    machines = state.machines
-    if machines[0].blocks != UNLIMITED_BLOCKS:
-        return False
-    if len(machines) == 1:
-        return True
-    unlimited = (machines.blocks == UNLIMITED_BLOCKS).all()
-    return bool(unlimited and (machines.round_s == machines.round_s[0]).all())
 
 
 def _plan_by_time(state: State, e: int) -> None:
@@ -194,8 +181,16 @@ def _enqueue_plan(
 
 
 @allocating_kernel
-def plan_greedily(state: State, e: int) -> None:
-    """Queue the requests present at t = 0 longest first, as ``deal`` says."""
+def plan_alike(state: State, e: int) -> bool:
+    """Queue the requests present at t = 0 longest first, as ``deal`` says.
+
+    Returns whether clients are alike: equally fast, without a limit of memory. Else nothing is done.
+    """
+    for r in range(state.machines.size):
+        if state.machines[r].blocks != UNLIMITED_BLOCKS:
+            return False
+        if state.machines[r].round_s != state.machines[0].round_s:
+            return False
     requests = state.episodes[e].requests
     order = np.empty(requests, np.int64)
     rounds = np.empty(requests, np.int64)
@@ -216,3 +211,4 @@ def plan_greedily(state: State, e: int) -> None:
             client -= state.machines[r].clients
             r += 1
         enqueue(state, e, r, client, order[place])
+    return True
