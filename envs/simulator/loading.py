@@ -69,15 +69,17 @@ def load(
     if plan is not None:
         _enqueue_plan(state, e, plan.order, plan.offsets)
     elif state.queues.shape[1] == 1 or state.cluster[0].router == ROUTE_PLAN:
-        if not plan_alike(state, e):
-            _plan_by_time(state, e)
+        _plan_greedily(state, e)
+
+
+def _plan_greedily(state: State, e: int) -> None:
+    """Queue the requests present at t = 0 longest first."""
+    if not plan_alike(state, e):
+        _plan_by_time(state, e)
 
 
 def _plan_by_time(state: State, e: int) -> None:
-    """Queue the requests present at t = 0 longest first, as ``deal_by_time`` says.
-
-    One that is expected to be larger than any memory is not planned.
-    """
+    """Queue them as ``deal_by_time`` says, but for those that are expected to fit into no memory."""
     by_length = state.by_length[e, : state.episodes[e].requests][::-1].astype(np.int64)
     order = by_length[state.times[e].arrival_s[by_length] == 0]
     rounds = state.requests[e].expected_rounds[order].astype(np.int64)
@@ -182,9 +184,9 @@ def _enqueue_plan(
 
 @allocating_kernel
 def plan_alike(state: State, e: int) -> bool:
-    """Queue the requests present at t = 0 longest first, as ``deal`` says.
+    """Queue them as ``deal`` says if clients are alike: equally fast, without a limit of memory.
 
-    Returns whether clients are alike: equally fast, without a limit of memory. Else nothing is done.
+    Returns whether they are; else nothing is done.
     """
     for r in range(state.machines.size):
         if state.machines[r].blocks != UNLIMITED_BLOCKS:
