@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from servegym.envs.simulator.state import (
     RecordArray,
     State,
 )
-from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.config import InformationConfig, TaskConfig
 from servegym.envs.vocabulary import ROLE_PREFILL, STEALS
 from tests.against_cluster import cluster_task
 from tests.random_clusters import ClusterCase, random_case
@@ -40,6 +40,11 @@ from tests.reference_cluster import ClusterSpec
 
 MANY_STEPS = 20_000
 """More decisions than any episode of a random case has that comes to an end."""
+
+
+def informed(lengths: str) -> InformationConfig:
+    """What a scheduler knows of output lengths: known, predicted or unknown."""
+    return InformationConfig(output_lengths=cast(Any, lengths))
 
 
 def shared_case(rng: np.random.Generator, **settings: Any) -> ClusterCase:
@@ -158,7 +163,8 @@ def recount(state: State) -> None:
     arrived[new] = False
     assert episode.arrived == arrived.sum()
     assert episode.arrived_rounds == requests.expected_rounds[arrived].sum()
-    assert episode.served_rounds == sum(_served_rounds(state, i) for i in np.flatnonzero(arrived))
+    served = [_served_rounds(state, int(i)) for i in np.flatnonzero(arrived)]
+    assert episode.served_rounds == sum(served)
     _recount_plans(state, {i for seen, _ in queues for i in seen})
 
 

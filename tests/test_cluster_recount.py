@@ -14,6 +14,7 @@ from servegym.envs.simulator.state import LANDED, State
 from servegym.envs.task.config import InformationConfig
 from servegym.envs.vocabulary import ADMISSION_RULES, MOVES, OBSERVATION_BLOCKS, ROUTERS
 from tests.cluster_helpers import (
+    informed,
     play_any,
     play_eagerly,
     recount,
@@ -86,9 +87,9 @@ def test_thefts_meet_every_kind_of_transfer(lengths: str) -> None:
         case = stealing_case(rng, dyadic=bool(seed % 2))
         known = requests_of(case)
         expected = np.maximum(known.output_tokens // rng.integers(1, 4, len(known)), 1)
-        spec = replace(case.spec, move_by=MOVES[seed % 2])
+        spec = replace(case.spec, move_by=tuple(MOVES)[seed % 2])
         task = task_of(spec, mixed_rules=ADMISSION_RULES)
-        env = ServingEnv(replace(task, information=InformationConfig(output_lengths=lengths)))
+        env = ServingEnv(replace(task, information=informed(lengths)))
         requests = requests_of(case, expected.tolist())
         env.reset(options={"requests": known if lengths == "known" else requests})
         watched(env, rng, "steal", look)

@@ -4,6 +4,9 @@ Longest-first loads are evened out by exact splits of pairs (``rebalancing``). M
 load meets the bound of area and pigeonhole within milliseconds, which proves it optimal. Where it
 does not, pricing raises the bound (``pattern_bound``) while the walk goes on, until load and bound
 meet or the time is up.
+
+Clients that differ in speed or memory (a ``Fleet``) are planned so that the last one ends as early as can
+be; loads are then in seconds, the bound is that of ``span_bound``, and nothing is priced.
 """
 
 from __future__ import annotations
@@ -21,9 +24,12 @@ from numpy.typing import NDArray
 from servegym.baselines.planning.knapsack import Knapsack
 from servegym.baselines.planning.milp import solve_mip
 from servegym.baselines.planning.pattern_bound import PatternBound
+from servegym.baselines.planning.servers import Servers
+from servegym.baselines.planning.span_bound import span_lower_bound
 from servegym.baselines.planning.walk import Walk, load_walk
-from servegym.envs.bounds.rounds import rounds_lower_bound
 from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.machine.layout import Fleet
+from servegym.envs.simulator.heap import deal_by_number
 from servegym.envs.task.cluster import MAX_CLIENTS
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import MAX_TOKENS
@@ -55,10 +61,11 @@ class CertifiedPlan:
     """
 
     plan: Plan
-    load: int  # decode rounds of the busiest client
-    lower_bound: int  # decode rounds; no plan has a smaller load
+    load: float  # of the client that ends last: whole rounds, or seconds where speeds differ
+    lower_bound: float  # in the same unit; no plan has a smaller load
     solver: str
-    seconds: float
+    seconds: float  # of the search
+    unit: str = "rounds"  # or s
 
     def __post_init__(self) -> None:
         if not 0 <= self.lower_bound <= self.load:
@@ -81,7 +88,7 @@ class CertifiedPlan:
     def summary(self) -> str:
         """Return load, bound, status, gap, time and solver in one line."""
         return (
-            f"load {self.load} rounds, lower bound {self.lower_bound}, {self.status} "
+            f"load {self.load} {self.unit}, lower bound {self.lower_bound}, {self.status} "
             f"(gap {self.gap:.3%}), {self.seconds:.3f} s, solver {self.solver}"
         )
 
@@ -91,7 +98,7 @@ class _Problem:
     """What a solver is given."""
 
     rounds: NDArray[np.int64]  # (requests,) ≥ 0
-    clients: int
+    servers: Servers
     deadline: float  # reading of time.perf_counter
     rng: np.random.Generator
 
@@ -99,20 +106,25 @@ class _Problem:
     def time_left_s(self) -> float:
         return max(0.0, self.deadline - time.perf_counter())
 
-    def bound(self) -> int:
-        return rounds_lower_bound(self.rounds, self.clients)
+    @property
+    def clients(self) -> int:
+        return self.servers.clients
+
+    def bound(self) -> float:
+        return span_lower_bound(self.rounds, self.servers)
 
     def walk(self) -> Walk:
-        return Walk(self.rounds, self.clients, self.rng, self.deadline)
+        return Walk(self.rounds, self.servers, self.rng, self.deadline)
 
 
-_Found = tuple[NDArray[np.int64], int]  # client of each request, −1: any; a lower bound
+_Found = tuple[NDArray[np.int64], float]  # client of each request, −1: any; a lower bound
 
 
 def plan_offline(
     rounds: NDArray[np.int64],
-    clients: int,
+    clients: int | Fleet,
     *,
+    tokens: NDArray[np.int64] | None = None,
     time_limit_s: float = 1.0,
     solver: str = "rebalance",
     seed: int = 0,
@@ -127,7 +139,10 @@ def plan_offline(
     rounds
         Decode rounds of each request, shape (requests,), 0 … ``MAX_TOKENS``.
     clients
-        Number of clients, 1 … ``MAX_CLIENTS``.
+        Number of clients, 1 … ``MAX_CLIENTS``, or what they are (``lay_out(task).fleet()``).
+    tokens
+        Prompt and output tokens of each request, shape (requests,). A client whose memory is smaller does
+        not get it; a request that fits nowhere is in no queue. None: memory does not limit.
     time_limit_s
         Seconds, > 0. The solvers of ``milp`` may overrun it while they set up.
     solver
@@ -153,18 +168,18 @@ def plan_offline(
         raise unknown("solver", solver, SOLVERS)
     if not (math.isfinite(time_limit_s) and time_limit_s > 0):
         raise ServegymError(f"the time limit must be > 0 seconds, got {time_limit_s}")
-    problem = _Problem(
-        _checked_rounds(rounds),
-        _checked_clients(clients),
-        started + time_limit_s,
-        _generator(seed),
-    )
+    served, problem = _pose(rounds, clients, tokens, started + time_limit_s, seed)
     client_of, lower_bound = SOLVERS[solver](problem)
-    return _certify(problem, client_of, lower_bound, solver, started)
+    return _certify(problem, served, client_of, lower_bound, solver, started)
 
 
 def rebalanced_plan(
-    rounds: NDArray[np.int64], clients: int, *, tries: int = FIRST_TRIES, seed: int = 0
+    rounds: NDArray[np.int64],
+    clients: int | Fleet,
+    *,
+    tokens: NDArray[np.int64] | None = None,
+    tries: int = FIRST_TRIES,
+    seed: int = 0,
 ) -> CertifiedPlan:
     """Plan by a fixed number of moves of the walk, whatever the clock says.
 
@@ -174,13 +189,11 @@ def rebalanced_plan(
     started = time.perf_counter()
     if tries < 0:
         raise ServegymError(f"tries must be ≥ 0, got {tries}")
-    problem = _Problem(
-        _checked_rounds(rounds), _checked_clients(clients), math.inf, _generator(seed)
-    )
+    served, problem = _pose(rounds, clients, tokens, math.inf, seed)
     bound = problem.bound()
     walk = problem.walk()
     walk.aim(bound, tries)
-    return _certify(problem, walk.client_of(), bound, "rebalance", started)
+    return _certify(problem, served, walk.client_of(), bound, "rebalance", started)
 
 
 @cache
@@ -206,16 +219,29 @@ def _rebalance(problem: _Problem) -> _Found:
     return walk.client_of(), bound
 
 
-def _close_gap(problem: _Problem, walk: Walk, bound: int) -> int:
+def _close_gap(problem: _Problem, walk: Walk, bound: float) -> float:
     """Lower the load and raise the bound in turn until they meet; return the bound."""
+    if not problem.servers.are_alike:
+        _lower_load(problem, walk, bound)
+        return bound
     prices = PatternBound(problem.rounds, problem.clients)
     while bound < walk.best and problem.time_left_s > 0:
         if walk.aim(walk.best - 1, TRIES_A_CLIENT * problem.clients):
             continue
         prices.learn(problem.rounds, walk.client_of())
-        bound = prices.raise_bound(bound, walk.best, problem.deadline)
+        bound = prices.raise_bound(int(bound), int(walk.best), problem.deadline)
         walk.kick()
     return bound
+
+
+def _lower_load(problem: _Problem, walk: Walk, bound: float) -> None:
+    """Lower the load until it meets the bound or the time is up: by half the gap, else by anything."""
+    tries = TRIES_A_CLIENT * problem.clients
+    while bound < walk.best and problem.time_left_s > 0:
+        halfway, least = bound + (walk.best - bound) / 2, problem.servers.before(walk.best)
+        if not walk.aim(min(halfway, least), tries):
+            walk.kick()
+            walk.aim(least, tries)
 
 
 def _milp(problem: _Problem) -> _Found:
@@ -226,7 +252,7 @@ def _milp(problem: _Problem) -> _Found:
 
 
 def _solve_from(
-    problem: _Problem, client_of: NDArray[np.int64], bound: int, *, break_symmetry: bool = False
+    problem: _Problem, client_of: NDArray[np.int64], bound: float, *, break_symmetry: bool = False
 ) -> _Found:
     """Improve a plan by the mixed-integer program; requests without rounds stay out of it."""
     positive = np.flatnonzero(problem.rounds)
@@ -234,7 +260,7 @@ def _solve_from(
         return client_of, 0
     found = solve_mip(
         problem.rounds[positive],
-        problem.clients,
+        problem.servers.only(positive),
         time_limit_s=problem.time_left_s,
         start=client_of[positive],
         lower_bound=bound,
@@ -250,7 +276,8 @@ def _milp_cold(problem: _Problem) -> _Found:
     client_of = np.full(len(problem.rounds), -1)
     if len(positive) == 0:
         return client_of, 0
-    found = solve_mip(problem.rounds[positive], problem.clients, time_limit_s=problem.time_left_s)
+    servers = problem.servers.only(positive)
+    found = solve_mip(problem.rounds[positive], servers, time_limit_s=problem.time_left_s)
     if found.client_of is None:
         raise ServegymError(
             "milp-cold found no plan in time; give it more, or take the solver 'rebalance'"
@@ -267,23 +294,60 @@ SOLVERS: Final[dict[str, Callable[[_Problem], _Found]]] = {
 }
 
 
+def _pose(
+    rounds: NDArray[np.int64],
+    clients: int | Fleet,
+    tokens: NDArray[np.int64] | None,
+    deadline: float,
+    seed: int,
+) -> tuple[NDArray[np.int64], _Problem]:
+    """Check the arguments; return the ids of the requests that fit somewhere, and their problem."""
+    rounds = _checked_rounds(rounds)
+    if not isinstance(clients, Fleet):
+        servers = Servers.alike(_checked_clients(clients), len(rounds))
+        return np.arange(len(rounds)), _Problem(rounds, servers, deadline, _generator(seed))
+    _checked_clients(len(clients.round_s))
+    needs = np.zeros_like(rounds) if tokens is None else np.asarray(tokens)
+    if needs.shape != rounds.shape:
+        raise ServegymError(
+            f"tokens must have the shape of rounds, {rounds.shape}, got {needs.shape}"
+        )
+    served = np.flatnonzero(needs <= clients.tokens.max())
+    servers = Servers.of(clients, needs[served])
+    return served, _Problem(rounds[served], servers, deadline, _generator(seed))
+
+
 def _certify(
-    problem: _Problem, client_of: NDArray[np.int64], bound: int, solver: str, started: float
+    problem: _Problem,
+    served: NDArray[np.int64],
+    client_of: NDArray[np.int64],
+    bound: float,
+    solver: str,
+    started: float,
 ) -> CertifiedPlan:
-    plan = _plan_of(problem.rounds, client_of, problem.clients)
-    load = int(plan.loads(problem.rounds).max())
-    return CertifiedPlan(plan, load, bound, solver, time.perf_counter() - started)
+    plan = _plan_of(problem, served, client_of)
+    loads = np.bincount(client_of, weights=problem.rounds, minlength=problem.clients)
+    load = problem.servers.span(loads.astype(np.int64))
+    unit = "rounds" if problem.servers.equally_fast else "s"
+    return CertifiedPlan(plan, load, bound, solver, time.perf_counter() - started, unit)
 
 
-def _plan_of(rounds: NDArray[np.int64], client_of: NDArray[np.int64], clients: int) -> Plan:
-    """Queue every client's requests longest first, ties by id."""
-    held = np.bincount(client_of[client_of >= 0], minlength=clients)
+def _plan_of(problem: _Problem, served: NDArray[np.int64], client_of: NDArray[np.int64]) -> Plan:
+    """Queue every client's requests longest first, ties by id; write who is without rounds to clients."""
+    rounds, servers = problem.rounds, problem.servers
+    held = np.bincount(client_of[client_of >= 0], minlength=servers.clients)
     unplaced = np.flatnonzero(client_of < 0)
     # Requests without rounds are dealt round robin, the shortest queue first.
-    client_of[unplaced] = np.resize(np.argsort(held, kind="stable"), len(unplaced))
+    if servers.limited:
+        nothing, dealt = np.zeros(len(unplaced), np.int64), client_of[unplaced]
+        alike = np.zeros(servers.clients)
+        deal_by_number(nothing, servers.needs[unplaced], servers.holds, held, alike, dealt)
+        client_of[unplaced] = dealt
+    else:
+        client_of[unplaced] = np.resize(np.argsort(held, kind="stable"), len(unplaced))
     order = np.lexsort((-rounds, client_of))
-    held = np.bincount(client_of, minlength=clients)
-    return Plan(order, np.concatenate(([0], np.cumsum(held))))
+    held = np.bincount(client_of, minlength=servers.clients)
+    return Plan(served[order], np.concatenate(([0], np.cumsum(held))))
 
 
 def _checked_rounds(rounds: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -19,9 +19,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.baselines.planning.servers import Servers
 from servegym.envs.errors import ServegymError
 from servegym.envs.jit import allocating_kernel, kernel
-from servegym.envs.simulator.heap import deal
+from servegym.envs.machine.layout import Fleet
+from servegym.envs.simulator.heap import deal, deal_by_time
 from servegym.envs.workload.plan import Plan, plan_from_queues
 from servegym.envs.workload.requests import MAX_TOKENS, Requests
 
@@ -29,6 +31,7 @@ from servegym.envs.workload.requests import MAX_TOKENS, Requests
 # mypy: disable-error-code="arg-type,assignment,return-value"
 
 Whole = NDArray[np.int64]
+Seconds = NDArray[np.float64]
 
 MOVES_PER_REQUEST: Final = 100
 """Moves tried for each request; more gain less than another draw of scenarios changes."""
@@ -42,6 +45,8 @@ _NOBODY: Final = -1
 @dataclass(frozen=True, eq=False)
 class SampledPlan:
     """A plan and the mean over its own scenarios of the largest load, in decode rounds.
+
+    Where clients differ in speed, both are in seconds, whatever the name says.
 
     The mean is too low: the plan was fitted to these scenarios. ``mean_largest_load`` on other
     scenarios is unbiased.
@@ -64,13 +69,18 @@ def sample_rounds(requests: Requests, scenarios: int, rng: np.random.Generator) 
     return np.clip(np.rint(tokens), 1, MAX_TOKENS).astype(np.int64) - 1
 
 
-def mean_largest_load(plan: Plan, rounds: Whole) -> float:
-    """Return the mean over scenarios of the largest client load, ``rounds`` (scenarios, requests)."""
-    return float(np.mean([plan.loads(scenario).max() for scenario in rounds]))
+def mean_largest_load(plan: Plan, rounds: Whole, fleet: Fleet | None = None) -> float:
+    """Return the mean over scenarios of the largest client load, ``rounds`` (scenarios, requests).
+
+    In rounds, or in seconds where the clients of ``fleet`` differ in speed.
+    """
+    nothing = np.zeros(rounds.shape[1], np.int64)
+    servers = Servers.alike(plan.clients, 0) if fleet is None else Servers.of(fleet, nothing)
+    return float(np.mean([servers.span(plan.loads(scenario)) for scenario in rounds]))
 
 
 def plan_by_samples(
-    requests: Requests, clients: int, rounds: Whole, rng: np.random.Generator
+    requests: Requests, clients: int | Fleet, rounds: Whole, rng: np.random.Generator
 ) -> SampledPlan:
     """Plan the requests so that the mean largest load over scenarios is small.
 
@@ -79,7 +89,7 @@ def plan_by_samples(
     requests
         The requests to plan. A client serves its own longest first, by their predictions.
     clients
-        Number of clients, ≥ 1.
+        Number of clients, ≥ 1, or what they are. A request goes where it is expected to fit, or nowhere.
     rounds
         The scenarios' decode rounds, shape (scenarios, requests).
     rng
@@ -90,24 +100,35 @@ def plan_by_samples(
     ServegymError
         If there is no client, no scenario, or the scenarios are of other requests.
     """
-    if clients < 1:
+    if isinstance(clients, int) and clients < 1:
         raise ServegymError(f"clients must be ≥ 1, got {clients}")
     if rounds.ndim != 2 or len(rounds) == 0 or rounds.shape[1] != len(requests):
         raise ServegymError(f"scenarios must have shape (any, {len(requests)}), got {rounds.shape}")
     expected = requests.predicted_output_tokens - 1
     order = np.argsort(-expected, kind="stable")
-    queues = _deal(expected, order, clients)
+    if isinstance(clients, int):
+        servers = Servers.alike(clients, len(requests))
+    else:
+        needs = requests.prompt_tokens + requests.predicted_output_tokens
+        order = order[needs[order] <= clients.tokens.max()]
+        servers = Servers.of(clients, needs)
+    round_s, needs, holds = servers.round_s, servers.needs, servers.holds
+    if servers.are_alike:
+        client_of = deal(expected[order], servers.clients)
+    else:
+        client_of = deal_by_time(expected[order], needs[order], round_s, holds)
+    queues = _line_up(order, client_of, servers.clients)
     loads = _loads(queues, rounds)
-    if clients > 1:
-        _improve(queues, rounds, loads, MOVES_PER_REQUEST * len(requests), rng)
+    if servers.clients > 1:
+        moves = MOVES_PER_REQUEST * len(requests)
+        _improve(queues, rounds, loads, round_s, needs, holds, moves, rng)
     kept = [sorted(queue[queue != _NOBODY], key=lambda i: (-expected[i], i)) for queue in queues]
-    return SampledPlan(plan_from_queues(kept), float(loads.max(axis=1).mean()))
+    return SampledPlan(plan_from_queues(kept), float((loads * round_s).max(axis=1).mean()))
 
 
 @allocating_kernel
-def _deal(rounds: Whole, order: Whole, clients: int) -> Whole:
-    """Deal requests in ``order``; return the queues (clients, places)."""
-    client_of = deal(rounds[order], clients)
+def _line_up(order: Whole, client_of: Whole, clients: int) -> Whole:
+    """Return the queues (clients, places) of requests dealt in ``order``, with places to spare."""
     count = np.bincount(client_of, minlength=clients)
     queues = np.full((clients, count.max() + _SPARE_PLACES), _NOBODY)
     count[:] = 0
@@ -131,13 +152,15 @@ def _loads(queues: Whole, rounds: Whole) -> Whole:
 
 
 @kernel
-def _find_largest(load: Whole, largest: Whole) -> None:
+def _find_largest(load: Whole, round_s: Seconds, largest: Whole) -> None:
     """Write the clients of the (up to) three largest loads, the largest first."""
     largest[:] = _NOBODY
     for client in range(load.size):
         place = largest.size
+        end_s = load[client] * round_s[client]
         while place > 0 and (
-            largest[place - 1] == _NOBODY or load[largest[place - 1]] < load[client]
+            largest[place - 1] == _NOBODY
+            or load[largest[place - 1]] * round_s[largest[place - 1]] < end_s
         ):
             if place < largest.size:
                 largest[place] = largest[place - 1]
@@ -147,23 +170,35 @@ def _find_largest(load: Whole, largest: Whole) -> None:
 
 
 @kernel
-def _largest_without(load: Whole, largest: Whole, a: int, b: int) -> int:
+def _largest_without(load: Whole, round_s: Seconds, largest: Whole, a: int, b: int) -> float:
     """Return the largest load of any client but two; 0 without others."""
     for client in largest:
         if client not in (a, b, _NOBODY):
-            return load[client]
-    return 0
+            return load[client] * round_s[client]
+    return 0.0
+
+
+@kernel
+def _may_hold(client: int, i: int, needs: Whole, holds: Whole) -> bool:
+    return i == _NOBODY or needs[i] <= holds[client]
 
 
 @allocating_kernel
 def _improve(
-    queues: Whole, rounds: Whole, loads: Whole, moves: int, rng: np.random.Generator
+    queues: Whole,
+    rounds: Whole,
+    loads: Whole,
+    round_s: Seconds,
+    needs: Whole,
+    holds: Whole,
+    moves: int,
+    rng: np.random.Generator,
 ) -> None:
     """Swap and move requests in place as long as the sum of the largest loads falls."""
     scenarios, clients = loads.shape
     largest = np.empty((scenarios, 3), np.int64)
     for s in range(scenarios):
-        _find_largest(loads[s], largest[s])
+        _find_largest(loads[s], round_s, largest[s])
     for _ in range(moves):
         a = largest[int(rng.random() * scenarios), 0]
         b = int(rng.random() * clients)
@@ -172,12 +207,15 @@ def _improve(
         i, k = queues[a, place_a], queues[b, place_b]
         if a == b or i == _NOBODY:
             continue
-        gain = 0
+        if not (_may_hold(a, k, needs, holds) and _may_hold(b, i, needs, holds)):
+            continue
+        gain = 0.0
         for s in range(scenarios):
             shift = rounds[s, i] - (rounds[s, k] if k != _NOBODY else 0)
-            then = max(loads[s, a] - shift, loads[s, b] + shift)
-            others = _largest_without(loads[s], largest[s], a, b)
-            gain += loads[s, largest[s, 0]] - max(then, others)
+            then = max((loads[s, a] - shift) * round_s[a], (loads[s, b] + shift) * round_s[b])
+            others = _largest_without(loads[s], round_s, largest[s], a, b)
+            most = largest[s, 0]
+            gain += loads[s, most] * round_s[most] - max(then, others)
         if gain <= 0:
             continue
         queues[a, place_a], queues[b, place_b] = k, i
@@ -185,4 +223,4 @@ def _improve(
             shift = rounds[s, i] - (rounds[s, k] if k != _NOBODY else 0)
             loads[s, a] -= shift
             loads[s, b] += shift
-            _find_largest(loads[s], largest[s])
+            _find_largest(loads[s], round_s, largest[s])

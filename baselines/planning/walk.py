@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from servegym.baselines.planning.rebalancing import (
     kick,
     longest_first,
-    set_target,
+    set_targets,
     walk,
     write_clients,
 )
+from servegym.baselines.planning.servers import Servers
 
 KICKED_PAIRS: Final = 2
 """Pairs of clients that a kick disturbs."""
@@ -25,9 +26,10 @@ PORTION_S: Final = 0.002
 
 def load_walk() -> None:
     """Compile the kernels or load them from disk, once, on an instance that needs them all."""
-    loads = longest_first(np.array([5, 4, 3, 3, 3]), 2)  # 10 and 8; 9 and 9 is possible
-    set_target(loads, 9)
-    walk(loads, 9, 100, np.random.default_rng(0))
+    rounds = np.array([5, 4, 3, 3, 3])  # longest first 10 and 8; 9 and 9 is possible
+    loads = longest_first(rounds, Servers.alike(2, 5))
+    set_targets(loads, np.array([9, 9]))
+    walk(loads, 100, np.random.default_rng(0))
     kick(loads, 1, np.random.default_rng(0))
     write_clients(loads, np.zeros(5, dtype=np.int64))
 
@@ -40,7 +42,7 @@ class Walk:
     rounds
         Decode rounds of each request, shape (requests,), ≥ 0.
     clients
-        Number of clients, ≥ 1.
+        Number of clients, ≥ 1, or what they are.
     rng
         Chooses the moves.
     deadline
@@ -50,11 +52,14 @@ class Walk:
     def __init__(
         self,
         rounds: NDArray[np.int64],
-        clients: int,
+        clients: int | Servers,
         rng: np.random.Generator,
         deadline: float,
     ) -> None:
-        self._loads = longest_first(rounds, clients)
+        if isinstance(clients, int):
+            clients = Servers.alike(clients, len(rounds))
+        self._servers = clients
+        self._loads = longest_first(rounds, self._servers)
         self._rng = rng
         self._deadline = deadline
         self._client_of = np.full(len(rounds), -1)
@@ -64,29 +69,29 @@ class Walk:
         """Client of each request in the best plan, shape (requests,); −1 without rounds."""
         return self._client_of
 
-    def aim(self, target: int, tries: int) -> bool:
-        """Walk until no load is above ``target`` or the tries or the time are used up.
+    def aim(self, target: float, tries: int) -> bool:
+        """Walk until all ends are within the span ``target``, or the tries or the time are used up.
 
         Returns whether the target was met. The result does not depend on how the tries are portioned.
         """
-        set_target(self._loads, target)
+        set_targets(self._loads, self._servers.limits(target))
         if len(self._loads.load) < 2:
             tries = 0  # no pair to split
         portion = 64
-        while tries > 0 and self._loads.overloaded[0] > 0 and time.perf_counter() < self._deadline:
+        while tries > 0 and self._loads.over[0] > 0 and time.perf_counter() < self._deadline:
             started = time.perf_counter()
             portion = min(portion, tries)
-            tries += walk(self._loads, target, portion, self._rng) - portion
+            tries += walk(self._loads, portion, self._rng) - portion
             if time.perf_counter() - started < PORTION_S:
                 portion *= 2
-        if self._loads.load.max() < self.best:
+        if self._servers.span(self._loads.load) < self.best:
             self._keep()
-        return self._loads.overloaded[0] == 0
+        return bool(self._loads.over[0] == 0)
 
     def kick(self) -> None:
         """Disturb the loads before another ``aim``; the best plan is kept."""
         kick(self._loads, KICKED_PAIRS, self._rng)
 
     def _keep(self) -> None:
-        self.best = int(self._loads.load.max())
+        self.best = self._servers.span(self._loads.load)
         write_clients(self._loads, self._client_of)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from servegym.baselines.planning.planner import rebalanced_plan
 from servegym.baselines.planning.sampled import plan_by_samples, sample_rounds
 from servegym.envs.playing.policy import Briefing
+from servegym.envs.task.lowering import lay_out
 from servegym.envs.workload.comparison import standard_deviations
 from servegym.envs.workload.plan import Plan, plan_from_queues
 from servegym.envs.workload.requests import MAX_TOKENS, Requests
@@ -20,7 +22,7 @@ Planner = Callable[[Requests, Briefing], Plan]
 def plan_expected(requests: Requests, briefing: Briefing) -> Plan:
     """Make the largest load as small as can be, by expected lengths (paper, section IV.B)."""
     # By moves, not by the clock: the same episode on every machine.
-    return rebalanced_plan(requests.decode_rounds, briefing.task.cluster.all_clients).plan
+    return _plan(requests.decode_rounds, requests, briefing)
 
 
 def plan_at_risk(requests: Requests, briefing: Briefing, deviations: float) -> Plan:
@@ -28,14 +30,21 @@ def plan_at_risk(requests: Requests, briefing: Briefing, deviations: float) -> P
     longer = deviations * standard_deviations(requests)
     rounds = requests.decode_rounds + np.rint(np.minimum(longer, MAX_TOKENS)).astype(np.int64)
     rounds = np.minimum(rounds, MAX_TOKENS - 1)
-    return rebalanced_plan(rounds, briefing.task.cluster.all_clients).plan
+    return _plan(rounds, requests, briefing)
+
+
+def _plan(rounds: NDArray[np.int64], requests: Requests, briefing: Briefing) -> Plan:
+    """Plan by these rounds over the clients of all replicas."""
+    fleet = lay_out(briefing.task).fleet()
+    tokens = requests.prompt_tokens + requests.output_tokens
+    return rebalanced_plan(rounds, fleet, tokens=tokens).plan
 
 
 def plan_sampled(requests: Requests, briefing: Briefing, scenarios: int) -> Plan:
     """Plan for a small mean, over sampled scenarios, of the largest load (``planning.sampled``)."""
-    clients, rng = briefing.task.cluster.all_clients, briefing.rng
+    fleet, rng = lay_out(briefing.task).fleet(), briefing.rng
     rounds = sample_rounds(requests, scenarios, rng)
-    return plan_by_samples(requests, clients, rounds, rng).plan
+    return plan_by_samples(requests, fleet, rounds, rng).plan
 
 
 def deal_in_turn(requests: Requests, briefing: Briefing) -> Plan:

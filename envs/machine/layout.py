@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from servegym.envs.vocabulary import GUARD_SGLANG
+
+UNLIMITED_TOKENS: Final = 1 << 60
+"""Tokens of a replica whose memory is not limited."""
+
+
+class Fleet(NamedTuple):
+    """The clients of all replicas, as an offline plan counts them.
+
+    Examples
+    --------
+    >>> Layout((1, 2), (640, 0), block_tokens=16, round_s=(0.5, 0.25)).fleet().round_s
+    array([0.5 , 0.25, 0.25])
+    """
+
+    round_s: NDArray[np.float64]  # (clients,) a decode round with all clients of its replica active
+    tokens: NDArray[np.int64]  # (clients,) most prompt and output tokens of a request there
 
 
 class Layout(NamedTuple):
@@ -33,6 +52,7 @@ class Layout(NamedTuple):
     evicts_to_host: bool = False
     host_latency_s: float = 0.0
     host_token_s: float = 0.0
+    round_s: tuple[float, ...] = ()  # of each replica, see ``Fleet``; (): all take equally long
 
     @property
     def moves(self) -> bool:
@@ -45,6 +65,16 @@ class Layout(NamedTuple):
         """Whether anything depends on memory or chunks of prompts: limit, budget, router, guard."""
         chunks = self.chunk_tokens > 0 or self.guard == GUARD_SGLANG
         return any(self.kv_capacity_tokens) or chunks or len(self.clients) > 1
+
+    def fleet(self) -> Fleet:
+        """Return the clients of all replicas, in order of replica."""
+        length = self.block_tokens
+        tokens = [
+            most // length * length if most > 0 else UNLIMITED_TOKENS
+            for most in self.kv_capacity_tokens
+        ]
+        round_s = self.round_s or (1.0,) * len(self.clients)
+        return Fleet(np.repeat(round_s, self.clients), np.repeat(tokens, self.clients))
 
 
 def one_replica(clients: int) -> Layout:

@@ -1,6 +1,11 @@
-"""The least loaded client, by a heap or a tournament tree; and requests dealt by it. Compiled."""
+"""The least loaded client, by a heap or a tournament tree; and requests dealt by it. Compiled.
+
+``deal`` is for clients that are alike, ``deal_by_time`` for those that differ in speed or in memory.
+"""
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +13,9 @@ from numpy.typing import NDArray
 from servegym.envs.jit import allocating_kernel, kernel
 
 Whole = NDArray[np.int64]
+
+NO_CLIENT: Final = -1
+"""Stands for the client of a request that fits into no client's memory."""
 
 
 @allocating_kernel
@@ -47,6 +55,98 @@ def _deal_evenly(rounds: Whole, load: Whole, held: Whole, client_of: Whole) -> N
             client_of[place] = client
             held[client] += 1
             update_tournament(winner, client, held, load)
+
+
+@allocating_kernel
+def deal_by_time(rounds: Whole, needs: Whole, round_s: NDArray[np.float64], holds: Whole) -> Whole:
+    """Deal requests in their order to the client that would end first; return each request's client.
+
+    A client takes ``round_s`` for each of its rounds and no request that needs more than it ``holds``.
+    ``rounds`` and ``needs`` have shape (requests,), ``round_s`` and ``holds`` (clients,); needs are tokens
+    or blocks. Ties go to the lowest client. A request that no client holds gets ``NO_CLIENT``. Requests
+    without rounds are dealt last, by number, as in ``deal``. Where all clients are alike, so is the result.
+    """
+    runs = _runs_alike(round_s, holds)
+    heap = np.arange(round_s.size)
+    load = np.zeros_like(heap)
+    held = np.zeros_like(heap)
+    client_of = np.full(rounds.size, NO_CLIENT)
+    without_rounds = 0
+    for place in range(rounds.size):
+        if rounds[place] == 0:
+            without_rounds += 1
+            continue
+        best, ends_s = -1, np.inf
+        for run in range(runs.size - 1):
+            client = heap[runs[run]]
+            if holds[client] >= needs[place]:
+                end_s = (load[client] + rounds[place]) * round_s[client]
+                if end_s < ends_s or (end_s == ends_s and client < heap[runs[best]]):
+                    best, ends_s = run, end_s
+        if best >= 0:
+            client = heap[runs[best]]
+            client_of[place] = client
+            load[client] += rounds[place]
+            held[client] += 1
+            sift_down(heap[runs[best] : runs[best + 1]], load)
+    if without_rounds > 0:
+        deal_by_number(rounds, needs, holds, held, load * round_s, client_of)
+    return client_of
+
+
+@allocating_kernel
+def _runs_alike(round_s: NDArray[np.float64], holds: Whole) -> Whole:
+    """Return the first client of each run of equal neighbours, and the number of clients."""
+    runs = np.empty(round_s.size + 1, np.int64)
+    count = 0
+    for client in range(round_s.size):
+        if (
+            client == 0
+            or round_s[client] != round_s[client - 1]
+            or holds[client] != holds[client - 1]
+        ):
+            runs[count] = client
+            count += 1
+    runs[count] = round_s.size
+    return runs[: count + 1]
+
+
+@allocating_kernel
+def deal_by_number(
+    rounds: Whole,
+    needs: Whole,
+    holds: Whole,
+    held: Whole,
+    end_s: NDArray[np.float64],
+    client_of: Whole,
+) -> None:
+    """Deal the requests without rounds, each to the client with the fewest; write ``client_of``.
+
+    ``held`` (clients,) counts the requests that clients have. Ties go to who ends first, by ``end_s``
+    (clients,), then to the lowest client.
+    """
+    clients = held.size
+    by_end = np.argsort(end_s, kind="mergesort")
+    key = np.empty_like(held)
+    for place in range(clients):
+        key[by_end[place]] = held[by_end[place]] * clients + place
+    runs = _runs_alike(np.zeros(clients), holds)
+    heap = np.arange(clients)
+    for run in range(runs.size - 1):
+        heap[runs[run] : runs[run + 1]] = runs[run] + np.argsort(key[runs[run] : runs[run + 1]])
+    for place in range(rounds.size):
+        if rounds[place] > 0:
+            continue
+        best = -1
+        for run in range(runs.size - 1):
+            client = heap[runs[run]]
+            if holds[client] >= needs[place] and (best < 0 or key[client] < key[heap[runs[best]]]):
+                best = run
+        if best >= 0:
+            client = heap[runs[best]]
+            client_of[place] = client
+            key[client] += clients
+            sift_down(heap[runs[best] : runs[best + 1]], key)
 
 
 @kernel

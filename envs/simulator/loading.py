@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.jit import allocating_kernel, kernel
-from servegym.envs.simulator.heap import deal
+from servegym.envs.simulator.heap import deal, deal_by_time
 from servegym.envs.simulator.queues import enqueue
 from servegym.envs.simulator.state import (
     EPISODE,
@@ -18,6 +18,7 @@ from servegym.envs.simulator.state import (
     NOBODY,
     QUEUE,
     REPLICA,
+    UNLIMITED_BLOCKS,
     State,
 )
 from servegym.envs.vocabulary import ROUTE_PLAN
@@ -38,7 +39,8 @@ def load(
 ) -> None:
     """Write an instance into row ``e`` and put its clock to 0.
 
-    Without a plan the requests present at t = 0 go longest first to the least loaded client (``deal``).
+    Without a plan the requests present at t = 0 go longest first to the least loaded client (``deal``), or,
+    where replicas differ or have a limit of memory, to the client that would end first (``deal_by_time``).
     The bound and the reward's credits are the caller's to write. ``compared_rounds`` (requests,) decide
     which request is the longer one; None: the expected rounds do.
 
@@ -71,7 +73,30 @@ def load(
     if plan is not None:
         _enqueue_plan(state, e, plan.order, plan.offsets)
     elif state.queues.shape[1] == 1 or state.cluster[0].router == ROUTE_PLAN:
-        plan_greedily(state, e)
+        _plan_greedily(state, e)
+
+
+def _plan_greedily(state: State, e: int) -> None:
+    """Queue the requests present at t = 0 longest first."""
+    if not plan_alike(state, e):
+        _plan_by_time(state, e)
+
+
+def _plan_by_time(state: State, e: int) -> None:
+    """Queue them as ``deal_by_time`` says, but for those that are expected to fit into no memory."""
+    by_length = state.by_length[e, : state.episodes[e].requests][::-1].astype(np.int64)
+    order = by_length[state.times[e].arrival_s[by_length] == 0]
+    rounds = state.requests[e].expected_rounds[order].astype(np.int64)
+    tokens = state.requests[e].prompt_tokens[order] + rounds + 1
+    needs = -(-tokens // state.cluster[0].block_tokens)
+    clients = state.machines.clients
+    round_s, holds = (
+        np.repeat(values, clients) for values in (state.machines.round_s, state.machines.blocks)
+    )
+    client_of = deal_by_time(rounds, needs, round_s, holds)
+    by_client = np.argsort(client_of, kind="stable")
+    offsets = np.searchsorted(client_of[by_client], np.arange(len(holds) + 1))
+    _enqueue_plan(state, e, order[by_client], offsets)
 
 
 def router_luck(requests: Requests) -> int:
@@ -174,8 +199,16 @@ def _enqueue_plan(
 
 
 @allocating_kernel
-def plan_greedily(state: State, e: int) -> None:
-    """Queue the requests present at t = 0 longest first, as ``deal`` says."""
+def plan_alike(state: State, e: int) -> bool:
+    """Queue them as ``deal`` says if clients are alike: equally fast, without a limit of memory.
+
+    Returns whether they are; else nothing is done.
+    """
+    for r in range(state.machines.size):
+        if state.machines[r].blocks != UNLIMITED_BLOCKS:
+            return False
+        if state.machines[r].round_s != state.machines[0].round_s:
+            return False
     requests = state.episodes[e].requests
     order = np.empty(requests, np.int64)
     rounds = np.empty(requests, np.int64)
@@ -196,3 +229,4 @@ def plan_greedily(state: State, e: int) -> None:
             client -= state.machines[r].clients
             r += 1
         enqueue(state, e, r, client, order[place])
+    return True

@@ -94,6 +94,7 @@ MACHINE: Final = np.dtype(
         ("blocks", np.int64),  # of KV memory, or UNLIMITED_BLOCKS
         ("watermark_blocks", np.int64),  # free blocks that admission leaves while others run
         ("role", np.int64),  # place in ROLES
+        ("round_s", np.float64),  # by which plans count, see ``layout.Fleet``
     ],
     align=True,
 )
@@ -367,7 +368,8 @@ def make_state(
         blocks = tokens // layout.block_tokens if tokens > 0 else UNLIMITED_BLOCKS
         left = int(layout.watermark * blocks) if tokens > 0 else 0
         role = layout.roles[replica] if layout.roles else ROLE_BOTH
-        machines[replica] = (layout.clients[replica], blocks, left, role)
+        round_s = layout.round_s[replica] if layout.round_s else 1.0
+        machines[replica] = (layout.clients[replica], blocks, left, role, round_s)
     return State(
         cluster=cluster,
         machines=machines,

@@ -24,6 +24,7 @@ from servegym.envs.process.reward import write_credits
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import State, make_state
 from servegym.envs.task.cases import Case
+from servegym.envs.task.cluster import FullReplica
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.vocabulary import (
     ADMISSION_GUARDS,
@@ -81,12 +82,13 @@ def lower(task: TaskConfig) -> Machine:
     ((1, 4), False)
     """
     cluster, process = task.cluster, task.process
-    layout = _lay_out(task)
-    rules, mixed_rules, limits = [], [], []
-    for action in task.admissions:
-        (mixed_rules if action.mixed else rules).append(ADMISSION_RULES.index(action.rule))
-        limits.append((action.cap, action.reserve))
-    caps, reserves = np.array(limits).T.copy()
+    layout = lay_out(task)
+    rules, mixed_rules = (
+        [ADMISSION_RULES.index(action.rule) for action in task.admissions if action.mixed == mixed]
+        for mixed in (False, True)
+    )
+    caps = np.array([action.cap for action in task.admissions])
+    reserves = np.array([action.reserve for action in task.admissions])
     settings = Settings(
         rules=np.array(rules, np.int64),
         mixed_rules=np.array(mixed_rules, np.int64),
@@ -105,8 +107,15 @@ def lower(task: TaskConfig) -> Machine:
     return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout, features)
 
 
-def _lay_out(task: TaskConfig) -> Layout:
-    """Return the replicas as kernels read them."""
+def lay_out(task: TaskConfig) -> Layout:
+    """Return the replicas of a task as kernels and planners read them.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS
+    >>> lay_out(TASKS["servegym/Tiny-v0"]).clients
+    (3,)
+    """
     cluster, steals = task.cluster, task.process.steals
     replicas = cluster.replica_tables()
     between, host = cluster.link_numbers()
@@ -135,7 +144,18 @@ def _lay_out(task: TaskConfig) -> Layout:
         evicts_to_host=cluster.evict == "host" and any(r.kv_capacity_tokens for r in replicas),
         host_latency_s=host.latency_s,
         host_token_s=cluster.kv_bytes_per_token / host.bytes_per_s,
+        round_s=_full_rounds(task.cost, replicas),
     )
+
+
+def _full_rounds(cost: CostModel, replicas: tuple[FullReplica, ...]) -> tuple[float, ...]:
+    """Return the seconds of each replica's round with all its clients active, without their cache."""
+    if len(replicas) == 1:
+        return ()  # nobody to be faster than
+    with warnings.catch_warnings():  # that a table ends is said where the costs are tabulated
+        warnings.simplefilter("ignore")
+        base_s = _tables(cost, max(replica.clients for replica in replicas)).decode_base_s[0]
+    return tuple(float(base_s[replica.clients]) / replica.speed for replica in replicas)
 
 
 def _tabulate(task: TaskConfig, layout: Layout) -> CostTables:
@@ -172,7 +192,7 @@ def bound_case(machine: Machine, requests: Requests) -> Case:
 def make_task_state(task: TaskConfig, environments: int, requests: int) -> State:
     """Allocate the state of ``environments`` episodes of ``task``, of up to ``requests`` each."""
     known = task.information.output_lengths == "known"
-    return make_state(environments, requests, _lay_out(task), lengths_known=known)
+    return make_state(environments, requests, lay_out(task), lengths_known=known)
 
 
 def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | None = None) -> None:
