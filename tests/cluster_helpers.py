@@ -58,7 +58,7 @@ def stealing_case(rng: np.random.Generator, **settings: Any) -> ClusterCase:
     case = shared_case(rng, **{"moving": True, **settings})
     if len(case.spec.replicas) == 1 or case.spec.router == "pool":
         return case
-    return ClusterCase(case.requests, replace(case.spec, steals=STEALS))
+    return ClusterCase(case.requests, replace(case.spec, steals=tuple(STEALS)))
 
 
 def requests_of(case: ClusterCase, predicted: Sequence[int] | None = None) -> Requests:

@@ -60,7 +60,7 @@ def test_the_compiled_core_equals_the_reference(first: int) -> None:
         sum(record.moves for record in compare_cluster(case_of(seed)).records)
         for seed in range(first, first + 50)
     )
-    assert moves > 100
+    assert moves > 50
 
 
 # ---- any legal actions -----------------------------------------------------------------------

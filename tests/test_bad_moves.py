@@ -129,7 +129,7 @@ steals = ["waiting", "running"]
 
 # ---- progress --------------------------------------------------------------------------------
 
-TAKEN = [(), *((kind,) for kind in STEALS), STEALS]
+TAKEN = [(), *((kind,) for kind in STEALS), tuple(STEALS)]
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 5])
@@ -139,7 +139,7 @@ TAKEN = [(), *((kind,) for kind in STEALS), STEALS]
 )
 def test_progress_never_stops(chunk: int, evict: str, roles: tuple[str, ...]) -> None:
     """Memory of the largest request and one block more, with every combination of moves."""
-    rng = np.random.default_rng([chunk, EVICTIONS.index(evict), len(roles)])
+    rng = np.random.default_rng([chunk, list(EVICTIONS).index(evict), len(roles)])
     for steals, move in product(TAKEN, MOVES):
         block = int(rng.choice([1, 3, 16]))
         rows = [
