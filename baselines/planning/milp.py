@@ -83,7 +83,9 @@ def solve_mip(
     ServegymError
         If there is no such formulation, or the program would not fit into memory.
     """
-    servers = Servers.alike(clients, len(rounds)) if isinstance(clients, int) else clients
+    if not isinstance(clients, Servers):
+        clients = Servers.alike(clients, len(rounds))
+    servers = clients
     kinds = _kinds(rounds, servers, formulation)
     cells = len(kinds.length) * servers.clients
     if cells > MAX_CELLS:

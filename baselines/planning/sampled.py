@@ -100,13 +100,13 @@ def plan_by_samples(
     ServegymError
         If there is no client, no scenario, or the scenarios are of other requests.
     """
-    if isinstance(clients, int) and clients < 1:
+    if not isinstance(clients, Fleet) and clients < 1:
         raise ServegymError(f"clients must be ≥ 1, got {clients}")
     if rounds.ndim != 2 or len(rounds) == 0 or rounds.shape[1] != len(requests):
         raise ServegymError(f"scenarios must have shape (any, {len(requests)}), got {rounds.shape}")
     expected = requests.predicted_output_tokens - 1
     order = np.argsort(-expected, kind="stable")
-    if isinstance(clients, int):
+    if not isinstance(clients, Fleet):
         servers = Servers.alike(clients, len(requests))
     else:
         needs = requests.prompt_tokens + requests.predicted_output_tokens

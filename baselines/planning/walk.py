@@ -56,7 +56,7 @@ class Walk:
         rng: np.random.Generator,
         deadline: float,
     ) -> None:
-        if isinstance(clients, int):
+        if not isinstance(clients, Servers):
             clients = Servers.alike(clients, len(rounds))
         self._servers = clients
         self._loads = longest_first(rounds, self._servers)
