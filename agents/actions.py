@@ -72,6 +72,8 @@ def places_of(actions: Sequence[str], task: TaskConfig) -> NDArray[np.intp]:
 def _remedy(action: str, task: TaskConfig) -> str:
     kind, _, choice = action.partition(":")
     key = _KINDS[kind][0]
+    if ":" in choice:
+        return f"which process.caps and process.reserves of {task.name} leave out; add its shares there"
     if kind == "mixed" and task.cluster.chunk_tokens == 0:
         return (
             f"which {task.name} has not: its cluster.chunk_tokens is 0, no mixed stages; "

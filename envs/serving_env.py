@@ -138,6 +138,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     | 14 | waiting elsewhere per client there, log-scaled |
     | 15 | waiting elsewhere against idle clients here, a / (a + b) |
     | 16 | mean seconds until a round or stage elsewhere ends against a round here, a / (a + b) |
+    | 17 | idle clients here that no request waits or comes for / clients, where replicas may steal |
+    | 18 | requests on the way here / clients |
+    | 19 | seconds to copy a cached request of mean length against prefilling it again, a / (a + b) |
 
     Rounds to a finish are expected ones: true where ``information.output_lengths`` is "known", else
     by the prediction, revised when a request outlives it. No entry depends on a true length before a

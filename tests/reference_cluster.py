@@ -96,8 +96,8 @@ class ReferenceCluster(Moving):
     def next_event(self) -> bool:
         """Go to the next time; serve transfers, arrivals, stages that end, joins, idle replicas.
 
-        Replicas that stay idle are asked again, by number, as long as one of them evicts somebody or
-        begins a stage: what a later one leaves may suit an earlier one.
+        Replicas that stay idle are asked again, by number, as long as one of them evicts, steals or fetches
+        somebody or begins a stage: what a later one leaves may suit an earlier one.
         """
         times = [request.arrival_s for request in self.future[:1]]
         times += [replica.stage.end_s for replica in self.replicas if replica.stage]
@@ -117,11 +117,12 @@ class ReferenceCluster(Moving):
                 self.join(replica)
         again = True
         while again:
-            evictions = self.evictions
+            changes = self.evictions + len(self.made)
             idle = [replica for replica in self.replicas if not replica.stage]
             for replica in idle:
                 self.begin_stage(replica)
-            again = self.evictions > evictions or any(replica.stage for replica in idle)
+            again = self.evictions + len(self.made) > changes
+            again |= any(replica.stage for replica in idle)
         return True
 
     # ---- arrivals and routing ---------------------------------------------------------------

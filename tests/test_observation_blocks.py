@@ -20,9 +20,11 @@ from servegym.envs.process.observation import FEATURES
 from servegym.envs.process.observed_cluster import CLUSTER_FEATURES
 from servegym.envs.process.observed_memory import MEMORY_FEATURES
 from servegym.envs.simulator.routing import Load, look
+from servegym.envs.simulator.seconds import prefill_seconds
 from servegym.envs.simulator.state import DECODE_RUN, IDLE, MIXED, NOBODY, PREFILL
 from servegym.envs.task.config import InformationConfig, ProcessConfig, TaskConfig, with_overrides
 from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS
+from servegym.envs.workload.plan import plan_from_queues
 from tests.cluster_helpers import requests_of, shared_case, task_of
 from tests.helpers import UNIT_COSTS, changed, instance, random_legal_action, refused, start
 
@@ -185,7 +187,7 @@ def expected_cluster(env: ServingEnv, r: int) -> list[float]:
         against(sum(token_s) / count, token_s[r]),
     ]
     if not others:
-        return [*entries, *[0.0] * 7]
+        return [*entries, *[0.0] * 10]
     elsewhere = 0 if pool else sum(waiting[s] for s in others)
     places = sum(clients[s] for s in others)
     own = state.replicas[0, r]
@@ -199,6 +201,7 @@ def expected_cluster(env: ServingEnv, r: int) -> list[float]:
         log(elsewhere / places, 8),
         share(elsewhere, idle[r]),
         share(sum(seconds_left(env, s) for s in others) / len(others), round_s),
+        *[0.0] * 3,  # no moves
     ]
 
 
@@ -265,7 +268,7 @@ def test_constants_of_one_replica_without_a_memory_limit(rng: np.random.Generato
     env = ServingEnv(with_overrides(TINY, ALL))
     observation, _ = env.reset(seed=0)
     memory = [0.0, 0.0, 1.0, 1.0, *[0.0] * 11]
-    cluster = [1.0, *[0.5] * 9, *[0.0] * 7]
+    cluster = [1.0, *[0.5] * 9, *[0.0] * 10]
     over = False
     while not over:
         assert observation[len(FEATURES) :].tolist() == memory + cluster
@@ -353,7 +356,35 @@ def test_cluster_by_hand() -> None:
         "waiting elsewhere against idle clients here, a / (a + b)": TWO_THIRDS,
         # one second of the stage there, half a second of a round here
         "mean seconds until a round or stage elsewhere ends against a round here, a / (a + b)": TWO_THIRDS,
+        "idle clients here that no request waits or comes for / clients, where replicas may steal": 0.0,
+        "requests on the way here / clients": 0.0,
+        "seconds to copy a cached request of mean length against prefilling it again, a / (a + b)": 0.0,
     }
+
+
+def test_moves_by_hand() -> None:
+    """Replica 0 of 4 clients runs two requests of 10 and 11 tokens; replica 1 may steal into 4 clients.
+
+    Copying the mean of 10 tokens takes 1 s and half a second a token.
+    """
+    cluster = {
+        "replicas": 2,
+        "clients": 4,
+        "link": {"latency_s": 1.0, "bytes_per_s": 2.0},
+        "kv_bytes_per_token": 1,
+        "router": "plan",
+    }
+    process = {"steals": ["running"], "observe": ["cluster"]}
+    task = with_overrides(changed(TINY), {"cluster": cluster, "process": process})
+    env = ServingEnv(task)
+    plan = plan_from_queues([[0], [1], *([] for _ in range(6))])
+    env.reset(options={"requests": make_requests([9, 10], [50, 90]), "plan": plan})
+    env.step(np.int64(task.actions.index("prefill:plan")))
+    again_s = float(prefill_seconds(env.costs, 1, 10, 100.0, 1))
+    assert list(env.rows.observations[0, -3:]) == pytest.approx([1.0, 0.0, 6.0 / (6.0 + again_s)])
+    env.step(np.int64(task.actions.index("steal:running")))
+    assert env.state is not None
+    assert int(env.state.replicas[0, 1].incoming) + int(env.records().moves.sum()) == 1
 
 
 # ---- blocks and names ------------------------------------------------------------------------

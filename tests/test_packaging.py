@@ -186,6 +186,7 @@ FLOORS = {
         "warmup",
     ],
     "agents": [
+        "actions",
         "hyperparameters policy sb3_vec_env validation",
         "evaluations export imitation record",
         "charts checkpoints dashboard evolution",

@@ -313,7 +313,7 @@ class TestSamples:
         rounds = rng.integers(0, 40, (5, 20))
         plans: list[Any] = [
             plan_by_samples(requests, who, rounds, np.random.default_rng(3))
-            for who in (np.int64(4), fleet(*[0.03] * 4, tokens=60))
+            for who in (4, fleet(*[0.03] * 4, tokens=60))
         ]
         assert queues(plans[0].plan) == queues(plans[1].plan)
         assert plans[0].in_sample_rounds == plans[1].in_sample_rounds
