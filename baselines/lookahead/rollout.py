@@ -113,7 +113,7 @@ def action_values(
     imagined, trial = 2 * t, 2 * t + 1
     imagine_row(state, e, scratch, imagined)
     episode = scratch.episodes[imagined]
-    ended = episode.finished == episode.requests
+    ended = episode.finished + episode.rejected == episode.requests
     for action in range(mask.size):
         values[action] = -np.inf
         if not mask[action]:
