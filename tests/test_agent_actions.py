@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from servegym.agents.callbacks import ServingCallback
 from servegym.agents.hyperparameters import Options
 from servegym.agents.policy import CARD_FILE, AgentCard, LearnedPolicy, Network, load_agent
 from servegym.agents.training import train
-from servegym.baselines.expert import make_rollout_expert, make_rule_expert
+from servegym.baselines.expert import Expert, make_rollout_expert, make_rule_expert
 from servegym.envs import ServingEnv
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.playing.policy import Briefing, Situation
@@ -177,7 +177,7 @@ IMITATED = {
     "imitation_batch_size": 16,
     "imitation_epochs": 1,
 }
-WAYS = {
+WAYS: dict[str, tuple[dict[str, Any], Callable[[TaskConfig], Expert] | None]] = {
     "ppo": ({}, None),
     "a rule": (IMITATED, partial(make_rule_expert, "vllm")),
     "a rule that mixes nothing": (IMITATED, partial(make_rule_expert, "fcfs")),
@@ -205,7 +205,7 @@ def test_training_where_stages_mix_and_replicas_steal(
             h,
             folder,
             callbacks=callbacks,
-            expert=expert_of and expert_of(CLUSTER),
+            expert=None if expert_of is None else expert_of(CLUSTER),
             resume=resume,
             options=Options(checkpoint_every=1, progress=False),
         )

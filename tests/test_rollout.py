@@ -255,7 +255,7 @@ def test_a_rollout_never_ends_later_than_its_base(name: str, variations: int) ->
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_rollout_admits_in_mixed_stages_as_its_base(seed: int) -> None:
-    """It tries decoding instead of them."""
+    """It tries decoding and prefill stages instead of them."""
     case = make_case(MIXING, seed)
     base = play(MIXING, "base", make_policy("vllm"), case, seed).row
     ours = play(MIXING, "ours", make_policy("rollout:vllm"), case, seed).row
