@@ -178,9 +178,8 @@ def test_an_agent_of_some_features_of_two_blocks() -> None:
     """It is given just these, in its order."""
     network = WatchedNetwork([(np.zeros((2, 3), np.float32), np.zeros(2, np.float32))])
     features = "1 / replicas", FEATURES[4], "memory is limited, 0 or 1"
-    agent = LearnedPolicy(
-        network, AgentCard(("decode", "prefill:fcfs"), "events", (3, 2), "", features=features)
-    )
+    actions = "decode", "prefill:fcfs"
+    agent = LearnedPolicy(network, AgentCard(actions, "events", (3, 2), "", features=features))
     assert agent.blocks == OBSERVATION_BLOCKS
     metrics_of(agent, observing(*OBSERVATION_BLOCKS))
     assert network.asked[[0, 2]].tolist() == [1.0, 0.0]

@@ -102,7 +102,7 @@ BAD_VALUES = [
     ("cluster", "kv_bytes_per_token", "-1", "in 0 … 1000000000, got -1", "131072"),
     ("cluster", "link", '"nvlnk"', "did you mean 'nvlink'?", '"tcp"'),
     ("cluster", "link", "{bytes_per_s = 0}", "must be > 0", "{bytes_per_s = 1e9}"),
-    ("cluster", "host_link", '"pcie"', "did you mean 'pcie4'?", "{latency_s = 0.001}"),
+    ("cluster", "host_link", '"pcie6"', "did you mean 'pcie5'?", "{latency_s = 0.001}"),
     ("cluster", "evict", '"hots"', "did you mean 'host'?", '"host"'),
     # lists
     ("process", "steals", '["waitng"]', "did you mean 'waiting'?", "[]"),

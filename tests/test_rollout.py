@@ -29,6 +29,8 @@ SMALL = with_overrides(
     TASKS["servegym/GSM8K-v0"], {"cluster": {"clients": 8}, "workload": {"requests": 40}}
 )
 ROUNDS = {"process": {"decisions": "rounds"}}
+MIXING = with_overrides(TINY, {"cluster": {"chunk_tokens": 16}, "workload": {"requests": 14}})
+"""Mixed stages may leave a prompt half computed."""
 
 ROWS = [(5, 2 + 3 * k % 11) for k in range(12)]
 MANY = instance(*ROWS)
@@ -162,6 +164,7 @@ def slow_value(env: ServingEnv, action: int, base: Policy) -> float:
         ("static", with_overrides(TINY, ROUNDS)),
         ("aligned", with_overrides(SMALL, ROUNDS)),
         ("lookahead", with_overrides(SMALL, {"process": {"rules": ["longest", "fcfs"]}})),
+        ("vllm", MIXING),
     ],
 )
 def test_values_are_those_of_branches_in_the_real_environment(name: str, task: TaskConfig) -> None:
@@ -248,6 +251,30 @@ def test_a_rollout_never_ends_later_than_its_base(name: str, variations: int) ->
         better += ours < theirs * (1 - 1e-6)
     if name == "fcfs":
         assert better >= 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rollout_admits_in_mixed_stages_as_its_base(seed: int) -> None:
+    """It tries decoding and prefill stages instead of them."""
+    case = make_case(MIXING, seed)
+    base = play(MIXING, "base", make_policy("vllm"), case, seed).row
+    ours = play(MIXING, "ours", make_policy("rollout:vllm"), case, seed).row
+    assert ours["makespan_s"] <= base["makespan_s"] * (1 + 1e-9)
+    assert ours["mixed_stages"] > 0
+
+
+def test_a_base_of_prefill_stages_goes_on_with_a_half_computed_prompt() -> None:
+    """Where an action that is valued mixes, nobody but a mixed stage can end the prompt."""
+    env = ServingVectorEnv(2, MIXING)
+    env.reset(seed=0)
+    expert, mixed = make_rollout_expert("fcfs", MIXING), MIXING.actions.index("mixed:fcfs")
+    begun = False
+    for _ in range(6):
+        values, masks = expert(env), env.action_masks()
+        assert np.isfinite(values[masks]).all()
+        env.step(np.where(masks[:, mixed], mixed, 0))
+        begun |= bool((env.state.replicas["partial"] >= 0).any())
+    assert begun
 
 
 def test_variations_improve_on_first_actions() -> None:

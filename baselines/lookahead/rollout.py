@@ -113,7 +113,7 @@ def action_values(
     imagined, trial = 2 * t, 2 * t + 1
     imagine_row(state, e, scratch, imagined)
     episode = scratch.episodes[imagined]
-    ended = episode.finished == episode.requests
+    ended = episode.finished + episode.rejected == episode.requests
     for action in range(mask.size):
         values[action] = -np.inf
         if not mask[action]:
@@ -213,13 +213,18 @@ class _Search:
         self._costs, self._settings = machine.costs, machine.settings
         self._base = compile_policy(base, task)
         self._rng = briefing.rng
-        offered = task.process.mixed_rules if base.mixed else task.process.rules
-        tried = [rule for rule in offered if rule in (base.rule, *rules)]
-        kind = "mixed" if base.mixed else "prefill"
-        self._rules = [ADMISSION_RULES.index(rule) for rule in tried]
-        admissions = [task.actions.index(f"{kind}:{rule}") for rule in tried]
-        self._actions = [DECODE, *admissions]
-        self._action_of = dict(zip(self._rules, admissions, strict=True))
+        kinds = ("mixed", "prefill") if base.mixed else ("prefill",)  # the base's own kind first
+        places = [
+            {
+                ADMISSION_RULES.index(rule): task.actions.index(f"{kind}:{rule}")
+                for rule in (task.process.mixed_rules if kind == "mixed" else task.process.rules)
+                if rule in (base.rule, *rules)
+            }
+            for kind in kinds
+        ]
+        self._action_of = places[0]
+        self._rules = list(self._action_of)
+        self._actions = [DECODE, *(action for each in places for action in each.values())]
         steals = [kind for kind in STEALS if kind in task.process.steals]
         self._steals = [task.actions.index(f"steal:{kind}") for kind in steals]
         _, requests = imagined.requests.shape

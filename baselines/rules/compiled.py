@@ -19,7 +19,7 @@ from servegym.envs.simulator.view import view
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import load_case, lower, make_task_state
-from servegym.envs.vocabulary import ADMISSION_RULES, STEAL_RUNNING, STEAL_WAITING
+from servegym.envs.vocabulary import ADMISSION_RULES, GUARD_SGLANG, STEAL_RUNNING, STEAL_WAITING
 
 
 class CompiledPolicy(NamedTuple):
@@ -50,12 +50,15 @@ def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledP
     """Do what a policy says at the turn of replica ``r``: steal, admit, decode on, or sleep."""
     if state.cluster[0].moves and _steals(state, costs, e, r):
         return
-    chosen = mixes(state, e, r, policy.rule) if policy.mixed else admits(state, e, r, policy.rule)
+    # What another's mixed stage has begun goes on in mixed stages only, except under SGLang's guard.
+    begun = state.replicas[e, r].partial != NOBODY and state.cluster[0].guard != GUARD_SGLANG
+    mixed = policy.mixed or begun
+    chosen = mixes(state, e, r, policy.rule) if mixed else admits(state, e, r, policy.rule)
     active = state.replicas[e, r].active > 0
     if chosen and active:
         state.episodes[e].decisions += 1
         chosen = fires(policy.trigger, policy.parameter, view(state, costs, e, r))
-    if chosen and policy.mixed:
+    if chosen and mixed:
         mix(state, costs, e, r, policy.rule)
     elif chosen:
         prefill(state, costs, e, r, policy.rule, policy.max_prefill_tokens)

@@ -91,7 +91,7 @@ class TriggerPolicy:
             if mask[action]:
                 return action
         if not mask[self._action]:
-            return DECODE
+            return DECODE if mask[DECODE] else int(mask.argmax())  # another has begun a prompt
         if not mask[DECODE] or situation.view.active == 0:  # else decode means to wait
             return self._action
         fires = triggers.fires(self.trigger, self.parameter, situation.view)
