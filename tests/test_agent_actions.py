@@ -121,7 +121,11 @@ def test_an_agent_of_prefills_plays_where_stages_mix_and_replicas_steal(preferre
         ("prefill:plan", {"rules": ["fcfs"]}, "process.rules of servegym/Tiny-v0 leaves out; add"),
         ("steal:running", {}, "which process.steals of servegym/Tiny-v0 leaves out; add 'running'"),
         ("mixed:longest", {}, "process.mixed_rules of servegym/Tiny-v0 leaves out; add 'longest'"),
-        ("prefill:fcfs:cap=0.5", {}, "process.caps and process.reserves of servegym/Tiny-v0 leave out"),
+        (
+            "prefill:fcfs:cap=0.5",
+            {},
+            "process.caps and process.reserves of servegym/Tiny-v0 leave out",
+        ),
     ],
 )
 def test_a_task_that_lacks_an_action_is_refused(

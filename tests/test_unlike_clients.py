@@ -311,9 +311,7 @@ class TestSamples:
         outputs = rng.integers(1, 40, 20)
         requests = make_requests(np.ones(20, int), outputs)
         rounds = rng.integers(0, 40, (5, 20))
-        plans: list[Any] = [
-            plan_by_samples(requests, who, rounds, np.random.default_rng(3))
-            for who in (4, fleet(*[0.03] * 4, tokens=60))
-        ]
+        both: list[Any] = [np.int64(4), fleet(*[0.03] * 4, tokens=60)]
+        plans = [plan_by_samples(requests, who, rounds, np.random.default_rng(3)) for who in both]
         assert queues(plans[0].plan) == queues(plans[1].plan)
         assert plans[0].in_sample_rounds == plans[1].in_sample_rounds
