@@ -20,11 +20,9 @@ from servegym.envs.process.observation import FEATURES
 from servegym.envs.process.observed_cluster import CLUSTER_FEATURES
 from servegym.envs.process.observed_memory import MEMORY_FEATURES
 from servegym.envs.simulator.routing import Load, look
-from servegym.envs.simulator.seconds import prefill_seconds
 from servegym.envs.simulator.state import DECODE_RUN, IDLE, MIXED, NOBODY, PREFILL
 from servegym.envs.task.config import InformationConfig, ProcessConfig, TaskConfig, with_overrides
 from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS
-from servegym.envs.workload.plan import plan_from_queues
 from tests.cluster_helpers import requests_of, shared_case, task_of
 from tests.helpers import UNIT_COSTS, changed, instance, random_legal_action, refused, start
 
@@ -360,31 +358,6 @@ def test_cluster_by_hand() -> None:
         "requests on the way here / clients": 0.0,
         "seconds to copy a cached request of mean length against prefilling it again, a / (a + b)": 0.0,
     }
-
-
-def test_moves_by_hand() -> None:
-    """Replica 0 of 4 clients runs two requests of 10 and 11 tokens; replica 1 may steal into 4 clients.
-
-    Copying the mean of 10 tokens takes 1 s and half a second a token.
-    """
-    cluster = {
-        "replicas": 2,
-        "clients": 4,
-        "link": {"latency_s": 1.0, "bytes_per_s": 2.0},
-        "kv_bytes_per_token": 1,
-        "router": "plan",
-    }
-    process = {"steals": ["running"], "observe": ["cluster"]}
-    task = with_overrides(changed(TINY), {"cluster": cluster, "process": process})
-    env = ServingEnv(task)
-    plan = plan_from_queues([[0], [1], *([] for _ in range(6))])
-    env.reset(options={"requests": make_requests([9, 10], [50, 90]), "plan": plan})
-    env.step(np.int64(task.actions.index("prefill:plan")))
-    again_s = float(prefill_seconds(env.costs, 1, 10, 100.0, 1))
-    assert list(env.rows.observations[0, -3:]) == pytest.approx([1.0, 0.0, 6.0 / (6.0 + again_s)])
-    env.step(np.int64(task.actions.index("steal:running")))
-    assert env.state is not None
-    assert int(env.state.replicas[0, 1].incoming) + int(env.records().moves.sum()) == 1
 
 
 # ---- blocks and names ------------------------------------------------------------------------
