@@ -145,3 +145,16 @@ def test_a_rollout_over_replicas_wants_known_lengths() -> None:
     assert play(task, "rollout", policy, make_case(task, 0), 0).row["gap"] >= 0
     unknown = with_overrides(task, {"information": {"output_lengths": "unknown"}})
     refused(lambda: play(unknown, "rollout", policy, make_case(unknown, 0), 0), "known output")
+
+
+@pytest.mark.parametrize("name", ["fcfs", "offline", "offline-steal", "round-robin"])
+def test_a_pool_is_played_alike_in_python_and_compiled(name: str) -> None:
+    """A replica whose clients have no planned request waits while others are busy."""
+    cluster = {"replicas": 3, "clients": 4, "router": "pool"}
+    task = with_overrides(TaskConfig("pool"), {"cluster": cluster, "workload": {"requests": 60}})
+    for seed in range(3):
+        case = make_case(task, seed)
+        played = play(task, name, make_policy(name), case, seed=0).row
+        compiled = play_compiled(task, make_trigger_policy(name), case)
+        assert played["makespan_s"] == compiled["makespan_s"]
+        assert played["prefill_stages"] == compiled["prefill_stages"]

@@ -11,7 +11,7 @@ from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admits, mixes
 from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep, steal
-from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, State
+from servegym.envs.simulator.state import IDLE, NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.stealing import fullest_queue, stealable
 from servegym.envs.vocabulary import STEAL_WAITING
 
@@ -42,15 +42,14 @@ def legal_actions(
     """Write which actions are legal; return how many. After the end, decode counts as legal.
 
     Where nobody decodes, decode means to wait. It is legal where nothing can be admitted, but something can
-    be stolen, and where the replica keeps memory for requests that come or have left: who is first under
-    one rule may fit, under another not.
+    be stolen; where the replica keeps memory for requests that come or have left, as who is first under one
+    rule may fit, under another not; and where replicas share a pool and another one is busy.
     """
     episode = state.episodes[e]
     ended = episode.finished + episode.rejected == episode.requests
     mask[DECODE] = ended or state.replicas[e, r].active > 0
-    if state.cluster[0].moves and not mask[DECODE]:
-        replica = state.replicas[e, r]
-        mask[DECODE] = replica.used_blocks > 0 and replica.partial == NOBODY
+    if not mask[DECODE] and state.replicas.shape[1] > 1:
+        mask[DECODE] = _may_wait(state, e, r)
     count = int(mask[DECODE])
     for k in range(settings.rules.size):
         if settings.limits:
@@ -68,6 +67,21 @@ def legal_actions(
     if settings.steals.size > 0:
         count += _legal_steals(state, costs, settings, e, r, count, mask)
     return count
+
+
+@rare_kernel
+def _may_wait(state: State, e: int, r: int) -> bool:
+    """Return whether a replica where nobody decodes may leave what it could admit to a later decision."""
+    replica = state.replicas[e, r]
+    if replica.partial != NOBODY:
+        return False
+    if state.cluster[0].moves and replica.used_blocks > 0:
+        return True
+    if state.queues.shape[1] < state.replicas.shape[1]:
+        for other in range(state.replicas.shape[1]):
+            if state.replicas[e, other].stage != IDLE:
+                return True
+    return False
 
 
 @rare_kernel

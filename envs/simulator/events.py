@@ -16,7 +16,7 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admit, admit_chunks, admit_pieces
 from servegym.envs.simulator.booking import book
 from servegym.envs.simulator.memory import make_room
-from servegym.envs.simulator.moving import begin_instant, end_boundary, end_instant
+from servegym.envs.simulator.moving import begin_instant, end_boundary, end_instant, wake_sleepers
 from servegym.envs.simulator.queues import (
     blocks_of,
     forget_plan,
@@ -109,6 +109,8 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
                 end_boundary(state, e, r, prefilled)
     if moves:
         end_instant(state, e)
+    elif state.queues.shape[1] < replicas:  # what has ended may change what is best to take
+        wake_sleepers(state, e)
     episode.turn = 0
 
 

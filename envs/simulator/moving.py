@@ -318,6 +318,12 @@ def end_instant(state: State, e: int) -> None:
             remove(state, e, k)
         else:
             k += 1
+    wake_sleepers(state, e)
+
+
+@kernel
+def wake_sleepers(state: State, e: int) -> None:
+    """Let every replica without a stage decide now."""
     for r in range(state.replicas.shape[1]):
         if state.replicas[e, r].stage == IDLE:
             state.replicas[e, r].clock_s = state.episodes[e].now_s
