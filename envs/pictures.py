@@ -34,8 +34,8 @@ def draw_gantt_rows(
 
     All clients of a replica stall in a prefill stage, so its band spans them; idle time is white. One
     replica's clients stand above another's, a line between them. With ``chunked`` prompts others
-    decode beside a prefill, so only its own client is red. A preempted request is drawn where it ran
-    last, from its first token to its end.
+    decode beside a prefill, so only its own client is red. A request that was preempted or has moved is
+    drawn where it ran last, from its first token to its end, also over those whom that client served before.
     """
     offsets = np.concatenate(([0], np.cumsum(clients)))
     rows = _rows(log, offsets)
@@ -62,6 +62,7 @@ def draw_gantt_rows(
         axes.axhline(offset - 0.5, color="black", linewidth=0.8)
     axes.set_ylim(-0.5, offsets[-1] - 0.5)
     axes.set_ylabel("client")
+    axes.locator_params(axis="y", integer=True)
     if len(clients) > 1:
         _name_replicas(axes, offsets)
 
