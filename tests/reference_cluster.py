@@ -343,7 +343,12 @@ class ReferenceCluster(Moving):
         return wanted + sum(replica.lacks(r, r.prompt + r.emitted) for r in decoding)
 
     def guard_allows(self, replica: Replica, request: ReferenceRequest) -> bool:
-        """Whether whole outputs fit, beside those that run."""
+        """Whether whole outputs fit, beside those that run; where nobody does, the guard does not bind.
+
+        A pool may offer a request to a replica that is too small for all of it.
+        """
+        if replica.held_clients == 0:
+            return True
         together = [*replica.running, request]
         if self.spec.admission_guard == "full":
             wholes = [replica.blocks_for(r.prompt + r.output) for r in together]

@@ -137,7 +137,7 @@ def test_a_theft_is_legal_until_there_is_no_room(kind: str) -> None:
 
 
 def test_decoding_where_nobody_decodes_is_waiting() -> None:
-    """Action 0 begins no stage; it is legal where only theft is, or where memory is kept for others."""
+    """Action 0 begins no stage; it is legal where only theft is, where memory is kept for others, in a pool."""
     waited = kept = 0
     for seed in range(40):
         env, _ = posed(thieves(seed))
@@ -151,7 +151,8 @@ def test_decoding_where_nobody_decodes_is_waiting() -> None:
                 waited += 1
                 kept += replica.used_blocks > 0
                 kinds = {env.task.actions[k].split(":")[0] for k in np.flatnonzero(mask)}
-                assert kinds == {"decode", "steal"} or replica.used_blocks > 0
+                shared = state.queues.shape[1] < state.replicas.shape[1]
+                assert kinds == {"decode", "steal"} or replica.used_blocks > 0 or shared
                 assert replica.partial == NOBODY
                 rounds = int(replica.rounds)
                 now_s = float(state.episodes[0].now_s)
