@@ -137,7 +137,7 @@ def test_a_theft_is_legal_until_there_is_no_room(kind: str) -> None:
 
 
 def test_decoding_where_nobody_decodes_is_waiting() -> None:
-    """Action 0 begins no stage; it is legal where only theft is, where memory is kept for others, in a pool."""
+    """Action 0 begins no stage; it is legal where only theft is, memory is kept for others, or in a pool."""
     waited = kept = 0
     for seed in range(40):
         env, _ = posed(thieves(seed))
