@@ -12,7 +12,6 @@ SOURCES := envs agents baselines scripts tests
 # install points there: a checkout that was moved or copied is set up again.
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
-RULES := $(VENV)/.stamp-rules
 KERNELS := $(VENV)/.stamp-kernels
 UNFINISHED := $(VENV)/.stamp-unfinished
 
@@ -25,7 +24,7 @@ help: ## list the commands
 
 setup: $(DEV) $(KERNELS) ## set up .venv for everything: run, train, test (PYTHON=python3.12 picks another interpreter)
 
-paper: $(RULES) ## run the paper's comparison, into results/paper (sets up the core only, no torch)
+paper: $(KERNELS) ## run the paper's comparison, into results/paper (sets up the core only, no torch)
 	$(RUN) scripts/paper.py --output results/paper
 
 test: $(DEV) $(KERNELS) ## run the tests
@@ -44,7 +43,7 @@ benchmark: $(KERNELS) ## measure speed, into results/benchmark
 	$(RUN) scripts/benchmark.py
 
 clean: ## remove caches and builds, keep .venv and results
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(RULES) $(KERNELS)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(KERNELS)
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
@@ -83,12 +82,7 @@ $(DEV): $(CORE)
 	@rm $(UNFINISHED)
 	@touch $@
 
-$(RULES): $(CORE) $(wildcard envs/*.py envs/*/*.py baselines/*.py baselines/*/*.py)
-	@echo "servegym: compiling the simulator and its rules (first run only, cached afterwards)"
-	@$(RUN) -m servegym.baselines.warmup --rules
-	@touch $@
-
-$(KERNELS): $(RULES)
-	@echo "servegym: compiling searches and environments (first run only, cached afterwards)"
+$(KERNELS): $(CORE) $(wildcard envs/*.py envs/*/*.py baselines/*.py baselines/*/*.py)
+	@echo "servegym: compiling the simulator kernels (first run only, cached afterwards)"
 	@$(RUN) -m servegym.baselines.warmup
 	@touch $@

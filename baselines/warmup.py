@@ -1,11 +1,7 @@
-"""Compile every kernel once, so that nobody waits for it later: ``python -m servegym.baselines.warmup``.
-
-With ``--rules`` it compiles only what the policies of the paper's table need, in half the time.
-"""
+"""Compile every kernel once, so that nobody waits for it later: ``python -m servegym.baselines.warmup``."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -25,9 +21,9 @@ from servegym.envs.vector_env import ServingVectorEnv
 TASK: Final = TASKS["servegym/Tiny-v0"]
 
 
-def warm_up(*, rules_only: bool = False) -> None:
+def warm_up() -> None:
     """Compile in two processes, first what has no kernel in common, then what calls all that."""
-    for works in ((play_rules, plan), () if rules_only else (play_searches, solve, ask_the_expert)):
+    for works in ((play_rules, plan_and_solve), (play_searches, ask_the_expert)):
         for _ in run_parallel(_call, [(work,) for work in works], jobs=2):
             pass
 
@@ -42,16 +38,11 @@ def play_searches() -> None:
     _play_all(rules=False)
 
 
-def plan() -> None:
-    """Plan a tiny case as each policy does."""
-    case = make_case(TASK, seed=0)
+def plan_and_solve() -> None:
+    """Plan a tiny case as each policy does, and solve it."""
+    case, machine = make_case(TASK, seed=0), lower(TASK)
     for family in REGISTRY.keys() - set(MIXED):
         make_policy(_full_name(family)).prepare(brief(TASK, case, seed=0))
-
-
-def solve() -> None:
-    """Find the shortest makespan of a tiny case, and a joint plan."""
-    case, machine = make_case(TASK, seed=0), lower(TASK)
     exact_optimum(case.requests, machine.clients, machine.costs)
     plan_jointly(case.requests, machine.clients, machine.costs, moves=1000)
 
@@ -87,4 +78,4 @@ def _full_name(family: str) -> str:
 
 
 if __name__ == "__main__":
-    warm_up(rules_only=sys.argv[1:] == ["--rules"])
+    warm_up()
