@@ -39,7 +39,6 @@ ROUTERS: Final = {
 
 ROUTE_ROUND_ROBIN: Final = 0
 ROUTE_RANDOM: Final = 1
-ROUTE_LEAST_REQUESTS: Final = 2
 ROUTE_LEAST_WAITING: Final = 3
 ROUTE_LEAST_TOKENS: Final = 4
 ROUTE_VLLM_DP: Final = 5
@@ -54,7 +53,6 @@ VICTIMS: Final = {
 }
 """Who gives up its memory when a decode round does not fit, and is computed again later."""
 
-NEWEST: Final = 0
 LEAST_COMPUTED: Final = 1
 FEWEST_OUTPUT: Final = 2
 
@@ -72,7 +70,7 @@ GUARD_PEAK: Final = 2
 GUARD_SGLANG: Final = 3
 
 STEALS: Final = ("waiting", "running")
-"""What a replica may steal from another; kernels know it by its place here."""
+"""What a replica may steal from another."""
 
 STEAL_WAITING: Final = 0
 STEAL_RUNNING: Final = 1
@@ -82,10 +80,9 @@ STEAL_ORDERS: Final = {
     "newest": "those that have waited least, the last of the queue",
     "oldest": "those that have waited longest, the first of the queue",
 }
-"""Which waiting requests a replica steals; kernels know an order by its place here."""
+"""Which waiting requests a replica steals."""
 
 TAKE_LONGEST: Final = 0
-TAKE_NEWEST: Final = 1
 TAKE_OLDEST: Final = 2
 
 MOVES: Final = {
@@ -93,17 +90,16 @@ MOVES: Final = {
     "recompute": "it waits at the other replica and is computed again",
     "cheaper": "whichever of the two takes fewer seconds",
 }
-"""How a running request moves to another replica; kernels know a way by its place here."""
+"""How a running request moves to another replica."""
 
 MOVE_COPY: Final = 0
-MOVE_RECOMPUTE: Final = 1
 MOVE_CHEAPER: Final = 2
 
 EVICTIONS: Final = ("recompute", "host")
 """What becomes of a preempted request's keys and values: dropped, or kept in the host's memory."""
 
 ROLES: Final = ("both", "prefill", "decode")
-"""What a replica serves; kernels know a role by its place here."""
+"""What a replica serves."""
 
 ROLE_BOTH: Final = 0
 ROLE_PREFILL: Final = 1

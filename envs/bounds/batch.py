@@ -155,6 +155,12 @@ def least_stages(prompts: NDArray[np.int64], clients: int, max_prefill_tokens: i
     return max(by_clients, -(-counted // max_prefill_tokens))
 
 
+def tokens_held(prompts: NDArray[np.int64], rounds: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return each request's tokens in the cache at the start of a round, summed over its rounds."""
+    d = rounds.astype(float)  # the sum may be beyond 64 bits
+    return d * prompts + d * (d + 1.0) / 2.0
+
+
 def decode_bound(
     prompts: NDArray[np.int64],
     rounds: NDArray[np.int64],
@@ -166,8 +172,7 @@ def decode_bound(
 
     ``alone``: no other requests share these rounds. See the module docstring for the proof.
     """
-    d = rounds.astype(float)  # the sum may be beyond 64 bits
-    cached = float((d * prompts + d * (d + 1.0) / 2.0).sum())
+    cached = float(tokens_held(prompts, rounds).sum())
     base_s = costs.decode_base_s[0, 1:]
     sizes = np.arange(1.0, len(base_s) + 1.0)
     run_s = cover(base_s, sizes, float(rounds.sum()), least_rounds, exact=alone)

@@ -38,6 +38,7 @@ from servegym.envs.bounds.batch import (
     prefill_bound,
     refuse_standstill,
     release_times,
+    tokens_held,
 )
 from servegym.envs.machine.costs import CostTables, costs_of
 from servegym.envs.machine.layout import Layout
@@ -111,9 +112,9 @@ def _work(
 ) -> tuple[float, float, int, int]:
     """Return the least seconds of decoding and of prefilling, the fewest rounds and stages."""
     rates, clients = tables.rates[0], max(layout.clients)
-    d, p = rounds.astype(float), prompts.astype(float)
-    area = float((d * p + d * (d + 1.0) / 2.0).sum())
-    total = float(d.sum())
+    p = prompts.astype(float)
+    area = float(tokens_held(prompts, rounds).sum())
+    total = float(rounds.astype(float).sum())
     cached_s = float(rates.decode_per_kv_token_s)
     token_s = float(rates.prefill_per_token_s)
     base_s = tables.decode_base_s[0, 1:]
@@ -169,7 +170,8 @@ def _longest_alone(
     if layout.chunk_tokens > 0:
         round_s = min(round_s, float(tables.pass_base_s[0, 1:].min()))
     cached_s = float(rates.decode_per_kv_token_s)
-    decode_s = d * round_s + cached_s * (d * p + d * (d + 1.0) / 2.0)
+    held = tokens_held(requests.prompt_tokens[served], requests.decode_rounds[served])
+    decode_s = d * round_s + cached_s * held
     if recomputes:
         decode_s = np.zeros_like(decode_s)  # its recomputations might emit its tokens
     ends_s = requests.arrival_s[served] + prefill_s + decode_s

@@ -11,6 +11,7 @@ from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admits, mixes
 from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep, steal
+from servegym.envs.simulator.queues import shares_pool
 from servegym.envs.simulator.state import IDLE, NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.stealing import fullest_queue, stealable
 from servegym.envs.vocabulary import STEAL_WAITING
@@ -77,7 +78,7 @@ def _may_wait(state: State, e: int, r: int) -> bool:
         return False
     if state.cluster[0].moves and replica.used_blocks > 0:
         return True
-    if state.queues.shape[1] < state.replicas.shape[1]:
+    if shares_pool(state):
         for other in range(state.replicas.shape[1]):
             if state.replicas[e, other].stage != IDLE:
                 return True

@@ -16,6 +16,7 @@ from servegym.envs.jit import kernel, rare_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.observation import QUEUE_DOUBLINGS, balance, log_scaled
 from servegym.envs.simulator.moving import copy_seconds, room_for
+from servegym.envs.simulator.queues import shares_pool
 from servegym.envs.simulator.routing import look
 from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
 from servegym.envs.simulator.state import DECODE_RUN, IDLE, UNLIMITED_BLOCKS, State
@@ -58,7 +59,7 @@ def observe_cluster(
     """Write the block of replica ``r`` in environment ``e`` into ``out``, from entry ``at`` on."""
     replicas = state.replicas.shape[1]
     _observe_moves(state, costs, e, r, at + len(CLUSTER_FEATURES) - 3, out)
-    pool = state.queues.shape[1] < replicas
+    pool = shares_pool(state)
     waiting_here, running_here, tokens_here, blocks_here, free_here = 0.0, 0.0, 0.0, 0.0, 0.0
     waiting, running, tokens, blocks, free = 0.0, 0.0, 0.0, 0.0, 0.0  # of all replicas
     clients, token_s = 0.0, 0.0

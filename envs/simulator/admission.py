@@ -22,6 +22,7 @@ from servegym.envs.simulator.queues import (
     head,
     queue_of,
     rounds_ahead,
+    shares_pool,
     tokens_to_prefill,
     waiting_at,
 )
@@ -360,7 +361,7 @@ def _busiest(state: State, e: int, r: int) -> int:
     if size == _NOT_BUILT:
         size = 0
         first, last = r, r
-        if state.queues.shape[1] < state.replicas.shape[1]:
+        if shares_pool(state):
             first, last = 0, state.replicas.shape[1] - 1
         for s in range(first, last + 1):
             for client in range(state.machines[s].clients):

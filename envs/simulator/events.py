@@ -21,9 +21,9 @@ from servegym.envs.simulator.queues import (
     blocks_of,
     forget_plan,
     push_back,
+    push_routed,
     queue_of,
-    rounds_ahead,
-    tokens_to_prefill,
+    shares_pool,
 )
 from servegym.envs.simulator.routing import largest_servable, route
 from servegym.envs.simulator.stages import (
@@ -109,7 +109,7 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
                 end_boundary(state, e, r, prefilled)
     if moves:
         end_instant(state, e)
-    elif state.queues.shape[1] < replicas:  # what has ended may change what is best to take
+    elif shares_pool(state):  # what has ended may change what is best to take
         wake_sleepers(state, e)
     episode.turn = 0
 
@@ -154,13 +154,10 @@ def _reject(state: State, e: int, i: int) -> None:
 def _send(state: State, costs: CostTables, e: int, i: int, blocks: int) -> None:
     """Route a request, which holds up to ``blocks``, to a replica's own queue."""
     r = route(state, costs, e, i, blocks)
-    request, queue = state.requests[e, i], state.queues[e, r]
+    request = state.requests[e, i]
     if request.plan_client != NOBODY and request.plan_replica != r:
         forget_plan(state, e, i)
-    push_back(state, e, r, i)
-    tokens = tokens_to_prefill(state, e, i)
-    queue.unseen_work += tokens + rounds_ahead(state, e, i)
-    queue.unseen_blocks += blocks_of(state, tokens)
+    push_routed(state, e, r, i)
     _notice(state, costs, e, r)
 
 
@@ -238,7 +235,7 @@ def steal(state: State, costs: CostTables, e: int, r: int, kind: int) -> None:
 @kernel
 def _tell_others(state: State, costs: CostTables, e: int, r: int) -> None:
     """Let other replicas look at what a decision of ``r`` has changed for them."""
-    if state.queues.shape[1] < state.replicas.shape[1]:
+    if shares_pool(state):
         _tell_of_pool(state, costs, e, r)
     elif state.cluster[0].moves and state.episodes[e].disturbed:
         _tell_of_change(state, costs, e, r)

@@ -23,7 +23,7 @@ from servegym.envs.simulator.memory import (
 from servegym.envs.simulator.queues import (
     blocks_of,
     leave_lists,
-    push_back,
+    push_routed,
     rounds_ahead,
     tokens_to_prefill,
 )
@@ -52,9 +52,7 @@ from servegym.envs.simulator.transfers import (
     start,
     stop_coming,
 )
-from servegym.envs.vocabulary import (
-    ROLE_PREFILL,
-)
+from servegym.envs.vocabulary import ROLE_PREFILL
 
 # ---- at and on the way to a replica --------------------------------------------------------
 
@@ -115,15 +113,10 @@ def send(state: State, e: int, s: int, r: int, i: int) -> None:
 @rare_kernel
 def join_queue(state: State, e: int, r: int, i: int) -> None:
     """Let a request wait at the end of the queue of ``r``."""
-    request, queue = state.requests[e, i], state.queues[e, r]
+    request = state.requests[e, i]
     request.replica = r
-    queue.stolen += request.stolen
-    push_back(state, e, r, i)
-    tokens = tokens_to_prefill(state, e, i)
-    queue.unseen_blocks += blocks_of(state, tokens)
-    queue.unseen_work += rounds_ahead(state, e, i)
-    if request.stored == NOBODY:
-        queue.unseen_work += tokens
+    state.queues[e, r].stolen += request.stolen
+    push_routed(state, e, r, i)
 
 
 # ---- leaving --------------------------------------------------------------------------------

@@ -23,6 +23,12 @@ def queue_of(state: State, r: int) -> int:
 
 
 @kernel
+def shares_pool(state: State) -> bool:
+    """Return whether several replicas have one queue."""
+    return state.queues.shape[1] < state.replicas.shape[1]
+
+
+@kernel
 def tokens_to_prefill(state: State, e: int, i: int) -> int:
     """Return the tokens of a waiting request's next prefill: its prompt and what it has emitted.
 
@@ -46,8 +52,8 @@ def rounds_ahead(state: State, e: int, i: int) -> int:
 
 
 @kernel
-def push_back(state: State, e: int, q: int, i: int) -> None:
-    """Let a request that has just come wait at the end of a queue, unseen until the next look."""
+def _append(state: State, e: int, q: int, i: int) -> None:
+    """Let a request wait at the end of a queue; it is not counted yet."""
     queue, request = state.queues[e, q], state.requests[e, i]
     request.phase = WAITING
     request.next = NOBODY
@@ -57,9 +63,27 @@ def push_back(state: State, e: int, q: int, i: int) -> None:
     else:
         state.requests[e, queue.last].next = i
     queue.last = i
+
+
+@kernel
+def push_back(state: State, e: int, q: int, i: int) -> None:
+    """Let a request that has just come wait at the end of a queue, unseen until the next look."""
+    queue = state.queues[e, q]
+    _append(state, e, q, i)
     if queue.first_unseen == NOBODY:
         queue.first_unseen = i
     queue.unseen += 1
+
+
+@kernel
+def push_routed(state: State, e: int, r: int, i: int) -> None:
+    """Do as ``push_back`` at a replica's own queue, of which routers and thieves see the unseen, too."""
+    queue, tokens = state.queues[e, r], tokens_to_prefill(state, e, i)
+    push_back(state, e, r, i)
+    queue.unseen_blocks += blocks_of(state, tokens)
+    queue.unseen_work += rounds_ahead(state, e, i)
+    if state.requests[e, i].stored == NOBODY:
+        queue.unseen_work += tokens
 
 
 @kernel
@@ -80,17 +104,9 @@ def push_front(state: State, e: int, q: int, i: int) -> None:
 @rare_kernel
 def push_last(state: State, e: int, q: int, i: int) -> None:
     """Let a preempted request wait behind all others, who have been seen."""
-    queue, request = state.queues[e, q], state.requests[e, i]
-    if request.listed:
+    if state.requests[e, i].listed:
         _unlist(state, e, q, i)
-    request.phase = WAITING
-    request.listed = 1
-    request.next = NOBODY
-    if queue.last == NOBODY:
-        queue.first = i
-    else:
-        state.requests[e, queue.last].next = i
-    queue.last = i
+    _append(state, e, q, i)
     count_waiting(state, e, q, i, 1)
 
 

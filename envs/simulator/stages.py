@@ -35,6 +35,7 @@ from servegym.envs.simulator.queues import (
     leave_plan,
     queue_of,
     rounds_ahead,
+    shares_pool,
     tokens_to_prefill,
 )
 from servegym.envs.simulator.seconds import decode_seconds, one_pass_seconds, prefill_seconds
@@ -91,7 +92,7 @@ def see_arrivals(state: State, e: int, r: int) -> None:
     queue.unseen_work = 0
     queue.unseen_blocks = 0
     queue.first_unseen = NOBODY
-    if unplanned > _MANY_ARRIVALS and state.queues.shape[1] == state.replicas.shape[1]:
+    if unplanned > _MANY_ARRIVALS and not shares_pool(state):
         _queue_many(state, e, r, first)
     elif unplanned > 0:
         i = first
@@ -112,7 +113,7 @@ def _queue_one(state: State, e: int, r: int, i: int) -> None:
     """
     by_work = state.requests[e, i].expected_rounds > 0
     first_replica, last_replica = r, r
-    if state.queues.shape[1] < state.replicas.shape[1]:
+    if shares_pool(state):
         first_replica, last_replica = 0, state.replicas.shape[1] - 1
     best_replica, best = first_replica, 0
     least = client_work(state, e, first_replica, 0)
