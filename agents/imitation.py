@@ -159,7 +159,10 @@ def spread_over_episodes(env: ServingVectorEnv, actor: _Actor) -> None:
     All rows play ``actor``. Then each row is set back to the first state with that share, or to the
     beginning of its next episode if its episode ended before.
     """
-    arrays = [np.asarray(array) for array in (*row_arrays(env.state).values(), *env.rows)]
+    arrays = [
+        np.asarray(array)
+        for array in (*row_arrays(env.state).values(), *env.rows.by_name().values())
+    ]
     kept = [array.copy() for array in arrays]
     episodes = env.state.episodes
     wanted = np.arange(env.num_envs) / env.num_envs

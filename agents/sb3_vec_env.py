@@ -163,7 +163,7 @@ class ServingSB3VecEnv(VecEnv):
 
     def _arrays(self) -> dict[str, NDArray[np.uint8]]:
         """Return every array of the rows as the bytes it consists of, not copied."""
-        named = row_arrays(self.env.state) | self.env.rows._asdict()
+        named = row_arrays(self.env.state) | self.env.rows.by_name()
         if self.reference is not None:
             named["reference_gaps"] = self.reference_gaps_percent  # its name in all checkpoints
         if self.env.max_episode_steps:

@@ -11,13 +11,16 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core import config
+from numba.core import cgutils, config, types
 from numba.core.registry import CPUDispatcher
+from numba.core.sigutils import normalize_signature
 from numba.core.types.misc import unliteral
+from numba.extending import intrinsic
 
+import servegym.envs.bundle_type  # noqa: F401 (tells numba of bundles)
 from servegym.envs.errors import ServegymError
 from servegym.envs.kernel_cache import KernelCache
-from servegym.envs.linked_code import LinkedCompiler
+from servegym.envs.linked_code import LinkedCompiler, shared_entry
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -26,35 +29,68 @@ def kernel(function: Function) -> Function:
     """Compile ``function`` on first call (no Python objects) and cache the machine code on disk.
 
     A kernel makes and returns no array or list, so references are not counted. It is inlined into its
-    callers: a call would copy the hundred words of ``State`` and ``CostTables``. Counting (two atomic
-    additions for each array) and copying took three quarters of a step's time.
+    callers.
     """
-    return _cached(function, _nrt=False, forceinline=True)
+    return _cached(function, _Inlined, _nrt=False, forceinline=True)
 
 
-def rare_kernel(function: Function) -> Function:
-    """Do as ``kernel``, not inlined: for what few tasks run or few stages need.
+def shared_kernel(function: Function) -> Function:
+    """Do as ``kernel``, but compile once: callers call the machine code, which takes some 5 ns.
 
-    Its callers stay small, so they compile sooner; a call takes about 50 ns.
+    For what is long and has several callers, and for what few tasks run or few stages need.
     """
-    return _cached(function, _nrt=False, forceinline=False)
+    return _cached(function, _Shared, _nrt=False, forceinline=False)
 
 
 def allocating_kernel(function: Function) -> Function:
-    """Do as ``kernel``, not inlined, for a function that makes arrays or draws random numbers.
+    """Do as ``shared_kernel`` for a function that makes arrays or draws random numbers.
 
     Without the option a kernel would inherit it from the first caller that is compiled.
     """
-    return _cached(function, _nrt=True, forceinline=False)
+    return _cached(function, _Shared, _nrt=True, forceinline=False)
 
 
 def threaded_kernel(function: Function) -> Function:
-    """Do as ``kernel``, not inlined, for calls from several Python threads, which then run side by side.
+    """Do as ``shared_kernel`` for calls from several Python threads, which then run side by side.
 
     For calls that take milliseconds. Numba's threads start faster, but ``prange`` compiled the expert's
     rollouts three times more, for 22 CPU-s.
     """
-    return _cached(function, _nrt=False, forceinline=False, nogil=True)
+    return _cached(function, _Shared, _nrt=False, forceinline=False, nogil=True)
+
+
+def move_records(array: Any, target: int, source: int, count: int) -> None:
+    """Copy ``count`` entries of a contiguous array from ``source`` on to ``target`` on; both may overlap."""
+    array[target : target + count] = array[source : source + count].copy()
+
+
+def count_bits(word: int) -> int:
+    """Return how many bits of a whole number ≥ 0 are set."""
+    return int(word).bit_count()
+
+
+if not config.DISABLE_JIT:
+
+    @intrinsic
+    def move_records(_: Any, array: Any, target: Any, source: Any, count: Any) -> Any:
+        """Do so by one call of ``memmove``: numba copies entries one by one."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            values = context.make_array(array)(context, builder, arguments[0])
+            to, start = (builder.gep(values.data, [place]) for place in arguments[1:3])
+            cgutils.raw_memmove(builder, to, start, arguments[3], values.itemsize)
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, types.intp, types.intp), emit
+
+    @intrinsic
+    def count_bits(_: Any, word: Any) -> Any:
+        """Do so by one instruction."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.ctpop(arguments[0])
+
+        return types.int64(types.int64), emit
 
 
 def parallel_kernel(function: Function) -> Function:
@@ -63,7 +99,7 @@ def parallel_kernel(function: Function) -> Function:
     For calls from Python only. A call raises ``ServegymError`` in a process that was forked after its
     parent had started GNU OpenMP's threads: a fork loses them, and the library would end the process.
     """
-    compiled = _cached(function, _nrt=True, parallel=True)
+    compiled = _cached(function, _Shared, _nrt=True, parallel=True)
 
     @wraps(function)
     def call(*args: Any) -> Any:
@@ -77,14 +113,14 @@ def parallel_kernel(function: Function) -> Function:
     return cast(Function, call)
 
 
-def _cached(function: Function, **options: bool) -> Function:
+def _cached(function: Function, dispatcher: type[_Inlined | _Shared], **options: bool) -> Function:
     if config.DISABLE_JIT:
         return function
     options |= {"nopython": True, "no_cfunc_wrapper": True}  # nobody passes a kernel to C
-    return cast(Function, _Dispatcher(function, {}, options))
+    return cast(Function, dispatcher(function, {}, options))
 
 
-class _Dispatcher(CPUDispatcher):  # type: ignore[misc]
+class _Inlined(CPUDispatcher):  # type: ignore[misc]
     """A compiled function: machine code for calls from Python, linked code for calls from kernels.
 
     Numba compiles a callee again for each constant among its arguments. Here a constant counts as any
@@ -107,6 +143,25 @@ class _Dispatcher(CPUDispatcher):  # type: ignore[misc]
     def get_overload(self, sig: Any) -> Any:
         """Return what a kernel's call is linked to."""
         return self._linked.get_overload(sig)
+
+
+class _Shared(CPUDispatcher):  # type: ignore[misc]
+    """A compiled function whose machine code is called by kernels as well; see ``_Inlined``."""
+
+    def __init__(
+        self, function: Callable[..., Any], types_of_locals: Any, options: dict[str, Any]
+    ) -> None:
+        super().__init__(function, types_of_locals, options)
+        self._cache = KernelCache(function)
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        """Compile for a call from a kernel."""
+        return super().get_call_template([unliteral(each) for each in args], kws)
+
+    def get_overload(self, sig: Any) -> Any:
+        """Return what a kernel's call goes to: a symbol that stands for the machine code."""
+        compiled = self.overloads[tuple(normalize_signature(sig)[0])]
+        return shared_entry(self.py_func, compiled)
 
 
 _lost_threads: list[str] = []

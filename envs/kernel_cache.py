@@ -29,7 +29,12 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 from numba.misc.appdirs import AppDirs
 
-from servegym.envs.linked_code import from_payload, to_payload
+from servegym.envs.linked_code import (
+    from_payload,
+    prepare_callees,
+    shared_callees,
+    to_payload,
+)
 
 _ROOT: Final = Path(__file__).resolve().parents[1]
 """The folder that holds ``envs`` and ``baselines``, in a checkout and in an installed package."""
@@ -77,14 +82,28 @@ class _Implementation(CompileResultCacheImpl):
             _py_file=function.__code__.co_filename, ensure_cache_path=lambda: None
         )
 
+    def reduce(self, cres: Any) -> tuple[Any, ...]:
+        return shared_callees(cres.library._final_module), self._reduce(cres)
+
+    def rebuild(self, target_context: Any, payload: tuple[Any, ...]) -> Any:
+        callees, code = payload
+        prepare_callees(callees)
+        return self._rebuild(target_context, code)
+
+    def _reduce(self, cres: Any) -> tuple[Any, ...]:
+        return super().reduce(cres)
+
+    def _rebuild(self, target_context: Any, code: tuple[Any, ...]) -> Any:
+        return super().rebuild(target_context, code)
+
 
 class _LinkedImplementation(_Implementation):
     """How code that is only linked becomes bytes and comes back."""
 
-    def reduce(self, cres: Any) -> tuple[Any, ...]:
+    def _reduce(self, cres: Any) -> tuple[Any, ...]:
         return to_payload(cres)
 
-    def rebuild(self, target_context: Any, payload: tuple[Any, ...]) -> Any:
+    def _rebuild(self, target_context: Any, payload: tuple[Any, ...]) -> Any:
         return from_payload(target_context, payload)
 
 

@@ -169,7 +169,7 @@ def recount(state: State) -> None:
 
 
 def _blocks(state: State, tokens: int) -> int:
-    return -(-tokens // int(state.cluster[0].block_tokens))
+    return -(-tokens // int(state.cluster.block_tokens))
 
 
 def _waiting_in(state: State, q: int) -> tuple[list[int], list[int]]:
@@ -200,7 +200,7 @@ def _recount_queue(state: State, q: int, seen: list[int], unseen: list[int]) -> 
     assert queue.stolen == sum(int(requests[i].stolen) for i in wanted)
     assert queue.rounds == sum(left[i] for i in seen)
     assert queue.tokens == sum(todo[i] for i in seen)
-    if state.cluster[0].counts_memory:
+    if state.cluster.counts_memory:
         assert queue.blocks == sum(_blocks(state, wanted[i]) for i in seen)
     squares = int(queue.squares_high) * 2**32 + int(queue.squares_low)
     assert squares == sum(todo[i] ** 2 for i in seen)
@@ -240,7 +240,7 @@ def _recount_replica(state: State, r: int) -> None:
         held[i] = int(requests[i].prompt_tokens) + int(requests[i].decode_rounds) - left
     assert replica.cached_tokens == sum(tokens + 1 for tokens in held.values())
     computed = [int(requests[i].computed) for i in picked + partial]
-    if state.cluster[0].counts_memory:
+    if state.cluster.counts_memory:
         _recount_memory(state, r, list(held.values()), computed)
     ends = [int(state.clients[0, r, requests[i].client].expected_end) for i in decoding]
     assert replica.due_sum == sum(ends)
@@ -250,7 +250,7 @@ def _recount_replica(state: State, r: int) -> None:
 
 def _recount_memory(state: State, r: int, held: list[int], computed: list[int]) -> None:
     """Blocks and residues; what the stage under way will hold at its end fits, too."""
-    replica, length = state.replicas[0, r], int(state.cluster[0].block_tokens)
+    replica, length = state.replicas[0, r], int(state.cluster.block_tokens)
     fixed = sum(_blocks(state, tokens) for tokens in computed)
     fixed += int(replica.incoming_blocks) + _kept_blocks(state, r)
     assert replica.used_blocks == fixed + sum(_blocks(state, tokens) for tokens in held)
@@ -326,7 +326,7 @@ def _recount_transfers(state: State) -> None:
     for i in np.flatnonzero(requests.stored != NOBODY):
         assert requests[i].phase == WAITING or i in of[TO_QUEUE]
         source = int(requests[i].stored)
-        host = source == HOST and state.cluster[0].evicts_to_host
+        host = source == HOST and state.cluster.evicts_to_host
         assert host or state.machines[source].role == ROLE_PREFILL
     for r in range(state.replicas.shape[1]):
         replica = state.replicas[0, r]

@@ -18,9 +18,9 @@ from servegym.envs.kernel_cache import cache_folders, is_trusted, make_private_f
 
 # A kernel and its callee in another file, as small as can be.
 CALLEE = """
-from servegym.envs.jit import kernel
+from servegym.envs.jit import {kind}
 
-@kernel
+@{kind}
 def double(x):
     return {factor} * x
 """
@@ -37,7 +37,8 @@ def triple(x):
 class Sources:
     """Two source files in a folder of their own, loaded as often as a test likes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.kind = kind  # of the callee: its code is inlined, or shared
         self.folder = folder / "sources"
         self.users = folder / "cache"
         self.folder.mkdir()
@@ -45,7 +46,7 @@ class Sources:
         (self.folder / "caller.py").write_text(CALLER)
 
     def write(self, factor: int) -> None:
-        (self.folder / "callee.py").write_text(CALLEE.format(factor=factor))
+        (self.folder / "callee.py").write_text(CALLEE.format(kind=self.kind, factor=factor))
 
     def run(self) -> tuple[int, int]:
         """Load the files as a new process would; return triple(7) and how much came from the cache."""
@@ -64,9 +65,11 @@ class Sources:
         return sorted((folder or self.folder).rglob("*.nb?"))
 
 
-@pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sources:
-    folders = Sources(tmp_path)
+@pytest.fixture(params=["kernel", "shared_kernel"])
+def sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Sources:
+    folders = Sources(tmp_path, request.param)
     monkeypatch.syspath_prepend(folders.folder)
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folders.users))
@@ -120,6 +123,7 @@ def test_a_cached_caller_does_not_keep_an_old_callee(sources: Sources) -> None:
     assert sources.run() == (21, 1)
 
 
+@pytest.mark.parametrize("sources", ["kernel"], indirect=True)
 def test_linked_code_is_read_where_a_caller_is_compiled(sources: Sources) -> None:
     sources.run()
     linked = {path: path.stat().st_mtime_ns for path in sources.files() if "-linked" in path.name}

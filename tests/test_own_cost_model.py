@@ -44,7 +44,8 @@ class Imitation:
         rates = np.zeros(1, RATES)
         for name in RATES.names or ():
             rates[name] = tables.rates[name]
-        return CostTables(tables.decode_base_s.copy(), rates, *tables[2:])._replace(**self.changes)
+        own: dict[str, Any] = {"decode_base_s": tables.decode_base_s.copy(), "rates": rates}
+        return replace(tables, **own | self.changes)
 
 
 def with_model(model: Any, task: TaskConfig = TINY) -> TaskConfig:
@@ -109,7 +110,7 @@ class Frozen:
 
     def tables(self, clients: int) -> CostTables:
         tables = TINY.cost.tables(clients)
-        return tables._replace(decode_base_s=self.slower * tables.decode_base_s)
+        return replace(tables, decode_base_s=self.slower * tables.decode_base_s)
 
 
 def test_a_frozen_dataclass_makes_tasks_that_are_hashed_and_equal() -> None:

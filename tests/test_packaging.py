@@ -166,8 +166,8 @@ def test_room_imports_only_what_it_may(room: str, forbidden: set[str]) -> None:
 FLOORS = {
     "envs": [
         "errors vocabulary",
-        "arguments files linked_code",
-        "kernel_cache",
+        "arguments bundle files linked_code",
+        "bundle_type kernel_cache",
         "jit",
         "machine workload",
         "bounds simulator",

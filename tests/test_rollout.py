@@ -18,7 +18,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import brief, make_case, play
 from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.process.metrics import METRICS
-from servegym.envs.simulator.state import RUNNING, WAITING, State
+from servegym.envs.simulator.state import RUNNING, WAITING, State, row_arrays
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
@@ -54,7 +54,7 @@ def content(state: State) -> dict[str, Any]:
     """Everything that an imagined episode holds, by name."""
     active = int(state.replicas[0, 0]["active"])
     idle = int(state.replicas[0, 0]["idle"])
-    arrays = state._asdict() | {
+    arrays = row_arrays(state) | {
         "finishes": state.finishes[0, 0, :active],
         "expected": state.expected[0, 0, :active],
         "idle": state.idle[0, 0, :idle],
@@ -209,7 +209,7 @@ def test_the_expert_leaves_the_environment_as_it_was() -> None:
     env.reset(seed=0)
     before = deepcopy(env.state)
     make_rollout_expert("hybrid", TINY)(env)
-    for name, array in before._asdict().items():  # field by field: padding is not copied
+    for name, array in row_arrays(before).items():  # field by field: padding is not copied
         for part in array.dtype.names or (...,):
             np.testing.assert_array_equal(array[part], getattr(env.state, name)[part], name)
 

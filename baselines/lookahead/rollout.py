@@ -24,7 +24,7 @@ from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy, ru
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import fires
 from servegym.envs.errors import ServegymError, unknown
-from servegym.envs.jit import kernel
+from servegym.envs.jit import shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.policy import Briefing, Situation
 from servegym.envs.process.actions import Settings, apply
@@ -56,7 +56,7 @@ class StageChoices(NamedTuple):
     parameters: NDArray[np.float64]  # (stages,) of the trigger
 
 
-@kernel
+@shared_kernel
 def run_schedule(
     state: State, costs: CostTables, e: int, base: CompiledPolicy, schedule: StageChoices
 ) -> None:
@@ -73,7 +73,7 @@ def run_schedule(
         take_turn(state, costs, e, r, policy)
 
 
-@kernel
+@shared_kernel
 def final_clock(
     imagined: State,
     costs: CostTables,
@@ -91,7 +91,7 @@ def final_clock(
     return float(scratch.episodes[0].now_s)
 
 
-@kernel
+@shared_kernel
 def action_values(
     state: State,
     costs: CostTables,

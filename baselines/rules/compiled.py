@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import fires
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.evaluation import brief, play
 from servegym.envs.playing.policy import asked_task
@@ -48,10 +48,10 @@ def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
 @kernel
 def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> None:
     """Do what a policy says at the turn of replica ``r``: steal, admit, decode on, or sleep."""
-    if state.cluster[0].moves and _steals(state, costs, e, r):
+    if state.cluster.moves and _steals(state, costs, e, r):
         return
     # What another's mixed stage has begun goes on in mixed stages only, except under SGLang's guard.
-    begun = state.replicas[e, r].partial != NOBODY and state.cluster[0].guard != GUARD_SGLANG
+    begun = state.replicas[e, r].partial != NOBODY and state.cluster.guard != GUARD_SGLANG
     mixed = policy.mixed or begun
     chosen = mixes(state, e, r, policy.rule) if mixed else admits(state, e, r, policy.rule)
     active = state.replicas[e, r].active > 0
@@ -68,7 +68,7 @@ def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledP
         sleep(state, e, r)
 
 
-@rare_kernel
+@shared_kernel
 def _steals(state: State, costs: CostTables, e: int, r: int) -> bool:
     """Let replica ``r`` steal if it may; waiting requests come first."""
     if fullest_queue(state, e, r) != NOBODY:
@@ -81,7 +81,7 @@ def _steals(state: State, costs: CostTables, e: int, r: int) -> bool:
     return True
 
 
-@kernel
+@shared_kernel
 def run_episode(state: State, costs: CostTables, e: int, policy: CompiledPolicy) -> None:
     """Run the loaded episode of row ``e`` to its end under a policy."""
     while True:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Final, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.arguments import check_fields, field_types, whole_numbers
+from servegym.envs.bundle import Bundle
 from servegym.envs.errors import ServegymError, shown
 
 MIN_COST_S: Final = 1e-30
@@ -78,11 +79,11 @@ RATES: Final = np.dtype(
 )
 
 
-_NO_PASSES: Final = np.zeros((1, 0))
 _PREFILL_RATES: Final = tuple(name for name in RATES.names or () if name.startswith("prefill_"))
 
 
-class CostTables(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class CostTables(Bundle):
     """Cost of stages as arrays; R replicas, J clients, L prefill levels (0 unless levelled).
 
     Examples
@@ -97,7 +98,7 @@ class CostTables(NamedTuple):
     prefill_level_tokens: NDArray[np.int64]  # (R, L) capacity of each level, ascending
     prefill_level_s: NDArray[np.float64]  # (R, L) cost of each level
     # (R, M + 1) decode line of a mixed stage of n tokens in all, without its cache; M = −1: none
-    pass_base_s: NDArray[np.float64] = _NO_PASSES
+    pass_base_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros((1, 0)))
 
 
 @runtime_checkable
@@ -109,10 +110,11 @@ class CostModel(Protocol):
 
     Examples
     --------
+    >>> from dataclasses import replace
     >>> class Doubled:
     ...     def tables(self, clients):
     ...         tables = cost_preset("tiny").costs.tables(clients)
-    ...         return tables._replace(decode_base_s=2 * tables.decode_base_s)
+    ...         return replace(tables, decode_base_s=2 * tables.decode_base_s)
     >>> from servegym.envs import TaskConfig, cost_preset, lower
     >>> isinstance(Doubled(), CostModel), lower(TaskConfig("mine", cost=Doubled())).clients
     (True, 200)

@@ -33,7 +33,7 @@ def notes_of(task: TaskConfig) -> dict[str, Any]:
     if isinstance(task.cost, StageCosts):
         return asdict(task)
     digest = hashlib.sha256()
-    for table in lower(task).costs:
+    for table in lower(task).costs.by_name().values():
         digest.update(table.tobytes())
     model = type(task.cost)
     cost = {

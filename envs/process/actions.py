@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.bundle import Bundle
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admits, mixes
 from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep, steal
@@ -17,7 +18,8 @@ from servegym.envs.simulator.stealing import fullest_queue, stealable
 from servegym.envs.vocabulary import STEAL_WAITING
 
 
-class Settings(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Settings(Bundle):
     """The task's choices that kernels read."""
 
     rules: NDArray[np.int64]  # (P,) admission rule of action 1 + k: a prefill stage
@@ -36,7 +38,7 @@ class Settings(NamedTuple):
     max_seconds: float  # truncate once the clock has passed it, 0: never
 
 
-@kernel
+@shared_kernel
 def legal_actions(
     state: State, costs: CostTables, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]
 ) -> int:
@@ -70,13 +72,13 @@ def legal_actions(
     return count
 
 
-@rare_kernel
+@shared_kernel
 def _may_wait(state: State, e: int, r: int) -> bool:
     """Return whether a replica where nobody decodes may leave what it could admit to a later decision."""
     replica = state.replicas[e, r]
     if replica.partial != NOBODY:
         return False
-    if state.cluster[0].moves and replica.used_blocks > 0:
+    if state.cluster.moves and replica.used_blocks > 0:
         return True
     if shares_pool(state):
         for other in range(state.replicas.shape[1]):
@@ -85,7 +87,7 @@ def _may_wait(state: State, e: int, r: int) -> bool:
     return False
 
 
-@rare_kernel
+@shared_kernel
 def _legal_steals(
     state: State,
     costs: CostTables,
@@ -113,7 +115,7 @@ def _legal_steals(
     return count
 
 
-@rare_kernel
+@shared_kernel
 def _limit(state: State, settings: Settings, e: int, r: int, k: int) -> None:
     """Let admission at replica ``r`` use as many clients and as much memory as action 1 + k says."""
     replica, machine = state.replicas[e, r], state.machines[r]
@@ -130,7 +132,7 @@ def _free_of_limits(state: State, e: int, r: int) -> None:
     state.replicas[e, r].reserve_blocks = state.machines[r].watermark_blocks
 
 
-@kernel
+@shared_kernel
 def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> None:
     """Begin what a legal action says at replica ``r``."""
     if settings.limits and 0 < action <= settings.caps.size:

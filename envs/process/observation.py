@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.jit import kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.order import select
 from servegym.envs.simulator.queues import queue_of
@@ -84,7 +84,7 @@ def balance(a: float, b: float) -> float:
     return a / (a + b) if a + b > 0 else 0.0
 
 
-@kernel
+@shared_kernel
 def observe_replica(
     state: State, costs: CostTables, e: int, r: int, out: NDArray[np.float32]
 ) -> None:

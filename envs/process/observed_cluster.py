@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.observation import QUEUE_DOUBLINGS, balance, log_scaled
 from servegym.envs.simulator.moving import copy_seconds, room_for
@@ -52,7 +52,7 @@ def _against(a: float, b: float) -> float:
     return a / (a + b) if a + b > 0 else 0.5
 
 
-@rare_kernel
+@shared_kernel
 def observe_cluster(
     state: State, costs: CostTables, e: int, r: int, at: int, out: NDArray[np.float32]
 ) -> None:
@@ -127,10 +127,10 @@ def _observe_moves(
 ) -> None:
     """Write the three entries about moves, 0 where no request ever moves."""
     out[at : at + 3] = 0.0
-    if not state.cluster[0].moves:
+    if not state.cluster.moves:
         return
     replica, clients = state.replicas[e, r], state.machines[r].clients
-    if state.cluster[0].steals_waiting or state.cluster[0].steals_running:
+    if state.cluster.steals_waiting or state.cluster.steals_running:
         out[at] = max(room_for(state, e, r), 0) / clients
     out[at + 1] = min((replica.coming + replica.incoming) / clients, 1.0)
     active, cached = 0, 0

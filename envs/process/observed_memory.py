@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.jit import rare_kernel
+from servegym.envs.jit import shared_kernel
 from servegym.envs.process.observation import ROUND_DOUBLINGS, balance, log_scaled
 from servegym.envs.simulator.memory import blocks_of_round, free_blocks, rounds_to_full
 from servegym.envs.simulator.queues import queue_of, tokens_to_prefill
@@ -36,7 +36,7 @@ MEMORY_FEATURES: Final = (
 """What each entry of the block means, in order."""
 
 
-@rare_kernel
+@shared_kernel
 def observe_memory(state: State, e: int, r: int, at: int, out: NDArray[np.float32]) -> None:
     """Write the block of replica ``r`` in environment ``e`` into ``out``, from entry ``at`` on."""
     replica, queue = state.replicas[e, r], state.queues[e, queue_of(state, r)]
@@ -57,14 +57,14 @@ def observe_memory(state: State, e: int, r: int, at: int, out: NDArray[np.float3
             out[at + 3] = log_scaled(to_full, ROUND_DOUBLINGS)
             out[at + 4] = balance(to_finish, to_full)
             out[at + 5] = balance(blocks_of_round(state, e, r), free)
-            out[at + 6] = balance(at_finish, float(blocks) * state.cluster[0].block_tokens)
+            out[at + 6] = balance(at_finish, float(blocks) * state.cluster.block_tokens)
         out[at + 7] = balance(queue.blocks, blocks)
         out[at + 8] = balance(queue.blocks, free)
         if queue.waiting > 0:  # in a pool some may be larger than this memory
             out[at + 9] = min(queue.blocks / queue.waiting / blocks, 1.0)
         finished = state.episodes[e].finished / state.replicas.shape[1]
         out[at + 10] = balance(replica.preemptions, finished)
-    budget = state.cluster[0].chunk_tokens
+    budget = state.cluster.chunk_tokens
     if budget > 0:
         left = max(budget - active, 0)
         i = replica.partial

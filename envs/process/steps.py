@@ -5,13 +5,14 @@ One implementation for one environment and for many: every function works on row
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from servegym.envs.jit import kernel, parallel_kernel
+from servegym.envs.bundle import Bundle
+from servegym.envs.jit import kernel, parallel_kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.actions import Settings, apply, legal_actions
 from servegym.envs.process.blocks import observe
@@ -20,7 +21,7 @@ from servegym.envs.simulator.events import advance, sleep
 from servegym.envs.simulator.state import NOBODY, State
 
 
-@kernel
+@shared_kernel
 def run_to_choice(
     state: State, costs: CostTables, settings: Settings, e: int, mask: NDArray[np.bool_]
 ) -> bool:
@@ -43,7 +44,7 @@ def deciding(state: State, e: int) -> int:
     return turn if turn < state.replicas.shape[1] else 0
 
 
-@kernel
+@shared_kernel
 def step(
     state: State,
     costs: CostTables,
@@ -72,7 +73,8 @@ def step(
     return reward, not alive, alive and (late or many)
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rows(Bundle):
     """What a step writes for each of E environments."""
 
     observations: NDArray[np.float32]  # (E, features)
@@ -93,7 +95,7 @@ def make_rows(environments: int, actions: int, features: int) -> Rows:
     )
 
 
-@kernel
+@shared_kernel
 def begin_row(state: State, costs: CostTables, settings: Settings, rows: Rows, e: int) -> None:
     """Start the episode loaded into environment ``e``; write its first observation and mask."""
     run_to_choice(state, costs, settings, e, rows.masks[e])

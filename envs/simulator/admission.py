@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.aligned import forget_targets, longest_aligned
 from servegym.envs.simulator.memory import blocks_of_round, chunk_fits, fits, free_blocks
 from servegym.envs.simulator.moving import fetch
@@ -60,7 +60,7 @@ def _takes_more(state: State, e: int, r: int) -> bool:
 def admits(state: State, e: int, r: int, rule: int) -> bool:
     """Return whether a prefill stage under ``rule`` would admit at least one request now."""
     replica = state.replicas[e, r]
-    if state.cluster[0].guard == GUARD_SGLANG:
+    if state.cluster.guard == GUARD_SGLANG:
         return _piece_fits(state, e, r, rule)
     if not _takes_more(state, e, r):
         return False
@@ -82,7 +82,7 @@ def _gives(state: State, e: int, r: int, rule: int) -> bool:
     return False
 
 
-@rare_kernel
+@shared_kernel
 def _first_fits(state: State, e: int, r: int, rule: int, taken: int) -> bool:
     """Return whether the first request that ``rule`` gives to an idle client fits into memory."""
     i = _first_given(state, e, r, rule)
@@ -90,7 +90,7 @@ def _first_fits(state: State, e: int, r: int, rule: int, taken: int) -> bool:
     return i != NOBODY and fits(state, e, r, i, taken, running)
 
 
-@rare_kernel
+@shared_kernel
 def _first_given(state: State, e: int, r: int, rule: int) -> int:
     """Return the first request that ``rule`` gives to an idle client, or NOBODY; somebody must wait."""
     _begin_choosing(state, e, r, rule)
@@ -101,7 +101,7 @@ def _first_given(state: State, e: int, r: int, rule: int) -> int:
     return NOBODY
 
 
-@rare_kernel
+@shared_kernel
 def _piece_fits(state: State, e: int, r: int, rule: int) -> bool:
     """Return whether ``admit_pieces`` would compute something now."""
     replica = state.replicas[e, r]
@@ -118,7 +118,7 @@ def _piece_fits(state: State, e: int, r: int, rule: int) -> bool:
 
 @kernel
 def _budget(state: State) -> int:
-    tokens = state.cluster[0].chunk_tokens
+    tokens = state.cluster.chunk_tokens
     return tokens if tokens > 0 else _ANY_TOKENS
 
 
@@ -131,7 +131,7 @@ def _piece(state: State, e: int, i: int, left: int, first: bool) -> int:
     rest = tokens_to_prefill(state, e, i) - state.requests[e, i].computed
     if rest <= left:
         return rest
-    length = state.cluster[0].block_tokens
+    length = state.cluster.block_tokens
     whole = max(left, 0) // length * length
     return left if first and whole == 0 else whole
 
@@ -144,7 +144,7 @@ def mixes(state: State, e: int, r: int, rule: int) -> bool:
     somebody; whoever is half computed then counts as served.
     """
     replica = state.replicas[e, r]
-    if state.cluster[0].chunk_tokens <= replica.active:
+    if state.cluster.chunk_tokens <= replica.active:
         return False
     if replica.partial != NOBODY:
         return True
@@ -155,7 +155,7 @@ def mixes(state: State, e: int, r: int, rule: int) -> bool:
     return _chunk_fits(state, e, r, rule)
 
 
-@rare_kernel
+@shared_kernel
 def _chunk_fits(state: State, e: int, r: int, rule: int) -> bool:
     round_blocks = blocks_of_round(state, e, r)
     if round_blocks > free_blocks(state, e, r):
@@ -187,7 +187,7 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> N
     left_idle = 0
     room = replica.most_running - (state.machines[r].clients - clients)
     full, stored = False, False
-    counts_memory = state.cluster[0].counts_memory
+    counts_memory = state.cluster.counts_memory
     tokens, squares, admitted = 0, 0.0, 0
     for k in range(clients):
         client = idle[k]
@@ -233,11 +233,11 @@ def admit_chunks(state: State, e: int, r: int, rule: int) -> None:
     memory all the same.
     """
     replica = state.replicas[e, r]
-    left = state.cluster[0].chunk_tokens - replica.active - replica.stage_tokens
+    left = state.cluster.chunk_tokens - replica.active - replica.stage_tokens
     _admit_parts(state, e, r, rule, left, _ANY_TOKENS, False)
 
 
-@rare_kernel
+@shared_kernel
 def admit_pieces(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> None:
     """Let a prefill stage compute prompts as SGLang does, under the guard ``sglang``.
 
@@ -254,14 +254,14 @@ def admit_pieces(state: State, e: int, r: int, rule: int, max_prefill_tokens: in
         done = np.int64(state.requests[e, i].computed)
         tokens = _piece(state, e, i, left, True)
         blocks = blocks_of(state, done + tokens) - blocks_of(state, done)
-        left -= blocks * state.cluster[0].block_tokens
-        limit -= blocks * state.cluster[0].block_tokens
+        left -= blocks * state.cluster.block_tokens
+        limit -= blocks * state.cluster.block_tokens
         replica.continued_from = done
         compute(state, e, r, i, tokens)
     _admit_parts(state, e, r, rule, left, limit, True)
 
 
-@rare_kernel
+@shared_kernel
 def _admit_parts(
     state: State, e: int, r: int, rule: int, left: int, limit: int, pieces: bool
 ) -> None:
@@ -293,7 +293,7 @@ def _admit_parts(
         if i != NOBODY:
             if pieces:
                 tokens = _piece(state, e, i, left, replica.stage_chunks == 0)
-                needed = blocks_of(state, tokens) * state.cluster[0].block_tokens
+                needed = blocks_of(state, tokens) * state.cluster.block_tokens
                 full = tokens == 0 or (replica.stage_chunks > 0 and needed > limit)
                 full = full or not chunk_fits(state, e, r, i, tokens, running)
             else:

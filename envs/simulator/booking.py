@@ -46,7 +46,7 @@ def _book_rounds(state: State, e: int, r: int, rounds: int, seconds: float) -> N
     """Emit the tokens of decode rounds."""
     replica, clients = state.replicas[e, r], state.machines[r].clients
     active = replica.active
-    if state.cluster[0].counts_memory:
+    if state.cluster.counts_memory:
         replica.used_blocks += blocks_of_rounds(state, e, r, rounds)
     state.episodes[e].served_rounds += active * rounds
     replica.rounds += rounds
@@ -61,7 +61,7 @@ def _book_prefills(state: State, e: int, r: int) -> None:
     """Emit a token of every request whose prefill has ended; it decodes from now on."""
     episode, replica = state.episodes[e], state.replicas[e, r]
     emitting, clock_s, rounds = replica.emitting, replica.clock_s, replica.rounds
-    counts_memory = state.cluster[0].counts_memory
+    counts_memory = state.cluster.counts_memory
     prompts, again, cached, due_sum = 0, 0, 0, 0
     for i in state.picked[e, r, :emitting]:
         request = state.requests[e, i]
@@ -128,7 +128,7 @@ def _finish_due(state: State, e: int, r: int) -> None:
         state.times[e, i].finished_s = replica.clock_s
         tokens = np.int64(request.prompt_tokens) + request.decode_rounds
         replica.cached_tokens -= tokens + 1
-        if state.cluster[0].counts_memory:
+        if state.cluster.counts_memory:
             replica.used_blocks -= blocks_of(state, tokens)
             count_held(state, e, r, tokens, -1)
         replica.due_sum -= state.clients[e, r, request.client].expected_end

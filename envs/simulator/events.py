@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admit, admit_chunks, admit_pieces
 from servegym.envs.simulator.booking import book
@@ -43,7 +43,7 @@ DECODE: Final = 0
 """The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""
 
 
-@kernel
+@shared_kernel
 def advance(state: State, costs: CostTables, e: int) -> int:
     """Run to the next decision; return the replica that is to decide, or NOBODY at the episode's end.
 
@@ -61,7 +61,7 @@ def advance(state: State, costs: CostTables, e: int) -> int:
                 if (replica.idle > 0 and waiting > 0) or replica.partial != NOBODY:
                     episode.turn = r
                     return r
-                if state.cluster[0].moves and can_steal(state, costs, e, r):
+                if state.cluster.moves and can_steal(state, costs, e, r):
                     episode.turn = r
                     return r
                 if replica.active > 0:
@@ -92,7 +92,7 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     routed = episode.routed
     if routed < episode.requests:
         now_s = min(now_s, state.times[e, routed].arrival_s)
-    moves = state.cluster[0].moves > 0
+    moves = state.cluster.moves
     if moves:
         now_s = min(now_s, episode.transfer_s)
     episode.in_system_s += (now_s - episode.now_s) * episode.in_system
@@ -114,7 +114,7 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     episode.turn = 0
 
 
-@rare_kernel
+@shared_kernel
 def _receive_all(state: State, costs: CostTables, e: int) -> None:
     """Receive every request that arrives now."""
     episode, replicas = state.episodes[e], state.replicas.shape[1]
@@ -191,7 +191,7 @@ def prefill(
 
     Where all that are admitted fetch what is stored elsewhere no stage begins: the replica decides again.
     """
-    if state.cluster[0].guard == GUARD_SGLANG:
+    if state.cluster.guard == GUARD_SGLANG:
         admit_pieces(state, e, r, rule, max_prefill_tokens)
     else:
         admit(state, e, r, rule, max_prefill_tokens)
@@ -201,7 +201,7 @@ def prefill(
     _tell_others(state, costs, e, r)
 
 
-@rare_kernel
+@shared_kernel
 def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
     """Begin one pass: a token for every decoding client, and chunks of prompts in what is left.
 
@@ -221,7 +221,7 @@ def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
     _tell_others(state, costs, e, r)
 
 
-@rare_kernel
+@shared_kernel
 def steal(state: State, costs: CostTables, e: int, r: int, kind: int) -> None:
     """Steal waiting requests, or a running one, which replica ``r`` must be allowed to."""
     if kind == STEAL_WAITING:
@@ -237,11 +237,11 @@ def _tell_others(state: State, costs: CostTables, e: int, r: int) -> None:
     """Let other replicas look at what a decision of ``r`` has changed for them."""
     if shares_pool(state):
         _tell_of_pool(state, costs, e, r)
-    elif state.cluster[0].moves and state.episodes[e].disturbed:
+    elif state.cluster.moves and state.episodes[e].disturbed:
         _tell_of_change(state, costs, e, r)
 
 
-@rare_kernel
+@shared_kernel
 def _tell_of_change(state: State, costs: CostTables, e: int, r: int) -> None:
     """Let replicas with idle clients look for what they may steal after a decision of ``r``.
 
@@ -260,7 +260,7 @@ def _tell_of_change(state: State, costs: CostTables, e: int, r: int) -> None:
             cut(state, costs, e, other, np.nextafter(episode.now_s, np.inf))
 
 
-@rare_kernel
+@shared_kernel
 def _tell_of_pool(state: State, costs: CostTables, e: int, r: int) -> None:
     """Let replicas with idle clients look at the pool after ``r`` has changed it.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from servegym.envs.jit import kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.order import add
 from servegym.envs.simulator.state import LENGTH_BUCKETS, WAITING, RecordArray, State
 
 
-@kernel
+@shared_kernel
 def copy_row(source: State, e: int, target: State, f: int) -> None:
     """Copy the episode in row ``e`` of ``source`` into row ``f`` of ``target``, of the same shape.
 
@@ -19,7 +19,7 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     _copy(source.requests[e], target.requests[f], n)
     _copy(source.by_length[e], target.by_length[f], n)
     _copy(source.lengths[e], target.lengths[f], n)
-    if source.cluster[0].moves:
+    if source.cluster.moves:
         _copy(source.transfers[e], target.transfers[f], source.episodes[e].transfers)
     for q in range(source.queues.shape[1]):
         target.queues[f, q] = source.queues[e, q]
@@ -44,7 +44,7 @@ def _copy(source: RecordArray, target: RecordArray, count: int) -> None:
         target[k] = source[k]
 
 
-@kernel
+@shared_kernel
 def imagine_row(source: State, e: int, target: State, f: int) -> None:
     """Copy row ``e`` of ``source`` into row ``f`` of ``target`` with expected as true lengths.
 

@@ -72,7 +72,7 @@ def load(
     _write_requests(state, e, arrival_s, prompts, rounds, expected, compared, order)
     if plan is not None:
         _enqueue_plan(state, e, plan.order, plan.offsets)
-    elif state.queues.shape[1] == 1 or state.cluster[0].router == ROUTE_PLAN:
+    elif state.queues.shape[1] == 1 or state.cluster.router == ROUTE_PLAN:
         _plan_greedily(state, e)
 
 
@@ -88,7 +88,7 @@ def _plan_by_time(state: State, e: int) -> None:
     order = by_length[state.times[e].arrival_s[by_length] == 0]
     rounds = state.requests[e].expected_rounds[order].astype(np.int64)
     tokens = state.requests[e].prompt_tokens[order] + rounds + 1
-    needs = -(-tokens // state.cluster[0].block_tokens)
+    needs = -(-tokens // state.cluster.block_tokens)
     clients = state.machines.clients
     round_s, holds = (
         np.repeat(values, clients) for values in (state.machines.round_s, state.machines.blocks)
@@ -122,7 +122,7 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
         state.replicas[e, r].most_running = state.machines[r].clients
         state.replicas[e, r].reserve_blocks = state.machines[r].watermark_blocks
         state.replicas[e, r].partial = NOBODY
-        state.replicas[e, r].ratio = state.cluster[0].first_ratio
+        state.replicas[e, r].ratio = state.cluster.first_ratio
         for client in range(state.clients.shape[2]):
             own = state.clients[e, r, client]
             own.queue_head = NOBODY

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.finishes import find, remove_one
 from servegym.envs.simulator.queues import (
     blocks_of,
@@ -49,7 +49,7 @@ def free_blocks(state: State, e: int, r: int) -> int:
 @kernel
 def count_held(state: State, e: int, r: int, tokens: int, sign: int) -> None:
     """Add (+1) or remove (−1) a decoding request that holds ``tokens``; its blocks are not counted."""
-    length = state.cluster[0].block_tokens
+    length = state.cluster.block_tokens
     if length > 1:  # else every round takes a block of everyone
         state.residues[e, r, (tokens - state.replicas[e, r].rounds) % length] += sign
 
@@ -57,7 +57,7 @@ def count_held(state: State, e: int, r: int, tokens: int, sign: int) -> None:
 @kernel
 def blocks_of_round(state: State, e: int, r: int) -> int:
     """Return the blocks that the next decode round takes."""
-    length = state.cluster[0].block_tokens
+    length = state.cluster.block_tokens
     if length == 1:
         return state.replicas[e, r].active
     return state.residues[e, r, -state.replicas[e, r].rounds % length]
@@ -66,7 +66,7 @@ def blocks_of_round(state: State, e: int, r: int) -> int:
 @kernel
 def blocks_of_rounds(state: State, e: int, r: int, rounds: int) -> int:
     """Return the blocks that the next ``rounds`` decode rounds take, none finishing within."""
-    length = state.cluster[0].block_tokens
+    length = state.cluster.block_tokens
     replica = state.replicas[e, r]
     if length == 1:
         return rounds * replica.active
@@ -87,9 +87,9 @@ def rounds_to_full(state: State, e: int, r: int) -> int:
     return _rounds_to_full(state, e, r)
 
 
-@rare_kernel
+@shared_kernel
 def _rounds_to_full(state: State, e: int, r: int) -> int:
-    length = state.cluster[0].block_tokens
+    length = state.cluster.block_tokens
     replica = state.replicas[e, r]
     free = free_blocks(state, e, r)
     cycles = free // replica.active
@@ -99,7 +99,7 @@ def _rounds_to_full(state: State, e: int, r: int) -> int:
         while state.residues[e, r, -(replica.rounds + rounds) % length] <= free:
             free -= state.residues[e, r, -(replica.rounds + rounds) % length]
             rounds += 1
-    if state.cluster[0].guard == GUARD_SGLANG:
+    if state.cluster.guard == GUARD_SGLANG:
         rounds = max(rounds - 1, 1)
     return rounds
 
@@ -117,7 +117,7 @@ def fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool
     return _fits(state, e, r, i, taken, running)
 
 
-@rare_kernel
+@shared_kernel
 def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> bool:
     blocks = blocks_to_admit(state, e, r, i, taken)
     if running > 0:
@@ -125,7 +125,7 @@ def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> boo
     return blocks <= free_blocks(state, e, r) and guard_allows(state, e, r, i, blocks, running)
 
 
-@rare_kernel
+@shared_kernel
 def chunk_fits(state: State, e: int, r: int, i: int, tokens: int, running: int) -> bool:
     """Return whether the guard ``sglang`` lets a prefill stage compute ``tokens`` of request ``i``.
 
@@ -143,7 +143,7 @@ def chunk_fits(state: State, e: int, r: int, i: int, tokens: int, running: int) 
 @kernel
 def _leaves_reserve(state: State, e: int, r: int, blocks: int, tokens: int) -> bool:
     """Return whether ``blocks`` and an output of ``tokens`` fit beside what is reserved."""
-    left = (free_blocks(state, e, r) - blocks) * state.cluster[0].block_tokens
+    left = (free_blocks(state, e, r) - blocks) * state.cluster.block_tokens
     return left - tokens > reserved_tokens(state, e, r)
 
 
@@ -160,13 +160,13 @@ def blocks_to_admit(state: State, e: int, r: int, i: int, taken: int) -> int:
     return blocks_of(state, tokens + 1) + round_blocks
 
 
-@rare_kernel
+@shared_kernel
 def guard_allows(state: State, e: int, r: int, i: int, blocks: int, running: int) -> bool:
     """Return whether the cluster's guard lets request ``i`` in, which takes ``blocks`` now.
 
     It does not bind where nothing runs.
     """
-    guard = state.cluster[0].guard
+    guard = state.cluster.guard
     if guard == GUARD_NONE or running == 0:
         return True
     if guard == GUARD_SGLANG:
@@ -248,10 +248,10 @@ def make_room(state: State, e: int, r: int) -> bool:
     return _make_room(state, e, r)
 
 
-@rare_kernel
+@shared_kernel
 def _make_room(state: State, e: int, r: int) -> bool:
     preempted = False
-    reserves = state.cluster[0].guard == GUARD_SGLANG
+    reserves = state.cluster.guard == GUARD_SGLANG
     rounds = 2 if reserves else 1  # with room for the token that the round emits
     while blocks_of_rounds(state, e, r, rounds) > free_blocks(state, e, r):
         preempt(state, e, r, find_victim(state, e, r))
@@ -269,7 +269,7 @@ def find_victim(state: State, e: int, r: int) -> int:
     """
     replica = state.replicas[e, r]
     best = replica.partial
-    if state.cluster[0].guard == GUARD_SGLANG:
+    if state.cluster.guard == GUARD_SGLANG:
         if replica.active <= 1:
             return best
         best = NOBODY
@@ -284,7 +284,7 @@ def find_victim(state: State, e: int, r: int) -> int:
 def _sooner(state: State, e: int, r: int, i: int, j: int) -> bool:
     """Return whether request ``i`` is preempted before request ``j``."""
     one, other = state.requests[e, i], state.requests[e, j]
-    rule = state.cluster[0].victim
+    rule = state.cluster.victim
     if rule == LEAST_COMPUTED:
         mine, theirs = computed_tokens(state, e, r, i), computed_tokens(state, e, r, j)
         if mine != theirs:
@@ -330,7 +330,7 @@ def preempt(state: State, e: int, r: int, i: int) -> None:
         release_client(state, e, r, client)
     else:
         stop_decoding(state, e, r, i)
-        if state.cluster[0].evicts_to_host:
+        if state.cluster.evicts_to_host:
             request.stored = HOST
             request.emitted -= 1  # what it fetches later is what it held
     if request.leaving:
@@ -340,7 +340,7 @@ def preempt(state: State, e: int, r: int, i: int) -> None:
     request.preemptions = min(request.preemptions + 1, 32_767)
     replica.preemptions += 1
     enqueue_first(state, e, r, client, i)
-    if state.cluster[0].guard == GUARD_SGLANG:
+    if state.cluster.guard == GUARD_SGLANG:
         push_last(state, e, queue_of(state, r), i)
     else:
         push_front(state, e, queue_of(state, r), i)

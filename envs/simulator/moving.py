@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.finishes import insert
 from servegym.envs.simulator.memory import (
@@ -92,13 +92,13 @@ def held_now(state: State, e: int, s: int, i: int) -> int:
 @kernel
 def copy_seconds(state: State, tokens: int) -> float:
     """Return how long the keys and values of so many tokens take from one replica to another."""
-    return state.cluster[0].copy_latency_s + tokens * state.cluster[0].copy_token_s
+    return state.cluster.copy_latency_s + tokens * state.cluster.copy_token_s
 
 
 @kernel
 def send(state: State, e: int, s: int, r: int, i: int) -> None:
     """Let a request that has left ``s`` wait at ``r`` after the delay of a theft."""
-    delay_s = state.cluster[0].steal_delay_s
+    delay_s = state.cluster.steal_delay_s
     state.requests[e, i].phase = MOVING
     state.requests[e, i].stolen = 1
     if delay_s == 0.0:
@@ -110,7 +110,7 @@ def send(state: State, e: int, s: int, r: int, i: int) -> None:
     start(state, e, TO_QUEUE, i, s, r, NOBODY, tokens_to_prefill(state, e, i), due_s)
 
 
-@rare_kernel
+@shared_kernel
 def join_queue(state: State, e: int, r: int, i: int) -> None:
     """Let a request wait at the end of the queue of ``r``."""
     request = state.requests[e, i]
@@ -122,10 +122,10 @@ def join_queue(state: State, e: int, r: int, i: int) -> None:
 # ---- leaving --------------------------------------------------------------------------------
 
 
-@rare_kernel
+@shared_kernel
 def leave(state: State, e: int, s: int) -> None:
     """Let requests leave replica ``s``, which is at a boundary, whose moves wait for it."""
-    delay_s = state.cluster[0].steal_delay_s
+    delay_s = state.cluster.steal_delay_s
     k = 0
     while k < state.episodes[e].transfers:
         transfer = state.transfers[e, k]
@@ -208,10 +208,10 @@ def _pause(state: State, e: int, s: int, place: int) -> None:
     held = tokens_to_prefill(state, e, i)
     transfer.tokens = held
     transfer.kind = LANDING
-    transfer.due_s = episode.now_s + (held - copied) * state.cluster[0].copy_token_s
+    transfer.due_s = episode.now_s + (held - copied) * state.cluster.copy_token_s
 
 
-@rare_kernel
+@shared_kernel
 def hand_over(state: State, e: int, s: int, prefilled: int) -> None:
     """Let the first ``prefilled`` of ``picked`` leave a prefill replica that has booked their stage."""
     for k in range(prefilled):
@@ -240,10 +240,10 @@ def _decode_replica(state: State, e: int, i: int) -> int:
 # ---- fetching, landing, joining -------------------------------------------------------------
 
 
-@rare_kernel
+@shared_kernel
 def fetch(state: State, e: int, r: int, client: int, i: int) -> None:
     """Admit a request whose keys and values are stored elsewhere; the caller takes the client."""
-    request, cluster = state.requests[e, i], state.cluster[0]
+    request, cluster = state.requests[e, i], state.cluster
     tokens = tokens_to_prefill(state, e, i)
     source = np.int64(request.stored)
     pick(state, e, r, client, i)
@@ -256,11 +256,11 @@ def fetch(state: State, e: int, r: int, client: int, i: int) -> None:
     start(state, e, LANDING, i, source, r, client, tokens, state.episodes[e].now_s + seconds)
 
 
-@rare_kernel
+@shared_kernel
 def begin_instant(state: State, costs: CostTables, e: int) -> None:
     """Cut runs at the present instant and serve the transfers that are due, in order of their making."""
     episode = state.episodes[e]
-    everybody = state.cluster[0].steals_running > 0
+    everybody = state.cluster.steals_running
     for r in range(state.replicas.shape[1]):
         replica = state.replicas[e, r]
         if everybody or replica.idle > 0 or replica.incoming > 0 or replica.leaving > 0:
@@ -290,7 +290,7 @@ def begin_instant(state: State, costs: CostTables, e: int) -> None:
     find_next_due(state, e)
 
 
-@rare_kernel
+@shared_kernel
 def end_boundary(state: State, e: int, r: int, prefilled: int) -> None:
     """Let requests leave a replica that has booked a stage, which has completed ``prefilled`` prompts."""
     if state.machines[r].role == ROLE_PREFILL and prefilled > 0:
@@ -299,7 +299,7 @@ def end_boundary(state: State, e: int, r: int, prefilled: int) -> None:
         leave(state, e, r)
 
 
-@rare_kernel
+@shared_kernel
 def end_instant(state: State, e: int) -> None:
     """Let landed requests join and wake every replica without a stage."""
     k = 0

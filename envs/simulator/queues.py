@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.order import add, select
 from servegym.envs.simulator.state import NOBODY, WAITING, State
 
@@ -12,7 +12,7 @@ from servegym.envs.simulator.state import NOBODY, WAITING, State
 @kernel
 def blocks_of(state: State, tokens: int) -> int:
     """Return the blocks of KV memory that ``tokens`` computed tokens of one request take."""
-    length = state.cluster[0].block_tokens
+    length = state.cluster.block_tokens
     return tokens if length == 1 else -(-tokens // length)
 
 
@@ -101,7 +101,7 @@ def push_front(state: State, e: int, q: int, i: int) -> None:
     count_waiting(state, e, q, i, 1)
 
 
-@rare_kernel
+@shared_kernel
 def push_last(state: State, e: int, q: int, i: int) -> None:
     """Let a preempted request wait behind all others, who have been seen."""
     if state.requests[e, i].listed:
@@ -168,7 +168,7 @@ def count_waiting(state: State, e: int, q: int, i: int, sign: int) -> None:
     tokens = tokens_to_prefill(state, e, i)
     queue.waiting += sign
     queue.rounds += sign * rounds_ahead(state, e, i)
-    if state.cluster[0].counts_memory:
+    if state.cluster.counts_memory:
         queue.blocks += sign * blocks_of(state, tokens)
         if request.stored != NOBODY:
             tokens = 0  # they are computed already

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.queues import rounds_ahead
 from servegym.envs.simulator.state import State
 
@@ -25,7 +25,7 @@ def output_left(state: State, e: int, i: int) -> int:
     return min(rounds_ahead(state, e, i) + 1, _MOST_RESERVED)
 
 
-@rare_kernel
+@shared_kernel
 def reserved_tokens(state: State, e: int, r: int) -> float:
     """Return the tokens kept free: a share for those who decode, all for those whom the stage admits."""
     replica = state.replicas[e, r]
@@ -43,13 +43,13 @@ def reserved_tokens(state: State, e: int, r: int) -> float:
 
 @kernel
 def _ratio(state: State, e: int, r: int) -> float:
-    first, replica = state.cluster[0].first_ratio, state.replicas[e, r]
+    first, replica = state.cluster.first_ratio, state.replicas[e, r]
     rounds = max(replica.rounds - replica.ratio_rounds, 0)
     fall = first * (1 - _LEAST_SHARE) / _ROUNDS_TO_LEAST
     return max(replica.ratio - rounds * fall, first * _LEAST_SHARE)
 
 
-@rare_kernel
+@shared_kernel
 def set_ratio_anew(state: State, e: int, r: int) -> None:
     """Set the ratio after a preemption; the round for which it was does not lower it."""
     replica = state.replicas[e, r]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.memory import blocks_of_rounds
 from servegym.envs.simulator.queues import (
@@ -37,13 +37,13 @@ from servegym.envs.vocabulary import (
 )
 
 
-@rare_kernel
+@shared_kernel
 def route(state: State, costs: CostTables, e: int, i: int, whole_blocks: int) -> int:
     """Return the replica to which request ``i`` goes; it holds up to ``whole_blocks``.
 
     Some replica has as many.
     """
-    episode, router = state.episodes[e], state.cluster[0].router
+    episode, router = state.episodes[e], state.cluster.router
     replicas = state.replicas.shape[1]
     turn = episode.router_turns
     episode.router_turns += 1
@@ -58,7 +58,7 @@ def route(state: State, costs: CostTables, e: int, i: int, whole_blocks: int) ->
         r = np.int64(state.requests[e, i].plan_replica)
         if _takes(state, r, whole_blocks):
             return r
-    staleness_s = state.cluster[0].staleness_s
+    staleness_s = state.cluster.staleness_s
     if turn == 0 or staleness_s == 0.0 or episode.now_s - episode.looked_s >= staleness_s:
         episode.looked_s = episode.now_s
         for r in range(replicas):

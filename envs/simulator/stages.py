@@ -285,13 +285,13 @@ def begin_decode(state: State, costs: CostTables, e: int, r: int, most: int) -> 
 @kernel
 def _guard_may_open(state: State, e: int, r: int) -> bool:
     """Return whether each round may let in a request that a guard which counts rounds has kept out."""
-    guard, replica = state.cluster[0].guard, state.replicas[e, r]
+    guard, replica = state.cluster.guard, state.replicas[e, r]
     waits = state.queues[e, queue_of(state, r)].waiting > 0 and replica.idle > 0
     if guard == GUARD_SGLANG:
         return waits or replica.partial != NOBODY
     if guard != GUARD_PEAK:
         return False
-    return waits or (state.cluster[0].steals_waiting > 0 and replica.idle > 0)
+    return waits or (state.cluster.steals_waiting and replica.idle > 0)
 
 
 @kernel
@@ -336,7 +336,7 @@ def continue_partial(state: State, e: int, r: int) -> bool:
     if i == NOBODY:
         return False
     done = np.int64(state.requests[e, i].computed)
-    budget = state.cluster[0].chunk_tokens - replica.active
+    budget = state.cluster.chunk_tokens - replica.active
     tokens = min(tokens_to_prefill(state, e, i) - done, budget)
     if tokens <= 0:
         return False
@@ -367,7 +367,7 @@ def begin_pass(state: State, costs: CostTables, e: int, r: int) -> None:
         stage = DECODE_RUN
     elif active == 0:
         stage = PREFILL
-    if not state.cluster[0].one_pass:
+    if not state.cluster.one_pass:
         seconds = _summed_seconds(state, costs, e, r)
     elif stage == DECODE_RUN:
         seconds = decode_seconds(costs, r, active, replica.cached_tokens, 1)

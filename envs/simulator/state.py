@@ -11,11 +11,13 @@ What the scheduler believes stands beside the truth: ``expected_rounds`` beside 
 from __future__ import annotations
 
 import math
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.envs.bundle import Bundle
 from servegym.envs.machine.layout import Layout
 from servegym.envs.simulator.order import tree_size
 from servegym.envs.vocabulary import ROLE_BOTH
@@ -58,35 +60,31 @@ LENGTH_BUCKETS: Final = np.array([0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 76
 """First number of rounds of each length bucket of the observation; the last one is open."""
 
 
-CLUSTER: Final = np.dtype(
-    [
-        ("block_tokens", np.int64),  # tokens of one block of KV memory
-        ("chunk_tokens", np.int64),  # token budget of a mixed stage; 0: no mixed stages
-        ("router", np.int64),  # place in ROUTERS
-        ("staleness_s", np.float64),  # age up to which a router keeps what it has seen
-        ("victim", np.int64),  # place in VICTIMS: who is preempted
-        ("guard", np.int64),  # place in ADMISSION_GUARDS
-        ("first_ratio", np.float64),  # of the guard ``sglang``, see ``reserve``
-        ("one_pass", np.int64),  # 1: a mixed stage is one pass; 0: a prefill and a decode part
-        ("counts_memory", np.int64),  # 0: nothing depends on memory or chunks: neither is counted
-        (
-            "moves",
-            np.int64,
-        ),  # 0: no request ever changes its replica or leaves its memory elsewhere
-        ("steals_waiting", np.int64),
-        ("steals_running", np.int64),
-        ("steal_order", np.int64),  # place in STEAL_ORDERS
-        ("steal_delay_s", np.float64),
-        ("move", np.int64),  # place in MOVES
-        ("copy_latency_s", np.float64),  # between replicas
-        ("copy_token_s", np.float64),  # seconds for the keys and values of one token
-        ("evicts_to_host", np.int64),
-        ("host_latency_s", np.float64),
-        ("host_token_s", np.float64),
-    ],
-    align=True,
-)
-"""What all replicas share and no episode changes."""
+@dataclass(frozen=True, eq=False)
+class Cluster(Bundle):
+    """What all replicas share and no episode changes; named as in ``Layout``."""
+
+    block_tokens: int  # tokens of one block of KV memory
+    chunk_tokens: int  # token budget of a mixed stage; 0: no mixed stages
+    router: int  # place in ROUTERS
+    staleness_s: float  # age up to which a router keeps what it has seen
+    victim: int  # place in VICTIMS: who is preempted
+    guard: int  # place in ADMISSION_GUARDS
+    first_ratio: float  # of the guard ``sglang``, see ``reserve``
+    one_pass: bool  # a mixed stage is one pass, not a prefill and a decode part
+    counts_memory: bool  # else nothing depends on memory or chunks: neither is counted
+    moves: bool  # a request may change its replica or leave its memory elsewhere
+    steals_waiting: bool
+    steals_running: bool
+    steal_order: int  # place in STEAL_ORDERS
+    steal_delay_s: float
+    move: int  # place in MOVES
+    copy_latency_s: float  # between replicas
+    copy_token_s: float  # seconds for the keys and values of one token
+    evicts_to_host: bool
+    host_latency_s: float
+    host_token_s: float
+
 
 MACHINE: Final = np.dtype(
     [
@@ -290,14 +288,14 @@ RecordArray = Any
 """An array of records: ``array[e].field`` reads and writes; numpy's types cannot express it."""
 
 
-class State(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class State(Bundle):
     """All arrays of a simulation; see the module docstring for the axes.
 
-    Kernels write ``state.replicas[e, r].clock_s``. Few arrays of records, not many plain ones:
-    passing a tuple to a compiled function costs about 2 ns an array.
+    Kernels write ``state.replicas[e, r].clock_s``.
     """
 
-    cluster: RecordArray  # (1,) CLUSTER
+    cluster: Cluster
     machines: RecordArray  # (R,) MACHINE
     episodes: RecordArray  # (E,) EPISODE
     requests: RecordArray  # (E, I) REQUEST, by id
@@ -328,7 +326,7 @@ class State(NamedTuple):
 def row_arrays(state: State) -> dict[str, NDArray[Any]]:
     """Return by name the arrays that have a row for each environment: what an episode changes."""
     shared = ("cluster", "machines")
-    return {name: array for name, array in state._asdict().items() if name not in shared}
+    return {name: array for name, array in state.by_name().items() if name not in shared}
 
 
 def make_state(
@@ -341,29 +339,8 @@ def make_state(
     e, i, r, j = environments, requests, len(layout.clients), max(layout.clients)
     q = 1 if layout.pool else r
     finishes = _records(e, r, j, dtype=FINISH)
-    cluster, machines = _records(1, dtype=CLUSTER), _records(r, dtype=MACHINE)
-    cluster[0] = (
-        layout.block_tokens,
-        layout.chunk_tokens,
-        layout.router,
-        layout.staleness_s,
-        layout.victim,
-        layout.guard,
-        layout.first_ratio,
-        layout.one_pass,
-        layout.counts_memory,
-        layout.moves,
-        layout.steals_waiting,
-        layout.steals_running,
-        layout.steal_order,
-        layout.steal_delay_s,
-        layout.move,
-        layout.copy_latency_s,
-        layout.copy_token_s,
-        layout.evicts_to_host,
-        layout.host_latency_s,
-        layout.host_token_s,
-    )
+    machines = _records(r, dtype=MACHINE)
+    cluster = Cluster(**{each.name: getattr(layout, each.name) for each in fields(Cluster)})
     for replica, tokens in enumerate(layout.kv_capacity_tokens):
         blocks = tokens // layout.block_tokens if tokens > 0 else UNLIMITED_BLOCKS
         left = int(layout.watermark * blocks) if tokens > 0 else 0
@@ -399,16 +376,15 @@ def make_state(
 
 def make_alike(state: State, environments: int) -> State:
     """Allocate rows like those of ``state``, for known lengths."""
-    shapes = {
+    rows = {
         name: _records(environments, *array.shape[1:], dtype=array.dtype)
         if array.dtype.names
         else np.zeros((environments, *array.shape[1:]), array.dtype)
-        for name, array in state._asdict().items()
+        for name, array in row_arrays(state).items()
     }
-    shapes["cluster"], shapes["machines"] = state.cluster, state.machines
-    shapes["expected"] = shapes["finishes"]
-    shapes["beliefs"] = _records(environments, 0, dtype=BELIEF)
-    return State(**shapes)
+    rows["expected"] = rows["finishes"]
+    rows["beliefs"] = _records(environments, 0, dtype=BELIEF)
+    return replace(state, **rows)
 
 
 def _records(*shape: int, dtype: np.dtype[np.void]) -> RecordArray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.memory import blocks_to_admit, free_blocks, guard_allows
 from servegym.envs.simulator.moving import (
@@ -63,14 +63,14 @@ def _fits(state: State, e: int, r: int, blocks: int) -> bool:
     return blocks <= free_blocks(state, e, r)
 
 
-@rare_kernel
+@shared_kernel
 def fullest_queue(state: State, e: int, r: int) -> int:
     """Return the replica that ``r`` may steal waiting requests from, or NOBODY.
 
     It has most expected work waiting; the first request that would be taken must fit into memory.
     """
     best, most = NOBODY, 0
-    if not state.cluster[0].steals_waiting or room_for(state, e, r) <= 0:
+    if not state.cluster.steals_waiting or room_for(state, e, r) <= 0:
         return NOBODY
     for s in range(state.replicas.shape[1]):
         queue = state.queues[e, s]
@@ -112,7 +112,7 @@ def _may_take(state: State, e: int, i: int) -> bool:
 @kernel
 def _first_taken(state: State, e: int, s: int, most: int) -> int:
     """Return which waiting request is stolen first if up to ``most`` ≥ 1 are."""
-    queue, order = state.queues[e, s], state.cluster[0].steal_order
+    queue, order = state.queues[e, s], state.cluster.steal_order
     if order == TAKE_LONGEST:
         place = queue.waiting - 1
         while state.requests[e, waiting_at(state, e, s, place)].stolen:
@@ -126,13 +126,13 @@ def _first_taken(state: State, e: int, s: int, most: int) -> int:
     return i
 
 
-@rare_kernel
+@shared_kernel
 def stealable(state: State, costs: CostTables, e: int, r: int) -> int:
     """Return the running request that replica ``r`` may steal, or NOBODY.
 
     It has most rounds left of those at the replica where most decode, and must fit into memory.
     """
-    if not state.cluster[0].steals_running or room_for(state, e, r) <= 0:
+    if not state.cluster.steals_running or room_for(state, e, r) <= 0:
         return NOBODY
     best, most = NOBODY, present(state, e, r) + 1
     for s in range(state.replicas.shape[1]):
@@ -155,7 +155,7 @@ def stealable(state: State, costs: CostTables, e: int, r: int) -> int:
 @kernel
 def _copies(state: State, costs: CostTables, e: int, r: int, held: int) -> bool:
     """Return whether a running request that holds so many tokens moves to ``r`` by copy."""
-    move = state.cluster[0].move
+    move = state.cluster.move
     if move != MOVE_CHEAPER:
         return move == MOVE_COPY
     tokens = held + 1
@@ -174,12 +174,12 @@ def can_steal(state: State, costs: CostTables, e: int, r: int) -> bool:
 # ---- stealing -------------------------------------------------------------------------------
 
 
-@rare_kernel
+@shared_kernel
 def steal_waiting(state: State, e: int, r: int) -> None:
     """Take as many requests as ``r`` has room and memory for from the queue that it may steal from."""
     s = fullest_queue(state, e, r)
     see_arrivals(state, e, s)
-    order = state.cluster[0].steal_order
+    order = state.cluster.steal_order
     left = _most_taken(state, e, s, r)
     i = _first_taken(state, e, s, left)
     while left > 0 and _admissible(state, e, r, i):
@@ -205,7 +205,7 @@ def _take(state: State, e: int, s: int, r: int, i: int) -> None:
     send(state, e, s, r, i)
 
 
-@rare_kernel
+@shared_kernel
 def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
     """Begin to move the running request that ``r`` may steal, of which there must be one."""
     episode = state.episodes[e]

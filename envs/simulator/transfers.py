@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from servegym.envs.jit import kernel, rare_kernel
+from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.queues import blocks_of, release_client
 from servegym.envs.simulator.state import DROPPING, State
 
 
-@rare_kernel
+@shared_kernel
 def start(
     state: State,
     e: int,
@@ -39,7 +39,7 @@ def start(
     episode.transfer_s = min(episode.transfer_s, due_s)
 
 
-@rare_kernel
+@shared_kernel
 def remove(state: State, e: int, place: int) -> None:
     """Take a transfer out of the list; ``find_next_due`` is then to be called."""
     episode, transfers = state.episodes[e], state.transfers[e]
@@ -48,7 +48,7 @@ def remove(state: State, e: int, place: int) -> None:
         transfers[k] = transfers[k + 1]
 
 
-@rare_kernel
+@shared_kernel
 def find_next_due(state: State, e: int) -> None:
     """Note when the next transfer is due."""
     episode = state.episodes[e]
@@ -58,7 +58,7 @@ def find_next_due(state: State, e: int) -> None:
     episode.transfer_s = due_s
 
 
-@rare_kernel
+@shared_kernel
 def keep_room(state: State, e: int, r: int, client: int, tokens: int) -> None:
     """Count a client of ``r``, no longer idle, and blocks for so many tokens as kept for a transfer."""
     replica = state.replicas[e, r]
@@ -78,7 +78,7 @@ def stop_coming(state: State, e: int, place: int) -> None:
     target.coming_blocks -= blocks_of(state, np.int64(transfer.tokens))
 
 
-@rare_kernel
+@shared_kernel
 def end_move(state: State, e: int, place: int) -> None:
     """Give up the move of a request that has not left yet: the room kept for it is free again."""
     transfer = state.transfers[e, place]
@@ -97,7 +97,7 @@ def end_move(state: State, e: int, place: int) -> None:
     find_next_due(state, e)
 
 
-@rare_kernel
+@shared_kernel
 def end_move_of(state: State, e: int, i: int) -> None:
     """Give up the move of request ``i``, which finishes or is preempted before it has left."""
     for k in range(state.episodes[e].transfers):

@@ -171,7 +171,7 @@ def _tabulate(task: TaskConfig, layout: Layout) -> CostTables:
         with warnings.catch_warnings():  # a pass has more tokens than a table has clients
             warnings.simplefilter("ignore")
             passes = _tables(cost, min(max(layout.chunk_tokens, 2), _LONGEST_PASS)).decode_base_s
-    tables = tables._replace(pass_base_s=passes)
+    tables = replace(tables, pass_base_s=passes)
     speeds = np.array([replica.speed for replica in replicas])
     if len(replicas) == 1 and speeds[0] == 1.0:
         return tables

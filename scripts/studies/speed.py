@@ -24,7 +24,7 @@ from servegym.baselines.rules.compiled import play_loaded
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.serving_env import ServingEnv
-from servegym.envs.simulator.state import State
+from servegym.envs.simulator.state import State, row_arrays
 from servegym.envs.task.cases import Case
 from servegym.envs.task.cluster import ClusterConfig
 from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
@@ -114,7 +114,9 @@ def simulator_figures(repeats: int) -> list[Figure]:
     large = compiled_episode(LARGE, "threshold-120")
     episode = large.median_seconds(repeats)
     per_request = sum(
-        array.nbytes for array in large.state if array.ndim > 1 and array.shape[1] >= 100_000
+        array.nbytes
+        for array in row_arrays(large.state).values()
+        if array.ndim > 1 and array.shape[1] >= 100_000
     ) / len(large.case.requests)
     return [
         Figure("episode, 1319 requests × 200 clients", 1e3 * events, "ms", "≤ 5"),
