@@ -5,15 +5,20 @@ Every operation takes one pass over the array, however many requests it inserts 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.jit import allocating_kernel, kernel
+from servegym.envs.jit import allocating_kernel, kernel, move_records
 
 Finishes = Any
 """An array of FINISH records, as ``State.finishes[e, r]``."""
+
+_FEW: Final = 128
+
+_NEAR: Final = 4
+"""So many places from the end are looked at in a row, before half of the rest is looked at each time."""
 
 
 @kernel
@@ -25,31 +30,43 @@ def merge(finishes: Finishes, running: int, now: int, keys: NDArray[np.int64], s
     """
     sort_keys(keys)
     # From the back, soonest first: finishes after all the new ones stay in place.
-    old = running - 1
-    place = old + keys.size
+    old = running
     for k in range(keys.size):
         i = keys[k] % span
         due = now + keys[k] // span
-        while old >= 0 and not _later(finishes, old, due, i):
-            finishes[place].due = finishes[old].due
-            finishes[place].request = finishes[old].request
-            place -= 1
-            old -= 1
+        after = _count_later(finishes, old, due, i)
+        move_records(finishes, after + keys.size - k, after, old - after)
+        old = after
+        place = after + keys.size - 1 - k
         finishes[place].due = due
         finishes[place].request = i
-        place -= 1
 
 
 @kernel
 def insert(finishes: Finishes, running: int, due: int, i: int) -> None:
     """Insert one request into the first ``running`` finishes: ``merge`` without its divisions."""
-    place = running
-    while place > 0 and not _later(finishes, place - 1, due, i):
-        finishes[place].due = finishes[place - 1].due
-        finishes[place].request = finishes[place - 1].request
-        place -= 1
+    place = _count_later(finishes, running, due, i)
+    move_records(finishes, place + 1, place, running - place)
     finishes[place].due = due
     finishes[place].request = i
+
+
+@kernel
+def _count_later(finishes: Finishes, running: int, due: int, i: int) -> int:
+    """Return how many of the first ``running`` finishes come after request ``i`` that is due at ``due``."""
+    high = running
+    while high > max(running - _NEAR, 0):
+        if _later(finishes, high - 1, due, i):
+            return high
+        high -= 1
+    low = 0
+    while low < high:
+        middle = (low + high) // 2
+        if _later(finishes, middle, due, i):
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @kernel
@@ -62,14 +79,7 @@ def _later(finishes: Finishes, place: int, due: int, i: int) -> bool:
 @kernel
 def find(finishes: Finishes, running: int, due: int, i: int) -> int:
     """Return the place of request ``i``, due at ``due``, among the first ``running`` finishes."""
-    low, high = 0, running - 1
-    while low < high:
-        middle = (low + high) // 2
-        if _later(finishes, middle, due, i):
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    return _count_later(finishes, running, due, i)
 
 
 @kernel
@@ -90,9 +100,7 @@ def remove(finishes: Finishes, running: int, places: NDArray[np.int64]) -> None:
 @kernel
 def remove_one(finishes: Finishes, running: int, place: int) -> None:
     """Remove the finish at ``place`` from the first ``running``."""
-    for k in range(place, running - 1):
-        finishes[k].due = finishes[k + 1].due
-        finishes[k].request = finishes[k + 1].request
+    move_records(finishes, place, place + 1, running - 1 - place)
 
 
 @allocating_kernel
@@ -102,8 +110,8 @@ def _sort_many(keys: NDArray[np.int64]) -> None:
 
 @kernel
 def sort_keys(keys: NDArray[np.int64]) -> None:
-    """Sort in place, a few keys without a library call: most stages admit a handful."""
-    if keys.size > 16:
+    """Sort in place: up to 128 keys by insertion, which takes half the time of the library's sort."""
+    if keys.size > _FEW:
         _sort_many(keys)
         return
     for k in range(1, keys.size):
