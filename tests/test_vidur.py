@@ -22,14 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from servegym.baselines import make_trigger_policy
-from servegym.baselines.rules.compiled import play_loaded
-from servegym.envs import make_requests
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
-from servegym.envs.playing.policy import asked_task
 from servegym.envs.task.cluster import ClusterConfig
 from servegym.envs.task.config import TaskConfig
-from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
+from servegym.studies.serving import serve
 
 GOLDEN = Path(__file__).parent / "golden" / "vidur.json.gz"
 PLENTY = 1_000_000
@@ -68,18 +64,9 @@ def task_of(case: dict[str, Any]) -> TaskConfig:
 
 def play(case: dict[str, Any]) -> tuple[list[int], int, int]:
     """Return the passes of each replica, those that computed prompts, and preemptions."""
-    policy = make_trigger_policy(POLICIES[case["scheduler"]])
-    task = asked_task(task_of(case), policy)
     prompts, outputs = np.array(golden()["requests"]).T
-    requests = make_requests(prompts, outputs)
-    machine = lower(task)
-    state = make_task_state(task, 1, len(requests))
-    load_case(task, state, 0, bound_case(machine, requests))
-    play_loaded(state, machine.costs, task, policy)
-    replicas = state.replicas[0]
-    prompted = replicas.prefill_stages + replicas.mixed_stages
-    passes = replicas.rounds + replicas.prefill_stages
-    return passes.tolist(), int(prompted.sum()), int(replicas.preemptions.sum())
+    served = serve(task_of(case), POLICIES[case["scheduler"]], prompts, outputs)
+    return list(served.passes), served.prompted, served.preemptions
 
 
 def passes_of(requests: list[list[int]], clients: int, budget: int, padded: bool) -> int:
