@@ -1,6 +1,6 @@
-"""CPU seconds of Vidur and AISimulate for 1,319 requests at t = 0, beside those of servegym.
+r"""CPU seconds of Vidur and AISimulate for 1,319 requests at t = 0, beside those of servegym.
 
-    python -m tests.compare_with_simulators --vidur VIDUR --vidur-python ORACLE/bin/python \\
+    python -m tests.compare_with_simulators --vidur VIDUR --vidur-python ORACLE/bin/python \
         --aisimulate-python ORACLE/bin/python
 
 from the project's root folder. `tests/golden/make_vidur.py` and `make_aisimulate.py` say how to set up
@@ -40,8 +40,9 @@ from tests.test_vidur import POLICIES, golden, task_of
 GOLDEN = Path(__file__).parent / "golden"
 OUR_TIMES = 200  # repeats of what takes a few milliseconds
 
-WHAT = """Serving 1,319 GSM8K-like requests that are all present at t = 0, 200 clients a replica (the requests of
-`tests/golden/vidur.json.gz`). CPU seconds, the least of {times} runs, of servegym the least of {ours}.
+WHAT = """Serving 1,319 GSM8K-like requests that are all present at t = 0, 200 clients a replica (the
+requests of `tests/golden/vidur.json.gz`). CPU seconds, the least of {times} runs, of servegym the least
+of {ours}.
 
 - **Vidur** at its commit, its event loop with a constant in place of its predictor of execution times: it
   is slower with it. Metrics off, and on as it is used.
@@ -166,23 +167,26 @@ def report(args: Args) -> str:
         "| replicas | KV tokens | last token, AISimulate (s) | ours | preemptions, AISimulate | ours | "
         "AISimulate (s) | ours (ms) | whole (ms) | ratio | whole |"
     )
-    return (
-        "\n\n".join(
-            [
-                "# The time that other simulators take",
-                "`python -m tests.compare_with_simulators --vidur VIDUR --vidur-python ORACLE/bin/python "
-                "--aisimulate-python ORACLE/bin/python`",
-                WHAT.format(times=args.times, ours=OUR_TIMES),
-                f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.",
-                f"## Vidur\n\nCommit {version('make_vidur.py')}. A pass is a stage or a decode round.",
-                "\n".join([first, "|:--|" + "--:|" * 10, *vidur_rows(args)]),
-                f"## AISimulate\n\nVersion {version('make_aisimulate.py')}, 40 ms for the prefill part of a "
-                "pass and 40 ms for its decode part, blocks of 16, `vllm` with a budget of 2048.",
-                "\n".join([second, "|" + "--:|" * 11, *aisimulate_rows(args)]),
-            ]
-        )
-        + "\n"
+    command = (
+        "`python -m tests.compare_with_simulators --vidur VIDUR --vidur-python ORACLE/bin/python "
+        "--aisimulate-python ORACLE/bin/python`"
     )
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    numbers = (
+        f"Version {version('make_aisimulate.py')}, 40 ms for the prefill part of a pass and 40 ms for "
+        "its decode part,\nblocks of 16, `vllm` with a budget of 2048."
+    )
+    parts = [
+        "# The time that other simulators take",
+        command,
+        WHAT.format(times=args.times, ours=OUR_TIMES),
+        f"Machine: {machine}.",
+        f"## Vidur\n\nCommit {version('make_vidur.py')}. A pass is a stage or a decode round.",
+        "\n".join([first, "|:--|" + "--:|" * 10, *vidur_rows(args)]),
+        f"## AISimulate\n\n{numbers}",
+        "\n".join([second, "|" + "--:|" * 11, *aisimulate_rows(args)]),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

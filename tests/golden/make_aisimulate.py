@@ -7,7 +7,8 @@ A development tool. In an environment of its own (Python 3.11 – 3.13; nothing 
     oracle/bin/python tests/golden/make_aisimulate.py
 
 ``--times 3`` prints CPU seconds of the 1,319 requests of Vidur's golden file instead
-(``tests.compare_with_simulators`` reads them). Times are in milliseconds. A pass has a fixed time for its prefill part and one for its decode part.
+(``tests.compare_with_simulators`` reads them). Times are in milliseconds. A pass has a fixed time for its
+prefill part and one for its decode part.
 """
 
 from __future__ import annotations
