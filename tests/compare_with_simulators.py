@@ -63,7 +63,7 @@ class Args:
     """Interpreter of an environment with AISimulate."""
     times: int = 3
     """Runs of each case; the quickest counts."""
-    output: Path = Path("results/checks/simulators")
+    output: Path = Path("results/checks")
     """Folder for simulators.md."""
 
     def __post_init__(self) -> None:

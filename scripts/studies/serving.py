@@ -60,19 +60,21 @@ class Served:
     """Passes that computed prompts, of all replicas."""
     preemptions: int
     recomputed_tokens: int
+    in_system_s: float
+    """∫ requests that have arrived and not finished dt."""
     replicas: Any
     """Records of the replicas at the end."""
 
 
 def service(
     task: TaskConfig,
-    policy: str,
+    policy: str | TriggerPolicy,
     prompts: ArrayLike,
     outputs: ArrayLike,
     arrivals: ArrayLike | None = None,
 ) -> Service:
     """Set up an episode; without arrivals all requests are present at t = 0."""
-    player = make_trigger_policy(policy)
+    player = make_trigger_policy(policy) if isinstance(policy, str) else policy
     asked = asked_task(task, player)
     machine = lower(asked)
     requests = make_requests(prompts, outputs, arrivals)
@@ -82,7 +84,7 @@ def service(
 
 def serve(
     task: TaskConfig,
-    policy: str,
+    policy: str | TriggerPolicy,
     prompts: ArrayLike,
     outputs: ArrayLike,
     arrivals: ArrayLike | None = None,
@@ -107,5 +109,6 @@ def serve(
         prompted=int((replicas.prefill_stages + replicas.mixed_stages).sum()),
         preemptions=int(replicas.preemptions.sum()),
         recomputed_tokens=int(log.recomputed_tokens.sum()),
+        in_system_s=float(episode.state.episodes[0].in_system_s),
         replicas=replicas,
     )
