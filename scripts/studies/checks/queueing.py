@@ -70,9 +70,7 @@ def batch_means(values: Array) -> tuple[float, float]:
     return float(means.mean()), float(half)
 
 
-def task_of(
-    decode_s: float, prefill: tuple[float, float], process: Any = None, **cluster: Any
-) -> TaskConfig:
+def task_of(decode_s: float, prefill: tuple[float, float], **cluster: Any) -> TaskConfig:
     """Constant decode rounds, and prefill stages of base and seconds a token."""
     costs = StageCosts(AffineDecode(decode_s), AffinePrefill(*prefill))
     return TaskConfig("queue", ClusterConfig(**cluster), costs)
@@ -84,7 +82,7 @@ def poisson_arrivals(rate: float, n: int, rng: np.random.Generator) -> Array:
 
 
 def slotted_arrivals(rate: float, n: int, rng: np.random.Generator) -> Array:
-    """A Poisson number at each whole second: n arrivals in all, so the last slots are cut off."""
+    """Draw a Poisson number at each whole second, n arrivals in all: the last slots are cut off."""
     slots = np.arange(1.0, 2.0 + n / rate + 20.0 * np.sqrt(n))
     return np.repeat(slots, rng.poisson(rate, len(slots)))[:n]
 
@@ -203,9 +201,7 @@ def geometric_rounds(clients: int, rate: float, ends: float) -> Queue:
         outputs = rng.geometric(ends, n) + 1
         served = serve(task, "fcfs", np.ones(n, np.int64), outputs, arrivals)
         known = exact.rounds_in_system(clients, rate, ends)
-        rounds = sojourns(served)
-        # Poisson numbers in a slot come in no order; a batch of slots is a batch of their requests.
-        return [Measured("rounds in system", known, rounds)]
+        return [Measured("rounds in system", known, sojourns(served))]
 
     how = "geometric outputs, constant rounds, free prefill, arrivals at round boundaries"
     return Queue(f"geometric chain, J = {clients}, λ = {rate}, p = {ends}", how, play)
@@ -215,7 +211,7 @@ def geometric_rounds(clients: int, rate: float, ends: float) -> Queue:
 
 
 def take_all(rate: float, base: float, each: float) -> Queue:
-    """Static batches: prefill stages of all who wait, one token each."""
+    """Serve static batches: prefill stages of all who wait, one token each."""
 
     def play(n: int, rng: np.random.Generator) -> list[Measured]:
         task = task_of(1.0, (base, each), clients=500)
