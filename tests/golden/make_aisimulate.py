@@ -30,6 +30,7 @@ VERSION = "0.13.0.dev202610270000000085"
 FIELDS = "workers blocks block clients budget prefill_ms decode_ms".split()
 CASES = {"vllm": 400, "trtllm": 160, "sglang": 160}
 SEEDS = {"vllm": 1, "trtllm": 2, "sglang": 3}
+USERS = 128
 LIMIT_S = 2  # a case takes milliseconds, or never ends
 
 TIMED: list[dict[str, Any]] = [
@@ -210,6 +211,40 @@ def print_times(times: int) -> None:
         print(json.dumps(row), flush=True)
 
 
+def users_requests(seed: int) -> list[list[int]]:
+    """Prompts of about 1000 and outputs of about 5000 tokens, as in vLLM's pull request 44594."""
+    rng = random.Random(seed)
+    return [[0, rng.randint(800, 1200), rng.randint(4000, 6000)] for _ in range(450)]
+
+
+def write_users(path: Path) -> None:
+    """128 users who ask again once they are answered: preemptions and last token of some seeds."""
+    case = {
+        "workers": 1,
+        "blocks": 18_724,
+        "block": 16,
+        "clients": 256,
+        "budget": 8192,
+        "prefill_ms": 20,
+        "decode_ms": 7,
+    }
+    rows = []
+    for seed in range(5):
+        spec = replay_spec({**case, "requests": users_requests(seed)}, "vllm")
+        found = answers(json.loads(runtime()(json.dumps({**spec, "max_in_flight": USERS}))))
+        again = sum(len(admissions) - 1 for *_, admissions in found)
+        rows.append([seed, again, max(last for _, _, last, _ in found)])
+    header = {
+        "simulator": "aisimulate",
+        "version": VERSION,
+        "command": "python tests/golden/make_aisimulate.py",
+        **case,
+        "users": USERS,
+        "rows": ["seed", "preemptions", "last_ms"],
+    }
+    path.write_text(json.dumps({"header": header, "rows": rows}) + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--backends", nargs="+", default=sorted(CASES), choices=sorted(CASES))
@@ -229,6 +264,7 @@ def main() -> None:
             if found is not None:
                 cases.append({**case, "answers": found})
         write_golden(arguments.output / f"aisimulate_{backend}.json.gz", backend, cases)
+    write_users(arguments.output / "aisimulate_users.json")
 
 
 if __name__ == "__main__":
