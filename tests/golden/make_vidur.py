@@ -101,7 +101,11 @@ def replay(case: Case, requests: list[list[int]], metrics: bool = False) -> dict
     entities = importlib.import_module("vidur.entities")
     simulator = importlib.import_module("vidur.simulator")
     schedulers = importlib.import_module("vidur.scheduler.global_scheduler.base_global_scheduler")
-    counted = {"passes": [0] * case["replicas"], "with_prompts": 0, "preemptions": 0}
+    counted: dict[str, Any] = {
+        "passes": [0] * case["replicas"],
+        "with_prompts": 0,
+        "preemptions": 0,
+    }
     second = entities.ExecutionTime(1, 1000.0, *[0.0] * 18)  # one layer, in milliseconds
 
     class Constant:

@@ -27,10 +27,10 @@ from servegym.studies.cli import check_number, command_line, parse
 
 REQUESTS = 3000  # of a memory case
 
-WATERMARK = """vLLM's pull request 44594: Qwen2.5-7B on a GB200, 299,584 tokens of memory, prompts of about 1000
-and outputs of about 5000 tokens ± 20 %, 450 requests of 128 users who ask again once they are answered,
-budget 8192. Ours is the mean of {seeds} draws of the lengths, ± the standard deviation between draws: what
-one run may be off by.
+WATERMARK = """vLLM's pull request 44594: Qwen2.5-7B on a GB200, 299,584 tokens of memory, prompts of
+about 1000 and outputs of about 5000 tokens ± 20 %, 450 requests of 128 users who ask again once they are
+answered, budget 8192. Ours is the mean of {seeds} draws of the lengths, ± the standard deviation between
+draws: what one run may be off by.
 
 128 clients and all requests at t = 0 stand for the users. It is the same schedule: whoever is preempted
 waits at the front, and a new request is admitted only once somebody has finished. Times to first token
@@ -40,33 +40,38 @@ the same time (`tests/test_aisimulate.py`).
 **Preemptions depend on no seconds.** Those are a guess: 10 µs a token, 5 ns a cached token, and a base
 that is fitted to the published tokens per second at 0.05."""
 
-WATERMARK_READING = """What agrees: preemptions, within two standard deviations; tokens per second, lowest without a watermark and
-highest at 0.05; end to end within 3 %; the 99th percentile to first token within 11 %. The 99th percentile
-of the gap between tokens falls by more than half with the first watermark, as published.
+WATERMARK_READING = """What agrees: preemptions, within two standard deviations; tokens per second,
+lowest without a watermark and highest at 0.05; end to end within 3 %; the 99th percentile to first token
+within 11 %. The 99th percentile of the gap between tokens falls by more than half with the first
+watermark, as published.
 
-What does not: that percentile is higher here without a watermark and lower with one. At 0.05 and 0.10 fewer
-than one token in a hundred comes from a pass that computes prompts, so it is that of plain passes; the real
-engine has others that are slow. Its median times to first token at 0.02 and 0.05 are higher than ours."""
+What does not: that percentile is higher here without a watermark and lower with one. At 0.05 and 0.10
+fewer than one token in a hundred comes from a pass that computes prompts, so it is that of plain passes;
+the real engine has others that are slow. Its median times to first token at 0.02 and 0.05 are higher
+than ours."""
 
-TAX = """vLLM's issue 54644, a 0.5B model and 300 requests offline: recomputed tokens as a share of all computed ones,
-and how many fewer are recomputed if the victim is the request with the fewest computed tokens. **Its lengths
-and number of clients are not told**, nor whether decoded tokens count as computed. So this is no
-confirmation: it shows two workloads out of 600 that were tried, one draw each. Here {seeds} draws, means."""
+TAX = """vLLM's issue 54644, a 0.5B model and 300 requests offline: recomputed tokens as a share of all
+computed ones, and how many fewer are recomputed if the victim is the request with the fewest computed
+tokens. **Its lengths and number of clients are not told**, nor whether decoded tokens count as computed.
+So this is no confirmation: of 900 workloads that were tried it shows the nearest to either column. Means
+of {seeds} draws."""
 
-TAX_READING = """What agrees: the tax rises with scarcity and flattens, and where prompts are long and unlike, choosing the
-least computed saves 40 to 50 %. What does not: no workload that was tried gives both columns, and none a
-tax of 79 %; the most were 73 % of what prefills computed and 46 % of all."""
+TAX_READING = """What agrees: the tax rises with scarcity and flattens, and where prompts are long and
+unlike, choosing the least computed saves 35 to 50 %. What does not: no workload that was tried gives both
+columns. As a share of what prefills compute the tax comes within 11 points everywhere; as a share of all
+tokens, which is how the issue seems to count, it never passed 46 %."""
 
-MEMORY = """Nie, Si and Zhou (2605.04595): a memory of M tokens serves μ = M / (b · E[g]) requests a second, with b
-the mean seconds of a pass and g the token-passes that a request holds. They report agreement to about 10 %
-with vLLM on eight replicas, prompts eight times as long as outputs. Here one replica under `vllm`, costs of
-llama3-8b-a100x1, {requests} requests present at once, so that memory is always full; the rate is that of the
-middle 60 % of finishes, b is measured."""
+MEMORY = """Nie, Si and Zhou (2605.04595): a memory of M tokens serves μ = M / (b · E[g]) requests a
+second, with b the mean seconds of a pass and g the token-passes that a request holds. They report
+agreement to about 10 % with vLLM on eight replicas, prompts eight times as long as outputs. Here one
+replica under `vllm`, costs of llama3-8b-a100x1, {requests} requests present at once, so that memory is
+always full; the rate is that of the middle 60 % of finishes, b is measured."""
 
-MIXED = """Li, Dai and Peng (2504.07347): passes of at most b tokens that take t seconds bear b / (t (m_p + m_d))
-requests a second if they mix prompts and decodes; prefill-first bears less. The same requests (prompts of
-20, a geometric number of rounds, 100 on average), passes of 256 tokens, {requests} arrivals. The columns say
-how many of them are in system at the last arrival; overload must leave 1 − 1 / load."""
+MIXED = """Li, Dai and Peng (2504.07347): passes of at most b tokens that take t seconds bear
+b / (t (m_p + m_d)) requests a second if they mix prompts and decodes; prefill-first bears less. The same
+requests (prompts of 20, a geometric number of rounds, 100 on average), passes of 256 tokens, {requests}
+arrivals. The columns say how many of them are in system at the last arrival; overload must leave
+1 − 1 / load."""
 
 
 @dataclass(frozen=True)
