@@ -44,8 +44,8 @@ WHAT = """Serving 1,319 GSM8K-like requests that are all present at t = 0, 200 c
 requests of `tests/golden/vidur.json.gz`). CPU seconds, the least of {times} runs, of servegym the least
 of {ours}.
 
-- **Vidur** at its commit, its event loop with a constant in place of its predictor of execution times: it
-  is slower with it. Metrics off, and on as it is used.
+- **Vidur** at its commit, its event loop with a constant in place of its predictor of execution times,
+  which takes time of its own. Metrics off, and on as it is used.
 - **AISimulate**, vLLM V1's scheduler in Rust, its JSON read and written.
 - **servegym**: the episode under the same rule in compiled code, and with all that a user's episode has
   beside it: requests checked, state and lower bound made, metrics computed."""
