@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
+from servegym.envs.task.cluster import ClusterConfig
+from servegym.envs.task.config import TaskConfig
+from servegym.studies.serving import serve
 from tests.against_cluster import play_fast, serve_case
+from tests.golden.make_aisimulate import users_requests
 from tests.random_clusters import ClusterCase
 from tests.reference_cluster import ClusterSpec, ReplicaSpec
 
@@ -107,3 +111,22 @@ def test_the_cases_of_sglang_hold_what_they_are_for() -> None:
     assert len(retracted) >= 10
     assert len(chunked) >= 50
     assert {case["block"] for case in cases} == {1, 16}
+
+
+def test_as_many_clients_as_users_are_users_who_ask_again() -> None:
+    """A closed loop is the same schedule as all its requests at the start, and a client for each user."""
+    golden = json.loads((GOLDEN / "aisimulate_users.json").read_text("utf-8"))
+    case = golden["header"]
+    cluster = ClusterConfig(
+        clients=case["users"],
+        kv_capacity_tokens=case["blocks"] * case["block"],
+        kv_block_tokens=case["block"],
+        chunk_tokens=case["budget"],
+        mixed="sum",
+    )
+    costs = StageCosts(AffineDecode(case["decode_ms"]), AffinePrefill(case["prefill_ms"], 0.0))
+    for seed, preemptions, last_ms in golden["rows"]:
+        _, prompts, outputs = zip(*users_requests(seed), strict=True)
+        served = serve(TaskConfig("users", cluster, costs), "vllm", prompts, outputs)
+        assert served.preemptions == preemptions
+        assert served.seconds == pytest.approx(last_ms, rel=1e-12)

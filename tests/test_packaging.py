@@ -198,7 +198,7 @@ FLOORS = {
         "terminal",
         "cli own_policies",
         "policies start",
-        "cases robustness speed",
+        "cases robustness serving speed",
         "tuned",
         "agents checks",
         "uncertainty",

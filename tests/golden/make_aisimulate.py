@@ -6,7 +6,9 @@ A development tool. In an environment of its own (Python 3.11 – 3.13; nothing 
     oracle/bin/pip install --no-deps --pre aisimulate==0.13.0.dev202610270000000085
     oracle/bin/python tests/golden/make_aisimulate.py
 
-Times are in milliseconds. A pass has a fixed time for its prefill part and one for its decode part.
+``--times 3`` prints CPU seconds of the 1,319 requests of Vidur's golden file instead
+(``tests.compare_with_simulators`` reads them). Times are in milliseconds. A pass has a fixed time for its
+prefill part and one for its decode part.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import multiprocessing
 import random
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +30,23 @@ VERSION = "0.13.0.dev202610270000000085"
 FIELDS = "workers blocks block clients budget prefill_ms decode_ms".split()
 CASES = {"vllm": 400, "trtllm": 160, "sglang": 160}
 SEEDS = {"vllm": 1, "trtllm": 2, "sglang": 3}
+USERS = 128
 LIMIT_S = 2  # a case takes milliseconds, or never ends
+
+TIMED: list[dict[str, Any]] = [
+    {
+        "workers": workers,
+        "blocks": blocks,
+        "block": 16,
+        "clients": 200,
+        "budget": 2048,
+        "prefill_ms": 40,
+        "decode_ms": 40,
+    }
+    for workers in (1, 4)
+    for blocks in (6000, 2500)
+]
+"""Cases without their requests."""
 
 Case = dict[str, Any]
 
@@ -169,12 +188,73 @@ def replay(case: Case, backend: str) -> list[list[Any]] | None:
     return None
 
 
+def print_times(times: int) -> None:
+    """CPU seconds of each case of ``TIMED``, the least of so many runs, its JSON read and written.
+
+    With them the last token and the admissions beyond each request's first.
+    """
+    packed = (Path(__file__).parent / "vidur.json.gz").read_bytes()
+    requests = [[0, *lengths] for lengths in json.loads(gzip.decompress(packed))["requests"]]
+    play = runtime()
+    for case in TIMED:
+        runs = []
+        for _ in range(times):
+            began = time.process_time()
+            report = json.loads(
+                play(json.dumps(replay_spec({**case, "requests": requests}, "vllm")))
+            )
+            runs.append(time.process_time() - began)
+        found = answers(report)
+        last_ms = max(last for _, _, last, _ in found)
+        again = sum(len(admissions) - 1 for *_, admissions in found)
+        row = {**case, "last_ms": last_ms, "preemptions": again, "cpu_s": min(runs)}
+        print(json.dumps(row), flush=True)
+
+
+def users_requests(seed: int) -> list[list[int]]:
+    """Prompts of about 1000 and outputs of about 5000 tokens, as in vLLM's pull request 44594."""
+    rng = random.Random(seed)
+    return [[0, rng.randint(800, 1200), rng.randint(4000, 6000)] for _ in range(450)]
+
+
+def write_users(path: Path) -> None:
+    """128 users who ask again once they are answered: preemptions and last token of some seeds."""
+    case = {
+        "workers": 1,
+        "blocks": 18_724,
+        "block": 16,
+        "clients": 256,
+        "budget": 8192,
+        "prefill_ms": 20,
+        "decode_ms": 7,
+    }
+    rows = []
+    for seed in range(5):
+        spec = replay_spec({**case, "requests": users_requests(seed)}, "vllm")
+        found = answers(json.loads(runtime()(json.dumps({**spec, "max_in_flight": USERS}))))
+        again = sum(len(admissions) - 1 for *_, admissions in found)
+        rows.append([seed, again, max(last for _, _, last, _ in found)])
+    header = {
+        "simulator": "aisimulate",
+        "version": VERSION,
+        "command": "python tests/golden/make_aisimulate.py",
+        **case,
+        "users": USERS,
+        "rows": ["seed", "preemptions", "last_ms"],
+    }
+    path.write_text(json.dumps({"header": header, "rows": rows}) + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--backends", nargs="+", default=sorted(CASES), choices=sorted(CASES))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--times", type=int, help="only print CPU seconds, the least of so many")
     arguments = parser.parse_args()
     runtime()
+    if arguments.times:
+        print_times(arguments.times)
+        return
     for backend in arguments.backends:
         rng = random.Random(SEEDS[backend])
         cases: list[Case] = []
@@ -184,6 +264,7 @@ def main() -> None:
             if found is not None:
                 cases.append({**case, "answers": found})
         write_golden(arguments.output / f"aisimulate_{backend}.json.gz", backend, cases)
+    write_users(arguments.output / "aisimulate_users.json")
 
 
 if __name__ == "__main__":
