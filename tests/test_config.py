@@ -69,7 +69,7 @@ BAD_VALUES = [
     # texts
     ("workload", "source", "5", "a text, got 5", '"tiny"'),
     ("workload", "source", '"gsm8k-cap51"', "did you mean 'gsm8k-cap512'?", '"gsm8k-cap512"'),
-    ("workload", "source", '"mine.txt"', "neither a preset nor a .csv file", '"mine.csv"'),
+    ("workload", "source", '"mine.txt"', "neither a preset nor a .csv, ", '"mine.csv"'),
     ("process", "reward", '"latancy"', "did you mean 'latency'?", '"latency"'),
     ("process", "reward", "1", "a text, got 1", '"gap"'),
     # one of a few

@@ -16,7 +16,8 @@ from servegym.envs.files import make_folder, read_json, write_file
 from servegym.envs.machine.costs import StageCosts
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
-from servegym.envs.workload.presets import workload_sha256
+from servegym.envs.workload.cells import is_file
+from servegym.envs.workload.sources import workload_sha256
 
 HASH: Final = "workload_sha256"
 """Key of the hash of the task's workload file, where it has one."""
@@ -137,10 +138,10 @@ def _same_file(key: str, old: Any, new: Any) -> bool:
     """Return whether two values name a file that is compared by its content instead."""
     if not (isinstance(old, str) and isinstance(new, str)):
         return False
-    end = {"name": ".toml", "source": ".csv"}.get(key)
-    if end is None or not (old.lower().endswith(end) and new.lower().endswith(end)):
-        return False
-    return key == "source" or Path(old).name == Path(new).name
+    if key == "source":
+        return is_file(old) and is_file(new)
+    tasks = key == "name" and all(name.lower().endswith(".toml") for name in (old, new))
+    return tasks and Path(old).name == Path(new).name
 
 
 def _short(value: Any) -> str:
