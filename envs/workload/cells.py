@@ -23,7 +23,7 @@ SUFFIXES: Final = (".csv", ".jsonl", ".json", ".csv.gz", ".jsonl.gz", ".json.gz"
 
 _GZIP: Final = b"\x1f\x8b"
 _AS_GZIP: Final = 16 + zlib.MAX_WBITS
-_PIECE: Final = 1 << 24
+_PACKED, _UNPACKED = 1 << 16, 1 << 15  # bytes that are read, and unpacked, at once
 
 
 class Cells(NamedTuple):
@@ -63,24 +63,24 @@ def read_workload_text(path: Path) -> str:
 def _unpacked(path: Path, data: bytes) -> bytes:
     """Return what a gzip file holds, of any number of members."""
     pieces: list[bytes] = []
-    size, rest = 0, data
-    problem = ""
-    while rest.strip(b"\0") and not problem:
-        reader = zlib.decompressobj(_AS_GZIP)
-        while not reader.eof and not problem:
-            try:
-                piece = reader.decompress(rest, _PIECE)
-            except zlib.error:
-                problem = "is damaged"
-                break
-            rest = reader.unconsumed_tail
-            pieces.append(piece)
-            size += len(piece)
+    size, at = 0, 0
+    reader = zlib.decompressobj(_AS_GZIP)
+    try:
+        while at < len(data) and not (reader.eof and data[at] == 0):  # zeros fill up a block
+            if reader.eof:  # the next member
+                reader = zlib.decompressobj(_AS_GZIP)
+            rest = data[at : at + _PACKED]
+            at += len(rest)
+            while rest and not reader.eof:
+                pieces.append(reader.decompress(rest, _UNPACKED))
+                size += len(pieces[-1])
+                rest = reader.unconsumed_tail
             if size > MAX_BYTES:
                 raise ServegymError(f"{path}: unpacks to more than {MAX_BYTES} bytes; cut it")
-            if not reader.eof and not rest and not piece:
-                problem = "ends early"
-        rest = reader.unused_data
+            at -= len(reader.unused_data)
+        problem = "" if reader.eof else "ends early"
+    except zlib.error:
+        problem = "is damaged"
     unpacked = b"".join(pieces)
     if problem:
         line = unpacked.count(b"\n") + 1
