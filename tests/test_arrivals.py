@@ -20,7 +20,7 @@ Write = Callable[[str, str], Path]
 DRAWN = 40_000
 
 # The process, and the variance of its counts over their mean in bins that are long against its gaps.
-BURSTY = {"burst_rate_per_s": 8.0, "burst_s": 2.0, "calm_s": 6.0}
+BURSTY: dict[str, Any] = {"burst_rate_per_s": 8.0, "burst_s": 2.0, "calm_s": 6.0}
 PROCESSES_DRAWN: list[tuple[Arrivals, float]] = [
     (Arrivals(rate_per_s=2.0), 1.0),
     (Arrivals("gamma", rate_per_s=2.0, cv=2.0), 4.0),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,14 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from servegym.envs.task.registered import load_task
+from servegym.envs.workload.arrivals import PROCESSES, Arrivals
+from servegym.envs.workload.formats import FORMATS
 from servegym.envs.workload.presets import WORKLOAD_PRESETS
 from servegym.envs.workload.quantiles import FIGURES, Marginal
 from servegym.envs.workload.requests import MAX_TOKENS
 from servegym.envs.workload.sources import make_workload
+from servegym.envs.workload.traces import TraceWindow
 from servegym.studies.commands import evaluate
 
 DRAWN = 100_000
@@ -108,3 +115,17 @@ def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("azure-conv", "servegen-m-mid", "gsm8k-lognormal", "burstgpt", "weibull", "day"):
         assert f"\n{name} " in listed
     assert "CC-BY-4.0" in listed
+
+
+def test_the_page_names_every_key_and_column_and_its_tasks_load(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "TRAFFIC.md").read_text("utf-8")
+    keys = {item.name for kind in (Arrivals, TraceWindow) for item in fields(kind)} - {"process"}
+    columns = {name for form in FORMATS.values() for name in (*form.lengths, form.arrival)}
+    for name in {*keys, *columns, *PROCESSES}:
+        assert f"`{name}`" in page or f"{name} = " in page, name
+    blocks = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.M)
+    assert len(blocks) == 2
+    for block in blocks:
+        path = tmp_path / "task.toml"
+        path.write_text(block)
+        load_task(str(path))

@@ -34,7 +34,7 @@ from servegym.envs.workload.traces import TraceWindow
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """``[workload]``: the requests.
+    """``[workload]``: the requests; TRAFFIC.md has the exact rules.
 
     Examples
     --------

@@ -110,7 +110,8 @@ def _read_figures() -> dict[str, Figures]:
             row["licence"],
             row["requests"],
             row["rank_correlation"],
-            *(_marginal(row[side]) for side in ("prompt", "output")),
+            _marginal(row["prompt"]),
+            _marginal(row["output"]),
             Measured(**row["arrivals"]) if "arrivals" in row else None,
             row.get("note", ""),
         )

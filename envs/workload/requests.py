@@ -82,8 +82,8 @@ class Requests:
         if self.rows is not None:
             rows = whole_numbers("rows", self.rows, 0, MAX_ROW)
             self._set("rows", rows)
-            ordered = np.sort(rows)  # faster than np.unique
-            if (ordered[1:] == ordered[:-1]).any():
+            in_order = np.sort(rows)  # faster than np.unique
+            if (in_order[1:] == in_order[:-1]).any():
                 raise ServegymError("rows must hold each row once")
         arrivals = self.arrival_s
         ordered = bool((arrivals[1:] >= arrivals[:-1]).all())  # False where one is NaN

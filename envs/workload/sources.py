@@ -134,11 +134,10 @@ def _read_once(path: Path, state: _FileState | None, max_tokens: int) -> Trace:
     """Read a workload file once, and again when its ``state`` has changed."""
     if max_tokens == 0:
         return read_trace(path)
+    trace = _read_once(path, state, 0)
     try:
-        return _read_once(path, state, 0).without_longer(max_tokens)
+        return trace.without_longer(max_tokens)
     except ServegymError as error:
-        if str(error).startswith(str(path)):
-            raise
         raise ServegymError(f"workload.trace.max_tokens: {path}: {error}") from None
 
 

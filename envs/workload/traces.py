@@ -160,7 +160,7 @@ def read_trace(path: str | Path) -> Trace:
     """
     path = Path(path)
     text = read_workload_text(path)
-    if ".json" not in "".join(path.suffixes[-2:]).lower():
+    if not path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl")):
         return _read_csv(path, text)
     cells = read_json_cells(path, text)
     form = _recognised_json(path, cells)
