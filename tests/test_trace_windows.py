@@ -12,9 +12,11 @@ import pytest
 
 from servegym.envs import ServingEnv, ServingVectorEnv
 from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.identity import claim_task
 from servegym.envs.task.cases import room_for
 from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
 from servegym.envs.task.registered import load_task
+from servegym.envs.workload import sources
 from servegym.envs.workload.arrivals import Arrivals
 from servegym.envs.workload.requests import Requests
 from servegym.envs.workload.sources import (
@@ -24,6 +26,7 @@ from servegym.envs.workload.sources import (
     workload_sha256,
 )
 from servegym.envs.workload.traces import TraceWindow
+from servegym.studies.commands import evaluate, plan
 from tests.helpers import refused
 
 Write = Callable[[str, str], Path]
@@ -288,3 +291,41 @@ def test_what_is_said_of_a_file(trace: str) -> None:
         "episode plays at most 5, from a start drawn by its seed"
     )
     assert describe_file("azure-conv") == ""
+
+
+# ---- command lines ----------------------------------------------------------------------------
+
+
+def test_evaluate_and_plan_say_what_was_dropped(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "other" / "same.csv"
+    elsewhere.parent.mkdir()
+    text = Path(trace).read_text("utf-8") + "104,9,0\n"
+    said = "15 requests of 16 rows (vidur) over 104 s; dropped: 1 of zero tokens"
+    out = tmp_path / "out"
+    for path in (Path(trace), elsewhere):  # by its content it is the same workload
+        path.write_text(text, "utf-8")
+        options = ["--task", "Tiny-v0", "--policies", "fcfs", "--seeds", "0", "--jobs", "1"]
+        paths = ["--workload", str(path), "--output", str(out), "--optimum-limit", "0", "--records"]
+        assert evaluate.main(options + paths) == 0
+        assert f"{path}: {said}\n" in capsys.readouterr().out
+    records = (out / "records" / "fcfs-0.csv").read_text("utf-8").splitlines()
+    assert [line.split(",")[0] for line in records[1:]] == [str(k) for k in range(15)]
+    plan_to = ["--clients", "2", "--output", str(tmp_path / "plan.json")]
+    assert plan.main(["--workload", trace, *plan_to]) == 0
+    assert capsys.readouterr().out.startswith(said)
+    refused(
+        lambda: evaluate.main(["--workload", "trace.txt"]),
+        "trace.txt: a workload file ends in .csv, .jsonl, .json, .csv.gz",
+    )
+
+
+def test_a_preset_whose_figures_have_changed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TaskConfig("t", workload=WorkloadConfig("azure-conv", 5))
+    claim_task(task, tmp_path)
+    claim_task(task, tmp_path)
+    monkeypatch.setattr(sources, "figures_text", lambda name: name)
+    refused(lambda: claim_task(task, tmp_path), "the figures of the preset azure-conv have changed")
