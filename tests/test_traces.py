@@ -195,6 +195,8 @@ BAD_TRACES: list[tuple[str, str, str, str]] = [
      VIDUR + "1e9,7,1\n2e9,7,1\n"),
     ("a.csv", VIDUR + "0,7,1\n1,7,1,9\n", "line 3: 4 fields where the header has 3", VIDUR + "0,7,1\n"),
     ("a.csv", VIDUR + '0,"7",1\n1,7,1,9\n', "line 3: 4 fields where the header", VIDUR + '0,"7",1\n'),
+    ("a.csv", '"arrived_at,x",num_prefill_tokens"\n0,7\n', "line 1: column 'num_decode_tokens' is",
+     '"arrived_at","num_prefill_tokens","num_decode_tokens","a,b"\n"0","7","1","2"\n'),
     ("a.csv", VIDUR + '0,"7,1\n', "line 2: not a CSV file", VIDUR + '0,"7",1\n'),
     # dates
     ("a.csv", AZURE + FIRST + "tomorrow,7,1\n", "line 3: TIMESTAMP must be a date and time", AZURE + FIRST),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import warnings
@@ -122,7 +123,8 @@ def read_csv_cells(path: Path, text: str, wanted: tuple[str, ...]) -> Cells:
 def csv_header(text: str) -> tuple[str, ...]:
     """Return the names in the first line of a CSV text, without quotation marks."""
     first = text.split("\n", 1)[0].rstrip("\r")
-    return tuple(name.strip(' \t"') for name in first.split(","))
+    names = next(csv.reader([first]), []) if '"' in first else first.split(",")
+    return tuple(name.strip(' \t"') for name in names)
 
 
 def _check_fields(path: Path, text: str, fields: int) -> None:

@@ -209,7 +209,7 @@ def _quoted_cells(path: Path, text: str) -> Cells:
         raise ServegymError(f"{path}: line {line}: not a CSV file: {error}") from None
     while rows and not any(rows[-1]):
         rows.pop()  # blank lines at the end
-    names = tuple(name.strip() for name in rows[0])
+    names = tuple(name.strip(' \t"') for name in rows[0])
     for line, row in zip(lines, rows, strict=False):
         if len(row) > len(names):
             raise ServegymError(
