@@ -56,6 +56,7 @@ PUBLISHED: list[tuple[str, str, str, bool]] = [
      "".join(f'{{"request_id": {k}, "type": "text", "input_length": {p}, "output_length": {o}}}\n'
              for k, (p, o) in enumerate([(70, 3), (55, 1), (90, 4)])), "mooncake", False),
     ("splitwise_conv.csv", VIDUR + "0.0,70,3\n1.5,55,1\n3.0,90,4\n", "vidur", True),
+    ("twice.csv", "x,x," + VIDUR + ",1,0.0,70,3\n,1,1.5,55,1\n,1,3.0,90,4\n", "vidur", True),
     ("arxiv.csv", LENGTHS + "70,3,73,23.3\n55,1,56,55.0\n90,4,94,22.5\n", "vidur", False),
     ("sharegpt.jsonl",
      "".join(f'{{"input_toks": {p}, "output_toks": {o}, "arrival_time_ns": {t}, "input_tok_ids": [1]}}\n'

@@ -105,18 +105,20 @@ def read_csv_cells(path: Path, text: str, wanted: tuple[str, ...]) -> Cells:
     text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n") + "\n"
     names = csv_header(text)
     _check_fields(path, text, len(names))
+    kept = [k for k, name in enumerate(names) if name in wanted]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pd.errors.ParserWarning)
         table = pd.read_csv(
             io.StringIO(text),
             header=0,
-            names=list(names),
+            names=list(range(len(names))),  # by number: others may stand there twice
             index_col=False,
-            usecols=[name for name in names if name in wanted],
+            usecols=kept,
             dtype=str,
             keep_default_na=False,
             skip_blank_lines=False,
         )
+    table.columns = pd.Index([names[k] for k in kept])
     return Cells(names, table, np.arange(2, len(table) + 2), "line")
 
 
