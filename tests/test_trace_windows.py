@@ -120,6 +120,13 @@ def test_a_process_takes_its_rate_from_the_file(trace: str, lengths: str) -> Non
     drawn, cv = play(trace, process=Arrivals("gamma")), float(gaps_s.std() / gaps_s.mean())
     again = play(trace, process=Arrivals("gamma", rate_per_s=14 / 104, cv=cv))
     assert drawn.arrival_s == pytest.approx(again.arrival_s, rel=1e-6)
+    scaled = play(trace, process=Arrivals("gamma"), rate_scale=2.0)
+    assert scaled.arrival_s == pytest.approx(drawn.arrival_s / 2.0, rel=1e-6)
+    for arrivals in ({"arrivals": Arrivals(rate_per_s=1.0)}, {"arrival_rate_per_s": 1.0}):
+        refused(
+            lambda a=arrivals: WorkloadConfig(trace, trace=TraceWindow(rate_scale=2.0), **a),  # type: ignore[misc]
+            "rate_scale 2.0 has nothing to scale",
+        )
     words = f"workload.arrivals.rate_per_s is missing: {lengths} brings no rate of its own"
     refused(lambda: play(lengths, process=Arrivals("gamma")), words)
     refused(lambda: play(trace, process=Arrivals(rate_per_s=1e-8)), "15 requests at 1e-08 a second")

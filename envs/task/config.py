@@ -61,9 +61,7 @@ class WorkloadConfig:
         check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
         if self.source in WORKLOAD_PRESETS:
             check_arrival_rate(self.requests, self.arrival_rate_per_s)
-        elif (
-            not 0 <= self.arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S
-        ):  # its number is not known yet
+        elif not 0 <= self.arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S:  # of a file not yet read
             raise ServegymError(
                 f"workload.arrival_rate_per_s must lie in 0 … {MAX_ARRIVAL_RATE_PER_S:g}, got "
                 f"{self.arrival_rate_per_s}"
@@ -72,6 +70,12 @@ class WorkloadConfig:
             raise ServegymError(
                 "workload has both arrivals and arrival_rate_per_s, which is short for "
                 f"arrivals = {{rate_per_s = {self.arrival_rate_per_s}}}; give one of them"
+            )
+        named = self.arrivals is not None and self.arrivals.names_rate
+        if self.trace.rate_scale != 1 and (named or self.arrival_rate_per_s > 0):
+            raise ServegymError(
+                f"workload.trace.rate_scale {self.trace.rate_scale} has nothing to scale: the task names "
+                "the rate of its arrivals"
             )
         if self.source in WORKLOAD_PRESETS:
             if self.arrivals is not None:

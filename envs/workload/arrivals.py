@@ -202,6 +202,11 @@ class Arrivals:
         return filled
 
     @property
+    def names_rate(self) -> bool:
+        """Whether it says how many arrive per second, instead of taking what was measured."""
+        return self.process == "on-off" or self.rate_per_s is not None
+
+    @property
     def mean_rate_per_s(self) -> float:
         """Arrivals per second in the long run; of a process with all its defaults filled in."""
         if self.process != "on-off":

@@ -171,12 +171,15 @@ def make_workload(
     if source in WORKLOAD_PRESETS:
         check_arrival_rate(requests, arrival_rate_per_s)
         prompts, outputs, *predictions = WORKLOAD_PRESETS[source].sample(requests, rng)
-        arrivals_s = _drawn(source, requests, arrival_rate_per_s, rng, arrivals, None)
+        arrivals_s = _drawn(
+            source, requests, arrival_rate_per_s, rng, arrivals, measured_arrivals(source)
+        )
         return make_requests(prompts, outputs, arrivals_s, *predictions)
     trace = _read_file(source, window)
     found = window.cut(trace, rng)
     check_arrival_rate(len(found), arrival_rate_per_s)
-    arrivals_s = _drawn(source, len(found), arrival_rate_per_s, rng, arrivals, trace)
+    measured = trace.measured(window.rate_scale) if arrivals is not None else None
+    arrivals_s = _drawn(source, len(found), arrival_rate_per_s, rng, arrivals, measured)
     return found if arrivals_s is None else replace(found, arrival_s=arrivals_s)
 
 
@@ -186,14 +189,13 @@ def _drawn(
     arrival_rate_per_s: float,
     rng: Generator,
     arrivals: Arrivals | None,
-    trace: Trace | None,
+    measured: Measured | None,
 ) -> NDArray[np.float64] | None:
     """Return drawn arrival times; None where no process is named."""
     if arrivals is None and arrival_rate_per_s == 0:
         return None
     if arrivals is None:
         return np.cumsum(rng.exponential(1.0 / arrival_rate_per_s, requests))
-    measured = measured_arrivals(source) if trace is None else trace.measured()
     process = arrivals.with_defaults(measured, source)
     process.check(requests)
     return process.sample(requests, rng)

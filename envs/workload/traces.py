@@ -80,13 +80,13 @@ class Trace:
         reasons = [f"{count} {reason}" for reason, count in self.dropped.items() if count]
         return text + (f"; dropped: {', '.join(reasons)}" if reasons else "")
 
-    def measured(self) -> Measured | None:
-        """Return the rate and the cv of its gaps; None without arrivals over some time."""
+    def measured(self, rate_scale: float = 1.0) -> Measured | None:
+        """Return the scaled rate and the cv of its gaps; None without arrivals over some time."""
         arrivals_s = self.requests.arrival_s
         if not self.arrives or len(arrivals_s) < 3 or arrivals_s[-1] <= arrivals_s[0]:
             return None
         gaps_s = np.diff(arrivals_s)
-        return Measured(1.0 / float(gaps_s.mean()), float(gaps_s.std() / gaps_s.mean()))
+        return Measured(rate_scale / float(gaps_s.mean()), float(gaps_s.std() / gaps_s.mean()))
 
     def without_longer(self, max_tokens: int) -> Trace:
         """Return the trace without requests whose prompt and output exceed ``max_tokens``.
