@@ -41,6 +41,6 @@ from .workload.plan import plan_from_queues as plan_from_queues
 from .workload.requests import Requests as Requests
 from .workload.requests import make_requests as make_requests
 from .workload.sources import make_workload as make_workload
-from .workload.traces import TraceWindow as TraceWindow
 from .workload.traces import read_requests as read_requests
 from .workload.traces import read_trace as read_trace
+from .workload.windows import TraceWindow as TraceWindow

@@ -22,7 +22,7 @@ from servegym.envs.workload.presets import WORKLOAD_PRESETS
 from servegym.envs.workload.quantiles import FIGURES, Marginal
 from servegym.envs.workload.requests import MAX_TOKENS
 from servegym.envs.workload.sources import make_workload
-from servegym.envs.workload.traces import TraceWindow
+from servegym.envs.workload.windows import TraceWindow
 from servegym.studies.commands import evaluate
 
 DRAWN = 100_000

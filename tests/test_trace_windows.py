@@ -25,7 +25,7 @@ from servegym.envs.workload.sources import (
     output_lengths,
     workload_sha256,
 )
-from servegym.envs.workload.traces import TraceWindow
+from servegym.envs.workload.windows import TraceWindow
 from servegym.studies.commands import evaluate, plan
 from tests.helpers import refused
 

@@ -29,7 +29,7 @@ from servegym.envs.workload.sources import (
     check_source,
     measured_arrivals,
 )
-from servegym.envs.workload.traces import TraceWindow
+from servegym.envs.workload.windows import TraceWindow
 
 
 @dataclass(frozen=True)

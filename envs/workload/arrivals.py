@@ -17,7 +17,6 @@ from typing import Final, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.special import gamma as gamma_function
 
 from servegym.envs.arguments import check_fields
@@ -88,7 +87,7 @@ class Arrivals:
     Examples
     --------
     >>> Arrivals("gamma", rate_per_s=2.0, cv=3.0).sample(4, np.random.default_rng(0)).round(2).tolist()
-    [0.04, 1.39, 1.75, 1.75]
+    [0.08, 0.08, 0.78, 0.83]
     """
 
     process: str = "poisson"
@@ -274,8 +273,11 @@ class Arrivals:
     def _weibull_shape(self) -> float:
         if self.shape is not None:
             return self.shape
-        cv = self._cv()
-        return float(brentq(lambda shape: _weibull_cv(shape) - cv, *_WEIBULL_SHAPES, xtol=1e-12))
+        low, high = _WEIBULL_SHAPES
+        for _ in range(100):  # until both are neighbours
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if _weibull_cv(middle) > self._cv() else (low, middle)
+        return high
 
 
 _NAME: Final = "workload.arrivals"

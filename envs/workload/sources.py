@@ -19,7 +19,8 @@ from servegym.envs.workload.cells import is_file
 from servegym.envs.workload.presets import WORKLOAD_PRESETS
 from servegym.envs.workload.quantiles import FIGURES, figures_text
 from servegym.envs.workload.requests import MAX_ARRIVAL_S, Requests, make_requests
-from servegym.envs.workload.traces import Trace, TraceWindow, read_trace
+from servegym.envs.workload.traces import Trace, read_trace
+from servegym.envs.workload.windows import TraceWindow
 
 Generator = np.random.Generator
 Tokens = NDArray[np.int64]
