@@ -35,9 +35,12 @@ from .task.registered import TASKS as TASKS
 from .task.registered import load_task as load_task
 from .task.toml import read_task as read_task
 from .vector_env import ServingVectorEnv as ServingVectorEnv
-from .workload.csv import read_requests as read_requests
+from .workload.arrivals import Arrivals as Arrivals
 from .workload.plan import Plan as Plan
 from .workload.plan import plan_from_queues as plan_from_queues
-from .workload.presets import make_workload as make_workload
 from .workload.requests import Requests as Requests
 from .workload.requests import make_requests as make_requests
+from .workload.sources import make_workload as make_workload
+from .workload.traces import read_requests as read_requests
+from .workload.traces import read_trace as read_trace
+from .workload.windows import TraceWindow as TraceWindow

@@ -27,8 +27,8 @@ from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
 from servegym.envs.task.registered import load_task
 from servegym.envs.workload.plan import Plan
-from servegym.envs.workload.presets import check_readable
 from servegym.envs.workload.requests import Requests
+from servegym.envs.workload.sources import check_readable
 
 _RESET_OPTIONS: Final = {"requests": Requests, "plan": Plan, "bound": LowerBound}
 
@@ -192,7 +192,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
                 f"render_mode must be None or 'rgb_array', got {shown(render_mode)}"
             )
         self.task = with_overrides(load_task(task), {} if overrides is None else overrides)
-        check_readable(self.task.workload.source)
+        check_readable(self.task.workload.source, self.task.workload.trace)
         self.render_mode = render_mode
         self.machine = lower(self.task)
         self.costs = self.machine.costs

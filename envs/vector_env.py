@@ -19,7 +19,7 @@ from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.process.metrics import episode_metrics, records
 from servegym.envs.process.steps import begin_row, make_rows, step_rows, step_rows_in_parallel
 from servegym.envs.serving_env import ServingEnv
-from servegym.envs.task.cases import Case, sample_requests
+from servegym.envs.task.cases import Case, room_for, sample_requests
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, make_task_state
 
@@ -103,8 +103,10 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
             shared.setflags(write=False)
         self._copy = copy
         self.rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]  # of the rows
-        requests = len(sample_requests(self.task, np.random.default_rng(0)))
-        self.state = make_task_state(self.task, self.num_envs, requests)
+        sample_requests(
+            self.task, np.random.default_rng(0)
+        )  # refuse a workload that cannot be played
+        self.state = make_task_state(self.task, self.num_envs, room_for(self.task))
         self._started = False
 
     def reset(

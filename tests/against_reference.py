@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from servegym.envs import Requests, ServingEnv, make_requests
 from servegym.envs.simulator.state import FINISHED, FUTURE, RUNNING, WAITING
-from servegym.envs.workload.presets import output_lengths
+from servegym.envs.workload.sources import output_lengths
 from tests.helpers import (
     changed,
     inside,

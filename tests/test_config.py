@@ -66,10 +66,13 @@ BAD_VALUES = [
     ("cluster", "staleness_s", "nan", "0 … 1e9, got nan", "1e9"),
     ("cluster", "conservativeness", "-0.1", "0 … 100, got -0.1", "0"),
     ("cluster", "conservativeness", "101", "0 … 100, got 101.0", "100"),
+    # tables (tests/test_arrivals.py, tests/test_trace_windows.py)
+    ("workload", "arrivals", "2.0", "must be a table of keys, got 2.0", "{rate_per_s = 2.0}"),
+    ("workload", "trace", "{max_requests = 5}", "trace is for files", "{max_requests = 0}"),
     # texts
     ("workload", "source", "5", "a text, got 5", '"tiny"'),
     ("workload", "source", '"gsm8k-cap51"', "did you mean 'gsm8k-cap512'?", '"gsm8k-cap512"'),
-    ("workload", "source", '"mine.txt"', "neither a preset nor a .csv file", '"mine.csv"'),
+    ("workload", "source", '"mine.txt"', "neither a preset nor a .csv, ", '"mine.csv"'),
     ("process", "reward", '"latancy"', "did you mean 'latency'?", '"latency"'),
     ("process", "reward", "1", "a text, got 1", '"gap"'),
     # one of a few

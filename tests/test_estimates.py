@@ -20,7 +20,7 @@ from servegym.envs.task.estimates import (
     scaled,
     taken_as_exact,
 )
-from servegym.envs.workload.presets import output_lengths
+from servegym.envs.workload.sources import output_lengths
 from servegym.studies.checks.estimates import policies
 from tests.checks_helpers import SMALL
 from tests.helpers import instance

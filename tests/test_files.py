@@ -12,7 +12,7 @@ import pytest
 from servegym.envs import load_task
 from servegym.envs.errors import ServegymError, shown
 from servegym.envs.files import read_json, read_text
-from servegym.envs.workload.csv import read_requests
+from servegym.envs.workload.traces import read_requests
 
 Write = Callable[[str, str], Path]
 HEADER = "prompt_tokens,output_tokens\n"

@@ -32,8 +32,8 @@ from servegym.envs.task.cluster import ClusterConfig
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.estimates import noisy, scaled
 from servegym.envs.task.lowering import bound_case, lower
-from servegym.envs.workload.presets import make_workload
 from servegym.envs.workload.requests import MAX_ARRIVAL_S, MAX_REQUESTS, MAX_TOKENS
+from servegym.envs.workload.sources import make_workload
 from tests.helpers import UNIT_COSTS, instance, make_env, start
 
 # ---- products beyond 64 bits ----------------------------------------------------------------

@@ -17,8 +17,8 @@ import pytest
 
 from servegym.baselines.planning.planner import load_kernels
 from servegym.envs.errors import ServegymError
-from servegym.envs.workload.csv import read_requests
 from servegym.envs.workload.plan import plan_from_queues
+from servegym.envs.workload.traces import read_requests
 from servegym.studies.cli import SCRIPTS, UNEXPLAINED, parse, run
 from servegym.studies.commands import plan
 from servegym.studies.robustness import wrong_arguments

@@ -15,7 +15,7 @@ from servegym.envs.playing.evaluation import brief, make_case
 from servegym.envs.task.cases import inform, sample_requests
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.workload.predictors import PREDICTORS, predict
-from servegym.envs.workload.presets import output_lengths
+from servegym.envs.workload.sources import output_lengths
 from tests.information_helpers import KNOWN, SMALL, UNKNOWN, informed
 
 Write = Callable[[str, str], Path]

@@ -243,7 +243,7 @@ def test_requests_know_their_rows() -> None:
     assert make_requests([1, 2], [4, 5], [1.0, 1.0]).rows is None
     ones = np.ones(2, np.int64)
     Requests(np.zeros(2), ones, ones, ones, None, np.array([1, 0]))
-    for rows in ([0, 0], [0, 2], [-1, 0], [0], [0.5, 1]):
+    for rows in ([0, 0], [0, 2**40 + 1], [-1, 0], [0], [0.5, 1]):
         with pytest.raises(ServegymError, match="rows"):
             Requests(np.zeros(2), ones, ones, ones, None, np.array(rows))
 

@@ -27,7 +27,7 @@ from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
 from servegym.envs.workload.comparison import compared_tokens, standard_deviations
 from servegym.envs.workload.plan import plan_from_queues
-from servegym.envs.workload.presets import make_workload
+from servegym.envs.workload.sources import make_workload
 from servegym.studies import uncertainty
 from servegym.studies.commands import study_uncertainty as study
 from tests.helpers import make_env, start

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from servegym.envs import ServegymError
-from servegym.envs.workload.presets import WORKLOAD_PRESETS, check_source, make_workload
+from servegym.envs.workload.presets import WORKLOAD_PRESETS
+from servegym.envs.workload.sources import check_source, make_workload
 
 GSM8K = 1319
 SEEDS = 200
@@ -183,7 +184,7 @@ def test_csv_file_is_the_same_for_every_seed(write: Callable[[str, str], Path]) 
     text = "arrival_s,prompt_tokens,output_tokens\n0.5,5,6\n1.5,7,8\n"
     path = write("two.csv", text)
     for seed in (1, 2):
-        requests = make_workload(str(path), 1319, 3.0, np.random.default_rng(seed))
+        requests = make_workload(str(path), 1319, 0.0, np.random.default_rng(seed))
         assert requests.arrival_s.tolist() == [0.5, 1.5]
         assert requests.output_tokens.tolist() == [6, 8]
 
@@ -192,7 +193,7 @@ def test_unknown_source() -> None:
     with pytest.raises(ServegymError) as error:
         check_source("gsm8k-lognorml")
     assert str(error.value) == (
-        "workload.source 'gsm8k-lognorml' is neither a preset nor a .csv file; "
+        "workload.source 'gsm8k-lognorml' is neither a preset nor a .csv, .json or .jsonl file; "
         "did you mean 'gsm8k-lognormal'?"
     )
     check_source("gsm8k-lognormal")

@@ -16,10 +16,11 @@ from servegym.envs.files import make_folder, read_json, write_file
 from servegym.envs.machine.costs import StageCosts
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
-from servegym.envs.workload.presets import workload_sha256
+from servegym.envs.workload.cells import is_file
+from servegym.envs.workload.sources import workload_sha256
 
 HASH: Final = "workload_sha256"
-"""Key of the hash of the task's workload file, where it has one."""
+"""Key of the hash of the task's workload file, or of the figures of its preset, where it has one."""
 
 _CLASS: Final = "class"
 """Key of the class of a user's own cost model."""
@@ -44,7 +45,7 @@ def notes_of(task: TaskConfig) -> dict[str, Any]:
 
 
 def hash_of(task: TaskConfig) -> dict[str, str]:
-    """Return the hash of the task's workload file by its key; nothing where the workload is a preset."""
+    """Return the hash of what the task's requests are drawn from by its key; nothing for a formula."""
     found = workload_sha256(task.workload.source)
     return {} if found is None else {HASH: found}
 
@@ -87,7 +88,8 @@ def compare(place: str, words: str, found: Any, wanted: Mapping[str, Any], remed
     name, old, new = difference
     if name == HASH:
         source = known.get("task", known)["workload"]["source"]
-        problem = f"the workload file {source} has changed since"
+        what = "the workload file" if is_file(source) else "the figures of the preset"
+        problem = f"{what} {source} {'has' if is_file(source) else 'have'} changed since"
         if old is None:
             problem = f"what was in the workload file {source} was not noted"
     else:
@@ -137,10 +139,10 @@ def _same_file(key: str, old: Any, new: Any) -> bool:
     """Return whether two values name a file that is compared by its content instead."""
     if not (isinstance(old, str) and isinstance(new, str)):
         return False
-    end = {"name": ".toml", "source": ".csv"}.get(key)
-    if end is None or not (old.lower().endswith(end) and new.lower().endswith(end)):
-        return False
-    return key == "source" or Path(old).name == Path(new).name
+    if key == "source":
+        return is_file(old) and is_file(new)
+    tasks = key == "name" and all(name.lower().endswith(".toml") for name in (old, new))
+    return tasks and Path(old).name == Path(new).name
 
 
 def _short(value: Any) -> str:

@@ -10,8 +10,8 @@ from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.workload.predictors import PREDICTORS, expect_alike, predict
-from servegym.envs.workload.presets import make_workload, output_lengths
 from servegym.envs.workload.requests import Requests
+from servegym.envs.workload.sources import make_workload, most_requests, output_lengths
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,24 @@ def sample_requests(task: TaskConfig, rng: np.random.Generator) -> Requests:
         If the workload is a file that cannot be read or lacks the predictions that the task wants.
     """
     workload = task.workload
-    requests = make_workload(workload.source, workload.requests, workload.arrival_rate_per_s, rng)
+    requests = make_workload(
+        workload.source,
+        workload.requests,
+        workload.arrival_rate_per_s,
+        rng,
+        workload.arrivals,
+        workload.trace,
+    )
     own = requests.predicted_spread is not None
     if own and task.information.predictor != "column":
         requests = replace(requests, predicted_spread=None)  # the file's own are not asked for
     return inform(task, requests, rng)
+
+
+def room_for(task: TaskConfig) -> int:
+    """Return the most requests that an episode of ``task`` may have, whatever the seed."""
+    workload = task.workload
+    return most_requests(workload.source, workload.requests, workload.trace)
 
 
 def inform(task: TaskConfig, requests: Requests, rng: np.random.Generator) -> Requests:
@@ -62,7 +75,7 @@ def inform(task: TaskConfig, requests: Requests, rng: np.random.Generator) -> Re
     if information.output_lengths == "known":
         return requests
     if information.output_lengths == "unknown":
-        return expect_alike(requests, output_lengths(task.workload.source))
+        return expect_alike(requests, output_lengths(task.workload.source, task.workload.trace))
     if requests.predicted_spread is not None:
         return requests
     if information.predictor == "column":
@@ -70,7 +83,7 @@ def inform(task: TaskConfig, requests: Requests, rng: np.random.Generator) -> Re
             "information.predictor 'column' needs a workload with the column "
             f"'predicted_output_tokens'; {task.workload.source!r} has none"
         )
-    lengths = output_lengths(task.workload.source)
+    lengths = output_lengths(task.workload.source, task.workload.trace)
     if information.predictor == "calibrated":
         return predict(requests, information.kendall_tau, lengths, rng)
     return PREDICTORS[information.predictor].predict(requests, lengths, rng)

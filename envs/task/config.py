@@ -18,20 +18,23 @@ from servegym.envs.machine.presets import cost_preset
 from servegym.envs.task.building import build, cost_model
 from servegym.envs.task.cluster import ClusterConfig, check_whole
 from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS, REWARDS, STEALS
+from servegym.envs.workload.arrivals import MAX_ARRIVAL_RATE_PER_S, Arrivals
 from servegym.envs.workload.comparison import COMPARISONS
 from servegym.envs.workload.predictors import PREDICTOR_NAMES
-from servegym.envs.workload.presets import (
-    MAX_ARRIVAL_RATE_PER_S,
-    WORKLOAD_PRESETS,
+from servegym.envs.workload.presets import WORKLOAD_PRESETS
+from servegym.envs.workload.requests import MAX_REQUESTS
+from servegym.envs.workload.sources import (
+    WHOLE,
     check_arrival_rate,
     check_source,
+    measured_arrivals,
 )
-from servegym.envs.workload.requests import MAX_REQUESTS
+from servegym.envs.workload.windows import TraceWindow
 
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """``[workload]``: the requests.
+    """``[workload]``: the requests; TRAFFIC.md has the exact rules.
 
     Examples
     --------
@@ -40,12 +43,17 @@ class WorkloadConfig:
     """
 
     source: str = "gsm8k-lognormal"
-    """A preset (see ``WORKLOAD_PRESETS``) or the path of a CSV file."""
+    """A preset (see ``WORKLOAD_PRESETS``) or the path of a workload file (see ``read_trace``)."""
     requests: int = 1319
-    """How many requests a preset samples; a CSV file brings its own."""
+    """How many requests a preset samples; a file brings its own."""
     arrival_rate_per_s: float = 0.0
-    """Poisson arrivals of a preset per second; 0: all requests are present at t = 0. Else high enough
-    that they have arrived within 10⁹ s, and at most 10⁹."""
+    """Poisson arrivals per second, in place of those of a file; 0: the file's own, of a preset all at
+    t = 0. Else high enough that they have arrived within 10⁹ s, and at most 10⁹."""
+    arrivals: Arrivals | None = None
+    """Another process that draws arrivals, in place of a rate; what it leaves out is as measured on the
+    preset or in the file."""
+    trace: TraceWindow = WHOLE
+    """Which part of a file is played, and how fast."""
 
     def __post_init__(self) -> None:
         check_fields("workload", self)
@@ -53,11 +61,35 @@ class WorkloadConfig:
         check_whole("workload.requests", self.requests, 1, MAX_REQUESTS)
         if self.source in WORKLOAD_PRESETS:
             check_arrival_rate(self.requests, self.arrival_rate_per_s)
-        elif not 0 <= self.arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S:  # without meaning there
+        elif not 0 <= self.arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S:  # of a file not yet read
             raise ServegymError(
                 f"workload.arrival_rate_per_s must lie in 0 … {MAX_ARRIVAL_RATE_PER_S:g}, got "
                 f"{self.arrival_rate_per_s}"
             )
+        if self.arrivals is not None and self.arrival_rate_per_s != 0:
+            raise ServegymError(
+                "workload has both arrivals and arrival_rate_per_s, which is short for "
+                f"arrivals = {{rate_per_s = {self.arrival_rate_per_s}}}; give one of them"
+            )
+        named = self.arrivals is not None and self.arrivals.names_rate
+        if self.trace.rate_scale != 1 and (named or self.arrival_rate_per_s > 0):
+            raise ServegymError(
+                f"workload.trace.rate_scale {self.trace.rate_scale} has nothing to scale: the task names "
+                "the rate of its arrivals"
+            )
+        if self.source in WORKLOAD_PRESETS:
+            if self.arrivals is not None:
+                measured = measured_arrivals(self.source)
+                self.arrivals.with_defaults(measured, self.source).check(self.requests)
+            if self.trace != WHOLE:
+                raise ServegymError(
+                    f"workload.trace is for files; workload.source {self.source!r} is a preset"
+                )
+
+    @property
+    def draws_arrivals(self) -> bool:
+        """Whether arrival times are drawn: requests are not present at t = 0."""
+        return self.arrival_rate_per_s > 0 or self.arrivals is not None
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any, Final
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import beyond_limits, read_text
 from servegym.envs.task.config import TaskConfig, with_overrides
-from servegym.envs.workload.presets import is_csv
+from servegym.envs.workload.cells import is_file
 
 
 def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
     r"""Read a task TOML; keys it leaves out keep ``base``'s values.
 
-    A relative CSV path in ``workload.source`` is looked up beside the TOML file.
+    The relative path of a file in ``workload.source`` is looked up beside the TOML file.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
     except (ValueError, RecursionError) as error:
         raise ServegymError(f"{path}: not TOML that can be read: {beyond_limits(error)}") from None
     workload = sections.get("workload")
-    if isinstance(workload, dict) and is_csv(str(workload.get("source", ""))):
+    if isinstance(workload, dict) and is_file(str(workload.get("source", ""))):
         workload["source"] = str(path.parent / workload["source"])
     task = replace(base, name=str(path))
     for section, values in sections.items():
@@ -64,8 +64,9 @@ def _parts(section: str, values: Any) -> list[dict[str, Any]]:
     """
     if section in ("cost", "cluster") or not isinstance(values, dict) or not values:
         return [{section: values}]
-    # Which arrival rates are possible depends on the number of requests: that is read first.
-    keys = sorted(values, key=lambda key: key == "arrival_rate_per_s")
+    # What may be said of arrivals and of a trace depends on the source and the number of requests.
+    last = ("requests", "arrival_rate_per_s", "arrivals", "trace")
+    keys = sorted(values, key=lambda key: last.index(key) if key in last else -1)
     return [{section: {key: values[key]}} for key in keys]
 
 

@@ -1,19 +1,21 @@
-"""Workload files: one request a row, as CSV."""
+"""Workload files in our own columns: one request a row, each value checked, none dropped."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from servegym.envs.errors import ServegymError, shown, unknown
-from servegym.envs.files import decode_text, read_bytes
+from servegym.envs.workload.cells import numbers_in
+from servegym.envs.workload.formats import FORMATS
 from servegym.envs.workload.requests import (
     MAX_ARRIVAL_S,
     MAX_SPREAD,
@@ -26,47 +28,42 @@ _REQUIRED: Final = ("prompt_tokens", "output_tokens")
 _OPTIONAL: Final = ("arrival_s", "predicted_output_tokens", "predicted_spread")
 
 
-def read_requests(path: str | Path) -> Requests:
-    r"""Read a workload CSV of ``prompt_tokens`` and ``output_tokens``.
-
-    Optional columns: ``arrival_s``, ``predicted_output_tokens`` and, beside it, ``predicted_spread``,
-    the standard deviation of log(true / predicted); see ``make_requests`` for what is missing.
+def read_own_csv(path: Path, text: str) -> Requests:
+    """Return the requests of a CSV text with our own columns; nothing is dropped.
 
     Raises
     ------
     ServegymError
-        One line naming the file, the line and the column: missing file, no rows, unknown or missing
-        columns, a value that is not a whole number in 1 … 10 million (not a finite time ≥ 0 for
-        ``arrival_s``, not a number in 0 … 5 for ``predicted_spread``).
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder) / "requests.csv"
-    ...     _ = path.write_text("prompt_tokens,output_tokens\n70,300\n55,120\n")
-    ...     read_requests(path).output_tokens
-    array([300, 120])
+        One line naming the file, the line and the column; see ``read_requests``.
     """
-    path = Path(path)
-    table = _read_table(path)
+    table = _read_table(path, text)
     for name in _REQUIRED:
         if name not in table.columns:
             raise ServegymError(
                 f"{path}: line 1: column {name!r} is missing; a workload has "
                 f"{', '.join(_REQUIRED)} and optionally {', '.join(_OPTIONAL)}"
             )
-    for name in table.columns:
-        if name not in _REQUIRED + _OPTIONAL:
-            error = unknown("column", name, _REQUIRED + _OPTIONAL)
-            raise ServegymError(f"{path}: line 1: {error}")
-    if "predicted_spread" in table.columns and "predicted_output_tokens" not in table.columns:
-        raise ServegymError(
-            f"{path}: line 1: column 'predicted_spread' needs 'predicted_output_tokens' beside it"
-        )
+    check_own_names(f"{path}: line 1", table.columns)
     if len(table) == 0:
         raise ServegymError(f"{path}: the file has a header but no request; add at least one row")
-    columns = {name: _column(path, table[name]) for name in table.columns}
+    return own_requests(path, table, "line")
+
+
+def check_own_names(where: str, names: Iterable[str]) -> None:
+    """Refuse a column that our own format does not have, or a spread without predictions."""
+    for name in names:
+        if name not in _REQUIRED + _OPTIONAL:
+            error = unknown("column", name, _REQUIRED + _OPTIONAL)
+            raise ServegymError(f"{where}: {error}")
+    if "predicted_spread" in names and "predicted_output_tokens" not in names:
+        raise ServegymError(
+            f"{where}: column 'predicted_spread' needs 'predicted_output_tokens' beside it"
+        )
+
+
+def own_requests(path: Path, table: pd.DataFrame, place: str) -> Requests:
+    """Return the requests of a table of our own columns, whose index holds the place of each row."""
+    columns = {name: _column(path, table[name], place) for name in table.columns}
     return make_requests(
         columns["prompt_tokens"],
         columns["output_tokens"],
@@ -76,10 +73,8 @@ def read_requests(path: str | Path) -> Requests:
     )
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _read_table(path: Path, text: str) -> pd.DataFrame:
     """Return the file's cells as texts, labelled by line; each row must have as many as the header."""
-    text = decode_text(path, read_bytes(path, "workload file"))
-    _check_separator(path, text)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[list[str]] = []
     lines: list[int] = []  # where each row begins: a quoted field may run over several lines
@@ -107,19 +102,20 @@ def _read_table(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows[1:], index=lines[1 : len(rows)], columns=header, dtype=str)
 
 
-def _check_separator(path: Path, text: str) -> None:
+def check_separator(path: Path, text: str) -> None:
     """Refuse a header between whose names something else than a comma stands."""
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     if "," in header:
         return
     for separator, name in {";": "';'", "\t": "a tab", "|": "'|'", " ": "a space"}.items():
-        if {part.strip(" \"'") for part in header.split(separator)}.issuperset(_REQUIRED):
+        parts = {part.strip(" \"'") for part in header.split(separator)}
+        if any(parts >= form.lengths for form in FORMATS.values()):
             raise ServegymError(f"{path}: line 1: uses {name} between fields; a workload uses ','")
 
 
-def _column(path: Path, texts: pd.Series[str]) -> NDArray[np.float64]:
+def _column(path: Path, texts: pd.Series[Any], place: str) -> NDArray[np.float64]:
     """Parse one column; the first bad value is named with its line."""
-    values = pd.to_numeric(texts, errors="coerce").to_numpy(dtype=float)
+    values = numbers_in(texts)
     if texts.name == "arrival_s":
         rule = f"a time in seconds, 0 … {MAX_ARRIVAL_S:g}"
         good = np.isfinite(values) & (values >= 0) & (values <= MAX_ARRIVAL_S)
@@ -132,7 +128,7 @@ def _column(path: Path, texts: pd.Series[str]) -> NDArray[np.float64]:
     if not good.all():
         row = int(np.argmin(good))
         raise ServegymError(
-            f"{path}: line {texts.index[row]}: {texts.name} must be {rule}, "
+            f"{path}: {place} {texts.index[row]}: {texts.name} must be {rule}, "
             f"got {shown(texts.iloc[row])}"
         )
     return values

@@ -1,4 +1,4 @@
-"""Sources of requests: presets sampled with a seed, or a CSV file.
+"""Presets: requests sampled with a seed. Those of other data sets are drawn from published ``quantiles``.
 
 The GSM8K presets shuffle the 1319 measured prompt lengths; another number of requests takes whole
 copies and a random part of one. Output lengths of the paper's model are not public: two families are
@@ -10,24 +10,18 @@ brings its own predictions: about half are accurate, the others rough.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from servegym.envs.errors import ServegymError, nearest, shown
-from servegym.envs.files import read_bytes
-from servegym.envs.workload.csv import read_requests
-from servegym.envs.workload.requests import MAX_ARRIVAL_S, Requests, make_requests
+from servegym.envs.workload.quantiles import FIGURES, Figures
 
 Generator = np.random.Generator
 Tokens = NDArray[np.int64]
@@ -45,8 +39,6 @@ MAX_LOGNORMAL_TOKENS: Final = 1024
 """Generation limit of ``gsm8k-lognormal``; 0.8 % of the lengths reach it."""
 
 MAX_CAP512_TOKENS: Final = 512
-
-MAX_ARRIVAL_RATE_PER_S: Final = 1e9
 
 
 class Sample(NamedTuple):
@@ -148,6 +140,18 @@ def sample_tiny(requests: int, rng: Generator) -> Sample:
     return Sample(rng.integers(4, 13, requests), rng.integers(1, 10, requests))
 
 
+def _by_figures(figures: Figures) -> WorkloadPreset:
+    arrivals = figures.arrivals
+    rate = "" if arrivals is None else f"; {arrivals.rate_per_s:.4g} requests a second"
+    if arrivals is not None and arrivals.cv is not None:
+        rate += f", cv {arrivals.cv:.3g}"
+    note = f"; {figures.note}" if figures.note else ""
+    return WorkloadPreset(
+        f"{figures.description}{rate} ({figures.source}, {figures.licence}{note})",
+        lambda requests, rng: Sample(*figures.sample(requests, rng)),
+    )
+
+
 WORKLOAD_PRESETS: Final[dict[str, WorkloadPreset]] = {
     "gsm8k-lognormal": WorkloadPreset("GSM8K prompts, lognormal outputs", sample_gsm8k_lognormal),
     "gsm8k-cap512": WorkloadPreset("GSM8K prompts, outputs capped at 512", sample_gsm8k_cap512),
@@ -155,137 +159,6 @@ WORKLOAD_PRESETS: Final[dict[str, WorkloadPreset]] = {
         "GSM8K prompts, outputs predicted with spreads of 0.1 and 0.8", sample_gsm8k_mixed
     ),
     "tiny": WorkloadPreset("a handful of short requests", sample_tiny),
+    **{name: _by_figures(figures) for name, figures in FIGURES.items()},
 }
-"""Presets by name, as ``[workload] source = …`` takes them; any other source is a CSV file."""
-
-
-def is_csv(source: str) -> bool:
-    """Return whether a source is a CSV file by its name, in capitals or not."""
-    return source.lower().endswith(".csv")
-
-
-def check_source(source: str) -> None:
-    """Refuse a source that is neither a preset nor the name of a CSV file."""
-    if source not in WORKLOAD_PRESETS and not is_csv(source):
-        raise ServegymError(
-            f"workload.source {shown(source)} is neither a preset nor a .csv file"
-            f"{nearest(source, WORKLOAD_PRESETS)}"
-        )
-
-
-def check_readable(source: str) -> None:
-    """Refuse a missing or invalid workload file before an episode reads it."""
-    if source not in WORKLOAD_PRESETS:
-        _read_file(source)
-
-
-def check_arrival_rate(requests: int, arrival_rate_per_s: float) -> None:
-    """Refuse a rate above 10⁹, or so low that requests would arrive after ``MAX_ARRIVAL_S``.
-
-    The last of n Poisson arrivals comes after n / rate on average, and later than
-    (n + 10·√n + 50) / rate in one episode of 10²⁰.
-    """
-    least = math.ceil(requests + 10.0 * math.sqrt(requests) + 50.0) / MAX_ARRIVAL_S
-    if arrival_rate_per_s != 0 and not least <= arrival_rate_per_s <= MAX_ARRIVAL_RATE_PER_S:
-        raise ServegymError(
-            f"workload.arrival_rate_per_s must be 0 or lie in {least} … {MAX_ARRIVAL_RATE_PER_S:g} "
-            f"for {requests} requests, which are to arrive within {MAX_ARRIVAL_S:g} s, got "
-            f"{arrival_rate_per_s}",
-            "arrival_rate_per_s",
-        )
-
-
-_LENGTHS_SAMPLED: Final = 100_000
-
-
-def output_lengths(source: str) -> Tokens:
-    """Return a fixed sample of output lengths from the workload's distribution, shape (any,).
-
-    Without predictions nothing else is known of a length. Of a preset it is a large sample, of a CSV
-    file the whole column.
-    """
-    check_source(source)
-    if source not in WORKLOAD_PRESETS:
-        return _read_file(source).output_tokens
-    return _sampled_lengths(source)
-
-
-@cache
-def _sampled_lengths(preset: str) -> Tokens:
-    rng = np.random.default_rng(0)
-    return WORKLOAD_PRESETS[preset].sample(_LENGTHS_SAMPLED, rng).output_tokens
-
-
-def workload_sha256(source: str) -> str | None:
-    """Return the hash of a CSV file's bytes; None for a preset.
-
-    Raises
-    ------
-    ServegymError
-        If there is no such file, or it cannot be read.
-    """
-    check_source(source)
-    if source in WORKLOAD_PRESETS:
-        return None
-    path = Path(source)
-    state = _state_of(path)
-    if state is None:
-        raise ServegymError(f"{path}: no such workload file")
-    return _hash_once(path, state)
-
-
-def _read_file(source: str) -> Requests:
-    path = Path(source)
-    return _read_once(path, _state_of(path))
-
-
-_FileState = tuple[int, int, int, int]
-
-
-def _state_of(path: Path) -> _FileState | None:
-    """Return values that differ after every change of a file; None without a file.
-
-    Among them is the inode's change time, which cannot be set as the content's can.
-    """
-    try:
-        status = path.stat()
-    except (OSError, ValueError):  # reading the file says what is wrong
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-@lru_cache(maxsize=8)
-def _read_once(path: Path, state: _FileState | None) -> Requests:
-    """Read a workload file once, and again when its ``state`` has changed."""
-    return read_requests(path)
-
-
-@lru_cache(maxsize=8)
-def _hash_once(path: Path, state: _FileState) -> str:
-    return hashlib.sha256(read_bytes(path, "workload file")).hexdigest()
-
-
-def make_workload(
-    source: str, requests: int, arrival_rate_per_s: float, rng: Generator
-) -> Requests:
-    """Return the requests of one episode.
-
-    A preset samples ``requests`` requests with ``rng``, all present at t = 0 or, with a positive
-    ``arrival_rate_per_s``, arriving as a Poisson process. A CSV file is the same for every seed and
-    brings its own number and arrivals.
-
-    Examples
-    --------
-    >>> requests = make_workload("gsm8k-lognormal", 100, 0.0, np.random.default_rng(0))
-    >>> len(requests), requests.arrival_s.max()
-    (100, np.float64(0.0))
-    """
-    check_source(source)
-    if source not in WORKLOAD_PRESETS:
-        return _read_file(source)
-    check_arrival_rate(requests, arrival_rate_per_s)
-    prompts, outputs, *predictions = WORKLOAD_PRESETS[source].sample(requests, rng)
-    arrivals = None
-    if arrival_rate_per_s > 0:
-        arrivals = np.cumsum(rng.exponential(1.0 / arrival_rate_per_s, requests))
-    return make_requests(prompts, outputs, arrivals, *predictions)
+"""Presets by name, as ``[workload] source = …`` takes them; any other source is a file."""

@@ -72,7 +72,7 @@ def load_tasks(text: str) -> list[TaskConfig]:
     for name, task in zip(names, tasks, strict=True):
         if task.information.output_lengths != "known":
             raise ServegymError(f"--tasks {name}: the check itself says what is known of lengths")
-        if task.workload.arrival_rate_per_s > 0:
+        if task.workload.draws_arrivals:
             raise ServegymError(f"--tasks {name} has arrivals; the checks need all at t = 0")
         if task.process.max_decisions > 0 or task.process.max_seconds > 0:
             raise ServegymError(

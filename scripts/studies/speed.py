@@ -31,7 +31,7 @@ from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
 from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
-from servegym.envs.workload.presets import make_workload
+from servegym.envs.workload.sources import make_workload
 from servegym.studies.policies import SHIPPED
 from servegym.studies.policies import make_policy as make_any_policy
 

@@ -17,7 +17,7 @@ from servegym.envs.playing.summary import fixed, to_markdown, with_interval
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.estimates import ESTIMATES, estimated_task
-from servegym.envs.workload.presets import output_lengths
+from servegym.envs.workload.sources import output_lengths
 from servegym.studies.tuned import numbered, tuned_multiplier
 
 PERFECT: Final = "perfect"
@@ -43,7 +43,7 @@ def policies(task: TaskConfig) -> list[str]:
 def play_case(task: TaskConfig, seed: int) -> list[dict[str, Any]]:
     """Return a row an estimate: its errors, and gap and idle share of every policy."""
     case = make_case(task, seed)
-    lengths = output_lengths(task.workload.source)
+    lengths = output_lengths(task.workload.source, task.workload.trace)
     informed = estimated_task(task)
     rows = []
     for name, estimate in ESTIMATES.items():

@@ -191,7 +191,7 @@ def check(args: Args, task: TaskConfig) -> None:
             f"--task {args.task} is a cluster; best_known knows one replica without a memory limit "
             "and mixed stages"
         )
-    if task.workload.arrival_rate_per_s > 0:
+    if task.workload.draws_arrivals:
         raise ServegymError(f"--task {args.task} has arrivals; best_known needs all at t = 0")
     if task.cluster.max_prefill_tokens > 0:
         raise ServegymError(f"--task {args.task} has a prefill token budget; best_known knows none")

@@ -17,7 +17,7 @@ from servegym.envs.files import make_folder, write_file
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.playing.summary import fixed, to_markdown
 from servegym.envs.task.registered import TASKS
-from servegym.envs.workload.presets import make_workload
+from servegym.envs.workload.sources import make_workload
 from servegym.studies.cli import check_number, command_line, parse
 
 SOURCES = ("gsm8k-lognormal", "gsm8k-cap512")

@@ -23,7 +23,11 @@ from servegym.envs.playing.summary import summarise, to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import TASKS, load_task
 from servegym.envs.vocabulary import ADMISSION_GUARDS, ROUTERS, VICTIMS
-from servegym.envs.workload.presets import is_csv
+from servegym.envs.workload.arrivals import PROCESSES
+from servegym.envs.workload.cells import SUFFIXES, is_file
+from servegym.envs.workload.formats import FORMATS
+from servegym.envs.workload.presets import WORKLOAD_PRESETS
+from servegym.envs.workload.sources import describe_file
 from servegym.studies.cases import parse_policies, parse_seeds
 from servegym.studies.cli import command_line, parse
 from servegym.studies.policies import DESCRIPTIONS, make_policy, note_agents
@@ -42,7 +46,7 @@ class Args:
     output: Path = Path("results/evaluation")
     """Folder for the results; episodes that stand in it are not played again."""
     workload: str = ""
-    """A workload CSV to play in place of the task's own."""
+    """A workload file to play in place of the task's own; see --list-workloads."""
     reference: str = "hybrid"
     """Policy that the summary's paired differences are taken from."""
     optimum_limit: float = 10.0
@@ -55,6 +59,8 @@ class Args:
     """List the policies and stop."""
     list_costs: bool = False
     """List the cost presets with their fit and source and stop."""
+    list_workloads: bool = False
+    """List the workload presets, the trace files that can be read and the arrival processes, and stop."""
     list_tasks: bool = False
     """List the registered tasks and stop."""
     list_routers: bool = False
@@ -68,11 +74,11 @@ class Args:
 
 
 def resolve_task(args: Args) -> TaskConfig:
-    """Return the task, on the CSV workload if one is given."""
+    """Return the task, on the workload file if one is given."""
     task = load_task(args.task)
     if args.workload:
-        if not is_csv(args.workload):
-            raise ServegymError(f"{args.workload}: a workload file ends in .csv")
+        if not is_file(args.workload):
+            raise ServegymError(f"{args.workload}: a workload file ends in {', '.join(SUFFIXES)}")
         task = replace(task, workload=WorkloadConfig(source=str(Path(args.workload))))
     return task
 
@@ -112,6 +118,19 @@ def list_tasks() -> str:
     )
 
 
+def list_workloads() -> str:
+    """Return what ``[workload]`` takes: presets, columns of files, arrival processes."""
+    presets = {name: preset.description for name, preset in WORKLOAD_PRESETS.items()}
+    files = {name: f"{form.columns}: {form.source}" for name, form in FORMATS.items()}
+    return "\n\n".join(
+        (
+            f"workload.source, a preset:\n{_in_columns(presets)}",
+            f"or a file ({', '.join(SUFFIXES)}), known by its columns:\n{_in_columns(files)}",
+            f"workload.arrivals.process:\n{_in_columns(PROCESSES)}",
+        )
+    )
+
+
 def list_links() -> str:
     """Return the links with their latency, bytes per second and source."""
     return _in_columns(
@@ -135,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for wanted, text in (
             (args.list_policies, list_policies),
             (args.list_costs, list_costs),
+            (args.list_workloads, list_workloads),
             (args.list_tasks, list_tasks),
             (args.list_routers, partial(_in_columns, ROUTERS)),
             (args.list_victims, partial(_in_columns, VICTIMS)),
@@ -153,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference not in names:
         args = replace(args, reference=names[0])
     make_case(task, seeds[0])  # refuse a workload file before anything is written
+    if note := describe_file(task.workload.source, task.workload.trace):
+        print(note)
     with locked(args.output):
         text = play_and_tabulate(task, names, seeds, args)
     print(text)

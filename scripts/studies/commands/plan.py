@@ -16,7 +16,7 @@ import numpy as np
 
 from servegym.baselines.planning.planner import CertifiedPlan, plan_offline
 from servegym.envs.files import write_file
-from servegym.envs.workload.csv import read_requests
+from servegym.envs.workload.traces import read_trace
 from servegym.studies.cli import check_output, parse
 
 
@@ -25,7 +25,7 @@ class Args:
     """Plan a workload offline; prints load, lower bound, status and seconds, writes the plan."""
 
     workload: Path
-    """A workload CSV with prompt_tokens and output_tokens; requests of a later arrival_s are left out."""
+    """A workload file, as a CSV of prompt_tokens and output_tokens; requests after t = 0 are left out."""
     clients: int
     """Clients that serve it, 1 to a million."""
     output: Path
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan and write."""
     args = parse(Args, argv)
     check_output(args.output)
-    requests = read_requests(args.workload)
+    trace = read_trace(args.workload)
+    requests = trace.requests
     present = int(np.count_nonzero(requests.arrival_s == 0))  # the first ones: sorted by arrival
     certified = plan_offline(
         requests.decode_rounds[:present],
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     later = len(requests) - present
     write_file(args.output, to_json(certified, later))
+    if any(trace.dropped.values()):
+        print(trace.summary())
     print(
         certified.summary() + (f"; {later} requests arrive later and are left out" if later else "")
     )
