@@ -152,6 +152,17 @@ def read_trace(path: str | Path) -> Trace:
     ------
     ServegymError
         One line naming the file and the line of what is wrong, or if no request is left.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "mooncake.jsonl"
+    ...     _ = path.write_text(
+    ...         '{"timestamp": 0, "input_length": 70, "output_length": 5, "hash_ids": []}'
+    ...     )
+    ...     read_trace(path).requests.output_tokens
+    array([5])
     """
     path = Path(path)
     text = read_workload_text(path)
