@@ -1,4 +1,4 @@
-"""The core against a second simulator that knows only the page of exact rules; costs are exact, so are ties."""
+"""The core against a second simulator that knows only the page of exact rules; costs and ties are exact."""
 
 from __future__ import annotations
 
