@@ -2,8 +2,8 @@
 
 It was written before its author had looked at the core or at ``reference_cluster.py``, and shares nothing
 with them: where all three agree, a rule has been read alike three times. It knows first come, first served,
-prefill-first (``fcfs``) or in chunks (``vllm``), without moves. Every decode round is a stage of its own, queues
-are lists, and each question is answered by a sum over them.
+prefill-first (``fcfs``) or in chunks (``vllm``), without moves. Every decode round is a stage of its own,
+queues are lists, and each question is answered by a sum over them.
 """
 
 from __future__ import annotations
