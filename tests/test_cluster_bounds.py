@@ -52,7 +52,7 @@ def test_cheap_computing_counts_for_what_it_costs() -> None:
 
 
 def test_one_token_computed_again_may_save_a_whole_round() -> None:
-    """All three hold six tokens in their rounds, a memory five: two rounds, had nobody been computed again."""
+    """Six tokens are held in all rounds, a memory has five: two rounds, had nobody been computed again."""
     costs = StageCosts(AffineDecode(1.0), AffinePrefill(0.0, 0.26252625, 2**-9))
     cluster = ClusterConfig(
         2,
@@ -66,6 +66,18 @@ def test_one_token_computed_again_may_save_a_whole_round() -> None:
     row = play(task, "lpt", make_policy("lpt"), case, seed=0).row
     assert row["preemptions"] == 1
     assert row["gap"] >= 0  # was −0.0017
+
+
+def test_in_a_pool_a_victim_may_go_on_elsewhere_at_once() -> None:
+    """The second is evicted for a round of four seconds, and is computed again at once by the other replica."""
+    costs = StageCosts(AffineDecode(1.0), AffinePrefill(0.25, 2**-7))
+    replicas = (ReplicaConfig(speed=0.25), ReplicaConfig())
+    cluster = ClusterConfig(2, 2, kv_capacity_tokens=9, router="pool", replica=replicas)
+    task = TaskConfig("pool", cluster, costs)
+    for outputs in (2, 3, 4, 5, 6):
+        requests = instance((3, 6), (3, outputs), (3, 6), (2, 2))
+        row = play(task, "fcfs", make_policy("fcfs"), bound_case(lower(task), requests), seed=0).row
+        assert row["gap"] >= 0
 
 
 @pytest.mark.parametrize("chunk", [0, 6])

@@ -12,8 +12,8 @@ with the *KV area* g = Σ (d_i·p_i + d_i(d_i + 1)/2), the tokens held in all ro
 **One request.** It runs at one replica at a time: its prefill and its rounds, each at least as long as
 the shortest round of the fastest replica. No two of its tokens come in one stage. Where it may be
 computed again each of them after the first takes at least the less of such a round and of computing p + 1
-tokens; where stages are not mixed and nothing moves at least such a round, as each preemption is followed by
-one without it.
+tokens; where stages are not mixed and it stays at one replica at least such a round, as each preemption there
+is followed by one without it.
 
 **Preemption**, or a running request that moves to be computed again; not where each memory holds the
 largest requests, one for each client. Computing a request again emits one token: a decode round is served
@@ -240,7 +240,8 @@ def _longest_alone(
     cached_s = float(rates.decode_per_kv_token_s)
     held = tokens_held(requests.prompt_tokens[served], requests.decode_rounds[served])
     decode_s = d * round_s + cached_s * held
-    if recomputes and layout.chunk_tokens == 0 and not layout.moves:
+    stays = not layout.moves and (len(layout.clients) == 1 or not layout.pool)
+    if recomputes and layout.chunk_tokens == 0 and stays:
         decode_s = d * round_s + min(cached_s, float(rates.prefill_per_token_s)) * held
     elif recomputes:
         decode_s = _tokens_alone(p, d, held, round_s, tables)
