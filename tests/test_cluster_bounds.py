@@ -69,7 +69,7 @@ def test_one_token_computed_again_may_save_a_whole_round() -> None:
 
 
 def test_in_a_pool_a_victim_may_go_on_elsewhere_at_once() -> None:
-    """The second is evicted for a round of four seconds, and is computed again at once by the other replica."""
+    """Whoever is evicted for a slow round is computed again at once by the other replica."""
     costs = StageCosts(AffineDecode(1.0), AffinePrefill(0.25, 2**-7))
     replicas = (ReplicaConfig(speed=0.25), ReplicaConfig())
     cluster = ClusterConfig(2, 2, kv_capacity_tokens=9, router="pool", replica=replicas)
