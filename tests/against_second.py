@@ -124,15 +124,19 @@ def differences(cluster: Cluster, requests: list[tuple[float, int, int]]) -> lis
     found = []
     for k, row in enumerate(rows):
         want = expected[row]
-        got = (bool(log.rejected[k]),)
-        ours = (want.rejected,)
+        got: tuple[float, ...] = (float(log.rejected[k]),)
+        ours: tuple[float, ...] = (float(want.rejected),)
         if not want.rejected:
-            got += tuple(
-                float(column[k]) for column in (log.admitted_s, log.first_token_s, log.finished_s)
+            columns = (
+                log.admitted_s,
+                log.first_token_s,
+                log.finished_s,
+                log.replica,
+                log.preemptions,
             )
-            got += (int(log.replica[k]), int(log.preemptions[k]), int(log.recomputed_tokens[k]))
-            ours += (want.admitted, want.first_token, want.finish)
-            ours += (want.replica, want.preemptions, want.prefilled - want.prompt)
+            got += (*(float(column[k]) for column in columns), float(log.recomputed_tokens[k]))
+            ours += (want.admitted, want.first_token, want.finish, want.replica, want.preemptions)
+            ours += (want.prefilled - want.prompt,)
         if got != ours:
             found.append(f"row {row}: core {got}, second {ours}")
     ends = [request.finish for request in expected if not request.rejected]
@@ -147,11 +151,12 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
     args = parser.parse_args()
-    wrong = preemptions = rejected = 0
+    compared = wrong = preemptions = rejected = 0
     for seed in range(args.first, args.first + args.cases):
         cluster, requests = draw(np.random.default_rng(seed))
         if not is_known(cluster):
             continue
+        compared += 1
         found = differences(cluster, requests)
         served = serve(cluster, requests)
         preemptions += sum(request.preemptions for request in served)
@@ -159,7 +164,7 @@ def main() -> None:
         wrong += bool(found)
         if found and wrong <= 20:
             print(seed, cluster, requests, *found, sep="\n  ", flush=True)
-    print(f"{args.cases} cases, {preemptions} preemptions, {rejected} rejected: {wrong} differ")
+    print(f"{compared} cases, {preemptions} preemptions, {rejected} rejected: {wrong} differ")
 
 
 if __name__ == "__main__":
