@@ -17,6 +17,8 @@ from servegym.envs.machine.costs import (
     TableDecode,
 )
 from servegym.envs.machine.presets import cost_preset
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.registered import TASKS
 from tests.helpers import HUGE
 
 Write = Callable[[str, str], Path]
@@ -177,3 +179,35 @@ MODELS = [
 @pytest.mark.parametrize(("text", "expected"), MODELS)
 def test_each_family(write: Write, text: str, expected: StageCosts) -> None:
     assert load_task(str(write("task.toml", text))).cost == expected
+
+
+# What a mixed stage costs may stand in [cost], where engines have it, or in [cluster].
+
+BAD_MIXED = [
+    ('[cost]\nmixed = "both"\n', 2, "unknown value of cost.mixed: 'both'"),
+    ("[cost]\n\nmixed = 1\n", 3, "cost.mixed must be a text, got 1"),
+    ('[cluster]\nmixed = "sum"\n[cost]\nmixed = "sum"\n', 4, "cost.mixed and cluster.mixed are one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "line", "words"), BAD_MIXED)
+def test_bad_mixed(write: Write, text: str, line: int, words: str) -> None:
+    path = write("bad.toml", text)
+    with pytest.raises(ServegymError) as error:
+        load_task(str(path))
+    assert str(error.value).startswith(f"{path}: line {line}: {words}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("section", ["cost", "cluster"])
+@pytest.mark.parametrize("mixed", ["one-pass", "sum"])
+def test_mixed_in_either_section(write: Write, section: str, mixed: str) -> None:
+    text = f'[{section}]\nmixed = "{mixed}"\n[cluster.link]\nlatency_s = 1\n'
+    task = load_task(str(write("task.toml", text)))
+    base = TASKS["servegym/GSM8K-v0"]
+    assert (task.cluster.mixed, task.cost) == (mixed, base.cost)
+    overrides = {"cost": {"preset": "tiny", "mixed": mixed}, "cluster": {"clients": 3}}
+    for order in (1, -1):
+        changed = with_overrides(base, dict(list(overrides.items())[::order]))
+        assert (changed.cluster.mixed, changed.cluster.clients) == (mixed, 3)
+        assert changed.cost == cost_preset("tiny").costs

@@ -202,7 +202,7 @@ def cover(
     cost: NDArray[np.float64],
     size: NDArray[np.float64],
     total: float,
-    count: int,
+    count: float,
     *,
     exact: bool,
 ) -> float:

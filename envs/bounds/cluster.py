@@ -10,17 +10,27 @@ Rounds are counted over all replicas: at least ⌈D/J⌉, and where memory holds
 with the *KV area* g = Σ (d_i·p_i + d_i(d_i + 1)/2), the tokens held in all rounds.
 
 **One request.** It runs at one replica at a time: its prefill and its rounds, each at least as long as
-the shortest round of the fastest replica.
+the shortest round of the fastest replica. No two of its tokens come in one stage. Where it may be
+computed again each of them after the first takes at least the less of such a round and of computing p + 1
+tokens; where stages are not mixed and it stays at one replica at least such a round, as each preemption there
+is followed by one without it.
 
-**Preemption**, or a running request that moves to be computed again. A recomputation emits one token, so
-a decode round is served one token less; it computes the prompt and a token more. The work above holds
-where that never pays: (a − c − v/K)·(p + 1) ≥ u for the shortest prompt p, a seconds per prompt token, c per
-cached token, v the shortest round and u the least seconds per token of a full round; v/K is 0 where some
-memory is without limit. Where it might pay, prefills alone are counted.
+**Preemption**, or a running request that moves to be computed again; not where each memory holds the
+largest requests, one for each client. Computing a request again emits one token: a decode round is served
+one token less, t = p + k cached tokens less, and t tokens more are computed. Let a be the seconds per
+prompt token, c per cached token, v those of the shortest round, u the least seconds per token of a full
+round, s = v/K (0 where some memory is without limit), p the shortest prompt. By its dual the decode
+program, *without rounding rounds up*, falls by at most u + s·t. So if (a − c − s)·(p + 1) ≥ u it never
+pays, and the work holds with the line of a prefill, S·base + a·Σp, in the place of its floor and levels,
+under which more tokens may be free. Else, where stages are not mixed, a token takes at least the less of u
+and (a − c)·(p + 1), of a·(p + 1) without cache if a < c. Prefills alone, with floor and levels, are counted
+if that is more.
 
 **Mixed stages.** A pass of n decoding clients and T prompt tokens takes at least the decode line at n, and
 at least a·T; attention adds to both. So W is the larger of the two lines, plus attention; in stages that
-are the ``sum`` of two parts it is the sum of both.
+are the ``sum`` of two parts it is the sum of both. In one pass X tokens that are computed again may be hidden
+behind decoding: then W is at least the decode line less (c + s)·X, and the other plus (a − c)·X, so at
+least the mean of the two with weights in which X cancels, (a − c) to (c + s).
 """
 
 from __future__ import annotations
@@ -60,7 +70,7 @@ def cluster_bound(
     """
     limited = all(tokens > 0 for tokens in layout.kv_capacity_tokens)
     moves_again = layout.steals_running and layout.move != MOVE_COPY
-    recomputes = any(layout.kv_capacity_tokens) or moves_again
+    recomputes = moves_again or _may_preempt(requests, layout)
     if len(layout.clients) == 1 and not limited and layout.chunk_tokens == 0:
         return lower_bound(requests, layout.clients[0], costs, max_prefill_tokens)
     fastest = int(np.argmin(costs.decode_base_s[:, 1]))
@@ -95,6 +105,20 @@ def cluster_bound(
     return best
 
 
+def _may_preempt(requests: Requests, layout: Layout) -> bool:
+    """Return whether some memory might not hold the largest requests, one for each of its clients."""
+    if not any(layout.kv_capacity_tokens):
+        return False
+    if layout.moves:  # memory may be kept for those who have left, too
+        return True
+    tokens = requests.prompt_tokens + requests.output_tokens + 1  # SGLang wants room for one more
+    blocks = np.sort(-(-tokens // layout.block_tokens))[::-1]
+    return any(
+        0 < most < int(blocks[:clients].sum()) * layout.block_tokens
+        for clients, most in zip(layout.clients, layout.kv_capacity_tokens, strict=True)
+    )
+
+
 def _whole_blocks(layout: Layout, tokens: Sequence[int]) -> int:
     """Return the tokens in whole blocks of the largest of several limited memories."""
     return max(tokens) // layout.block_tokens * layout.block_tokens
@@ -123,31 +147,75 @@ def _work(
         lines = np.minimum.accumulate(tables.pass_base_s[0, 1:][::-1])[::-1]
         most = min(len(base_s), len(lines))
         base_s = np.append(np.minimum(base_s[:most], lines[:most]), base_s[most:])
-    least_rounds = -(-int(rounds.sum()) // clients)
-    if most_tokens > 0:
-        least_rounds = max(least_rounds, int(np.ceil(area / most_tokens)))
-    if recomputes:
-        sizes = np.arange(1.0, len(base_s) + 1.0)
-        spared_s = token_s - cached_s
-        if most_tokens > 0:
-            spared_s -= float(base_s.min()) / most_tokens
-        if spared_s * (float(p.min()) + 1.0) < float((base_s / sizes).min()):
-            total, area, least_rounds = 0.0, 0.0, 0
-    run_s = 0.0
-    if total > 0:
-        sizes = np.arange(1.0, len(base_s) + 1.0)
-        run_s = cover(base_s, sizes, total, least_rounds, exact=False)
-    decode_s = run_s + cached_s * area
-    if layout.chunk_tokens == 0:
-        stages = least_stages(prompts, clients, max_prefill_tokens)
-        return decode_s, prefill_bound(prompts, stages, tables), least_rounds, stages
+    stages = least_stages(prompts, clients, max_prefill_tokens) if layout.chunk_tokens == 0 else 0
     squares_s = float(rates.prefill_per_token_squared_s) * float((p**2).sum())
     line_s = token_s * float(p.sum())
+    sizes = np.arange(1.0, len(base_s) + 1.0)
+    full_rounds = area / most_tokens if most_tokens > 0 else 0.0
+    least_rounds = max(-(-int(rounds.sum()) // clients), int(np.ceil(full_rounds)))
+    if not recomputes:
+        run_s = cover(base_s, sizes, total, least_rounds, exact=False) if total > 0 else 0.0
+        if stages > 0:
+            return (
+                run_s + cached_s * area,
+                prefill_bound(prompts, stages, tables),
+                least_rounds,
+                stages,
+            )
+        share = 1.0 if run_s >= line_s else 0.0
+    else:
+        full_s = float((base_s / sizes).min())
+        saved_s = float(base_s.min()) / most_tokens if most_tokens > 0 else 0.0
+        spared_s = token_s - cached_s - saved_s
+        if spared_s * (float(p.min()) + 1.0) >= full_s:
+            run_s = cover(base_s, sizes, total, full_rounds, exact=False) if total > 0 else 0.0
+        elif stages > 0:  # it might pay: a token takes whichever takes less
+            if token_s < cached_s:
+                spared_s, area = token_s, 0.0
+            else:
+                spared_s = token_s - cached_s
+            run_s = total * min(full_s, spared_s * (float(p.min()) + 1.0))
+        else:
+            run_s, area = 0.0, 0.0
+        least_rounds = 0
+        if stages > 0:
+            decode_s, alone_s = run_s + cached_s * area, prefill_bound(prompts, stages, tables)
+            if tables.prefill_level_s.shape[1] == 0:
+                line_s += stages * float(rates.prefill_base_s)
+            if decode_s + line_s + squares_s > alone_s:
+                return decode_s, line_s + squares_s, 0, stages
+            return 0.0, alone_s, 0, stages
+        share = 0.0
+        if run_s > line_s:
+            share = (token_s - cached_s) / (token_s + saved_s)
     if not layout.one_pass:
-        return decode_s, line_s + squares_s, least_rounds, 0
-    if line_s > run_s:
-        return cached_s * area, line_s + squares_s, least_rounds, 0
-    return decode_s, squares_s, least_rounds, 0
+        return run_s + cached_s * area, line_s + squares_s, least_rounds, 0
+    return share * run_s + cached_s * area, (1.0 - share) * line_s + squares_s, least_rounds, 0
+
+
+def _tokens_alone(
+    p: NDArray[np.float64],
+    d: NDArray[np.float64],
+    held: NDArray[np.float64],
+    round_s: float,
+    tables: CostTables,
+) -> NDArray[np.float64]:
+    """Return the least seconds in which each request, perhaps computed again, emits all tokens but the first.
+
+    Its token k + 1 takes a round with p + k cached tokens, or stages that compute as many: ``line_s`` is the
+    least that these cost. Where a token computed costs more than one cached, so does what they cost beyond
+    the cache of the round.
+    """
+    rates = tables.rates[0]
+    cached_s, token_s = float(rates.decode_per_kv_token_s), float(rates.prefill_per_token_s)
+    line_s = token_s * (p + 1) + rates.prefill_per_token_squared_s * (p + 1) ** 2
+    if tables.prefill_level_s.shape[1] == 0:
+        line_s = line_s + rates.prefill_base_s
+    least_s = d * np.minimum(round_s, np.maximum(line_s, rates.prefill_floor_s))
+    if token_s < cached_s:
+        return least_s
+    beyond_s = np.minimum(round_s, line_s - cached_s * (p + 1))
+    return np.maximum(least_s, cached_s * held + d * beyond_s)
 
 
 def _longest_alone(
@@ -163,7 +231,7 @@ def _longest_alone(
     p = requests.prompt_tokens[served].astype(float)
     d = requests.decode_rounds[served].astype(float)
     line_s = rates.prefill_per_token_s * p
-    if layout.chunk_tokens == 0 and tables.prefill_level_s.shape[1] == 0:
+    if tables.prefill_level_s.shape[1] == 0:
         line_s = line_s + rates.prefill_base_s
     prefill_s = line_s + rates.prefill_per_token_squared_s * p**2
     round_s = float(tables.decode_base_s[0, 1:].min())
@@ -172,8 +240,11 @@ def _longest_alone(
     cached_s = float(rates.decode_per_kv_token_s)
     held = tokens_held(requests.prompt_tokens[served], requests.decode_rounds[served])
     decode_s = d * round_s + cached_s * held
-    if recomputes:
-        decode_s = np.zeros_like(decode_s)  # its recomputations might emit its tokens
+    stays = not layout.moves and (len(layout.clients) == 1 or not layout.pool)
+    if recomputes and layout.chunk_tokens == 0 and stays:
+        decode_s = d * round_s + min(cached_s, float(rates.prefill_per_token_s)) * held
+    elif recomputes:
+        decode_s = _tokens_alone(p, d, held, round_s, tables)
     ends_s = requests.arrival_s[served] + prefill_s + decode_s
     last = int(np.argmax(ends_s))
     return LowerBound(

@@ -171,6 +171,22 @@ def _naming(policy: str) -> Iterator[None]:
         raise ServegymError(f"policy {policy}: {error}") from None
 
 
+def check_policies(
+    task: TaskConfig, make_policy: Callable[[str], Policy], names: Iterable[str]
+) -> None:
+    """Refuse policies that are unknown or declare what the task cannot have.
+
+    Raises
+    ------
+    ServegymError
+        Naming the first of them.
+    """
+    for name in names:
+        policy = make_policy(name)
+        with _naming(name):
+            asked_task(task, policy)
+
+
 def brief(task: TaskConfig, case: Case, seed: int) -> Briefing:
     """Return what a policy is told before it plays a case: expected, never true, output lengths."""
     known = task.information.output_lengths == "known"
@@ -229,8 +245,7 @@ def evaluate(
     [['fcfs', 0, 0.328], ['fcfs', 1, 0.337]]
     """
     # Refuse an unknown policy or a bad workload file before anything is written.
-    for name in names:
-        make_policy(name)
+    check_policies(task, make_policy, names)
     sample_requests(task, np.random.default_rng(0))
     names, seeds = list(dict.fromkeys(names)), list(dict.fromkeys(seeds))
     with locked(output):

@@ -108,7 +108,8 @@ def _difference(
             if name == "cost" and (_CLASS in old) != (_CLASS in new):
                 return name, old, new  # the keys of a user's own model are not those of ours
             deeper = defaults if name == "task" else default
-            if difference := _difference(old, new, deeper or {}):
+            known = deeper if isinstance(deeper, Mapping) else {}  # a table may stand for a name
+            if difference := _difference(old, new, known):
                 return difference
         elif old != new and not _same_file(name, old, new):
             return name, old, new
@@ -162,7 +163,8 @@ def claim(
     what
         The results in the folder of the file, such as ``episodes``.
     tables
-        Names of tables beside the file that depend on it, and are written after it.
+        Names of what lies beside the file, depends on it, and is written after it. Where nothing of it is
+        there, as after a refusal, other notes are replaced.
 
     Raises
     ------
@@ -177,13 +179,19 @@ def claim(
         except ServegymError as error:
             raise ServegymError(f"{error}; damaged; {remedy}") from None
         words = f"holds {what} of another task, setting or version ({{name}} {{old}}, now {{new}})"
-        compare(str(path.parent), words, found, wanted, remedy)
-        return found
-    for name in tables:
-        if (path.parent / name).exists():
-            raise ServegymError(
-                f"{path.parent}: holds {name}, but no {path.name} that says of which task; {remedy}"
-            )
+        try:
+            compare(str(path.parent), words, found, wanted, remedy)
+        except DifferentError:
+            if not tables or any((path.parent / name).exists() for name in (*tables, "records")):
+                raise
+        else:
+            return found
+    else:
+        for name in tables:
+            if (path.parent / name).exists():
+                raise ServegymError(
+                    f"{path.parent}: holds {name}, but no {path.name} that says of which task; {remedy}"
+                )
     make_folder(path.parent)
     text = json.dumps(wanted, indent=indent, default=str)
     write_file(path, text + "\n")

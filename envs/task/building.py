@@ -18,6 +18,7 @@ from servegym.envs.machine.costs import (
     TableDecode,
 )
 from servegym.envs.machine.presets import cost_preset
+from servegym.envs.vocabulary import MIXED_COSTS
 
 _COST_MODELS: Final = {
     "affine": (AffineDecode, AffinePrefill),
@@ -67,7 +68,7 @@ def cost_model(values: Mapping[str, Any], base: CostModel) -> CostModel:
     known = ("preset", "model", "decode", "prefill", "engine_overhead")
     for key in values:
         if key not in known:
-            options = [f"cost.{name}" for name in known]
+            options = [f"cost.{name}" for name in (*known, "mixed")]
             raise ServegymError(str(unknown("key", f"cost.{key}", options)), (key,))
     costs = base
     if "preset" in values:
@@ -90,6 +91,21 @@ def cost_model(values: Mapping[str, Any], base: CostModel) -> CostModel:
             overhead = build("cost.engine_overhead", costs.engine_overhead, table)
             costs = replace(costs, engine_overhead=overhead)
     return costs
+
+
+def mixed_cost(value: Any) -> str:
+    """Check ``cost.mixed``, another name of ``cluster.mixed``.
+
+    Raises
+    ------
+    ServegymError
+        If it is none of ``MIXED_COSTS``.
+    """
+    with _blaming("mixed"):
+        name = as_annotated("cost.mixed", value, str)
+        if name not in MIXED_COSTS:
+            raise unknown("value of cost.mixed:", name, MIXED_COSTS)
+    return str(name)
 
 
 def _replace_parts(values: Mapping[str, Any], costs: StageCosts) -> StageCosts:

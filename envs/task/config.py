@@ -15,7 +15,7 @@ from servegym.envs.arguments import as_annotated, check_fields, field_types
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.machine.costs import CostModel
 from servegym.envs.machine.presets import cost_preset
-from servegym.envs.task.building import build, cost_model
+from servegym.envs.task.building import build, cost_model, mixed_cost
 from servegym.envs.task.cluster import ClusterConfig, check_whole
 from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS, REWARDS, STEALS
 from servegym.envs.workload.arrivals import MAX_ARRIVAL_RATE_PER_S, Arrivals
@@ -321,14 +321,29 @@ def with_overrides(task: TaskConfig, sections: Mapping[str, Any]) -> TaskConfig:
             f"overrides must be a table of sections, as {{'cluster': {{'clients': 50}}}}, "
             f"got {shown(sections)}"
         )
+    check_mixed_once(sections)
     changed: dict[str, Any] = {}
     for section, values in sections.items():
         if section not in _SECTIONS:
             raise unknown("section", section, sorted(_SECTIONS))
         if not isinstance(values, Mapping):
             raise ServegymError(f"{section} must be a table of keys, got {shown(values)}")
-        if section == "cost":
-            changed["cost"] = cost_model(values, task.cost)
-        else:
-            changed[section] = build(section, getattr(task, section), values)
+        base = changed.get(section, getattr(task, section))
+        if section != "cost":
+            changed[section] = build(section, base, values)
+            continue
+        parts = {key: value for key, value in values.items() if key != "mixed"}
+        changed["cost"] = cost_model(parts, base)
+        if "mixed" in values:  # what a mixed stage costs stands with what it is
+            cluster = changed.get("cluster", task.cluster)
+            changed["cluster"] = replace(cluster, mixed=mixed_cost(values["mixed"]))
     return replace(task, **changed)
+
+
+def check_mixed_once(sections: Mapping[str, Any]) -> None:
+    """Refuse ``cost.mixed`` beside ``cluster.mixed``: the two are one key."""
+    holders = [sections.get(name) for name in ("cluster", "cost")]
+    if all(isinstance(holder, Mapping) and "mixed" in holder for holder in holders):
+        raise ServegymError(
+            "cost.mixed and cluster.mixed are one key; leave out one of them", ("mixed",)
+        )

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import beyond_limits, read_text
-from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, check_mixed_once, with_overrides
 from servegym.envs.workload.cells import is_file
 
 
@@ -47,6 +47,11 @@ def read_task(path: str | Path, base: TaskConfig) -> TaskConfig:
     if isinstance(workload, dict) and is_file(str(workload.get("source", ""))):
         workload["source"] = str(path.parent / workload["source"])
     task = replace(base, name=str(path))
+    try:
+        check_mixed_once(sections)
+    except ServegymError as error:
+        line = _line_of(text, ("cost", "mixed"))
+        raise ServegymError(f"{path}: line {line}: {error}") from None
     for section, values in sections.items():
         for part in _parts(section, values):
             try:

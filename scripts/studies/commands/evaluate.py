@@ -15,7 +15,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
 from servegym.envs.machine.links import LINKS
 from servegym.envs.machine.presets import COST_PRESETS
-from servegym.envs.playing.evaluation import evaluate, make_case, read_best_known
+from servegym.envs.playing.evaluation import check_policies, evaluate, make_case, read_best_known
 from servegym.envs.playing.identity import claim_task
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import USUAL_JOBS
@@ -172,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = parse_policies(args.policies, task.name)
     if args.reference not in names:
         args = replace(args, reference=names[0])
-    make_case(task, seeds[0])  # refuse a workload file before anything is written
+    # Refuse policies and a workload file before anything is written.
+    check_policies(task, partial(make_policy, task_name=task.name), names)
+    make_case(task, seeds[0])
     if note := describe_file(task.workload.source, task.workload.trace):
         print(note)
     with locked(args.output):
