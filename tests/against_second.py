@@ -76,12 +76,9 @@ def draw(rng: np.random.Generator) -> tuple[Cluster, list[tuple[float, int, int]
 def is_known(cluster: Cluster) -> bool:
     """Return whether the page of exact rules says all of a cluster.
 
-    It says nothing of a pool of replicas whose rounds end, by different steps, where another evicts. Replicas
-    with and without a limit of memory side by side are left out, too.
+    It says nothing of a pool of replicas whose rounds end, by different steps, where another evicts.
     """
-    alike = len({machine.speed for machine in cluster.machines}) == 1
-    limits = {machine.capacity > 0 for machine in cluster.machines}
-    return len(limits) == 1 and (cluster.router != "pool" or alike)
+    return cluster.router != "pool" or len({machine.speed for machine in cluster.machines}) == 1
 
 
 def task_of(cluster: Cluster) -> TaskConfig:

@@ -80,7 +80,22 @@ def random_case(
     if sglang:
         share = float(rng.choice([1.0, 1.0, 0.0, 0.3, 1.3]))
         spec = replace(spec, admission_guard="sglang", conservativeness=share)
+    if limited and router != "llumnix" and len(spec.replicas) > 1 and rng.random() < 0.15:
+        spec = replace(spec, replicas=one_unlimited(rng, spec.replicas, block))
     return ClusterCase(requests, spec)
+
+
+def one_unlimited(
+    rng: np.random.Generator, replicas: tuple[ReplicaSpec, ...], block: int
+) -> tuple[ReplicaSpec, ...]:
+    """One without a limit of memory; the largest request may not fit into the others."""
+    chosen = int(rng.integers(len(replicas)))
+    memory = [
+        max(block, int(r.kv_capacity_tokens * rng.choice([0.25, 0.5, 1.0]))) for r in replicas
+    ]
+    memory[chosen] = 0
+    parts = zip(replicas, memory, strict=True)
+    return tuple(replace(replica, kv_capacity_tokens=tokens) for replica, tokens in parts)
 
 
 def one_sided(

@@ -61,10 +61,15 @@ class Layout(NamedTuple):
         return steals or self.evicts_to_host or any(self.roles)
 
     @property
+    def limits_memory(self) -> bool:
+        """Whether the memory of some replica is limited."""
+        return any(self.kv_capacity_tokens)
+
+    @property
     def counts_memory(self) -> bool:
         """Whether anything depends on memory or chunks of prompts: limit, budget, router, guard."""
         chunks = self.chunk_tokens > 0 or self.guard == GUARD_SGLANG
-        return any(self.kv_capacity_tokens) or chunks or len(self.clients) > 1
+        return self.limits_memory or chunks or len(self.clients) > 1
 
     def fleet(self) -> Fleet:
         """Return the clients of all replicas, in order of replica."""

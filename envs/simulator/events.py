@@ -35,7 +35,7 @@ from servegym.envs.simulator.stages import (
     cut,
     see_arrivals,
 )
-from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, UNLIMITED_BLOCKS, State
+from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, State
 from servegym.envs.simulator.stealing import can_steal, steal_running, steal_waiting
 from servegym.envs.vocabulary import GUARD_SGLANG, STEAL_WAITING
 
@@ -47,8 +47,8 @@ DECODE: Final = 0
 def advance(state: State, costs: CostTables, e: int) -> int:
     """Run to the next decision; return the replica that is to decide, or NOBODY at the episode's end.
 
-    The replica has an idle client and waiting requests, or a half-computed prompt. Its caller begins a
-    stage or puts it to ``sleep``; if it does neither, it is asked again.
+    The replica has an idle client and waiting requests, or a half-computed prompt, or may steal. Its caller
+    begins a stage or puts it to ``sleep``; if it does neither, it is asked again.
     """
     episode = state.episodes[e]
     replicas = state.replicas.shape[1]
@@ -78,7 +78,7 @@ def advance(state: State, costs: CostTables, e: int) -> int:
 
 @kernel
 def sleep(state: State, e: int, r: int) -> None:
-    """Let a replica that can do nothing wait until an arrival wakes it."""
+    """Let a replica that can do nothing wait until what happens elsewhere wakes it."""
     state.event_s[e, r] = np.inf
 
 
@@ -95,6 +95,8 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     moves = state.cluster.moves
     if moves:
         now_s = min(now_s, episode.transfer_s)
+    if now_s == np.inf:  # a fault of the simulator, which would run for ever
+        raise RuntimeError("requests are left, but nothing will ever happen to them")
     episode.in_system_s += (now_s - episode.now_s) * episode.in_system
     episode.now_s = now_s
     if moves:
@@ -123,7 +125,7 @@ def _receive_all(state: State, costs: CostTables, e: int) -> None:
     i = episode.routed
     while i < episode.requests and state.times[e, i].arrival_s <= episode.now_s:
         blocks = 0
-        if largest != UNLIMITED_BLOCKS:
+        if state.cluster.limits_memory:
             request = state.requests[e, i]
             blocks = blocks_of(state, np.int64(request.prompt_tokens) + request.decode_rounds + 1)
         if blocks > largest:
@@ -235,7 +237,7 @@ def steal(state: State, costs: CostTables, e: int, r: int, kind: int) -> None:
 @kernel
 def _tell_others(state: State, costs: CostTables, e: int, r: int) -> None:
     """Let other replicas look at what a decision of ``r`` has changed for them."""
-    if shares_pool(state):
+    if shares_pool(state) and state.cluster.limits_memory:
         _tell_of_pool(state, costs, e, r)
     elif state.cluster.moves and state.episodes[e].disturbed:
         _tell_of_change(state, costs, e, r)
@@ -270,7 +272,7 @@ def _tell_of_pool(state: State, costs: CostTables, e: int, r: int) -> None:
     now_s = state.episodes[e].now_s
     for other in range(state.replicas.shape[1]):
         replica = state.replicas[e, other]
-        if other == r or state.machines[other].blocks == UNLIMITED_BLOCKS:
+        if other == r:
             continue
         if replica.stage == IDLE:
             _notice(state, costs, e, other)

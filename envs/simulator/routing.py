@@ -41,7 +41,7 @@ from servegym.envs.vocabulary import (
 def route(state: State, costs: CostTables, e: int, i: int, whole_blocks: int) -> int:
     """Return the replica to which request ``i`` goes; it holds up to ``whole_blocks``.
 
-    Some replica has as many.
+    Some replica has as many, if the memory of any is limited; else 0 is passed.
     """
     episode, router = state.episodes[e], state.cluster.router
     replicas = state.replicas.shape[1]
@@ -99,7 +99,7 @@ def largest_servable(state: State) -> int:
 
 @kernel
 def _cost(state: State, e: int, r: int, router: int) -> float:
-    """Return what a router minimises over replicas; see each engine's router in CONTRIBUTING."""
+    """Return what a router minimises over replicas; see ``ROUTERS``."""
     load = state.loads[e, r]
     if router == ROUTE_LEAST_WAITING:
         return float(load.waiting)

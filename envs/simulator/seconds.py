@@ -1,4 +1,4 @@
-"""How long a stage takes, exactly as CONTRIBUTING's cost formulas say."""
+"""How long a stage takes, exactly as CONTRIBUTING's cost formulas say; mixed stages as CLUSTER.md says."""
 
 from __future__ import annotations
 

@@ -52,6 +52,8 @@ from servegym.envs.vocabulary import GUARD_PEAK, GUARD_SGLANG
 ANY_ROUNDS: Final = 1 << 62
 """More decode rounds than any run has."""
 
+_MOST_COUNTED: Final = (1 << 31) - 1
+
 _MANY_ARRIVALS: Final = 8
 """With more arrivals at once, ranking the clients once takes less time than a scan for each arrival."""
 
@@ -233,7 +235,7 @@ def compute(state: State, e: int, r: int, i: int, tokens: int) -> None:
         replica.prompt_tokens += tokens
         replica.prompt_squares += squares
     request.computed = end
-    request.prefilled_tokens += tokens
+    request.prefilled_tokens = min(request.prefilled_tokens + tokens, _MOST_COUNTED)
     if end == tokens_to_prefill(state, e, i):
         state.picked[e, r, replica.emitting] = i
         replica.emitting += 1

@@ -72,6 +72,7 @@ class Cluster(Bundle):
     guard: int  # place in ADMISSION_GUARDS
     first_ratio: float  # of the guard ``sglang``, see ``reserve``
     one_pass: bool  # a mixed stage is one pass, not a prefill and a decode part
+    limits_memory: bool  # of some replica
     counts_memory: bool  # else nothing depends on memory or chunks: neither is counted
     moves: bool  # a request may change its replica or leave its memory elsewhere
     steals_waiting: bool
