@@ -10,11 +10,12 @@ import pytest
 
 from servegym.baselines import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
-from servegym.envs import Requests, ServingEnv, make_requests
+from servegym.envs import TASKS, Requests, ServingEnv, make_requests
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.vocabulary import ROUTERS
 from tests.against_cluster import cluster_task, compare_cluster, with_draws
 from tests.cluster_helpers import assert_empty
 from tests.helpers import changed, random_legal_action, refused
@@ -158,3 +159,15 @@ def test_a_pool_is_played_alike_in_python_and_compiled(name: str) -> None:
         compiled = play_compiled(task, make_trigger_policy(name), case)
         assert played["makespan_s"] == compiled["makespan_s"]
         assert played["prefill_stages"] == compiled["prefill_stages"]
+
+
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "pool"])
+def test_a_small_replica_beside_one_without_a_limit_is_passed_over(router: str) -> None:
+    """The first holds 8 tokens, each request 12: all go to the second."""
+    replicas = ({"kv_capacity_tokens": 8}, {})
+    task = changed(
+        TASKS["servegym/Tiny-v0"], cluster={"replicas": 2, "router": router, "replica": replicas}
+    )
+    case = bound_case(lower(task), make_requests([10, 10, 10], [2, 2, 2]))
+    episode = play(task, "fcfs", make_policy("fcfs"), case, seed=0)
+    assert episode.records.replica.tolist() == [1, 1, 1]
