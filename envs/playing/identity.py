@@ -163,8 +163,7 @@ def claim(
     what
         The results in the folder of the file, such as ``episodes``.
     tables
-        Names of what lies beside the file, depends on it, and is written after it. Where nothing of it is
-        there, as after a refusal, other notes are replaced.
+        Names of tables beside the file that depend on it, and are written after it.
 
     Raises
     ------
@@ -179,19 +178,13 @@ def claim(
         except ServegymError as error:
             raise ServegymError(f"{error}; damaged; {remedy}") from None
         words = f"holds {what} of another task, setting or version ({{name}} {{old}}, now {{new}})"
-        try:
-            compare(str(path.parent), words, found, wanted, remedy)
-        except DifferentError:
-            if not tables or any((path.parent / name).exists() for name in (*tables, "records")):
-                raise
-        else:
-            return found
-    else:
-        for name in tables:
-            if (path.parent / name).exists():
-                raise ServegymError(
-                    f"{path.parent}: holds {name}, but no {path.name} that says of which task; {remedy}"
-                )
+        compare(str(path.parent), words, found, wanted, remedy)
+        return found
+    for name in tables:
+        if (path.parent / name).exists():
+            raise ServegymError(
+                f"{path.parent}: holds {name}, but no {path.name} that says of which task; {remedy}"
+            )
     make_folder(path.parent)
     text = json.dumps(wanted, indent=indent, default=str)
     write_file(path, text + "\n")
