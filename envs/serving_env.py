@@ -149,8 +149,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     ## Reward
     ``gap`` (default): the return of an episode is exactly −100 · (makespan / lower bound − 1); each
     step's reward is what it lost, in percent of the bound. ``latency``: the return is minus the mean
-    latency in seconds. The natural discount is 1. An episode that is truncated has no gap: its return
-    is minus what was lost until then.
+    latency in seconds, over all requests; one that is rejected counts 0. ``goodput``: the return is exactly
+    the number of requests that finished within the limits of ``[slo]``. The natural discount is 1. An
+    episode that is truncated has no gap: its return is minus what was lost until then.
 
     ## Start and end
     Every ``info`` holds ``replica``, the number of the replica that the observation is of: whose turn it is,

@@ -18,10 +18,11 @@ SHORTEST: Final = 3
 FCFS: Final = 4
 ALIGNED: Final = 5
 
-REWARDS: Final = ("gap", "latency")
+REWARDS: Final = ("gap", "latency", "goodput")
 """Names of the rewards."""
 
 GAP: Final = 0
+GOODPUT: Final = 2
 
 ROUTERS: Final = {
     "round-robin": "one replica after another",

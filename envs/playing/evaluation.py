@@ -41,7 +41,7 @@ _COUNTS: Final = (
     "rejected",
     "moves",
 )
-_LATER: Final = (UNFINISHED, *_COUNTS, "e2e_p50_s", "e2e_p99_s")  # behind the first tables' columns
+_LATER: Final = METRICS[METRICS.index(UNFINISHED) :]  # behind the first tables' columns
 
 COLUMNS: Final = (
     "task",
@@ -306,7 +306,7 @@ def _play_case(
     for name, episode in zip(names, episodes, strict=True):
         path = records_path(output, name, seed)
         if records or path.exists():
-            write_records(path, episode.records, case.requests.rows)
+            write_records(path, episode.records, case.requests)
     return [episode.row for episode in episodes]
 
 

@@ -17,6 +17,7 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
+from servegym.envs.simulator.slo import count_met
 from servegym.envs.simulator.state import DECODE_RUN, FINISHED, IDLE, MIXED, PREFILL, State
 from servegym.envs.simulator.transfers import end_move_of
 
@@ -30,6 +31,9 @@ def book(state: State, e: int, r: int, seconds: float) -> None:
     replica.clock_s += seconds
     if stage != PREFILL:
         _book_rounds(state, e, r, replica.run_rounds, seconds)
+    if state.cluster[0].counts_memory:
+        overrun = replica.used_blocks - state.machines[r].blocks
+        replica.overrun_blocks = max(replica.overrun_blocks, overrun)
     if stage == PREFILL:
         replica.prefill_s += seconds
         replica.prefill_stages += 1
@@ -126,6 +130,8 @@ def _finish_due(state: State, e: int, r: int) -> None:
             end_move_of(state, e, i)
         request.phase = FINISHED
         state.times[e, i].finished_s = replica.clock_s
+        if state.episodes[e].counts_slo:
+            count_met(state, e, i)
         tokens = np.int64(request.prompt_tokens) + request.decode_rounds
         replica.cached_tokens -= tokens + 1
         if state.cluster[0].counts_memory:

@@ -16,6 +16,7 @@ from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.files import decode_text, read_bytes
 from servegym.envs.workload.requests import (
     MAX_ARRIVAL_S,
+    MAX_CLASSES,
     MAX_SPREAD,
     MAX_TOKENS,
     Requests,
@@ -23,21 +24,22 @@ from servegym.envs.workload.requests import (
 )
 
 _REQUIRED: Final = ("prompt_tokens", "output_tokens")
-_OPTIONAL: Final = ("arrival_s", "predicted_output_tokens", "predicted_spread")
+_OPTIONAL: Final = ("arrival_s", "predicted_output_tokens", "predicted_spread", "class")
 
 
 def read_requests(path: str | Path) -> Requests:
     r"""Read a workload CSV of ``prompt_tokens`` and ``output_tokens``.
 
     Optional columns: ``arrival_s``, ``predicted_output_tokens`` and, beside it, ``predicted_spread``,
-    the standard deviation of log(true / predicted); see ``make_requests`` for what is missing.
+    the standard deviation of log(true / predicted); see ``make_requests`` for what is missing. ``class``
+    names what a request belongs to, by a text or a number: tables then have rows for each class.
 
     Raises
     ------
     ServegymError
         One line naming the file, the line and the column: missing file, no rows, unknown or missing
         columns, a value that is not a whole number in 1 … 10 million (not a finite time ≥ 0 for
-        ``arrival_s``, not a number in 0 … 5 for ``predicted_spread``).
+        ``arrival_s``, not a number in 0 … 5 for ``predicted_spread``), no class, too many classes.
 
     Examples
     --------
@@ -66,6 +68,7 @@ def read_requests(path: str | Path) -> Requests:
         )
     if len(table) == 0:
         raise ServegymError(f"{path}: the file has a header but no request; add at least one row")
+    classes = _classes(path, table.pop("class")) if "class" in table.columns else None
     columns = {name: _column(path, table[name]) for name in table.columns}
     return make_requests(
         columns["prompt_tokens"],
@@ -73,6 +76,7 @@ def read_requests(path: str | Path) -> Requests:
         columns.get("arrival_s"),
         columns.get("predicted_output_tokens"),
         columns.get("predicted_spread"),
+        classes,
     )
 
 
@@ -115,6 +119,22 @@ def _check_separator(path: Path, text: str) -> None:
     for separator, name in {";": "';'", "\t": "a tab", "|": "'|'", " ": "a space"}.items():
         if {part.strip(" \"'") for part in header.split(separator)}.issuperset(_REQUIRED):
             raise ServegymError(f"{path}: line 1: uses {name} between fields; a workload uses ','")
+
+
+def _classes(path: Path, texts: pd.Series[str]) -> list[str]:
+    """Return the class of each request; the first that is missing is named with its line."""
+    classes = [text.strip() for text in texts]
+    seen: set[str] = set()
+    for line, name in zip(texts.index, classes, strict=True):
+        seen.add(name)
+        if not name:
+            raise ServegymError(f"{path}: line {line}: class is empty; name it by a text or number")
+        if len(seen) > MAX_CLASSES:
+            raise ServegymError(
+                f"{path}: line {line}: class {shown(name)} is one more than the {MAX_CLASSES} "
+                "classes that a workload may have"
+            )
+    return classes
 
 
 def _column(path: Path, texts: pd.Series[str]) -> NDArray[np.float64]:
