@@ -160,15 +160,15 @@ def test_returns_of_a_vector_environment_are_the_metric(reward: str) -> None:
     task = with_overrides(
         TINY,
         {
-            "workload": {"requests": 20, "arrival_rate_per_s": 0.5},
+            "workload": {"requests": 10, "arrival_rate_per_s": 0.5},
             "slo": {"ttft_s": 6.0, "tpot_s": 2.0},
             "process": {"reward": reward},
         },
     )
-    env = ServingVectorEnv(3, task, autoreset_mode="SameStep")
+    env = ServingVectorEnv(2, task, autoreset_mode="SameStep")
     env.reset(seed=5)
-    rng, totals, ended, met = np.random.default_rng(0), np.zeros(3), 0, 0
-    while ended < 9:
+    rng, totals, ended, met = np.random.default_rng(0), np.zeros(2), 0, 0
+    while ended < 6:
         masks = env.action_masks()
         actions = [int(rng.choice(np.flatnonzero(mask))) for mask in masks]
         _, rewards, terminated, _, infos = env.step(np.array(actions))
@@ -176,12 +176,12 @@ def test_returns_of_a_vector_environment_are_the_metric(reward: str) -> None:
         for e in np.flatnonzero(terminated):
             final = {name: values[e] for name, values in infos["final_info"].items()}
             if reward == "goodput":
-                assert totals[e] == final["slo_attainment"] * 20
+                assert totals[e] == final["slo_attainment"] * 10
                 met += int(totals[e])
             else:
                 assert totals[e] == pytest.approx(-final["e2e_mean_s"], rel=1e-12)
             totals[e], ended = 0.0, ended + 1
-    assert reward == "latency" or 0 < met < 9 * 20
+    assert reward == "latency" or 0 < met < 6 * 10
 
 
 def test_imagination_counts_nothing() -> None:
@@ -221,7 +221,9 @@ def test_classes_of_a_file(write: Callable[[str, str], Path], cells: Any, names:
 def test_bad_classes_of_a_file(write: Callable[[str, str], Path]) -> None:
     head = "prompt_tokens,output_tokens,class\n"
     path = write("bad.csv", f"{head}7,8,a\n7,8, \n")
-    refused(lambda: read_requests(path), "bad.csv: line 3: class is empty")
+    refused(lambda: read_requests(path), "bad.csv: line 3: class must be a text or a number")
+    path = write("star.csv", f"{head}7,8,*\n")
+    refused(lambda: read_requests(path), "star.csv: line 2: class must be")
     rows = [f"7,8,{k}" for k in range(MAX_CLASSES + 1)]
     path = write("many.csv", head + "\n".join(rows))
     refused(lambda: read_requests(path), f"many.csv: line {MAX_CLASSES + 2}: class '100' is one")
@@ -234,6 +236,8 @@ BAD_CLASSES: list[tuple[dict[str, Any], str]] = [
     ({"class_of": np.array([0, 2]), "class_names": ("a", "b")}, "class_of must lie in 0 … 1"),
     ({"class_of": np.array([0]), "class_names": ("a",)}, "class_of has 1 entries"),
     ({"class_of": np.array([0, 0]), "class_names": ("a", "a")}, "each class once"),
+    ({"class_of": np.array([0, 0]), "class_names": ("*",)}, "other than '*'"),
+    ({"class_of": np.array([0, 0]), "class_names": ("a", "")}, "none empty"),
     ({"class_of": np.array([0, 0]), "class_names": (1,)}, "class_names[0] must be a text"),
 ]
 

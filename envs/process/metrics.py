@@ -154,7 +154,7 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     Four tell of failures. ``idle_wait_share``: ∫ min(idle clients, waiting requests) dt over all client-time,
     in all replicas together. ``preempted_slowdown``: mean seconds per output token from arrival on of the
     finished requests that were preempted, over those of the others. ``recompute_tax``: tokens computed again
-    over all computed tokens, those of prefills and of decode rounds. ``memory_overrun_blocks``: the most blocks
+    over all computed tokens, those of prefills and of decode rounds. ``memory_overrun_blocks``: most blocks
     beyond a replica's memory; always 0.
     """
     log = records(state, e)

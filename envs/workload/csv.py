@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.files import decode_text, read_bytes
 from servegym.envs.workload.requests import (
+    EVERYBODY,
     MAX_ARRIVAL_S,
     MAX_CLASSES,
     MAX_SPREAD,
@@ -127,8 +128,11 @@ def _classes(path: Path, texts: pd.Series[str]) -> list[str]:
     seen: set[str] = set()
     for line, name in zip(texts.index, classes, strict=True):
         seen.add(name)
-        if not name:
-            raise ServegymError(f"{path}: line {line}: class is empty; name it by a text or number")
+        if name in ("", EVERYBODY):
+            raise ServegymError(
+                f"{path}: line {line}: class must be a text or a number, not {EVERYBODY!r}, got "
+                f"{shown(name)}"
+            )
         if len(seen) > MAX_CLASSES:
             raise ServegymError(
                 f"{path}: line {line}: class {shown(name)} is one more than the {MAX_CLASSES} "

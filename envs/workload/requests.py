@@ -24,6 +24,9 @@ MAX_ARRIVAL_S: Final = 1e9
 MAX_CLASSES: Final = 100
 """Most classes of requests; each gets rows of its own in tables."""
 
+EVERYBODY: Final = "*"
+"""Stands for all classes in a table, so no class may be called that."""
+
 MAX_SPREAD: Final = 5.0
 """Largest standard deviation of a log length accepted; a factor of 150 either way."""
 
@@ -98,6 +101,8 @@ class Requests:
         object.__setattr__(self, "class_names", names)
         if len(set(names)) < len(names) or len(names) > MAX_CLASSES:
             raise ServegymError(f"class_names must name each class once, at most {MAX_CLASSES}")
+        if not all(names) or EVERYBODY in names:
+            raise ServegymError(f"class_names must be texts other than {EVERYBODY!r}, none empty")
         if (self.class_of is None) != (len(names) == 0):
             raise ServegymError("class_of and class_names must both be given or both be left out")
         if self.class_of is not None:
