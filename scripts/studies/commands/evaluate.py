@@ -25,6 +25,7 @@ from servegym.envs.playing.identity import claim_task
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import USUAL_JOBS
 from servegym.envs.playing.service import Window, chosen_rows, service_table
+from servegym.envs.playing.signatures import warnings
 from servegym.envs.playing.summary import summarise, to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import TASKS, load_task
@@ -196,6 +197,7 @@ def play_and_tabulate(task: TaskConfig, names: Sequence[str], seeds: range, args
     table = to_markdown(summarise(episodes, args.reference, optima, best_known))
     served = chosen_rows(read_service(args.output).rows, names, seeds, window)
     note += service_text(served, window)
+    note += "".join(f"\n{line}\n" for line in warnings(episodes))
     write_file(args.output / "summary.md", summary_text(task.name, args, table + note))
     return table + note
 
