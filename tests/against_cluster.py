@@ -57,7 +57,7 @@ def cluster_task(spec: ClusterSpec) -> TaskConfig:
         host_link=LinkConfig(spec.host_latency_s, min(spec.host_bytes_per_s, 1e18)),
     )
     process = ProcessConfig(steals=spec.steals)
-    slo = SloConfig(ttft_s=1.0)  # so that gaps between tokens are noted
+    slo = SloConfig(ttft_s=1.0, tpot_s=0.5)  # so that gaps between tokens are noted
     return TaskConfig("cluster", cluster=cluster, cost=spec.costs, process=process, slo=slo)
 
 

@@ -134,8 +134,8 @@ class ProcessConfig:
     decisions: Literal["events", "rounds"] = "events"
     """Ask where the choice has changed (a finish, an arrival), or at every decode round."""
     observe: tuple[str, ...] = ("replica",)
-    """Blocks of the observation, ``replica``, ``memory`` and ``cluster``; it holds them in this order,
-    whatever the order in which they are named."""
+    """Blocks of the observation, ``replica``, ``memory``, ``cluster`` and ``latency``; it holds them in this
+    order, whatever the order in which they are named."""
     reward: str = "gap"
     """``gap`` (the return is minus the gap in percent), ``latency`` (minus mean latency, s) or ``goodput``
     (the number of requests that met ``[slo]``)."""
