@@ -256,7 +256,7 @@ def test_bad_classes_of_requests(columns: dict[str, Any], words: str) -> None:
 def test_bad_labels(bad: Any) -> None:
     with pytest.raises(ServegymError, match="classes must"):
         make_requests([1, 2], [3, 4], classes=bad)
-    assert make_requests([1, 2], [3, 4], classes=[np.int64(1), "b"]).class_names == ("1", "b")
+    assert make_requests([1, 2], [3, 4], classes=[1, "b"]).class_names == ("1", "b")
 
 
 def test_a_task_with_limits_is_another_task() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,7 @@ def test_a_class_without_requests_has_no_figures(task: TaskConfig) -> None:
     assert (row["class"], row["requests"], row["met_slo"]) == ("batch", 0, 0)
     assert np.isnan([row["slo_attainment"], row["ttft_p99_s"], row["e2e_mean_s"]]).all()
     for window in (Window(last_s + 1e-6), Window(600.0, 600.0)):
-        refused(
-            lambda w=window: service_rows(log, case.requests, w, 1.0), "no request arrives from"
-        )
+        refused(partial(service_rows, log, case.requests, window, 1.0), "no request arrives from")
 
 
 def test_what_has_not_arrived_and_not_finished_is_told(task: TaskConfig) -> None:

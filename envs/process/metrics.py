@@ -50,7 +50,7 @@ def records(state: State, e: int) -> EpisodeLog:
     columns = {
         name: array[e, :n][name]
         for array in (np.asarray(state.requests), np.asarray(state.times))  # faster than recarrays
-        for name in array.dtype.names
+        for name in array.dtype.fields or ()
     }
     columns["recomputed_tokens"] = np.maximum(
         columns["prefilled_tokens"] - columns["prompt_tokens"], 0

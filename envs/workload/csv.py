@@ -77,7 +77,7 @@ def read_requests(path: str | Path) -> Requests:
         columns.get("arrival_s"),
         columns.get("predicted_output_tokens"),
         columns.get("predicted_spread"),
-        classes,
+        classes=classes,
     )
 
 

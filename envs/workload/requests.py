@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -62,8 +62,11 @@ class Requests:
     rows: NDArray[np.int64] | None = (
         None  # (requests,) where each stood before; None: in this order
     )
-    class_of: NDArray[np.int64] | None = None  # (requests,) place in class_names; None: no classes
-    class_names: tuple[str, ...] = ()  # also of classes that have no request
+    class_of: NDArray[np.int64] | None = field(default=None, kw_only=True)
+    # (requests,) place in class_names; None: no classes
+    class_names: tuple[str, ...] = field(
+        default=(), kw_only=True
+    )  # also of those without a request
 
     def __post_init__(self) -> None:
         self._set("arrival_s", real_numbers("arrival_s", self.arrival_s))
@@ -173,6 +176,7 @@ def make_requests(
     arrival_s: ArrayLike | None = None,
     predicted_output_tokens: ArrayLike | None = None,
     predicted_spread: ArrayLike | None = None,
+    *,
     classes: Sequence[int | str] | None = None,
 ) -> Requests:
     """Sort by arrival (ties keep their order) and fill the optional columns.
@@ -234,8 +238,8 @@ def make_requests(
         predictions[order],
         None if spread is None else spread[order],
         order if moved else None,
-        None if class_of is None else class_of[order],
-        class_names,
+        class_of=None if class_of is None else class_of[order],
+        class_names=class_names,
     )
 
 
