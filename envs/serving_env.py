@@ -94,9 +94,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     The histograms' buckets begin at 0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048 rounds.
     ``features`` names every entry.
 
-    ``process.observe`` names the blocks that a task observes, any of the three; they stand in the order
-    ``replica``, ``memory``, ``cluster``. Entries of the block ``memory``, where memory that is not limited
-    reads 0, 0, 1, 1 and then 0, and a task without mixed stages 0 in the last four:
+    ``process.observe`` names the blocks that a task observes, any of the four; they stand in the order
+    ``replica``, ``memory``, ``cluster``, ``latency``. Entries of the block ``memory``, where memory that is
+    not limited reads 0, 0, 1, 1 and then 0, and a task without mixed stages 0 in the last four:
 
     | entry | what |
     |---|---|
@@ -142,6 +142,27 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     | 18 | requests on the way here / clients |
     | 19 | seconds to copy a cached request of mean length against prefilling it again, a / (a + b) |
 
+    Entries of the block ``latency``. Those of a limit that ``[slo]`` lacks read 0, as do shares of nobody;
+    the last reads 1 until a request has finished. A request without a second token has no time per token:
+
+    | entry | what |
+    |---|---|
+    | 0 | the first token has a limit, 0 or 1 |
+    | 1 | the time per token has a limit, 0 or 1 |
+    | 2 | age of the oldest that waits for its first token against the limit, a / (a + b) |
+    | 3 | waiting for their first token for less than ¼ of the limit / waiting |
+    | 4 | waiting for their first token for ¼ of the limit or more / waiting, less than ½ |
+    | 5 | waiting for their first token for ½ of the limit or more / waiting, less than ¾ |
+    | 6 | waiting for their first token for ¾ of the limit or more / waiting, not beyond it |
+    | 7 | waiting for their first token beyond the limit / waiting |
+    | 8 | waiting again after their first token / waiting |
+    | 9 | seconds of a stage that fills the idle clients against the first token's limit, a / (a + b) |
+    | 10 | running above the limit per token so far / clients |
+    | 11 | running within a fifth below the limit per token so far / clients |
+    | 12 | mean seconds per token so far of the running against the limit, a / (a + b) |
+    | 13 | seconds of a round against the limit per token, a / (a + b) |
+    | 14 | finished within the limits / finished |
+
     Rounds to a finish are expected ones: true where ``information.output_lengths`` is "known", else
     by the prediction, revised when a request outlives it. No entry depends on a true length before a
     finish reveals it. Rewards, ``info`` and ``records()`` do: they are not for schedulers to read.
@@ -149,8 +170,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     ## Reward
     ``gap`` (default): the return of an episode is exactly −100 · (makespan / lower bound − 1); each
     step's reward is what it lost, in percent of the bound. ``latency``: the return is minus the mean
-    latency in seconds. The natural discount is 1. An episode that is truncated has no gap: its return
-    is minus what was lost until then.
+    latency in seconds, over all requests; one that is rejected counts 0. ``goodput``: the return is exactly
+    the number of requests that finished within the limits of ``[slo]``. The natural discount is 1. An
+    episode that is truncated has no gap: its return is minus what was lost until then.
 
     ## Start and end
     Every ``info`` holds ``replica``, the number of the replica that the observation is of: whose turn it is,

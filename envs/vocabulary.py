@@ -18,10 +18,11 @@ SHORTEST: Final = 3
 FCFS: Final = 4
 ALIGNED: Final = 5
 
-REWARDS: Final = ("gap", "latency")
+REWARDS: Final = ("gap", "latency", "goodput")
 """Names of the rewards."""
 
 GAP: Final = 0
+GOODPUT: Final = 2
 
 ROUTERS: Final = {
     "round-robin": "one replica after another",
@@ -105,9 +106,10 @@ ROLE_BOTH: Final = 0
 ROLE_PREFILL: Final = 1
 ROLE_DECODE: Final = 2
 
-OBSERVATION_BLOCKS: Final = ("replica", "memory", "cluster")
+OBSERVATION_BLOCKS: Final = ("replica", "memory", "cluster", "latency")
 """Names of the blocks of the observation, which holds them in this order: the clients, queue and stages of
-the replica that decides; its memory and chunk budget; where it stands among all replicas."""
+the replica that decides; its memory and chunk budget; where it stands among all replicas; how far its
+requests are from the limits of ``[slo]``."""
 
 MIXED_COSTS: Final = ("one-pass", "sum")
 """What a mixed stage costs: one pass of the weights, or a prefill part and a decode part."""

@@ -13,10 +13,16 @@ from servegym.envs.simulator.loading import router_luck
 from servegym.envs.simulator.routing import random_replica
 from servegym.envs.simulator.state import State
 from servegym.envs.task.cluster import ClusterConfig, LinkConfig, ReplicaConfig
-from servegym.envs.task.config import ProcessConfig, TaskConfig
+from servegym.envs.task.config import ProcessConfig, SloConfig, TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
 from tests.random_clusters import ClusterCase
-from tests.reference_cluster import ClusterSpec, Outcome, ReferenceCluster, serve
+from tests.reference_cluster import (
+    ClusterSpec,
+    Outcome,
+    ReferenceCluster,
+    ReferenceRequest,
+    serve,
+)
 from tests.reference_sglang import SglangCluster
 
 FIRST_COME = TriggerPolicy("fcfs", EAGER)
@@ -51,7 +57,8 @@ def cluster_task(spec: ClusterSpec) -> TaskConfig:
         host_link=LinkConfig(spec.host_latency_s, min(spec.host_bytes_per_s, 1e18)),
     )
     process = ProcessConfig(steals=spec.steals)
-    return TaskConfig("cluster", cluster=cluster, cost=spec.costs, process=process)
+    slo = SloConfig(ttft_s=1.0, tpot_s=0.5)  # so that gaps between tokens are noted
+    return TaskConfig("cluster", cluster=cluster, cost=spec.costs, process=process, slo=slo)
 
 
 def play_fast(case: ClusterCase) -> tuple[EpisodeLog, State, list[int], float]:
@@ -85,6 +92,16 @@ def with_draws(case: ClusterCase) -> ClusterCase:
     return ClusterCase(case.requests, ClusterSpec(**{**vars(case.spec), "draws": draws}))
 
 
+def compare_gaps(ours: float, theirs: ReferenceRequest) -> None:
+    """The worst gap between two tokens; a difference of two times of the clock is only as exact as these."""
+    if theirs.worst_gap_s is None:
+        assert np.isnan(ours), theirs.id
+        return
+    assert theirs.finished_s is not None
+    off = abs(ours - theirs.worst_gap_s)
+    assert off <= 1e-12 + 1e-9 * theirs.finished_s, (theirs.id, ours, theirs.worst_gap_s)
+
+
 def compare_cluster(case: ClusterCase) -> Outcome:
     """Serve in both; AssertionError where they differ."""
     case = with_draws(case)
@@ -103,6 +120,7 @@ def compare_cluster(case: ClusterCase) -> Outcome:
         for name in ("admitted_s", "first_token_s", "finished_s"):
             ours, other = float(getattr(log, name)[i]), getattr(theirs, name)
             assert abs(ours - other) <= 1e-12 + 1e-9 * abs(other), (row, name, ours, other)
+        compare_gaps(float(log.worst_gap_s[i]), theirs)
     replicas = state.replicas[0]
     for r in range(len(case.spec.replicas)):
         stages = [stage for stage in slow.stages if stage.replica == r]

@@ -102,4 +102,9 @@ def reference_records(reference: ReferenceSimulator) -> EpisodeLog:
         name: np.zeros(len(rows), int) for name in ("preemptions", "recomputed_tokens", "moves")
     }
     ints["replica"] = np.where(np.isnan(times["admitted_s"]), -1, 0)
-    return EpisodeLog(**times, **ints, rejected=np.zeros(len(rows), bool))
+    flags = {
+        "rejected": np.zeros(len(rows), bool),
+        "met_slo": np.isfinite(times["finished_s"]),
+        "arrived": np.array([row.arrival_s <= reference.clock_s for row in rows]),
+    }
+    return EpisodeLog(**times, **ints, **flags, worst_gap_s=np.full(len(rows), np.nan))

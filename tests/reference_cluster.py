@@ -425,9 +425,7 @@ class ReferenceCluster(Moving):
             if request.computed == request.todo:
                 emitting.append(request)
         for request in emitting:
-            request.emitted += 1
-            if request.first_token_s is None:
-                request.first_token_s = self.clock_s
+            request.emit(self.clock_s)
             if request.emitted == request.output:
                 request.phase = "finished"
                 request.finished_s = self.clock_s

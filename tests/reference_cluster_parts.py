@@ -102,6 +102,17 @@ class ReferenceRequest:
     blocks: int = 0  # at the replica where it runs, or that keeps them while it waits or moves
     stolen: bool = False  # it waits where it has come by theft: nobody steals it again
     stored: int | None = None  # waiting or fetched: the replica with its keys and values, or HOST
+    last_token_s: float | None = None
+    worst_gap_s: float | None = None  # between two of its tokens
+
+    def emit(self, now_s: float) -> None:
+        """A token more; the time since the one before counts wherever it was spent."""
+        self.emitted += 1
+        if self.first_token_s is None or self.last_token_s is None:
+            self.first_token_s = now_s
+        else:
+            self.worst_gap_s = max(self.worst_gap_s or 0.0, now_s - self.last_token_s)
+        self.last_token_s = now_s
 
     @property
     def rejected(self) -> bool:

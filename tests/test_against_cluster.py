@@ -164,7 +164,7 @@ def test_a_pool_is_played_alike_in_python_and_compiled(name: str) -> None:
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "pool"])
 def test_a_small_replica_beside_one_without_a_limit_is_passed_over(router: str) -> None:
     """The first holds 8 tokens, each request 12: all go to the second."""
-    replicas = ({"kv_capacity_tokens": 8}, {})
+    replicas: tuple[dict[str, int], ...] = ({"kv_capacity_tokens": 8}, {})
     task = changed(
         TASKS["servegym/Tiny-v0"], cluster={"replicas": 2, "router": router, "replica": replicas}
     )

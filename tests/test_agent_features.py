@@ -180,7 +180,7 @@ def test_an_agent_of_some_features_of_two_blocks() -> None:
     features = "1 / replicas", FEATURES[4], "memory is limited, 0 or 1"
     actions = "decode", "prefill:fcfs"
     agent = LearnedPolicy(network, AgentCard(actions, "events", (3, 2), "", features=features))
-    assert agent.blocks == OBSERVATION_BLOCKS
+    assert agent.blocks == ("replica", "memory", "cluster")
     metrics_of(agent, observing(*OBSERVATION_BLOCKS))
     assert network.asked[[0, 2]].tolist() == [1.0, 0.0]
     assert 0 < network.asked[1] < 1

@@ -15,6 +15,7 @@ from servegym.envs.task.cluster import ClusterConfig
 from servegym.envs.task.config import (
     InformationConfig,
     ProcessConfig,
+    SloConfig,
     WorkloadConfig,
     with_overrides,
 )
@@ -123,6 +124,11 @@ BAD_VALUES = [
     ("process", "rules", '["fcfs", "fcfs"]', "each once", '["fcfs", "plan"]'),
     ("process", "rules", '["fcsf"]', "did you mean 'fcfs'?", '["fcfs"]'),
     ("process", "rules", '["fcfs", 3]', "process.rules[1] must be a text, got 3", '["fcfs"]'),
+    # limits
+    ("slo", "ttft_s", "0", "> 0 seconds, got 0.0; leave it out for no limit", "1e-9"),
+    ("slo", "ttft_s", "-1.5", "> 0 seconds, got -1.5", "inf"),
+    ("slo", "tpot_s", "nan", "> 0 seconds, got nan", "0.05"),
+    ("slo", "tpot_s", "true", "slo.tpot_s must be a number, got True", "1"),
 ]
 
 
@@ -145,6 +151,7 @@ def test_every_key_is_in_the_table_of_bad_values() -> None:
         "workload": WorkloadConfig,
         "information": InformationConfig,
         "process": ProcessConfig,
+        "slo": SloConfig,
     }
     keys = {(section, item.name) for section, cls in sections.items() for item in fields(cls)}
     assert keys == {(section, key) for section, key, *_ in BAD_VALUES}

@@ -279,6 +279,17 @@ def test_metrics_by_hand() -> None:
         "moves": 0,
         "e2e_p50_s": 6.0,  # they end at 3, 6 and 7 s
         "e2e_p99_s": pytest.approx(6.98),
+        "goodput_per_s": 3 / 7,
+        "slo_attainment": 1.0,
+        "gap_between_tokens_p50_s": pytest.approx(np.nan, nan_ok=True),  # not noted
+        "gap_between_tokens_p99_s": pytest.approx(np.nan, nan_ok=True),
+        "e2e_mean_s": 16 / 3,
+        "jain_fairness": pytest.approx(1089 / 1167),  # of 2/3, 4/7 and 1/3 tokens a second
+        "peak_queue": 1.0,
+        "idle_wait_share": 0.0,
+        "preempted_slowdown": pytest.approx(np.nan, nan_ok=True),
+        "recompute_tax": 0.0,
+        "memory_overrun_blocks": 0.0,
     }
 
 

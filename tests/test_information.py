@@ -152,8 +152,8 @@ def test_compiled_and_object_play_agree(task: TaskConfig, name: str) -> None:
     case = make_case(task, 2)
     row = play(task, name, make_policy(name), case, 2).row
     compiled = play_compiled(task, make_trigger_policy(name), case)
-    for metric in METRICS:
-        assert metric == "decisions" or row[metric] == compiled[metric]
+    same = [metric for metric in METRICS if metric != "decisions"]
+    assert str([row[metric] for metric in same]) == str([compiled[metric] for metric in same])
 
 
 def test_the_vector_environment_knows_no_more() -> None:

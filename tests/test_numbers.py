@@ -114,7 +114,7 @@ def test_padding_of_the_largest_instance(seed: int, clusters: int) -> None:
 
 def test_a_plan_at_risk_of_the_longest_lengths() -> None:
     requests = make_requests([1, 1], [9, 9], predicted_output_tokens=[MAX_TOKENS, 5])
-    requests = Requests(*vars(requests).values())
+    requests = Requests(**vars(requests))
     task = TaskConfig("test", cluster=ClusterConfig(clients=2), cost=UNIT_COSTS)
     case = bound_case(lower(task), requests)
     briefing = brief(task, case, seed=0)
@@ -335,4 +335,5 @@ def test_the_extreme_costs_give_finite_numbers(largest: float) -> None:
             assert np.isfinite(observation).all()
             total += float(reward)
         assert total == pytest.approx(-100 * info["gap"], abs=1e-9)
-        assert np.isfinite(list(info.values())).all()
+        without = {"gap_between_tokens_p50_s", "gap_between_tokens_p99_s", "preempted_slowdown"}
+        assert np.isfinite([info[name] for name in info.keys() - without]).all()

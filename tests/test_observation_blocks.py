@@ -18,6 +18,7 @@ from servegym.envs import ServingEnv, load_task, make_case, make_requests, play
 from servegym.envs.process.blocks import BLOCK_FEATURES, block_of, features_of
 from servegym.envs.process.observation import FEATURES
 from servegym.envs.process.observed_cluster import CLUSTER_FEATURES
+from servegym.envs.process.observed_latency import LATENCY_FEATURES
 from servegym.envs.process.observed_memory import MEMORY_FEATURES
 from servegym.envs.simulator.routing import Load, look
 from servegym.envs.simulator.state import DECODE_RUN, IDLE, MIXED, NOBODY, PREFILL
@@ -209,10 +210,11 @@ def expected_cluster(env: ServingEnv, r: int) -> list[float]:
 def assert_observed(env: ServingEnv, observation: np.ndarray, r: int) -> None:
     assert env.observation_space.contains(observation)
     names = MEMORY_FEATURES + CLUSTER_FEATURES
+    of_blocks = observation[len(FEATURES) : -len(LATENCY_FEATURES)]  # which has a file of its own
     expected = expected_memory(env, r) + expected_cluster(env, r)
     wrong = [
         (name, float(ours), theirs)
-        for name, ours, theirs in zip(names, observation[len(FEATURES) :], expected, strict=True)
+        for name, ours, theirs in zip(names, of_blocks, expected, strict=True)
         if not math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-7)
     ]
     assert wrong == []
@@ -266,7 +268,7 @@ def test_constants_of_one_replica_without_a_memory_limit(rng: np.random.Generato
     env = ServingEnv(with_overrides(TINY, ALL))
     observation, _ = env.reset(seed=0)
     memory = [0.0, 0.0, 1.0, 1.0, *[0.0] * 11]
-    cluster = [1.0, *[0.5] * 9, *[0.0] * 10]
+    cluster = [1.0, *[0.5] * 9, *[0.0] * 10, *[0.0] * 14, 1.0]  # and latency
     over = False
     while not over:
         assert observation[len(FEATURES) :].tolist() == memory + cluster
@@ -373,7 +375,7 @@ def test_names_are_unique() -> None:
 
 def test_the_docstring_tabulates_every_entry() -> None:
     text = ServingEnv.__doc__ or ""
-    for features in (MEMORY_FEATURES, CLUSTER_FEATURES):
+    for features in (MEMORY_FEATURES, CLUSTER_FEATURES, LATENCY_FEATURES):
         for entry, name in enumerate(features):
             assert f"| {entry} | {name} |" in text
 
@@ -408,7 +410,7 @@ def test_sizes_depend_on_no_number_of_anything() -> None:
 def test_blocks_that_do_not_exist() -> None:
     for observe, words in (
         (["memry"], "unknown block of process.observe: 'memry'; did you mean 'memory'?"),
-        (["latency"], "unknown block of process.observe: 'latency'; choose from replica, memory"),
+        (["weather"], "unknown block of process.observe: 'weather'; choose from replica, memory"),
         ([], "process.observe must name at least one block, each once"),
         (["memory", "memory"], "process.observe must name at least one block, each once"),
         ("memory", "process.observe must be a list, got 'memory'"),

@@ -132,7 +132,8 @@ def test_object_and_compiled_play_agree(name: str, task: object) -> None:
     case = make_case(chosen, 3)
     row = play(chosen, name, make_policy(name), case, 0).row
     compiled = play_compiled(chosen, make_trigger_policy(name), case)
-    assert all(metric == "decisions" or row[metric] == compiled[metric] for metric in METRICS)
+    same = [metric for metric in METRICS if metric != "decisions"]
+    assert str([row[metric] for metric in same]) == str([compiled[metric] for metric in same])
 
 
 def test_pulling_by_a_high_quantile_pays_where_some_are_guesses() -> None:

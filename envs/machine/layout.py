@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -53,6 +54,10 @@ class Layout(NamedTuple):
     host_latency_s: float = 0.0
     host_token_s: float = 0.0
     round_s: tuple[float, ...] = ()  # of each replica, see ``Fleet``; (): all take equally long
+    slo_ttft_s: float = math.inf
+    slo_tpot_s: float = math.inf
+    counts_slo: bool = False  # count the requests that meet both when they finish
+    keeps_gaps: bool = False  # note the worst gap between two tokens of each request
 
     @property
     def moves(self) -> bool:

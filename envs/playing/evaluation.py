@@ -24,6 +24,7 @@ from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import run_parallel
 from servegym.envs.playing.policy import Briefing, Policy, Situation, asked_task
 from servegym.envs.playing.records import records_path, write_records
+from servegym.envs.playing.service import SERVICE, Window, check_window, service_rows
 from servegym.envs.playing.tables import ResumableTable, Row, Schema, read_rows
 from servegym.envs.process.metrics import METRIC_DEFAULTS, METRICS, EpisodeLog
 from servegym.envs.serving_env import ServingEnv
@@ -41,7 +42,7 @@ _COUNTS: Final = (
     "rejected",
     "moves",
 )
-_LATER: Final = (UNFINISHED, *_COUNTS, "e2e_p50_s", "e2e_p99_s")  # behind the first tables' columns
+_LATER: Final = METRICS[METRICS.index(UNFINISHED) :]  # behind the first tables' columns
 
 COLUMNS: Final = (
     "task",
@@ -78,6 +79,8 @@ BEST_KNOWN: Final = Schema(
 
 _REMEDY: Final = "remove the file or choose a new folder"
 
+NO_CUT: Final = Window()
+
 HELD_OUT_SEED: Final = 1_000_000
 """Seeds below are for training and tuning, seeds from here on for held-out evaluation."""
 
@@ -98,6 +101,8 @@ class Episode:
 
     row: dict[str, Any]
     records: EpisodeLog
+    elapsed_s: float
+    """When it ended, also where it was cut short."""
 
 
 def make_case(task: TaskConfig, seed: int) -> Case:
@@ -159,7 +164,8 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
     row["decision_ms_p50"], row["decision_ms_p99"] = np.percentile(nanoseconds, [50, 99]) / 1e6
     row["decision_points"] = task.process.decisions
     row["prepare_s"] = prepare_s
-    return Episode(row, env.records())
+    assert env.state is not None
+    return Episode(row, env.records(), float(env.state.episodes["now_s"][0]))
 
 
 @contextmanager
@@ -207,6 +213,7 @@ def evaluate(
     jobs: int = 1,
     progress: bool = True,
     records: bool = False,
+    window: Window = NO_CUT,
 ) -> pd.DataFrame:
     """Play every policy on every seed and return these episodes, sorted by policy and seed.
 
@@ -226,12 +233,16 @@ def evaluate(
     records
         Whether to write a row per request to ``records/POLICY-SEED.csv``, too; an episode without
         that file is played again. See :mod:`servegym.envs.playing.records`.
+    window
+        What is left out of the arrivals in ``service.csv``, which is written where anything is, and where
+        requests have classes; see :mod:`servegym.envs.playing.service`.
 
     Raises
     ------
     ServegymError
         If a policy is unknown, the folder cannot be written, holds another task's episodes or is
-        written to by another process, or if the task's workload file changes meanwhile.
+        written to by another process, if the task's workload file changes meanwhile, or if no request of
+        an episode arrives in the window.
 
     Examples
     --------
@@ -246,11 +257,21 @@ def evaluate(
     """
     # Refuse an unknown policy or a bad workload file before anything is written.
     check_policies(task, make_policy, names)
-    sample_requests(task, np.random.default_rng(0))
+    requests = sample_requests(task, np.random.default_rng(0))
+    check_window(window)
+    serves = window if window.cuts or requests.class_of is not None else None
     names, seeds = list(dict.fromkeys(names)), list(dict.fromkeys(seeds))
     with locked(output):
         return _evaluate(
-            claim_task(task, output), make_policy, names, seeds, output, jobs, progress, records
+            claim_task(task, output),
+            make_policy,
+            names,
+            seeds,
+            output,
+            jobs,
+            progress,
+            records,
+            serves,
         )
 
 
@@ -263,6 +284,7 @@ def _evaluate(
     jobs: int,
     progress: bool,
     records: bool,
+    window: Window | None,
 ) -> pd.DataFrame:
     place = {name: k for k, name in enumerate(names)}
 
@@ -273,6 +295,7 @@ def _evaluate(
     path = output / "episodes.csv"
     table = ResumableTable(path, EPISODES, _REMEDY, ("policy", "seed"), order=order)
     _check_episodes(path, table.frame())
+    service = read_service(output, order)
     missing: dict[int, list[str]] = {}
     for seed in seeds:
         unplayed = set(table.missing((name, seed) for name in names))
@@ -281,18 +304,21 @@ def _evaluate(
             for name in names
             if (name, seed) in unplayed
             or (records and not records_path(output, name, seed).exists())
+            or (window is not None and service.missing([(name, seed, *window)]))
         ]
         if pending:
             missing[seed] = pending
     known = hash_of(task)
     cases = [
-        (task, known, make_policy, seed, pending, output, records)
+        (task, known, make_policy, seed, pending, output, records, window)
         for seed, pending in missing.items()
     ]
     results = run_parallel(_play_case, cases, jobs)
     bar = tqdm(total=sum(map(len, missing.values())), disable=not progress)
-    with bar, closing(results), table:  # saved first: to stop the workers may take a while
-        for rows in results:
+    with bar, closing(results), table, service:  # saved first: to stop the workers may take a while
+        for rows, served in results:
+            if served:
+                service.add(served)
             table.add(rows)
             bar.update(len(rows))
     asked = {(name, seed) for name in names for seed in seeds}
@@ -308,8 +334,9 @@ def _play_case(
     names: Sequence[str],
     output: Path,
     records: bool,
-) -> list[dict[str, Any]]:
-    """Return a row a policy; refuse a workload file that is not the one of the other rows.
+    window: Window | None,
+) -> tuple[list[Row], list[Row]]:
+    """Return a row a policy, and rows of ``service.csv`` for a window; refuse another workload file.
 
     Records are written before the row is: an episode with a row has its records. Those that stand
     there are written again with their row, also where none were asked for.
@@ -321,8 +348,28 @@ def _play_case(
     for name, episode in zip(names, episodes, strict=True):
         path = records_path(output, name, seed)
         if records or path.exists():
-            write_records(path, episode.records, case.requests.rows)
-    return [episode.row for episode in episodes]
+            write_records(path, episode.records, case.requests)
+    served = []
+    for name, episode in zip(names, episodes, strict=True):
+        if window is not None:
+            of = {"policy": name, "seed": seed}
+            rows = service_rows(episode.records, case.requests, window, episode.elapsed_s)
+            served += [of | row for row in rows]
+    return [episode.row for episode in episodes], served
+
+
+def read_service(
+    output: Path, order: Callable[[Row], tuple[int, str, int]] | None = None
+) -> ResumableTable:
+    """Return the ``service.csv`` of a folder, without rows where there is none.
+
+    Raises
+    ------
+    ServegymError
+        One line naming file and line of what is damaged or of another version.
+    """
+    key = ("policy", "seed", "warmup_s", "cooldown_s")
+    return ResumableTable(output / "service.csv", SERVICE, _REMEDY, key, order=order)
 
 
 def read_episodes(path: Path) -> pd.DataFrame:

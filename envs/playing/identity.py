@@ -201,7 +201,7 @@ def claim_task(task: TaskConfig, output: Path) -> TaskConfig:
         another version, or tables of what is not noted.
     """
     wanted = notes_of(task) | hash_of(task)
-    tables = ("episodes.csv", "optima.csv")
+    tables = ("episodes.csv", "optima.csv", "service.csv")
     notes = claim(output / "task.json", wanted, "episodes", tables=tables)
     return replace(task, name=notes["name"])
 

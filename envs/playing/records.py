@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.process.metrics import EpisodeLog
+from servegym.envs.process.service import NAN
+from servegym.envs.workload.requests import Requests
 
 RECORD_COLUMNS: Final = (
     "request",
@@ -27,8 +29,14 @@ RECORD_COLUMNS: Final = (
     "preemptions",
     "recomputed_tokens",
     "moves",
+    "met_slo",
+    "gap_between_tokens_s",
+    "class",
 )
-"""Columns of ``records/POLICY-SEED.csv``; ``request`` is the row of the workload, from 0."""
+"""Columns of ``records/POLICY-SEED.csv``; ``request`` is the row of the workload, from 0.
+
+``met_slo`` is 1 or 0 once a request has arrived, ``gap_between_tokens_s`` its worst gap between two tokens.
+"""
 
 _LONGEST_NAME: Final = 80
 
@@ -54,15 +62,15 @@ def records_path(output: Path, policy: str, seed: int) -> Path:
     return output / "records" / f"{name}-{seed}.csv"
 
 
-def records_table(log: EpisodeLog, rows: NDArray[np.int64] | None = None) -> pd.DataFrame:
+def records_table(log: EpisodeLog, requests: Requests | None = None) -> pd.DataFrame:
     """Return an episode's records by row of the workload; a cell is empty where nothing happened.
 
     Parameters
     ----------
     log
         The records, by request.
-    rows
-        The row of each request, as ``Requests.rows``; None: they are in that order.
+    requests
+        What was served, for the rows and the classes; None: in order of their rows, without classes.
 
     Examples
     --------
@@ -73,6 +81,10 @@ def records_table(log: EpisodeLog, rows: NDArray[np.int64] | None = None) -> pd.
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
     count = len(log.arrival_s)
+    rows = None if requests is None else requests.rows
+    classes: list[str] | float = NAN
+    if requests is not None and requests.class_of is not None:
+        classes = [requests.class_names[place] for place in requests.class_of]
     table = pd.DataFrame(
         {
             "request": np.arange(count) if rows is None else rows,
@@ -87,18 +99,21 @@ def records_table(log: EpisodeLog, rows: NDArray[np.int64] | None = None) -> pd.
             "preemptions": _known(log.preemptions, ~log.rejected),
             "recomputed_tokens": _known(log.recomputed_tokens, ~log.rejected),
             "moves": _known(log.moves, ~log.rejected),
+            "met_slo": _known(log.met_slo, log.arrived),
+            "gap_between_tokens_s": log.worst_gap_s,
+            "class": classes,
         },
         columns=list(RECORD_COLUMNS),
     )
     return table.sort_values("request", ignore_index=True)
 
 
-def _known(values: NDArray[np.integer], there: NDArray[np.bool_]) -> pd.Series:
+def _known(values: NDArray[np.integer] | NDArray[np.bool_], there: NDArray[np.bool_]) -> pd.Series:
     """Return whole numbers that are missing where they mean nothing."""
     return pd.Series(values.astype(np.int64)).astype("Int64").where(there)
 
 
-def write_records(path: Path, log: EpisodeLog, rows: NDArray[np.int64] | None) -> None:
+def write_records(path: Path, log: EpisodeLog, requests: Requests | None) -> None:
     """Write :func:`records_table` to a file, whole or not at all.
 
     Raises
@@ -107,4 +122,4 @@ def write_records(path: Path, log: EpisodeLog, rows: NDArray[np.int64] | None) -
         If the file cannot be written.
     """
     make_folder(path.parent)
-    write_file(path, records_table(log, rows).to_csv(index=False, lineterminator="\n"))
+    write_file(path, records_table(log, requests).to_csv(index=False, lineterminator="\n"))

@@ -16,6 +16,7 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.actions import Settings
 from servegym.envs.process.observation import FEATURES, OBSERVATION_SIZE, observe_replica
 from servegym.envs.process.observed_cluster import CLUSTER_FEATURES, observe_cluster
+from servegym.envs.process.observed_latency import LATENCY_FEATURES, observe_latency
 from servegym.envs.process.observed_memory import MEMORY_FEATURES, observe_memory
 from servegym.envs.simulator.state import State
 from servegym.envs.vocabulary import OBSERVATION_BLOCKS
@@ -24,6 +25,7 @@ BLOCK_FEATURES: Final[dict[str, tuple[str, ...]]] = {
     "replica": FEATURES,
     "memory": MEMORY_FEATURES,
     "cluster": CLUSTER_FEATURES,
+    "latency": LATENCY_FEATURES,
 }
 """What each entry of each block means; no two entries have the same name."""
 
@@ -75,3 +77,6 @@ def observe(
         at += len(MEMORY_FEATURES)
     if settings.observes & 4:
         observe_cluster(state, costs, e, r, at, out)
+        at += len(CLUSTER_FEATURES)
+    if settings.observes & 8:
+        observe_latency(state, costs, e, r, at, out)

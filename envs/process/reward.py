@@ -7,7 +7,10 @@ stages. A truncated episode has no gap: its return is minus the loss until then 
 requests.
 
 ``latency``: loss = ∫ requests in the system dt / requests; the return is minus the mean latency in
-seconds.
+seconds, over all requests: one that is rejected has waited for nothing.
+
+``goodput``: loss = −(requests that have finished and met ``[slo]``); the return is their number, exactly:
+every reward is a whole number. Without limits each request counts that finishes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from servegym.envs.jit import kernel
 from servegym.envs.simulator.queues import blocks_of
 from servegym.envs.simulator.routing import largest_servable
 from servegym.envs.simulator.state import UNLIMITED_BLOCKS, State
-from servegym.envs.vocabulary import GAP
+from servegym.envs.vocabulary import GAP, GOODPUT
 from servegym.envs.workload.requests import Requests
 
 
@@ -34,6 +37,8 @@ def loss(state: State, e: int, reward: int) -> float:
         credit_s = episode.round_credit_s * episode.served_rounds
         credit_s += episode.prompt_credit_s * episode.admitted_prompt_tokens
         return 100.0 * (episode.now_s - credit_s) / episode.bound_s
+    if reward == GOODPUT:
+        return -float(episode.met)
     return episode.in_system_s / episode.requests
 
 

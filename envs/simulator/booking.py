@@ -10,6 +10,7 @@ import numpy as np
 from servegym.envs.jit import kernel
 from servegym.envs.simulator.beliefs import expect_admitted, reveal, revise
 from servegym.envs.simulator.finishes import merge
+from servegym.envs.simulator.gaps import begin_decoding, end_decoding
 from servegym.envs.simulator.memory import blocks_of_rounds, count_held
 from servegym.envs.simulator.queues import (
     blocks_of,
@@ -17,6 +18,7 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
+from servegym.envs.simulator.slo import count_met
 from servegym.envs.simulator.state import DECODE_RUN, FINISHED, IDLE, MIXED, PREFILL, State
 from servegym.envs.simulator.transfers import end_move_of
 
@@ -30,6 +32,9 @@ def book(state: State, e: int, r: int, seconds: float) -> None:
     replica.clock_s += seconds
     if stage != PREFILL:
         _book_rounds(state, e, r, replica.run_rounds, seconds)
+    if state.cluster.counts_memory:
+        overrun = replica.used_blocks - state.machines[r].blocks
+        replica.overrun_blocks = max(replica.overrun_blocks, overrun)
     if stage == PREFILL:
         replica.prefill_s += seconds
         replica.prefill_stages += 1
@@ -81,6 +86,8 @@ def _book_prefills(state: State, e: int, r: int) -> None:
     episode.served_rounds += again
     replica.cached_tokens += cached
     replica.due_sum += due_sum
+    if episode.keeps_gaps and emitting > 0:
+        begin_decoding(state, e, r, emitting)
     _schedule_finishes(state, e, r, emitting)
     if not episode.lengths_known:
         expect_admitted(state, e, r, emitting)
@@ -126,6 +133,10 @@ def _finish_due(state: State, e: int, r: int) -> None:
             end_move_of(state, e, i)
         request.phase = FINISHED
         state.times[e, i].finished_s = replica.clock_s
+        if state.episodes[e].keeps_gaps:
+            end_decoding(state, e, r, i)
+        if state.episodes[e].counts_slo:
+            count_met(state, e, i)
         tokens = np.int64(request.prompt_tokens) + request.decode_rounds
         replica.cached_tokens -= tokens + 1
         if state.cluster.counts_memory:

@@ -15,6 +15,7 @@ from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admit, admit_chunks, admit_pieces
 from servegym.envs.simulator.booking import book
+from servegym.envs.simulator.gaps import note_stage
 from servegym.envs.simulator.memory import make_room
 from servegym.envs.simulator.moving import begin_instant, end_boundary, end_instant, wake_sleepers
 from servegym.envs.simulator.queues import (
@@ -106,6 +107,8 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     for r in range(replicas):
         if state.event_s[e, r] == now_s and state.replicas[e, r].stage != IDLE:
             prefilled = state.replicas[e, r].emitting
+            if episode.keeps_gaps:
+                note_stage(state, costs, e, r)
             book(state, e, r, state.replicas[e, r].stage_s)
             if moves:
                 end_boundary(state, e, r, prefilled)

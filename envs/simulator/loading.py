@@ -112,6 +112,8 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
     episode.random_bits = luck
     episode.turn = state.replicas.shape[1]
     episode.transfer_s = np.inf
+    episode.counts_slo = state.cluster.counts_slo
+    episode.keeps_gaps = state.cluster.keeps_gaps
     for q in range(state.queues.shape[1]):
         queue = state.queues[e, q]
         queue.first = NOBODY

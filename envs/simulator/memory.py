@@ -15,6 +15,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.finishes import find, remove_one
+from servegym.envs.simulator.gaps import end_decoding
 from servegym.envs.simulator.queues import (
     blocks_of,
     enqueue_first,
@@ -350,6 +351,8 @@ def preempt(state: State, e: int, r: int, i: int) -> None:
 def stop_decoding(state: State, e: int, r: int, i: int) -> None:
     """Take a decoding request from its client and note what it has emitted; blocks are not counted."""
     replica, request = state.replicas[e, r], state.requests[e, i]
+    if state.episodes[e].keeps_gaps:
+        end_decoding(state, e, r, i)
     emitted = emitted_tokens(state, e, r, i)
     held = np.int64(request.prompt_tokens) + emitted - 1
     count_held(state, e, r, held, -1)

@@ -13,6 +13,7 @@ import numpy as np
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.finishes import insert
+from servegym.envs.simulator.gaps import join_decoding
 from servegym.envs.simulator.memory import (
     blocks_of_rounds,
     count_held,
@@ -344,3 +345,5 @@ def _join(state: State, e: int, r: int, i: int, tokens: int) -> None:
     if not episode.lengths_known:
         insert(state.expected[e, r], replica.active, expected_end, i)
     replica.active += 1
+    if episode.keeps_gaps:
+        join_decoding(state, e, r, i)

@@ -85,6 +85,10 @@ class Cluster(Bundle):
     evicts_to_host: bool
     host_latency_s: float
     host_token_s: float
+    slo_ttft_s: float  # most seconds to the first token; ∞: any
+    slo_tpot_s: float  # most seconds per token after it; ∞: any
+    counts_slo: bool  # of new episodes, see EPISODE
+    keeps_gaps: bool
 
 
 MACHINE: Final = np.dtype(
@@ -131,6 +135,10 @@ EPISODE: Final = np.dtype(
         ("again", np.int64),  # 1: replicas that sleep are to be asked again at ``now_s``
         ("reported_loss", np.float64),  # the loss that rewards have told of
         ("decisions", np.int64),
+        # Service, see ``slo`` and ``gaps``. Not in copies for look-ahead: they have no times.
+        ("counts_slo", np.int64),  # 1: ``met`` is counted
+        ("met", np.int64),  # finished requests that met both limits
+        ("keeps_gaps", np.int64),  # 1: the worst gap between two tokens of each request is noted
     ],
     align=True,
 )
@@ -193,6 +201,16 @@ TIMES: Final = np.dtype(
         ("admitted_s", np.float64),  # start of its first prefill stage, NaN before
         ("first_token_s", np.float64),  # end of the stage that emits its first token, NaN before
         ("finished_s", np.float64),  # NaN before
+        # Written only where gaps between tokens are noted, see ``gaps``.
+        (
+            "worst_gap_s",
+            np.float64,
+        ),  # whole once it has finished; before, without its present group's
+        (
+            "last_token_s",
+            np.float64,
+        ),  # of a request that has emitted tokens and does not decode now
+        ("gap_stamp", np.int64),  # while it decodes; else NOBODY
     ],
     align=True,
 )
@@ -237,6 +255,15 @@ REPLICA: Final = np.dtype(
         ("mixed_stages", np.int64),
         ("busy_decode_s", np.float64),  # Σ over rounds of n / J · seconds
         ("preemptions", np.int64),
+        ("overrun_blocks", np.int64),  # most blocks beyond its memory; 0, or there is a fault
+        # Gaps between tokens, see ``gaps``.
+        ("gap_groups", np.int64),  # in its stack
+        (
+            "fresh_groups",
+            np.int64,
+        ),  # of these, on top: those that have emitted nothing together yet
+        ("gap_stamp", np.int64),  # of the next group
+        ("emitted_s", np.float64),  # when all below the fresh have last emitted a token
     ],
     align=True,
 )
@@ -279,6 +306,21 @@ CLIENT: Final = np.dtype(
     align=True,
 )
 
+GAP_GROUP: Final = np.dtype(
+    [
+        ("stamp", np.int64),  # of the first that belonged to it
+        ("members", np.int64),  # requests that decode
+        ("worst_s", np.float64),  # gap between two of their tokens since they decode here
+        ("since_s", np.float64),  # while it is fresh: when it began
+        (
+            "joined",
+            np.int64,
+        ),  # while it is fresh: the request that landed without a token, or NOBODY
+    ],
+    align=True,
+)
+"""Requests of a replica that have had the same worst gap, see ``gaps``."""
+
 FINISH: Final = np.dtype([("due", np.int64), ("request", np.int64)])
 
 BELIEF: Final = np.dtype([("log_median", np.float64), ("spread", np.float64)])
@@ -319,6 +361,7 @@ class State(Bundle):
     beliefs: RecordArray  # (E, I) BELIEF at first, by id; (E, 0) if known
     picked: NDArray[np.int32]  # (E, R, J) the requests whose prefill ends with the present stage
     keys: NDArray[np.int64]  # (E, clients of all replicas) scratch
+    gaps: RecordArray  # (E, R, 2 J) GAP_GROUP, a stack [: replica.gap_groups]; (E, R, 0): not noted
     transfers: (
         RecordArray  # (E, T) TRANSFER in order of making [: episode.transfers]; (E, 0): none ever
     )
@@ -370,6 +413,7 @@ def make_state(
         beliefs=_records(e, 0 if lengths_known else i, dtype=BELIEF),
         picked=np.zeros((e, r, j), np.int32),
         keys=np.zeros((e, r * j), np.int64),
+        gaps=_records(e, r, 2 * j if layout.keeps_gaps else 0, dtype=GAP_GROUP),
         # Each keeps a client of its target, or is one of as many as may come to a queue at once.
         transfers=_records(e, 2 * r * j if layout.moves else 0, dtype=TRANSFER),
     )

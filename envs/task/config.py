@@ -166,10 +166,11 @@ class ProcessConfig:
     decisions: Literal["events", "rounds"] = "events"
     """Ask where the choice has changed (a finish, an arrival), or at every decode round."""
     observe: tuple[str, ...] = ("replica",)
-    """Blocks of the observation, ``replica``, ``memory`` and ``cluster``; it holds them in this order,
-    whatever the order in which they are named."""
+    """Blocks of the observation, ``replica``, ``memory``, ``cluster`` and ``latency``; it holds them in this
+    order, whatever the order in which they are named."""
     reward: str = "gap"
-    """``gap`` (the return is minus the gap in percent) or ``latency`` (minus mean latency, s)."""
+    """``gap`` (the return is minus the gap in percent), ``latency`` (minus mean latency, s) or ``goodput``
+    (the number of requests that met ``[slo]``)."""
     max_decisions: int = 0
     """Truncate after so many decisions; 0: never."""
     max_seconds: float = 0.0
@@ -210,6 +211,46 @@ class ProcessConfig:
             raise ServegymError(f"process.max_seconds must be ≥ 0, got {self.max_seconds}")
 
 
+@dataclass(frozen=True)
+class SloConfig:
+    """``[slo]``: what a request must meet to count for goodput (service level objectives).
+
+    Examples
+    --------
+    >>> SloConfig(ttft_s=1.0).tpot_s is None
+    True
+    """
+
+    ttft_s: float | None = None
+    """Most seconds from its arrival to its first token, > 0; None or inf: any."""
+    tpot_s: float | None = None
+    """Most seconds per token after the first, on average, > 0; None or inf: any. A request of one token
+    meets it."""
+
+    def __post_init__(self) -> None:
+        check_fields("slo", self)
+        for name in ("ttft_s", "tpot_s"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise ServegymError(
+                    f"slo.{name} must be > 0 seconds, got {limit}; leave it out for no limit"
+                )
+            if limit == np.inf:
+                object.__setattr__(self, name, None)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Most seconds to the first token and per token after it; inf: any."""
+        ttft_s, tpot_s = (
+            np.inf if limit is None else limit for limit in (self.ttft_s, self.tpot_s)
+        )
+        return ttft_s, tpot_s
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to meet."""
+        return self.ttft_s is not None or self.tpot_s is not None
+
+
 class Admission(NamedTuple):
     """An action that admits: by which rule, in which stage, within which limits."""
 
@@ -243,6 +284,7 @@ class TaskConfig:
     workload: WorkloadConfig = WorkloadConfig()
     information: InformationConfig = InformationConfig()
     process: ProcessConfig = ProcessConfig()
+    slo: SloConfig = SloConfig()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", as_annotated("name", self.name, str))
@@ -297,7 +339,7 @@ class TaskConfig:
         )
 
 
-_SECTIONS: Final = {"cluster", "cost", "workload", "information", "process"}
+_SECTIONS: Final = {"cluster", "cost", "workload", "information", "process", "slo"}
 
 
 def with_overrides(task: TaskConfig, sections: Mapping[str, Any]) -> TaskConfig:

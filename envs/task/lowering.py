@@ -38,6 +38,7 @@ from servegym.envs.vocabulary import (
     STEALS,
     VICTIMS,
 )
+from servegym.envs.workload.cells import is_file
 from servegym.envs.workload.comparison import compared_tokens
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import Requests
@@ -145,7 +146,25 @@ def lay_out(task: TaskConfig) -> Layout:
         host_latency_s=host.latency_s,
         host_token_s=cluster.kv_bytes_per_token / host.bytes_per_s,
         round_s=_full_rounds(task.cost, replicas),
+        slo_ttft_s=task.slo.limits[0],
+        slo_tpot_s=task.slo.limits[1],
+        counts_slo=_counts_slo(task),
+        keeps_gaps=_keeps_gaps(task, replicas),
     )
+
+
+def _counts_slo(task: TaskConfig) -> bool:
+    """Return whether a reward or an observation asks how many requests have met ``[slo]``."""
+    return task.process.reward == "goodput" or "latency" in task.process.observe
+
+
+def _keeps_gaps(task: TaskConfig, replicas: tuple[FullReplica, ...]) -> bool:
+    """Return whether gaps between tokens are of interest: somebody waits for tokens, or loses memory."""
+    workload = task.workload
+    arriving = workload.arrival_rate_per_s > 0 or workload.arrivals is not None
+    over_time = arriving or is_file(workload.source)
+    limited = any(replica.kv_capacity_tokens > 0 for replica in replicas)
+    return bool(task.slo) or over_time or limited
 
 
 def _full_rounds(cost: CostModel, replicas: tuple[FullReplica, ...]) -> tuple[float, ...]:

@@ -17,7 +17,9 @@ from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.workload.cells import numbers_in
 from servegym.envs.workload.formats import FORMATS
 from servegym.envs.workload.requests import (
+    EVERYBODY,
     MAX_ARRIVAL_S,
+    MAX_CLASSES,
     MAX_SPREAD,
     MAX_TOKENS,
     Requests,
@@ -25,7 +27,7 @@ from servegym.envs.workload.requests import (
 )
 
 _REQUIRED: Final = ("prompt_tokens", "output_tokens")
-_OPTIONAL: Final = ("arrival_s", "predicted_output_tokens", "predicted_spread")
+_OPTIONAL: Final = ("arrival_s", "predicted_output_tokens", "predicted_spread", "class")
 
 
 def read_own_csv(path: Path, text: str) -> Requests:
@@ -63,13 +65,15 @@ def check_own_names(where: str, names: Iterable[str]) -> None:
 
 def own_requests(path: Path, table: pd.DataFrame, place: str) -> Requests:
     """Return the requests of a table of our own columns, whose index holds the place of each row."""
-    columns = {name: _column(path, table[name], place) for name in table.columns}
+    classes = _classes(path, table["class"], place) if "class" in table.columns else None
+    columns = {name: _column(path, table[name], place) for name in table.columns if name != "class"}
     return make_requests(
         columns["prompt_tokens"],
         columns["output_tokens"],
         columns.get("arrival_s"),
         columns.get("predicted_output_tokens"),
         columns.get("predicted_spread"),
+        classes=classes,
     )
 
 
@@ -111,6 +115,25 @@ def check_separator(path: Path, text: str) -> None:
         parts = {part.strip(" \"'") for part in header.split(separator)}
         if any(parts >= form.lengths for form in FORMATS.values()):
             raise ServegymError(f"{path}: line 1: uses {name} between fields; a workload uses ','")
+
+
+def _classes(path: Path, texts: pd.Series[Any], place: str) -> list[str]:
+    """Return the class of each request; the first that is missing is named with its line."""
+    classes = [str(text).strip() for text in texts]
+    seen: set[str] = set()
+    for line, name in zip(texts.index, classes, strict=True):
+        seen.add(name)
+        if name in ("", EVERYBODY):
+            raise ServegymError(
+                f"{path}: {place} {line}: class must be a text or a number, not {EVERYBODY!r}, got "
+                f"{shown(name)}"
+            )
+        if len(seen) > MAX_CLASSES:
+            raise ServegymError(
+                f"{path}: {place} {line}: class {shown(name)} is one more than the {MAX_CLASSES} "
+                "classes that a workload may have"
+            )
+    return classes
 
 
 def _column(path: Path, texts: pd.Series[Any], place: str) -> NDArray[np.float64]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from servegym.envs.arguments import real_numbers, whole_numbers
-from servegym.envs.errors import ServegymError
+from servegym.envs.arguments import as_annotated, plain, real_numbers, whole_numbers
+from servegym.envs.errors import ServegymError, shown
 
 MAX_TOKENS: Final = 10_000_000
 """Longest prompt or output accepted, in tokens; beyond it a file is taken to be wrong."""
@@ -22,6 +23,12 @@ MAX_ARRIVAL_S: Final = 1e9
 
 MAX_ROW: Final = 2**40
 """Last row of a file that a request may be from."""
+
+MAX_CLASSES: Final = 100
+"""Most classes of requests; each gets rows of its own in tables."""
+
+EVERYBODY: Final = "*"
+"""Stands for all classes in a table, so no class may be called that."""
 
 MAX_SPREAD: Final = 5.0
 """Largest standard deviation of a log length accepted; a factor of 150 either way."""
@@ -40,8 +47,8 @@ class Requests:
     ServegymError
         If the arrays hold anything but numbers in one dimension, differ in length, are empty or longer
         than ``MAX_REQUESTS``, hold a token count outside 1 … ``MAX_TOKENS``, a spread outside 0 …
-        ``MAX_SPREAD`` or an arrival outside 0 … ``MAX_ARRIVAL_S`` or earlier than the one before it, or
-        if ``rows`` holds a row twice, or none of a file.
+        ``MAX_SPREAD`` or an arrival outside 0 … ``MAX_ARRIVAL_S`` or earlier than the one before it, if
+        ``rows`` holds a row twice, or none of a file, or if a class has no name, or no name of its own.
 
     Examples
     --------
@@ -58,6 +65,11 @@ class Requests:
     rows: NDArray[np.int64] | None = (
         None  # (requests,) the row of its file where each stood; None: in this order
     )
+    class_of: NDArray[np.int64] | None = field(default=None, kw_only=True)
+    # (requests,) place in class_names; None: no classes
+    class_names: tuple[str, ...] = field(
+        default=(), kw_only=True
+    )  # also of those without a request
 
     def __post_init__(self) -> None:
         self._set("arrival_s", real_numbers("arrival_s", self.arrival_s))
@@ -85,10 +97,23 @@ class Requests:
             in_order = np.sort(rows)  # faster than np.unique
             if (in_order[1:] == in_order[:-1]).any():
                 raise ServegymError("rows must hold each row once")
+        self._check_classes()
         arrivals = self.arrival_s
         ordered = bool((arrivals[1:] >= arrivals[:-1]).all())  # False where one is NaN
         if not (ordered and arrivals[0] >= 0 and arrivals[-1] <= MAX_ARRIVAL_S):
             _refuse_arrivals(arrivals)
+
+    def _check_classes(self) -> None:
+        names = tuple(as_annotated("class_names", self.class_names, tuple[str, ...]))
+        object.__setattr__(self, "class_names", names)
+        if len(set(names)) < len(names) or len(names) > MAX_CLASSES:
+            raise ServegymError(f"class_names must name each class once, at most {MAX_CLASSES}")
+        if not all(names) or EVERYBODY in names:
+            raise ServegymError(f"class_names must be texts other than {EVERYBODY!r}, none empty")
+        if (self.class_of is None) != (len(names) == 0):
+            raise ServegymError("class_of and class_names must both be given or both be left out")
+        if self.class_of is not None:
+            self._set("class_of", whole_numbers("class_of", self.class_of, 0, len(names) - 1))
 
     def _set(self, name: str, values: NDArray[Any]) -> None:
         """Put a checked column in the place of what was passed in."""
@@ -112,6 +137,8 @@ class Requests:
             self.output_tokens[:count],
             self.predicted_output_tokens[:count],
             None if spread is None else spread[:count],
+            class_of=None if self.class_of is None else self.class_of[:count],
+            class_names=self.class_names,
         )
 
     @property
@@ -153,18 +180,21 @@ def make_requests(
     arrival_s: ArrayLike | None = None,
     predicted_output_tokens: ArrayLike | None = None,
     predicted_spread: ArrayLike | None = None,
+    *,
+    classes: Sequence[int | str] | None = None,
 ) -> Requests:
     """Sort by arrival (ties keep their order) and fill the optional columns.
 
     Missing arrivals are 0; missing predictions are the true output lengths. Predictions without a
     spread get one and the same: the root mean square of log(true / predicted), what a predictor's
-    user knows of its errors in general.
+    user knows of its errors in general. ``classes`` names the class of each request, if it has any.
 
     Raises
     ------
     ServegymError
         If a column is not a list or an array of one dimension, holds no numbers or numbers out of the
-        range that :class:`Requests` names, or the columns differ in length.
+        range that :class:`Requests` names, the columns differ in length, or there are more than
+        ``MAX_CLASSES`` classes.
 
     Examples
     --------
@@ -192,8 +222,17 @@ def make_requests(
         )
     if predicted_output_tokens is not None and spread is None:
         spread = np.full(len(outputs), _usual_error(outputs, predictions))
+    class_of, class_names = _coded(classes, len(prompts))
     if arrival_s is None:
-        return Requests(arrivals, prompts, outputs, predictions, spread)
+        return Requests(
+            arrivals,
+            prompts,
+            outputs,
+            predictions,
+            spread,
+            class_of=class_of,
+            class_names=class_names,
+        )
     order = np.argsort(arrivals, kind="stable")
     moved = bool((order[1:] < order[:-1]).any())
     return Requests(
@@ -203,7 +242,42 @@ def make_requests(
         predictions[order],
         None if spread is None else spread[order],
         order if moved else None,
+        class_of=None if class_of is None else class_of[order],
+        class_names=class_names,
     )
+
+
+def _coded(
+    classes: Sequence[int | str] | None, requests: int
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Return the class of each request as a place in the names of all classes, and these in order.
+
+    Whole numbers are in the order of numbers, texts in that of the alphabet.
+    """
+    if classes is None:
+        return None, ()
+    labels = [_label(k, label) for k, label in enumerate(classes)]
+    if len(labels) != requests:
+        raise ServegymError(
+            f"classes must name the class of each of {requests} requests, got {len(labels)}"
+        )
+    names = sorted(set(labels))
+    if len(names) > MAX_CLASSES:
+        raise ServegymError(f"a workload has at most {MAX_CLASSES} classes, got {len(names)}")
+    if all(name.isascii() and name.isdigit() for name in names):
+        names.sort(key=int)
+    place = {name: k for k, name in enumerate(names)}
+    return np.array([place[label] for label in labels], np.int64), tuple(names)
+
+
+def _label(entry: int, value: object) -> str:
+    """Return the name of a class: a text, or a whole number as a text."""
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
+        raise ServegymError(
+            f"classes must be texts or whole numbers, got {shown(value)} (entry {entry})"
+        )
+    return str(value).strip()
 
 
 def _usual_error(outputs: NDArray[np.int64], predictions: NDArray[np.int64]) -> float:

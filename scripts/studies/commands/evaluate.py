@@ -15,10 +15,18 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
 from servegym.envs.machine.links import LINKS
 from servegym.envs.machine.presets import COST_PRESETS
-from servegym.envs.playing.evaluation import check_policies, evaluate, make_case, read_best_known
+from servegym.envs.playing.evaluation import (
+    check_policies,
+    evaluate,
+    make_case,
+    read_best_known,
+    read_service,
+)
 from servegym.envs.playing.identity import claim_task
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import USUAL_JOBS
+from servegym.envs.playing.service import Window, chosen_rows, service_table
+from servegym.envs.playing.signatures import warnings
 from servegym.envs.playing.summary import summarise, to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import TASKS, load_task
@@ -55,6 +63,10 @@ class Args:
     """Worker processes."""
     records: bool = False
     """Also write when and where each request was served, to records/POLICY-SEED.csv in the folder."""
+    warmup_s: float = 0.0
+    """Arrivals of the first seconds count in no figure of the table of service, which service.csv holds."""
+    cooldown_s: float = 0.0
+    """Nor do those of so many seconds before the last arrival."""
     list_policies: bool = False
     """List the policies and stop."""
     list_costs: bool = False
@@ -168,6 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.optimum_limit < 0:
         raise ServegymError(f"--optimum-limit must be ≥ 0 seconds, got {args.optimum_limit}")
+    for option, seconds in (("warmup-s", args.warmup_s), ("cooldown-s", args.cooldown_s)):
+        if seconds < 0:
+            raise ServegymError(f"--{option} must be ≥ 0 seconds, got {seconds}")
     task, seeds = resolve_task(args), parse_seeds(args.seeds)
     names = parse_policies(args.policies, task.name)
     if args.reference not in names:
@@ -191,14 +206,42 @@ def play_and_tabulate(task: TaskConfig, names: Sequence[str], seeds: range, args
     task = claim_task(task, args.output)
     weights = note_agents(names, task.name, args.output)
     policy_of = partial(make_policy, task_name=task.name, weights=weights)
+    window = Window(args.warmup_s, args.cooldown_s)
     episodes = evaluate(
-        task, policy_of, names, seeds, args.output, jobs=args.jobs, records=args.records
+        task,
+        policy_of,
+        names,
+        seeds,
+        args.output,
+        jobs=args.jobs,
+        records=args.records,
+        window=window,
     )
     optima, note = look_for_optima(task, seeds, args)
     best_known = read_best_known(args.output / "best_known.csv", task.name, episodes)
     table = to_markdown(summarise(episodes, args.reference, optima, best_known))
+    served = chosen_rows(read_service(args.output).rows, names, seeds, window)
+    note += service_text(served, window)
+    note += "".join(f"\n{line}\n" for line in warnings(episodes))
     write_file(args.output / "summary.md", summary_text(task.name, args, table + note))
     return table + note
+
+
+def service_text(served: pd.DataFrame, window: Window) -> str:
+    """Return the table of service with a line that says what it counts; nothing without rows."""
+    if len(served) == 0:
+        return ""
+    counted = "All requests"
+    if window.cuts:
+        counted = (
+            f"Requests that arrive after {window.warmup_s:g} s, and {window.cooldown_s:g} s before the "
+            "last at the latest"
+        )
+    return (
+        f"\n{counted}; a request that is rejected or left unfinished has not met its limits. Intervals "
+        "are over seeds,\nof a single seed by the means of 20 batches of successive requests.\n\n"
+        f"{to_markdown(service_table(served))}"
+    )
 
 
 def look_for_optima(task: TaskConfig, seeds: range, args: Args) -> tuple[pd.DataFrame | None, str]:
@@ -223,6 +266,9 @@ def summary_text(task: str, args: Args, table: str) -> str:
     """Return summary.md: the command that makes it, then the table."""
     asked = {
         name: getattr(args, name) for name in ("task", "policies", "seeds", "output", "workload")
+    }
+    asked |= {
+        name: getattr(args, name) for name in ("warmup_s", "cooldown_s") if getattr(args, name) > 0
     }
     command = command_line("evaluate", **asked)
     return (
