@@ -11,7 +11,7 @@ import numpy as np
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.plans import Planner
 from servegym.envs.errors import ServegymError
-from servegym.envs.playing.policy import Briefing, Policy, Situation, no_mixed_stages
+from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.simulator.events import DECODE
 from servegym.envs.vocabulary import STEALS
 from servegym.envs.workload.plan import Plan
@@ -63,14 +63,17 @@ class TriggerPolicy:
         if not (np.isfinite(self.parameter) and self.parameter >= 0):
             raise ServegymError(f"a trigger's parameter must be ≥ 0, got {self.parameter}")
 
+    @property
+    def needs_mixed_stages(self) -> bool:
+        """Whether the rule admits in mixed stages."""
+        return self.mixed
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the rule's action in this task; plan if the policy does."""
         task = briefing.task
         action, key = f"prefill:{self.rule}", "process.rules"
         if self.mixed:
             action, key = f"mixed:{self.rule}", "process.mixed_rules"
-            if task.cluster.chunk_tokens == 0:
-                raise ServegymError(no_mixed_stages(task))
         if action not in task.actions:
             raise ServegymError(
                 f"this policy admits by {self.rule!r}, which {key} of {task.name} leaves out; "

@@ -128,7 +128,7 @@ def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
     Raises
     ------
     ServegymError
-        If the policy declares what no task can have, or a budget of mixed stages where there are none.
+        If the policy declares what no task can have, or needs mixed stages where there are none.
     """
     sections: dict[str, Mapping[str, Any]] = {}
     if policy.decisions is not None:
@@ -145,6 +145,8 @@ def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
                 raise unknown(f"key in a policy's {name}:", key, keys)
         if values:
             sections[section] = values
-    if task.cluster.chunk_tokens == 0 and sections.get("cluster", {}).get("chunk_tokens"):
+    needed = getattr(policy, "needs_mixed_stages", False)  # few policies have it
+    needed = needed or sections.get("cluster", {}).get("chunk_tokens")
+    if task.cluster.chunk_tokens == 0 and needed:
         raise ServegymError(no_mixed_stages(task))
     return with_overrides(task, sections) if sections else task

@@ -45,7 +45,7 @@ class EpisodeLog:
 
 def records(state: State, e: int) -> EpisodeLog:
     """Copy the per-request records of environment ``e``."""
-    episode, cluster = np.asarray(state.episodes)[e], np.asarray(state.cluster)[0]
+    episode, cluster = np.asarray(state.episodes)[e], state.cluster
     n = int(episode["requests"])
     columns = {
         name: array[e, :n][name]
@@ -61,7 +61,7 @@ def records(state: State, e: int) -> EpisodeLog:
         first_s - columns["arrival_s"],
         finished_s - first_s,
         columns["decode_rounds"],
-        (float(cluster["slo_ttft_s"]), float(cluster["slo_tpot_s"])),
+        (cluster.slo_ttft_s, cluster.slo_tpot_s),
     )
     columns["arrived"] = np.arange(n) < episode["routed"]
     if episode["keeps_gaps"]:

@@ -113,6 +113,8 @@ def picked(requests: Requests, chosen: NDArray[np.int64]) -> Requests:
         outputs if predicted is requests.output_tokens else predicted[chosen],
         None if spread is None else spread[chosen],
         chosen if rows is None else rows[chosen],
+        class_of=None if requests.class_of is None else requests.class_of[chosen],
+        class_names=requests.class_names,
     )
 
 
