@@ -25,7 +25,7 @@ from tests.cluster_helpers import (
     stealing_case,
     task_of,
 )
-from tests.random_clusters import ClusterCase
+from tests.random_clusters import ClusterCase, random_case
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:decode table ends at batch"),
@@ -239,3 +239,10 @@ def test_a_rollout_never_ends_later_than_its_base(seed: int) -> None:
     usual = play(task, "fcfs", base, instance, seed=0).row["makespan_s"]
     ours = play(task, "rollout", policy, instance, seed=0).row["makespan_s"]
     assert ours <= usual * (1 + 1e-9)
+
+
+def test_what_a_victim_leaves_of_the_budget_goes_to_the_half_computed_prompt() -> None:
+    """Two decode and fill the budget of 2; one is preempted, so the prompt begun goes on by a token."""
+    case = random_case(np.random.default_rng([22856, 77]), dyadic=False, moving=True)
+    spec = replace(case.spec, padded=False, reserve="chunk")
+    compare_cluster(ClusterCase(case.requests, spec))

@@ -144,10 +144,11 @@ def mixes(state: State, e: int, r: int, rule: int) -> bool:
     somebody; whoever is half computed then counts as served.
     """
     replica = state.replicas[e, r]
-    if state.cluster.chunk_tokens <= replica.active:
+    left = state.cluster.chunk_tokens > replica.active
+    if replica.partial != NOBODY:  # the budget of whoever is preempted is left, too
+        return left or blocks_of_round(state, e, r) > free_blocks(state, e, r)
+    if not left:
         return False
-    if replica.partial != NOBODY:
-        return True
     if not _takes_more(state, e, r):
         return False
     if state.machines[r].blocks == UNLIMITED_BLOCKS:
