@@ -40,6 +40,11 @@ LARGE = TaskConfig(
     cluster=ClusterConfig(clients=2000),
     workload=WorkloadConfig(requests=100_000),
 )
+CLUSTER = TaskConfig(
+    name="1,000,000 requests, which come faster than 64 replicas serve them",
+    cluster=ClusterConfig(replicas=64, clients=256),
+    workload=WorkloadConfig(requests=1_000_000, arrival_rate_per_s=700.0),
+)
 LATENCY_POLICIES = ("fcfs", "hybrid", "threshold-12", "lookahead", "aligned", "random")
 VECTOR_ROWS = 256
 VECTOR_STEPS = 750  # about an episode
@@ -118,6 +123,9 @@ def simulator_figures(repeats: int) -> list[Figure]:
         for array in row_arrays(large.state).values()
         if array.ndim > 1 and array.shape[1] >= 100_000
     ) / len(large.case.requests)
+    cluster = compiled_episode(CLUSTER, "fcfs")
+    arriving = cluster.median_seconds(max(repeats // 2, 1))
+    in_all = sum(array.nbytes for array in row_arrays(cluster.state).values())
     return [
         Figure("episode, 1319 requests × 200 clients", 1e3 * events, "ms", "≤ 5"),
         Figure(
@@ -134,6 +142,8 @@ def simulator_figures(repeats: int) -> list[Figure]:
         ),
         Figure("episode, 100,000 requests × 2,000 clients", episode, "s", "≤ 2"),
         Figure("memory per request", per_request, "bytes", "≤ 200"),
+        Figure("1,000,000 arriving requests, 64 replicas × 256 clients", arriving, "s", "≤ 5"),
+        Figure("… all of its memory per request", in_all / 1e6, "bytes", "≤ 200"),
     ]
 
 
