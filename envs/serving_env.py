@@ -297,14 +297,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         caller's until the next call, which overwrites them.
         """
         state = self._state
-        if state.replicas.shape[1] > 1 and not state.episodes[0].lengths_known:
-            raise ServegymError(
-                "an episode over several replicas cannot be imagined where output lengths are not "
-                "known: when a replica's stage ends tells the true ones"
-            )
         if self._imagined is None or self._imagined.requests.shape != state.requests.shape:
             self._imagined = make_alike(state, 1)
-        imagine_row(state, 0, self._imagined, 0)
+        imagine_row(state, self.costs, 0, self._imagined, 0)
         return self._imagined
 
     def metrics(self) -> dict[str, float]:

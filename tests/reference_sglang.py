@@ -130,11 +130,11 @@ class SglangCluster(ReferenceCluster):
             replica.take(request, request.prompt + request.emitted)
 
     def preemptible(self, replica: Replica) -> list[ReferenceRequest]:
-        """Who decodes; CHOICE: the last of them keeps its memory, a half-computed prompt goes."""
+        """Who decodes; CHOICE: the last of them keeps its memory if a half-computed prompt can go."""
         decoding = [request for request in replica.running if request.decoding]
         if len(decoding) > 1:
             return decoding
-        return [request for request in replica.running if not request.decoding]
+        return [request for request in replica.running if not request.decoding] or decoding
 
     def preempt(self, replica: Replica, stage: Stage) -> None:
         """Evict one request, which waits behind all others."""

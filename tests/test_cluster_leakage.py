@@ -12,11 +12,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from servegym.envs import Requests, ServingEnv, make_requests
+from servegym.baselines import make_policy, make_trigger_policy
+from servegym.baselines.expert import make_rollout_expert
+from servegym.baselines.rules.compiled import compile_policy, run_episode
+from servegym.envs import Requests, ServingEnv, ServingVectorEnv, make_requests, play
+from servegym.envs.simulator.state import DECODE_RUN, FINISHED, IDLE
 from servegym.envs.task.config import InformationConfig
+from servegym.envs.task.lowering import bound_case
 from servegym.envs.vocabulary import ADMISSION_GUARDS, ADMISSION_RULES, OBSERVATION_BLOCKS, STEALS
 from tests.cluster_helpers import informed, requests_of, shared_case, task_of
-from tests.helpers import refused
 from tests.test_leakage import other_truth, revealed
 
 pytestmark = [
@@ -149,14 +153,59 @@ def test_nothing_leaks_where_requests_move(router: str, lengths: str) -> None:
     assert moved >= 5 or router == "pool"
 
 
-def test_other_replicas_are_not_imagined_where_lengths_are_uncertain() -> None:
-    """A run of decode rounds goes on to its next true finish; imagination would say when."""
-    envs, requests = two_truths(np.random.default_rng([0, 78]), "least-requests")
-    for _ in side_by_side(envs, requests, np.random.default_rng(0)):
-        refused(envs[0].imagine, "several replicas cannot be imagined")
-        break
-    else:
-        raise AssertionError("no decision")
+def imagined(env: ServingEnv) -> list[bytes]:
+    """Everything that the imagined episode holds, of every replica."""
+    state = env.imagine()
+    episode, parts = state.episodes[0], [state.episodes]
+    parts += [state.requests[0, : episode.requests], state.by_length, state.lengths]
+    parts += [state.waiting_tree, state.waiting_lengths, state.transfers[0, : episode.transfers]]
+    for r, replica in enumerate(state.replicas[0]):
+        sleeps = replica.stage == IDLE  # what its last stage was is past
+        parts += [state.finishes[0, r, : replica.active], state.idle[0, r, : replica.idle]]
+        parts += [state.clients[0, r], state.queues[0], state.residues[0, r]]
+        parts += [] if sleeps else [state.replicas[0, r : r + 1], state.event_s[0, r : r + 1]]
+    return [
+        np.ascontiguousarray(part[name]).tobytes()
+        for part in parts
+        for name in part.dtype.names or (...,)
+    ]
+
+
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("router", ["least-requests", "llumnix", "pool"])
+def test_other_replicas_are_imagined_without_true_lengths(router: str, *, moving: bool) -> None:
+    """A run of decode rounds goes on to its next true finish; imagination must not say when."""
+    compared = running = 0
+    policy = make_trigger_policy("fcfs")
+    for seed in range(12):
+        rng = np.random.default_rng([seed, 78, ROUTERS.index(router)])
+        envs, requests = two_truths(rng, router, moving=moving)
+        for _ in side_by_side(envs, requests, rng):
+            assert imagined(envs[0]) == imagined(envs[1])
+            state = envs[0].imagine()
+            stages = state.replicas[0].stage.copy()
+            now_s, ahead_s = float(state.episodes[0].now_s), state.event_s[0]
+            assert (ahead_s[stages != IDLE] >= now_s).all()
+            run_episode(state, envs[0].costs, 0, compile_policy(policy, envs[0].task))
+            assert (state.requests[0, : state.episodes[0].requests].phase == FINISHED).all()
+            assert (state.replicas[0].cached_tokens == 0).all()
+            assert (state.replicas[0].used_blocks == 0).all()
+            compared += 1
+            running += int((stages == DECODE_RUN).sum())
+    assert compared >= 12
+    assert running >= 6
+
+
+def test_a_rollout_plays_several_replicas_under_predictions() -> None:
+    envs, requests = two_truths(np.random.default_rng(1), "least-requests")
+    task = envs[0].task
+    case = bound_case(envs[0].machine, requests[0])
+    episode = play(task, "rollout:lpt", make_policy("rollout:lpt"), case, seed=0)
+    assert episode.row["unfinished_requests"] == 0
+    rows = ServingVectorEnv(2, task)
+    rows.reset(seed=0)
+    values = make_rollout_expert("lpt", task)(rows)
+    assert (np.isfinite(values) == rows.action_masks()).all()
 
 
 def test_the_leak_test_would_notice() -> None:

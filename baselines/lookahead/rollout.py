@@ -111,7 +111,7 @@ def action_values(
     """
     bound_s = state.episodes[e].bound_s
     imagined, trial = 2 * t, 2 * t + 1
-    imagine_row(state, e, scratch, imagined)
+    imagine_row(state, costs, e, scratch, imagined)
     episode = scratch.episodes[imagined]
     ended = episode.finished + episode.rejected == episode.requests
     for action in range(mask.size):
@@ -182,12 +182,6 @@ class RolloutPolicy:
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode's schedule; plan if the base does."""
-        task = briefing.task
-        if task.cluster.replicas > 1 and task.information.output_lengths != "known":
-            raise ServegymError(
-                "a rollout over several replicas needs known output lengths: when a replica's stage "
-                "ends would tell the true ones"
-            )
         self._briefing, self._search = briefing, None
         return self.base.prepare(briefing)
 

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from servegym.envs.jit import kernel, shared_kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.simulator.finishes import insert
+from servegym.envs.simulator.memory import rounds_to_full
 from servegym.envs.simulator.order import add
-from servegym.envs.simulator.state import LENGTH_BUCKETS, WAITING, RecordArray, State
+from servegym.envs.simulator.queues import queue_of, shares_pool
+from servegym.envs.simulator.routing import largest_servable
+from servegym.envs.simulator.stages import rounds_to_next_finish, rounds_until, run_for
+from servegym.envs.simulator.state import (
+    DECODE_RUN,
+    LENGTH_BUCKETS,
+    NOBODY,
+    RUNNING,
+    UNLIMITED_BLOCKS,
+    WAITING,
+    RecordArray,
+    State,
+)
+from servegym.envs.vocabulary import ROLE_PREFILL
 
 
 @shared_kernel
@@ -47,7 +63,7 @@ def _copy(source: RecordArray, target: RecordArray, count: int) -> None:
 
 
 @shared_kernel
-def imagine_row(source: State, e: int, target: State, f: int) -> None:
+def imagine_row(source: State, costs: CostTables, e: int, target: State, f: int) -> None:
     """Copy row ``e`` of ``source`` into row ``f`` of ``target`` with expected as true lengths.
 
     ``target`` is made for known lengths. Requests that have not arrived are left out. Lower bound, credits
@@ -60,14 +76,102 @@ def imagine_row(source: State, e: int, target: State, f: int) -> None:
     episode.prompt_credit_s = 0.0
     episode.reported_loss = 0.0
     episode.random_bits = 0  # they depend on requests to come
+    uncertain = not episode.lengths_known
     episode.lengths_known = 1
     if episode.routed < episode.requests:
         _forget_future(target, f)
     for i in range(episode.routed):
         request = target.requests[f, i]
         request.decode_rounds = request.expected_rounds
+    if uncertain and target.cluster.limits_memory:
+        _fit_into_memory(target, f)
     for r in range(target.replicas.shape[1]):
         _copy(source.expected[e, r], target.finishes[f, r], target.replicas[f, r].active)
+        if uncertain and target.machines[r].blocks != UNLIMITED_BLOCKS:
+            _shorten(target, f, r)
+        if uncertain and target.replicas[f, r].stage == DECODE_RUN:
+            _imagine_run(target, costs, f, r)
+
+
+@kernel
+def _fit_into_memory(state: State, e: int) -> None:
+    """Let no request be longer than the memory where it is holds: it would never finish."""
+    largest = largest_servable(state)
+    for i in range(state.episodes[e].routed):
+        request = state.requests[e, i]
+        if request.phase == RUNNING:
+            _cap(state, e, i, _blocks_at(state, request.replica, largest))
+        else:
+            _cap(state, e, i, largest)
+    if not shares_pool(state):
+        for r in range(state.queues.shape[1]):
+            i = state.queues[e, r].first
+            while i != NOBODY:
+                if state.requests[e, i].phase == WAITING:
+                    _cap(state, e, i, _blocks_at(state, r, largest))
+                i = state.requests[e, i].next
+
+
+@kernel
+def _blocks_at(state: State, r: int, largest: int) -> int:
+    """Return the blocks of a replica at which a request may end."""
+    return largest if state.machines[r].role == ROLE_PREFILL else state.machines[r].blocks
+
+
+@kernel
+def _cap(state: State, e: int, i: int, blocks: int) -> None:
+    """Let a request emit no more tokens than so many blocks hold beside its prompt."""
+    request = state.requests[e, i]
+    if blocks != UNLIMITED_BLOCKS:
+        most = blocks * state.cluster.block_tokens - request.prompt_tokens - 1
+        request.decode_rounds = min(request.decode_rounds, most)
+
+
+@kernel
+def _shorten(state: State, e: int, r: int) -> None:
+    """Bring the finishes forward of those that were shortened to fit into memory."""
+    finishes = state.finishes[e, r]
+    for place in range(state.replicas[e, r].active):
+        i, due = finishes[place].request, finishes[place].due
+        request = state.requests[e, i]
+        insert(finishes, place, due - (request.expected_rounds - request.decode_rounds), i)
+
+
+@shared_kernel
+def _imagine_run(state: State, costs: CostTables, e: int, r: int) -> None:
+    """Let a run of decode rounds under way at another replica end where it should: its true end is not known.
+
+    That is the next expected finish or full memory, but at the first boundary from now on if something waits
+    for that. Whoever should have finished by then finishes there.
+    """
+    replica, queue = state.replicas[e, r], state.queues[e, queue_of(state, r)]
+    rounds = rounds_until(state, costs, e, r, state.episodes[e].now_s)
+    _outlive(state, e, r, replica.rounds + rounds)
+    awaited = replica.idle > 0 and queue.waiting + queue.unseen > 0
+    if state.cluster.moves:
+        awaited = awaited or replica.idle + replica.leaving + replica.incoming > 0
+    if not awaited:
+        expected = min(rounds_to_next_finish(state, e, r), rounds_to_full(state, e, r))
+        rounds = max(rounds, expected)
+    run_for(state, costs, e, r, rounds)
+
+
+@kernel
+def _outlive(state: State, e: int, r: int, clock: int) -> None:
+    """Let every decoding request finish at this decode clock or later."""
+    episode, replica, finishes = state.episodes[e], state.replicas[e, r], state.finishes[e, r]
+    first = replica.active
+    while first > 0 and finishes[first - 1].due < clock:
+        first -= 1
+    for place in range(first, replica.active):
+        i = finishes[place].request
+        request, more = state.requests[e, i], clock - finishes[place].due
+        request.expected_rounds += more
+        request.decode_rounds += more
+        state.clients[e, r, request.client].expected_end += more
+        replica.due_sum += more
+        episode.arrived_rounds += more
+        insert(finishes, place, clock, i)
 
 
 @kernel

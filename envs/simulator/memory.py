@@ -266,12 +266,13 @@ def _make_room(state: State, e: int, r: int) -> bool:
 def find_victim(state: State, e: int, r: int) -> int:
     """Return who is to be preempted: by the cluster's rule, of equals the newest.
 
-    Under the guard ``sglang`` it is a decoding one, unless it were the last: then the half-computed one.
+    Under the guard ``sglang`` it is a decoding one, unless it were the last: then the half-computed one, if
+    there is one. In a pool a replica may be too small for the last, too.
     """
     replica = state.replicas[e, r]
     best = replica.partial
     if state.cluster.guard == GUARD_SGLANG:
-        if replica.active <= 1:
+        if replica.active <= 1 and best != NOBODY:
             return best
         best = NOBODY
     for place in range(replica.active):

@@ -277,11 +277,18 @@ def begin_decode(state: State, costs: CostTables, e: int, r: int, most: int) -> 
         return False
     if not preempted and most > 1 and not _guard_may_open(state, e, r):
         rounds = min(most, rounds_to_next_finish(state, e, r), rounds_to_full(state, e, r))
-    replica.run_rounds = rounds
     replica.work_waits = state.queues[e, queue_of(state, r)].waiting > 0
+    run_for(state, costs, e, r, rounds)
+    return True
+
+
+@kernel
+def run_for(state: State, costs: CostTables, e: int, r: int, rounds: int) -> None:
+    """Let a run of decode rounds, from the replica's last boundary on, be of so many rounds."""
+    replica = state.replicas[e, r]
+    replica.run_rounds = rounds
     seconds = decode_seconds(costs, r, replica.active, replica.cached_tokens, rounds)
     _begin(state, e, r, DECODE_RUN, seconds)
-    return True
 
 
 @kernel
@@ -319,9 +326,7 @@ def cut(state: State, costs: CostTables, e: int, r: int, then_s: float) -> None:
         return
     rounds = rounds_until(state, costs, e, r, then_s)
     if rounds < replica.run_rounds:
-        replica.run_rounds = rounds
-        seconds = decode_seconds(costs, r, replica.active, replica.cached_tokens, rounds)
-        _begin(state, e, r, DECODE_RUN, seconds)
+        run_for(state, costs, e, r, rounds)
 
 
 @kernel
