@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
+from servegym.envs.machine.costs import AffinePrefill
 from servegym.envs.machine.presets import cost_preset
 from servegym.envs.pictures import to_png
 from servegym.envs.playing.evaluation import make_case
@@ -298,7 +299,9 @@ Student-t intervals. *Beats*: the bandwidth from which on a copy is better by mo
 def report(tables: Mapping[str, Rows], measured: str, command: str) -> str:
     """Return transfer.md."""
     seeds = next(iter(tables.values())).seeds
-    price = cost_preset(MACHINE).costs.prefill.per_token  # type: ignore[union-attr]
+    prefill = cost_preset(MACHINE).costs.prefill
+    assert isinstance(prefill, AffinePrefill)
+    price = prefill.per_token
     by_prices = (
         f"By the prices alone a copy takes less than computing again above {KV_BYTES} / {price:.3g} s = "
         f"{KV_BYTES / price / 1e9:.1f} GB/s.\n"
