@@ -288,7 +288,7 @@ round-robin. **Skew** s: in a share s of the router's rounds the longest answer 
 next to the second, and so on, as where users stick to replicas. **Moves** are those of CLUSTER.md: a replica
 on which at least two fewer requests are present than decode on the fullest takes the running request with
 most rounds left. A copy takes {1e3 * LATENCY_S:g} ms + bytes / bandwidth and goes on while the request
-decodes. Arrivals are Poisson, each second
+decodes; copies slow neither each other nor those who decode. Arrivals are Poisson, each second
 {", ".join(f"{rate:g} of `{name}`" for name, rate in LENGTHS.items())}: about 0.8 of what the cluster bears.
 
 Percentages are changes against the same cluster in which nothing running moves, paired by case, with 95 %
