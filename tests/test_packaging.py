@@ -200,7 +200,7 @@ FLOORS = {
         "policies start",
         "cases robustness serving speed",
         "tuned",
-        "agents checks",
+        "agents answers checks",
         "uncertainty",
         "commands",
     ],

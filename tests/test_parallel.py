@@ -24,6 +24,9 @@ from servegym.envs.playing.parallel import MAX_JOBS, run_parallel, useful_jobs
 from servegym.envs.task.registered import TASKS
 from servegym.studies.cli import SCRIPTS
 from servegym.studies.commands import (
+    answer_clients,
+    answer_scale,
+    answer_transfer,
     best_known,
     check_estimates,
     check_iteration_rule,
@@ -94,6 +97,9 @@ def test_jobs_are_capped_at_what_is_useful(
 @pytest.mark.parametrize(
     "main",
     [
+        answer_clients.main,
+        answer_scale.main,
+        answer_transfer.main,
         evaluate.main,
         tune.main,
         paper.main,
@@ -121,7 +127,8 @@ def test_every_script_with_jobs_is_in_the_list_above() -> None:
         if "\n    jobs: int" in path.read_text()
     }
     listed = {"evaluate", "tune", "paper", "study_agents", "study_uncertainty", "check_robustness"}
-    assert with_jobs == listed | {"check_estimates", "check_iteration_rule", "check_stealing"}
+    listed |= {"check_estimates", "check_iteration_rule", "check_stealing"}
+    assert with_jobs == listed | {"answer_clients", "answer_scale", "answer_transfer"}
     assert "joblib" not in best_known.__dict__
 
 
