@@ -1,7 +1,8 @@
 """Policies that choose once how many clients run, or how much memory stays free: baselines of Elastic-v0.
 
-A request of prompt p and output o holds p + k tokens in its k-th round. At a random moment of a long run what
-a client holds has the mean m = Σ_i Σ_k (p_i + k) / Σ_i o_i and a deviation s likewise; n clients hold n m ± s √n.
+A request of prompt p and output o holds p + k tokens in its k-th round. At a random moment of a long run
+what a client holds has the mean m = Σ_i Σ_k (p_i + k) / Σ_i o_i and a deviation s likewise; n clients hold
+n m ± s √n.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ and values a token Llama 2 7B has (72 − 13.48) GB / 524,288 B = 111,616 tokens
 
 A memory of K tokens serves μ = K / (b · E[g]) requests a second (Nie, Si and Zhou, 2605.04595), with b the
 mean seconds of a pass and g = p · o + o (o + 1) / 2 the tokens of a request, summed over its rounds.
-``results/tasks/README.md`` has b, E[g] and μ of each task, and what is served when more is offered.
+``results/tasks/load.md`` has b, E[g] and μ of each task, what is served at most, and the load offered.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ CHAT: Final = TaskConfig(
 )
 """A chat service on one card: conversations of Azure, 2023, in bursts as measured (cv 1.09).
 
-256 clients are vLLM's classic ``max_num_seqs``, 2048 tokens a pass one of Sarathi's budgets, 16,384 a prefill
-stage SGLang's default, a watermark of 1 % vLLM's classic one. 4.5 requests a second are four fifths of what was
-measured and about nine tenths of what the card bears. The limits are servegym's choice: some ten times what a
-lone request takes.
+256 clients are vLLM's classic ``max_num_seqs``, 2048 tokens a pass one of Sarathi's budgets, 16,384 a
+prefill stage SGLang's default, a watermark of 1 % vLLM's classic one. 4.5 requests a second are four fifths
+of what was measured and about nine tenths of what the card bears. The limits are servegym's choice: some
+ten times what a lone request takes.
 """
 
 ELASTIC: Final = TaskConfig(
@@ -90,8 +90,8 @@ ELASTIC: Final = TaskConfig(
 """How many clients run is decided at every admission: the paper's third open question.
 
 The requests of GSM8K-v0, lengths predicted as in GSM8KPredicted-v0, with the keys and values of the paper's
-model and GSM8K-v0's costs. Memory holds 49 requests of the largest size, and 204 of the size that they have on
-average. 512 tokens a pass are one of Sarathi's budgets.
+model and GSM8K-v0's costs. Memory holds 49 requests of the largest size, and 204 of the size that they have
+on average. 512 tokens a pass are one of Sarathi's budgets.
 """
 
 CLUSTER: Final = TaskConfig(
@@ -115,20 +115,20 @@ CLUSTER: Final = TaskConfig(
     ),
     cost=cost_preset("llama2-7b-a100x1").costs,
     workload=WorkloadConfig(
-        source="azure-conv", requests=2000, arrivals=Arrivals("gamma", rate_per_s=40.0)
+        source="azure-conv", requests=2000, arrivals=Arrivals("gamma", rate_per_s=36.0)
     ),
     process=ProcessConfig(
         steals=("waiting", "running"),
         observe=("replica", "memory", "cluster", "latency"),
         reward="goodput",
     ),
-    slo=SloConfig(ttft_s=1.0, tpot_s=0.1),
+    slo=SloConfig(ttft_s=1.0, tpot_s=0.05),
 )
 """Eight replicas of unlike speed, to which requests are dealt in turn: each slow one gets twice its load.
 
 Chat-v0's card at speed 1; the speeds are servegym's choice and sum to 8. A theft of a waiting request costs
 10 ms, within the 5 … 100 ms that users report for control; a running one a copy over a 400 Gb/s card
-(``rdma1``): 1 ms + 13 µs a token. 40 requests a second are 5 a unit of speed.
+(``rdma1``): 1 ms + 13 µs a token. 36 requests a second are Chat-v0's 4.5 a unit of speed.
 """
 
 DISAGGREGATED: Final = TaskConfig(
@@ -150,15 +150,15 @@ DISAGGREGATED: Final = TaskConfig(
     ),
     cost=cost_preset("llama2-7b-a100x1").costs,
     workload=WorkloadConfig(
-        source="azure-conv", requests=2000, arrivals=Arrivals("gamma", rate_per_s=16.0)
+        source="azure-conv", requests=2000, arrivals=Arrivals("gamma", rate_per_s=15.0)
     ),
     process=ProcessConfig(observe=("replica", "memory", "cluster", "latency"), reward="goodput"),
-    slo=SloConfig(ttft_s=1.0, tpot_s=0.05),
+    slo=SloConfig(ttft_s=1.0, tpot_s=0.04),
 )
 """Two replicas read prompts, two decode; keys and values go over Mooncake's measured network (``rdma8``).
 
-Chat-v0's card. A prompt takes 0.08 s on average, so at 16 a second prefill replicas are busy two thirds of the
-time. The limit of time per token is half of Chat-v0's: steady rounds are what disaggregation is for.
+Chat-v0's card. A prompt takes 0.08 s on average, so at 15 a second prefill replicas are busy 0.6 of
+the time. The limit of time per token is two fifths of Chat-v0's: steady rounds are what disaggregation is for.
 """
 
 ROLLOUT: Final = TaskConfig(
@@ -181,9 +181,9 @@ ROLLOUT: Final = TaskConfig(
 )
 """Rollouts of reinforcement learning: all prompts at t = 0, the update waits for the last answer.
 
-2048 answers of a reasoning model, 1527 tokens on average and up to 32,768, on four cards with 512 clients. Who
-has room may steal what waits and what runs, over NVLink. 8192 tokens a pass are vLLM's default. No load is
-stated: nothing arrives later.
+2048 answers of a reasoning model, 1527 tokens on average and up to 32,768, on four cards with 512 clients.
+Who has room may steal what waits and what runs, over NVLink. 8192 tokens a pass are vLLM's default. No load
+is stated: nothing arrives later.
 """
 
 SERVED: Final = (CHAT, ELASTIC, CLUSTER, DISAGGREGATED, ROLLOUT)
