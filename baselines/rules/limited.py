@@ -27,7 +27,8 @@ def held_tokens(requests: Requests) -> tuple[float, float]:
 
     Examples
     --------
-    >>> held_tokens(Requests([10, 10], [1, 3]))
+    >>> from servegym.envs import make_requests
+    >>> held_tokens(make_requests([10, 10], [1, 3]))
     (11.75, 0.8291561975888499)
     """
     prompts = requests.prompt_tokens.astype(np.float64)

@@ -157,8 +157,8 @@ DISAGGREGATED: Final = TaskConfig(
 )
 """Two replicas read prompts, two decode; keys and values go over Mooncake's measured network (``rdma8``).
 
-Chat-v0's card. A prompt takes 0.08 s on average, so at 15 a second prefill replicas are busy 0.6 of
-the time. The limit of time per token is two fifths of Chat-v0's: steady rounds are what disaggregation is for.
+Chat-v0's card. A prompt takes 0.08 s on average: at 15 a second prefill replicas are busy 0.6 of the time.
+The limit of time per token is two fifths of Chat-v0's: steady rounds are what disaggregation is for.
 """
 
 ROLLOUT: Final = TaskConfig(
