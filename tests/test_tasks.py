@@ -23,7 +23,7 @@ from servegym.envs import (
 from servegym.envs.machine.links import LINKS
 from servegym.envs.playing.evaluation import brief
 from servegym.envs.task import served
-from servegym.studies.load import load_of
+from servegym.studies.checks.load import load_of
 
 ELASTIC = TASKS["servegym/Elastic-v0"]
 

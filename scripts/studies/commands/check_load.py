@@ -9,8 +9,8 @@ from statistics import mean
 
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.task.served import SERVED
+from servegym.studies.checks.load import load_of
 from servegym.studies.cli import check_number, command_line, parse
-from servegym.studies.load import load_of
 
 TEXT = """# What the tasks' machines bear
 
