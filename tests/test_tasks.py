@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -230,3 +232,21 @@ def test_limited_policies_steal_as_rules_do() -> None:
     task = with_overrides(TASKS["servegym/Cluster-v0"], SMALLER)
     row = play(task, "reserve", make_policy("reserve"), make_case(task, 0), 0).row
     assert row["moves"] > 0
+
+
+# ---- results -----------------------------------------------------------------------------------
+
+
+def test_the_page_of_results_shows_what_the_summaries_say() -> None:
+    """Every cell with an interval stands in the row of its policy in one of the summaries."""
+    folder = Path(__file__).parents[1] / "results" / "tasks"
+    cells = re.compile(r"\d+\.\d+ ± \d+\.\d+")
+    told: dict[str, set[str]] = {}
+    for summary in folder.glob("*/summary.md"):
+        for line in summary.read_text("utf-8").splitlines():
+            if line.startswith("| "):
+                told.setdefault(line.split()[1], set()).update(cells.findall(line))
+    rows = re.findall(r"^\| `(\S+)` \|(.*)$", (folder / "README.md").read_text("utf-8"), re.M)
+    assert len(rows) > 20
+    for policy, row in rows:
+        assert set(cells.findall(row)) <= told[policy], policy
