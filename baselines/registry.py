@@ -13,6 +13,7 @@ from typing import Any, Final
 from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.planning.sampled import MAX_SCENARIOS
 from servegym.baselines.rules import triggers
+from servegym.baselines.rules.limited import LimitedPolicy
 from servegym.baselines.rules.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
 from servegym.baselines.rules.policies import RandomPolicy, TriggerPolicy
 from servegym.envs.errors import ServegymError, shown, unknown
@@ -91,6 +92,13 @@ PARAMETERS: Final[dict[str, Parameter]] = {
         "c",
         *_within(0, 100),
         lambda policy, c: replace(policy, cluster={**policy.cluster, "conservativeness": c}),
+    ),
+    # With what chance memory suffices.
+    "chance": Parameter(
+        "q",
+        lambda q: 0 < q < 1,
+        "lie between 0 and 1, as in reserve-0.99",
+        lambda policy, q: replace(policy, quantile=q),
     ),
     # Sampled scenarios of the plan.
     "scenarios": Parameter(
@@ -258,6 +266,22 @@ REGISTRY: Final[dict[str, Entry]] = {
         "feedback-0.5 does",
         TriggerPolicy("longest", triggers.FEEDBACK, 0.5, comparison=by_deviations(1.0)),
         parameter="deviations",
+    ),
+    "fixed-count": Entry(
+        "in order of arrival, never more clients than hold the longest prompt with the longest output "
+        "each (the paper's fixed number; of process.caps)",
+        LimitedPolicy("worst"),
+    ),
+    "chance-count": Entry(
+        "in order of arrival, as many clients as memory holds with chance q (0.99; of process.caps)",
+        LimitedPolicy("chance"),
+        parameter="chance",
+    ),
+    "reserve": Entry(
+        "in order of arrival, leaving free by what the q-quantile of all that clients hold exceeds its mean "
+        "(0.99; of process.reserves)",
+        LimitedPolicy("reserve"),
+        parameter="chance",
     ),
     # λ from 30 cases of GSM8K-v0, N for 5 ms a decision there; both on training seeds.
     "rollout": Entry(

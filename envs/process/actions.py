@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,10 @@ from servegym.envs.simulator.queues import shares_pool
 from servegym.envs.simulator.state import IDLE, NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.stealing import fullest_queue, stealable
 from servegym.envs.vocabulary import STEAL_WAITING
+
+ILLEGAL: Final = 0
+LEGAL: Final = 1
+UNKNOWN: Final = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,21 +60,51 @@ def legal_actions(
         mask[DECODE] = _may_wait(state, e, r)
     count = int(mask[DECODE])
     for k in range(settings.rules.size):
+        known = UNKNOWN
         if settings.limits:
-            _limit(state, settings, e, r, k)
-        mask[1 + k] = admits(state, e, r, settings.rules[k])
+            known = _follows(settings, settings.rules, 0, k, mask)
+        if known != UNKNOWN:
+            mask[1 + k] = known == LEGAL
+        else:
+            if settings.limits:
+                _limit(state, settings, e, r, k)
+            mask[1 + k] = admits(state, e, r, settings.rules[k])
         count += int(mask[1 + k])
     first = 1 + settings.rules.size
     for k in range(settings.mixed_rules.size):
+        known = UNKNOWN
         if settings.limits:
-            _limit(state, settings, e, r, first - 1 + k)
-        mask[first + k] = mixes(state, e, r, settings.mixed_rules[k])
+            known = _follows(settings, settings.mixed_rules, first - 1, k, mask)
+        if known != UNKNOWN:
+            mask[first + k] = known == LEGAL
+        else:
+            if settings.limits:
+                _limit(state, settings, e, r, first - 1 + k)
+            mask[first + k] = mixes(state, e, r, settings.mixed_rules[k])
         count += int(mask[first + k])
     if settings.limits:
         _free_of_limits(state, e, r)
     if settings.steals.size > 0:
         count += _legal_steals(state, costs, settings, e, r, count, mask)
     return count
+
+
+@kernel
+def _follows(
+    settings: Settings, rules: NDArray[np.int64], first: int, k: int, mask: NDArray[np.bool_]
+) -> int:
+    """Return what the same rule's actions before say of the k-th: wider limits admit no less."""
+    cap, reserve = settings.caps[first + k], settings.reserves[first + k]
+    for j in range(k - 1, -1, -1):
+        if rules[j] != rules[k]:
+            break
+        other, others_reserve = settings.caps[first + j], settings.reserves[first + j]
+        if mask[1 + first + j]:
+            if other <= cap and others_reserve >= reserve:
+                return LEGAL
+        elif other >= cap and others_reserve <= reserve:
+            return ILLEGAL
+    return UNKNOWN
 
 
 @shared_kernel

@@ -10,11 +10,8 @@ from servegym.envs.arguments import plain
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.machine.presets import cost_preset
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import (
-    InformationConfig,
-    TaskConfig,
-    WorkloadConfig,
-)
+from servegym.envs.task.config import InformationConfig, TaskConfig, WorkloadConfig
+from servegym.envs.task.served import SERVED
 from servegym.envs.task.toml import read_task
 
 NAMESPACE: Final = "servegym"
@@ -44,6 +41,7 @@ TASKS: Final[dict[str, TaskConfig]] = {
         workload=WorkloadConfig(source="gsm8k-mixed"),
         information=InformationConfig(output_lengths="predicted", predictor="column"),
     ),
+    **{task.name: task for task in SERVED},
 }
 """Task configurations by id; ``gymnasium.make`` takes the same ids."""
 

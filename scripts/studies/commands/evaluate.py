@@ -124,10 +124,24 @@ def list_tasks() -> str:
     return _in_columns(
         {
             name: f"{task.workload.requests} requests ({task.workload.source}), "
-            f"{task.cluster.clients} clients"
+            f"{task.cluster.clients} clients{_more(task)}"
             for name, task in TASKS.items()
         }
     )
+
+
+def _more(task: TaskConfig) -> str:
+    """Return what a task has beyond a batch on one machine without a limit of memory."""
+    cluster, parts = task.cluster, []
+    if cluster.replicas > 1:
+        parts.append(f" on each of {cluster.replicas} replicas")
+    if cluster.kv_capacity_tokens > 0:
+        parts.append(f", memory of {cluster.kv_capacity_tokens} tokens")
+    if task.workload.arrivals is not None and task.workload.arrivals.rate_per_s is not None:
+        parts.append(f", {task.workload.arrivals.rate_per_s:g} arrive a second")
+    if task.process.reward != "gap":
+        parts.append(f", reward {task.process.reward}")
+    return "".join(parts)
 
 
 def list_workloads() -> str:
