@@ -15,6 +15,7 @@ MAX_NUMBER: Final = 1_000_000
 
 MAX_PATIENCE_S: Final = 10**9
 
+
 @dataclass(frozen=True)
 class Parameter:
     """A number that a policy's name may carry."""
@@ -88,9 +89,7 @@ PARAMETERS: Final[dict[str, Parameter]] = {
         "N",
         lambda seconds: 0 < seconds <= MAX_PATIENCE_S,
         f"be > 0 and at most {MAX_PATIENCE_S}",
-        lambda policy, seconds: replace(
-            policy, cluster={**policy.cluster, "patience_s": seconds}
-        ),
+        lambda policy, seconds: replace(policy, cluster={**policy.cluster, "patience_s": seconds}),
     ),
     # Sampled scenarios of the plan.
     "scenarios": Parameter(

@@ -8,7 +8,8 @@ from tests.reference_cluster_parts import Action, Replica
 
 class ShortestCluster(ReferenceCluster):
     """Shortest output first, of equal ones the last to come; the first in line goes before it if it has
-    been there for `patience_s` since it came."""
+    been there for `patience_s` since it came.
+    """
 
     def choose(self, replica: Replica) -> Action:
         action = super().choose(replica)
