@@ -13,9 +13,9 @@ from servegym.baselines.planning.highs import silent_highs
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import TASKS, make_requests
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
-from servegym.envs.playing.evaluation import play
+from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.process.metrics import EpisodeLog
-from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.lowering import bound_case, lower
 from tests.against_cluster import compare_cluster
 from tests.helpers import UNIT_COSTS, changed, refused
@@ -147,3 +147,16 @@ def test_max_utilization_evicts_where_no_evict_waits() -> None:
     assert busy.preemptions.tolist() == [0, 1]
     assert careful.preemptions.tolist() == [0, 0]
     assert careful.admitted_s[1] == careful.finished_s[0]
+
+
+def test_the_hybrid_steals_across_replicas_of_a_pool() -> None:
+    """Nobody knows the lengths: the plan deals evenly, and who gets short outputs steals."""
+    cluster = {"replicas": 2, "clients": 2, "router": "pool"}
+    task = TaskConfig("tiny", workload=WorkloadConfig("tiny", requests=40))
+    task = changed(task, cluster=cluster, information={"output_lengths": "unknown"})
+    case = make_case(task, 0)
+    log = play(task, "hybrid", make_policy("hybrid"), case, seed=0).records
+    by_plan = changed(task, cluster={"router": "plan"})
+    planned = play(by_plan, "offline", make_policy("offline"), case, seed=0).records
+    assert (log.replica != planned.replica).any()
+    assert log.finished_s.max() < planned.finished_s.max()
