@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
 from servegym.baselines.lookahead.rollout import RolloutPolicy
-from servegym.baselines.planning.sampled import MAX_SCENARIOS
+from servegym.baselines.parameters import MAX_NUMBER, PARAMETERS, by_deviations, by_quantile
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.limited import LimitedPolicy
 from servegym.baselines.rules.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
@@ -19,101 +18,9 @@ from servegym.baselines.rules.policies import RandomPolicy, TriggerPolicy
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.playing.policy import Policy
 
-MAX_NUMBER: Final = 1_000_000
-
 ANY_PROMPTS: Final = 10**12
 """A token budget of mixed stages that cuts no prompt."""
 
-
-@dataclass(frozen=True)
-class Parameter:
-    """A number that a policy's name may carry."""
-
-    symbol: str
-    """What descriptions write for it in the short form: ``hybrid[-λ]``."""
-    fits: Callable[[float], bool]
-    rule: str
-    """Which numbers fit, after "must"."""
-    give: Callable[[Any, float], Policy]
-    """Returns the policy with the number."""
-
-
-def by_quantile(q: float) -> dict[str, str | float]:
-    """Return the keys of ``[information]`` that compare waiting requests by a quantile."""
-    return {"compare_by": "quantile", "quantile": q}
-
-
-def by_deviations(k: float) -> dict[str, str | float]:
-    """Return the keys of ``[information]`` that compare by mean plus ``k`` standard deviations."""
-    return {"compare_by": "mean-sd", "deviations": k}
-
-
-def _within(least: int, most: int) -> tuple[Callable[[float], bool], str]:
-    """Return ``fits`` and ``rule`` of a number in a range."""
-    return lambda number: least <= number <= most, f"lie in {least} … {most}"
-
-
-def _whole(least: int, most: int) -> tuple[Callable[[float], bool], str]:
-    """Return ``fits`` and ``rule`` of a whole number in a range."""
-    return (
-        lambda number: number.is_integer() and least <= number <= most,
-        f"be a whole number in {least} … {most}",
-    )
-
-
-PARAMETERS: Final[dict[str, Parameter]] = {
-    # The trigger's factor on the cost of a stage.
-    "multiplier": Parameter(
-        "λ", *_within(0, MAX_NUMBER), lambda policy, number: replace(policy, parameter=number)
-    ),
-    # Idle clients at which a stage begins.
-    "idle": Parameter(
-        "K", *_whole(1, MAX_NUMBER), lambda policy, number: replace(policy, parameter=number)
-    ),
-    # By which lengths are compared.
-    "quantile": Parameter(
-        "q",
-        lambda q: 0 < q < 1,
-        "lie between 0 and 1, as in quantile-0.99",
-        lambda policy, q: replace(policy, comparison=by_quantile(q)),
-    ),
-    # Standard deviations above the mean by which lengths are compared.
-    "deviations": Parameter(
-        "k", *_within(0, 100), lambda policy, k: replace(policy, comparison=by_deviations(k))
-    ),
-    # Standard deviations above the mean by which the plan counts lengths.
-    "risk": Parameter(
-        "k",
-        *_within(0, 100),
-        lambda policy, k: replace(policy, planner=partial(plan_at_risk, deviations=k)),
-    ),
-    # Of SGLang's admission: how much of the outputs to come it provides for.
-    "conservativeness": Parameter(
-        "c",
-        *_within(0, 100),
-        lambda policy, c: replace(policy, cluster={**policy.cluster, "conservativeness": c}),
-    ),
-    # With what chance memory suffices.
-    "chance": Parameter(
-        "q",
-        lambda q: 0 < q < 1,
-        "lie between 0 and 1, as in reserve-0.99",
-        lambda policy, q: replace(policy, quantile=q),
-    ),
-    # Sampled scenarios of the plan.
-    "scenarios": Parameter(
-        "S",
-        *_whole(1, MAX_SCENARIOS),
-        lambda policy, number: replace(
-            policy, planner=partial(plan_sampled, scenarios=int(number))
-        ),
-    ),
-    # Changes of the best schedule that are tried at each decision.
-    "variations": Parameter(
-        "N", *_whole(0, MAX_NUMBER), lambda policy, number: replace(policy, variations=int(number))
-    ),
-}
-"""Every number that a name may carry, by its key: ``hybrid(multiplier=0.5)``, short ``hybrid-0.5``."""
 
 BASE: Final = "base"
 """Key of the policy that ``rollout`` improves on: ``rollout(base=threshold(idle=15))``."""
@@ -178,6 +85,27 @@ REGISTRY: Final[dict[str, Entry]] = {
             },
         ),
         parameter="conservativeness",
+    ),
+    "trt-max-util": Entry(
+        "TensorRT-LLM's MAX_UTILIZATION: the same as vllm without a guard, the last admitted gives way "
+        "(the task sets cluster.chunk_tokens; a watermark of 0 is TensorRT-LLM's)",
+        TriggerPolicy(
+            "fcfs",
+            triggers.EAGER,
+            mixed=True,
+            cluster={"admission_guard": "none", "preempt": "newest"},
+        ),
+    ),
+    "sjf": Entry(
+        "shortest expected output first, prefill as soon as a client is idle; who has waited N seconds "
+        "(60) goes before all shorter ones",
+        TriggerPolicy("shortest", triggers.EAGER, cluster={"patience_s": 60.0}),
+        parameter="patience",
+    ),
+    "mc-sf": Entry(
+        "MC-SF (arXiv 2502.07115): shortest expected output first while memory holds all who run at "
+        "every expected finish, up to the first that does not fit",
+        TriggerPolicy("shortest", triggers.EAGER, cluster={"admission_guard": "peak"}),
     ),
     "static": Entry(
         "decode until all clients are idle, then refill them in order of arrival",

@@ -24,6 +24,7 @@ from tests.reference_cluster import (
     serve,
 )
 from tests.reference_sglang import SglangCluster
+from tests.reference_shortest import ShortestCluster
 
 FIRST_COME = TriggerPolicy("fcfs", EAGER)
 CHUNKED = TriggerPolicy("fcfs", EAGER, mixed=True)
@@ -39,6 +40,7 @@ def cluster_task(spec: ClusterSpec) -> TaskConfig:
         preempt=spec.preempt,
         admission_guard=spec.admission_guard,
         conservativeness=spec.conservativeness,
+        patience_s=spec.patience_s if spec.patience_s < np.inf else 0.0,
         chunk_tokens=spec.chunk_tokens,
         mixed=spec.mixed,
         max_prefill_tokens=spec.max_prefill_tokens,
@@ -61,7 +63,7 @@ def cluster_task(spec: ClusterSpec) -> TaskConfig:
     return TaskConfig("cluster", cluster=cluster, cost=spec.costs, process=process, slo=slo)
 
 
-def play_fast(case: ClusterCase) -> tuple[EpisodeLog, State, list[int], float]:
+def play_fast(case: ClusterCase, rule: str = "fcfs") -> tuple[EpisodeLog, State, list[int], float]:
     """Serve in the compiled simulator; return records, state, the row of each request and the bound."""
     task = cluster_task(case.spec)
     arrivals, prompts, outputs = (np.array(column) for column in zip(*case.requests, strict=True))
@@ -73,13 +75,17 @@ def play_fast(case: ClusterCase) -> tuple[EpisodeLog, State, list[int], float]:
     load_case(task, state, 0, bounded)
     mixed = case.spec.chunk_tokens > 0 and case.spec.admission_guard != "sglang"
     policy = CHUNKED if mixed else FIRST_COME
+    if rule != "fcfs":
+        policy = TriggerPolicy(rule, EAGER, mixed=mixed)
     play_loaded(state, machine.costs, task, policy)
     return records(state, 0), state, rows, bounded.bound.seconds
 
 
-def serve_case(case: ClusterCase) -> Outcome:
+def serve_case(case: ClusterCase, rule: str = "fcfs") -> Outcome:
     """Serve in the slow reference."""
     reference = SglangCluster if case.spec.admission_guard == "sglang" else ReferenceCluster
+    if rule == "shortest":
+        reference = ShortestCluster
     return serve(case.requests, case.spec, reference)
 
 
@@ -102,11 +108,11 @@ def compare_gaps(ours: float, theirs: ReferenceRequest) -> None:
     assert off <= 1e-12 + 1e-9 * theirs.finished_s, (theirs.id, ours, theirs.worst_gap_s)
 
 
-def compare_cluster(case: ClusterCase) -> Outcome:
+def compare_cluster(case: ClusterCase, rule: str = "fcfs") -> Outcome:
     """Serve in both; AssertionError where they differ."""
     case = with_draws(case)
-    slow = serve_case(case)
-    log, state, rows, bound_s = play_fast(case)
+    slow = serve_case(case, rule)
+    log, state, rows, bound_s = play_fast(case, rule)
     for i, row in enumerate(rows):
         theirs = slow.records[row]
         assert bool(log.rejected[i]) == theirs.rejected, row

@@ -40,6 +40,7 @@ class ClusterSpec:
     preempt: str = "newest"  # one of VICTIMS
     admission_guard: str = "none"  # one of GUARDS, or sglang: see reference_sglang
     conservativeness: float = 1.0  # of sglang
+    patience_s: float = math.inf  # of shortest first, see reference_shortest
     chunk_tokens: int = 0  # 0: prefill first
     max_prefill_tokens: int = 0  # of a prefill stage; 0: no budget
     padded: bool = False  # that budget counts requests × longest

@@ -66,6 +66,8 @@ BAD_VALUES = [
     ("cluster", "staleness_s", "-1", "0 … 1e9, got -1.0", "0"),
     ("cluster", "staleness_s", "nan", "0 … 1e9, got nan", "1e9"),
     ("cluster", "conservativeness", "-0.1", "0 … 100, got -0.1", "0"),
+    ("cluster", "patience_s", "-0.1", "0 … 1e9, got -0.1", "0"),
+    ("cluster", "patience_s", "1e10", "0 … 1e9, got 10000000000.0", "1e9"),
     ("cluster", "conservativeness", "101", "0 … 100, got 101.0", "100"),
     # tables (tests/test_arrivals.py, tests/test_trace_windows.py)
     ("workload", "arrivals", "2.0", "must be a table of keys, got 2.0", "{rate_per_s = 2.0}"),

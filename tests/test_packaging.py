@@ -181,6 +181,7 @@ FLOORS = {
         "planning schedules",
         "rules",
         "calendar exact lookahead",
+        "parameters",
         "registry",
         "expert",
         "warmup",

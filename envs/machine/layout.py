@@ -41,6 +41,7 @@ class Layout(NamedTuple):
     victim: int = 0
     guard: int = 0
     first_ratio: float = 0.0  # of the guard ``sglang``
+    patience_s: float = math.inf  # of the rule ``shortest``
     one_pass: bool = True
     roles: tuple[int, ...] = ()  # of each replica; empty: all serve both
     steals_waiting: bool = False

@@ -328,10 +328,19 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
     if rule == LONGEST:
         return waiting_at(state, e, q, state.queues[e, q].waiting - 1)
     if rule == SHORTEST:
+        if state.cluster.patience_s < np.inf and _is_impatient(state, e, q):
+            return first_waiting(state, e, q)
         return waiting_at(state, e, q, 0)
     if rule == FCFS:
         return first_waiting(state, e, q)
     return longest_aligned(state, e, r)
+
+
+@shared_kernel
+def _is_impatient(state: State, e: int, q: int) -> bool:
+    """Return whether the first in the order of service came so long ago that nobody goes before it."""
+    since_s = state.episodes[e].now_s - state.times[e, first_waiting(state, e, q)].arrival_s
+    return since_s >= state.cluster.patience_s
 
 
 @kernel

@@ -293,13 +293,13 @@ def run_for(state: State, costs: CostTables, e: int, r: int, rounds: int) -> Non
 
 @kernel
 def _guard_may_open(state: State, e: int, r: int) -> bool:
-    """Return whether each round may let in a request that a guard which counts rounds has kept out."""
+    """Return whether each round may let in a request that has been kept out, though nothing else happens."""
     guard, replica = state.cluster.guard, state.replicas[e, r]
     waits = state.queues[e, queue_of(state, r)].waiting > 0 and replica.idle > 0
     if guard == GUARD_SGLANG:
         return waits or replica.partial != NOBODY
-    if guard != GUARD_PEAK:
-        return False
+    if guard != GUARD_PEAK:  # somebody may lose patience who fits where the shortest does not
+        return waits and state.cluster.limits_memory and state.cluster.patience_s < np.inf
     return waits or (state.cluster.steals_waiting and replica.idle > 0)
 
 

@@ -71,6 +71,7 @@ class Cluster(Bundle):
     victim: int  # place in VICTIMS: who is preempted
     guard: int  # place in ADMISSION_GUARDS
     first_ratio: float  # of the guard ``sglang``, see ``reserve``
+    patience_s: float  # after which nobody shorter goes before, under the rule ``shortest``
     one_pass: bool  # a mixed stage is one pass, not a prefill and a decode part
     limits_memory: bool  # of some replica
     counts_memory: bool  # else nothing depends on memory or chunks: neither is counted

@@ -124,6 +124,8 @@ class ClusterConfig:
     """What must fit into memory before a request is admitted, see ``ADMISSION_GUARDS``."""
     conservativeness: float = 1.0
     """Of ``sglang``: factor of that share at first, 0 … 100; SGLang's schedule_conservativeness."""
+    patience_s: float = 0.0
+    """Under the rule ``shortest``: who came so long ago goes before shorter ones, 0 … 1e9; 0: nobody."""
     chunk_tokens: int = 0
     """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
     mixed stages. Under the guard ``sglang`` it cuts prompts of prefill stages, too."""
@@ -175,6 +177,8 @@ class ClusterConfig:
             raise ServegymError(
                 f"cluster.conservativeness must lie in 0 … 100, got {self.conservativeness}"
             )
+        if not 0 <= self.patience_s <= 1e9:
+            raise ServegymError(f"cluster.patience_s must lie in 0 … 1e9, got {self.patience_s}")
         for key, link in (("link", self.link), ("host_link", self.host_link)):
             if isinstance(link, str) and link not in LINKS:
                 raise unknown(f"value of cluster.{key}:", link, tuple(LINKS))

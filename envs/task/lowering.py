@@ -133,6 +133,7 @@ def lay_out(task: TaskConfig) -> Layout:
         victim=list(VICTIMS).index(cluster.preempt),
         guard=list(ADMISSION_GUARDS).index(cluster.admission_guard),
         first_ratio=min(_FIRST_RATIO * cluster.conservativeness, 1.0),
+        patience_s=cluster.patience_s or np.inf,
         one_pass=cluster.mixed == "one-pass",
         roles=roles,
         steals_waiting="waiting" in steals,
