@@ -59,7 +59,13 @@ _ANY_SECONDS: Final = -1.0
 
 
 class Work(NamedTuple):
-    """What the engine is to run next, in one iteration."""
+    """What the engine is to run next, in one iteration.
+
+    Examples
+    --------
+    >>> Work("decode", (0, 2)).kind
+    'decode'
+    """
 
     kind: Literal["prefill", "decode"]
     ids: tuple[int, ...]
@@ -88,7 +94,14 @@ class Twin:
 
     Examples
     --------
-    See :mod:`servegym.engines`.
+    >>> from servegym.baselines import make_policy
+    >>> from servegym.envs import TASKS
+    >>> twin = Twin(TASKS["servegym/Tiny-v0"], make_policy("hybrid"))
+    >>> twin.submit(prompt_tokens=70, expected_output_tokens=2), twin.work().kind
+    (0, 'prefill')
+    >>> twin.ran(seconds=0.25)
+    >>> twin.work().kind, twin.clock_s
+    ('decode', 0.25)
     """
 
     def __init__(
