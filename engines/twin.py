@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -262,6 +262,8 @@ class Twin:
         if not self._under_way or self._work is None:
             raise ServegymError("no iteration is under way; call work() before ran()")
         taken_s = _ANY_SECONDS if seconds is None else _number("seconds", seconds, MAX_ARRIVAL_S)
+        if not isinstance(finished, Iterable):
+            raise ServegymError(f"finished must be a list of requests, got {shown(finished)}")
         ended = set()
         for each in finished:
             i = whole_number("finished", each, 0)
@@ -369,7 +371,9 @@ class Twin:
 
     def _as_of_now(self) -> State:
         """Return a copy of the state in which all is booked that the engine has run."""
-        copies = {name: array.copy() for name, array in row_arrays(self._state).items()}
+        copies: dict[str, Any] = {
+            name: array.copy() for name, array in row_arrays(self._state).items()
+        }
         state, progress = replace(self._state, **copies), self._progress.copy()
         stage = state.replicas["stage"][0, 0]
         if stage == IDLE or progress["ended"][0] or stage != PREFILL:

@@ -271,7 +271,8 @@ def test_a_bad_request_is_refused_and_changes_nothing(
     with pytest.raises(ServegymError) as caught:
         twin.submit(*arguments)
     assert str(caught.value) == message
-    assert twin.submit(np.int64(5), np.int32(5), np.float32(0.5), 9, 1) == 0  # the legal twin
+    numbers: list[Any] = [np.int64(5), np.int32(5), np.float32(0.5), 9, 1]
+    assert twin.submit(*numbers) == 0  # the legal twin
 
 
 def test_an_uncertain_length_is_refused_where_lengths_are_known() -> None:
@@ -329,6 +330,8 @@ def test_calls_out_of_turn_are_refused() -> None:
         twin.cancel(0)
     with pytest.raises(ServegymError, match="finished names 1, which this prefill does not serve"):
         twin.ran([0, 1])
+    with pytest.raises(ServegymError, match="finished must be a list of requests, got 0"):
+        twin.ran(0)  # type: ignore[arg-type]
     with pytest.raises(ServegymError, match="seconds must lie in 0"):
         twin.ran([0], seconds=-1.0)
     twin.ran([0], seconds=0)  # what was refused has changed nothing
@@ -342,10 +345,10 @@ class Says(Policy):
         self.action, self.plan = action, plan
 
     def prepare(self, briefing: Briefing) -> Plan | None:
-        return self.plan  # type: ignore[no-any-return]
+        return self.plan
 
     def act(self, situation: Situation) -> int:
-        return self.action  # type: ignore[no-any-return]
+        return self.action
 
 
 @pytest.mark.parametrize(
