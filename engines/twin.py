@@ -32,7 +32,6 @@ from servegym.envs.simulator.serving import (
 from servegym.envs.simulator.stages import see_arrivals
 from servegym.envs.simulator.state import (
     FUTURE,
-    IDLE,
     PREFILL,
     RUNNING,
     WAITING,
@@ -196,7 +195,8 @@ class Twin:
     def cancel(self, request: int) -> None:
         """Let a request end here, between two iterations, whether it waits, runs or is still to come.
 
-        One that has finished already stays as it is.
+        One that runs counts as finished, with the tokens that it has; one that does not, as gone without
+        any. One that has finished already stays as it is.
 
         Raises
         ------
@@ -239,6 +239,8 @@ class Twin:
             self._brief()
         if catch_up(state, costs, progress, 0, until_s):
             self._withdraw(state)
+            phases = state.requests["phase"][0]
+            self._leaving = {i for i in self._leaving if phases[i] == FUTURE}
             found = begin_work(state, costs, self._settings, progress, 0, self._mask)
             while found == CHOOSES:
                 action = self._choice()
@@ -367,7 +369,6 @@ class Twin:
         for i in sorted(self._leaving):
             if state.requests["phase"][0, i] == WAITING:
                 withdraw(state, 0, i)
-        self._leaving = {i for i in self._leaving if state.requests["phase"][0, i] == FUTURE}
 
     def _as_of_now(self) -> State:
         """Return a copy of the state in which all is booked that the engine has run."""
@@ -376,13 +377,11 @@ class Twin:
         }
         state, progress = replace(self._state, **copies), self._progress.copy()
         stage = state.replicas["stage"][0, 0]
-        if stage == IDLE or progress["ended"][0] or stage != PREFILL:
+        if stage != PREFILL or progress["ended"][0]:  # else it is under way
             progress["ended"][0] = 1
             catch_up(state, self._costs, progress, 0, _ANY_SECONDS)
             see_arrivals(state, 0, 0)
-            for i in sorted(self._leaving):
-                if state.requests["phase"][0, i] == WAITING:
-                    withdraw(state, 0, i)
+            self._withdraw(state)
         return state
 
 
