@@ -6,7 +6,7 @@ PYTHON ?= python3# the interpreter that .venv is made with, 3.11 or newer
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install -qq -c constraints.txt
-SOURCES := envs agents baselines scripts tests
+SOURCES := envs agents baselines engines scripts tests
 
 # A stamp is written when its step has ended well. It holds the checkout's path, because an editable
 # install points there: a checkout that was moved or copied is set up again.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-PACKAGES = ("servegym.envs", "servegym.baselines", "servegym.agents")
+PACKAGES = ("servegym.envs", "servegym.baselines", "servegym.agents", "servegym.engines")
 
 
 def exported(package: str) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "agents": "agents",
     "baselines": "baselines",
+    "engines": "engines",
     "envs": "envs",
     "studies": "scripts/studies",
 }
@@ -139,7 +140,7 @@ print(sorted({{"numba", "llvmlite"}} & set(sys.modules)))
     assert run_outside(code, tmp_path).split() == ["[]", "[]"]
 
 
-@pytest.mark.parametrize("package", ["envs", "baselines", "agents"])
+@pytest.mark.parametrize("package", ["envs", "baselines", "agents", "engines"])
 def test_a_package_gives_the_names_of_its_stub(package: str) -> None:
     """lazy_loader reads the stub when a name is asked for, the type checker when it checks."""
     module = importlib.import_module(f"servegym.{package}")
@@ -154,9 +155,13 @@ def test_a_package_gives_the_names_of_its_stub(package: str) -> None:
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [
-        ("envs", {"servegym.baselines", "servegym.agents", "servegym.studies"}),
-        ("baselines", {"servegym.agents", "servegym.studies"}),
-        ("agents", {"servegym.baselines", "servegym.studies"}),
+        (
+            "envs",
+            {"servegym.baselines", "servegym.agents", "servegym.engines", "servegym.studies"},
+        ),
+        ("baselines", {"servegym.agents", "servegym.engines", "servegym.studies"}),
+        ("agents", {"servegym.baselines", "servegym.engines", "servegym.studies"}),
+        ("engines", {"servegym.baselines", "servegym.agents", "servegym.studies"}),
     ],
 )
 def test_room_imports_only_what_it_may(room: str, forbidden: set[str]) -> None:
@@ -195,6 +200,7 @@ FLOORS = {
         "training",
         "speed",
     ],
+    "engines": ["twin"],
     "studies": [
         "terminal",
         "cli own_policies",
@@ -317,7 +323,7 @@ def test_rooms_never_import_scripts_or_tests() -> None:
 
 
 def test_only_agents_import_torch() -> None:
-    assert offences(python_files("envs", "baselines", "scripts"), HEAVY) == []
+    assert offences(python_files("envs", "baselines", "engines", "scripts"), HEAVY) == []
 
 
 def test_bare_room_names_are_never_imported() -> None:

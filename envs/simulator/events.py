@@ -103,7 +103,7 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     if moves:
         begin_instant(state, costs, e)
     if routed < episode.requests and state.times[e, routed].arrival_s == now_s:
-        _receive_all(state, costs, e)
+        receive_all(state, costs, e)
     for r in range(replicas):
         if state.event_s[e, r] == now_s and state.replicas[e, r].stage != IDLE:
             prefilled = state.replicas[e, r].emitting
@@ -120,7 +120,7 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
 
 
 @shared_kernel
-def _receive_all(state: State, costs: CostTables, e: int) -> None:
+def receive_all(state: State, costs: CostTables, e: int) -> None:
     """Receive every request that arrives now."""
     episode, replicas = state.episodes[e], state.replicas.shape[1]
     largest = largest_servable(state)

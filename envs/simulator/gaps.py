@@ -27,17 +27,24 @@ def note_stage(state: State, costs: CostTables, e: int, r: int) -> None:
     replica = state.replicas[e, r]
     if replica.stage == PREFILL or replica.active == 0:
         return
-    end_s, rounds = state.event_s[e, r], replica.run_rounds
-    first_s = end_s
+    rounds = replica.run_rounds
+    first_s, longest_s = state.event_s[e, r], 0.0
     if rounds > 1:
         round_s = decode_seconds(costs, r, replica.active, replica.cached_tokens, 1)
         first_s = replica.clock_s + round_s
-    _end_wait(state, e, r, first_s)
-    if rounds > 1:
         cached = replica.cached_tokens + (rounds - 1) * replica.active
-        last_s = decode_seconds(costs, r, replica.active, cached, 1)
-        replica.gap_groups = _raise(state, e, r, replica.gap_groups, last_s)
-    replica.emitted_s = end_s
+        longest_s = decode_seconds(costs, r, replica.active, cached, 1)
+    note_rounds(state, e, r, first_s, longest_s)
+
+
+@kernel
+def note_rounds(state: State, e: int, r: int, first_s: float, longest_s: float) -> None:
+    """Note the gaps of a run whose first round ends at ``first_s``; the longest of the others, if any."""
+    replica = state.replicas[e, r]
+    _end_wait(state, e, r, first_s)
+    if replica.run_rounds > 1:
+        replica.gap_groups = _raise(state, e, r, replica.gap_groups, longest_s)
+    replica.emitted_s = state.event_s[e, r]
 
 
 @kernel

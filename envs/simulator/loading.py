@@ -53,13 +53,7 @@ def load(
     n, rounds = len(requests), requests.decode_rounds
     expected = rounds if known else requests.as_predicted().decode_rounds
     spread = requests.predicted_spread
-    state.episodes[e] = _NO_EPISODE
-    state.replicas[e] = _NO_REPLICA
-    state.queues[e] = _NO_QUEUE
-    state.event_s[e] = np.inf
-    state.residues[e] = 0
-    state.waiting_lengths[e] = 0
-    state.waiting_tree[e] = 0
+    clear(state, e, 0 if state.event_s.shape[1] == 1 else router_luck(requests))
     if not known and spread is not None:
         state.beliefs[e, :n].spread = spread
         state.beliefs[e, :n].log_median = np.log(requests.predicted_output_tokens) - spread**2 / 2
@@ -67,9 +61,24 @@ def load(
     # Among equal lengths the later request is "shorter", so that longest-first serves in order.
     order = n - 1 - np.sort(compared * n + np.arange(n)[::-1]) % n  # faster than argsort
     arrival_s, prompts = requests.arrival_s, requests.prompt_tokens
-    alone = state.event_s.shape[1] == 1
-    _free_clients(state, e, known, 0 if alone else router_luck(requests))
     _write_requests(state, e, arrival_s, prompts, rounds, expected, compared, order)
+    queue_plan(state, e, plan)
+
+
+def clear(state: State, e: int, luck: int = 0) -> None:
+    """Empty row ``e`` of the state: nobody is known, every client is idle, the clock is at 0."""
+    state.episodes[e] = _NO_EPISODE
+    state.replicas[e] = _NO_REPLICA
+    state.queues[e] = _NO_QUEUE
+    state.event_s[e] = np.inf
+    state.residues[e] = 0
+    state.waiting_lengths[e] = 0
+    state.waiting_tree[e] = 0
+    _free_clients(state, e, state.expected is state.finishes, luck)
+
+
+def queue_plan(state: State, e: int, plan: Plan | None) -> None:
+    """Queue the requests present at t = 0 as the plan says, or greedily without one."""
     if plan is not None:
         _enqueue_plan(state, e, plan.order, plan.offsets)
     elif state.queues.shape[1] == 1 or state.cluster.router == ROUTE_PLAN:
@@ -136,6 +145,42 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
 
 
 @kernel
+def write_request(
+    state: State,
+    e: int,
+    i: int,
+    arrival_s: float,
+    prompt_tokens: int,
+    decode_rounds: int,
+    expected_rounds: int,
+) -> None:
+    """Write request ``i``, which has not arrived; its place in the order of length is not written."""
+    request, times = state.requests[e, i], state.times[e, i]
+    request.prompt_tokens = prompt_tokens
+    request.decode_rounds = decode_rounds
+    request.expected_rounds = expected_rounds
+    request.phase = FUTURE
+    request.plan_client = NOBODY
+    request.plan_next = NOBODY
+    request.listed = 0
+    request.planned = 0
+    request.client = NOBODY
+    request.replica = NOBODY
+    request.emitted = 0
+    request.computed = 0
+    request.prefilled_tokens = 0
+    request.preemptions = 0
+    request.moves = 0
+    request.stored = NOBODY
+    request.leaving = 0
+    request.stolen = 0
+    times.arrival_s = arrival_s
+    times.admitted_s = np.nan
+    times.first_token_s = np.nan
+    times.finished_s = np.nan
+
+
+@kernel
 def _write_requests(
     state: State,
     e: int,
@@ -149,29 +194,9 @@ def _write_requests(
     """Write the requests, none of them arrived; ``order``: the fewest compared rounds first."""
     state.episodes[e].requests = order.size
     for i in range(order.size):  # in the order of memory, which takes half the time
-        request, times = state.requests[e, i], state.times[e, i]
-        request.prompt_tokens = prompt_tokens[i]
-        request.decode_rounds = decode_rounds[i]
-        request.expected_rounds = expected_rounds[i]
-        request.phase = FUTURE
-        request.plan_client = NOBODY
-        request.plan_next = NOBODY
-        request.listed = 0
-        request.planned = 0
-        request.client = NOBODY
-        request.replica = NOBODY
-        request.emitted = 0
-        request.computed = 0
-        request.prefilled_tokens = 0
-        request.preemptions = 0
-        request.moves = 0
-        request.stored = NOBODY
-        request.leaving = 0
-        request.stolen = 0
-        times.arrival_s = arrival_s[i]
-        times.admitted_s = np.nan
-        times.first_token_s = np.nan
-        times.finished_s = np.nan
+        write_request(
+            state, e, i, arrival_s[i], prompt_tokens[i], decode_rounds[i], expected_rounds[i]
+        )
     bucket = 0
     for rank in range(order.size):
         i = order[rank]

@@ -1,0 +1,2 @@
+from .twin import Twin as Twin
+from .twin import Work as Work

@@ -1,0 +1,406 @@
+"""The twin: one row of the simulator's state, kept in step with a real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.envs.arguments import as_annotated, whole_number
+from servegym.envs.errors import ServegymError, shown
+from servegym.envs.playing.policy import Briefing, Policy, Situation, asked_task
+from servegym.envs.process.actions import legal_actions
+from servegym.envs.process.blocks import observe
+from servegym.envs.process.metrics import EpisodeLog, records
+from servegym.envs.process.serving import CHOOSES, WORKS, begin_work, choose
+from servegym.envs.serving_env import check_plan
+from servegym.envs.simulator.imagination import imagine_row
+from servegym.envs.simulator.loading import clear, queue_plan
+from servegym.envs.simulator.serving import (
+    PROGRESS,
+    append_request,
+    catch_up,
+    end_request,
+    has_ended,
+    note_iteration,
+    present_s,
+    withdraw,
+)
+from servegym.envs.simulator.stages import see_arrivals
+from servegym.envs.simulator.state import (
+    FUTURE,
+    PREFILL,
+    RUNNING,
+    WAITING,
+    State,
+    make_alike,
+    make_state,
+    row_arrays,
+)
+from servegym.envs.simulator.view import view
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
+from servegym.envs.workload.comparison import compared_tokens
+from servegym.envs.workload.plan import Plan
+from servegym.envs.workload.requests import (
+    MAX_ARRIVAL_S,
+    MAX_REQUESTS,
+    MAX_SPREAD,
+    MAX_TOKENS,
+    Requests,
+)
+
+_ANY_SECONDS: Final = -1.0
+"""Stands for the cost model's seconds, and for no time of the caller's."""
+
+
+class Work(NamedTuple):
+    """What the engine is to run next, in one iteration.
+
+    Examples
+    --------
+    >>> Work("decode", (0, 2)).kind
+    'decode'
+    """
+
+    kind: Literal["prefill", "decode"]
+    ids: tuple[int, ...]
+    """A prefill's requests in the order of admission, or all that decode, ascending."""
+
+
+class Twin:
+    """Asks a policy what an engine is to run, and follows what the engine has run.
+
+    Parameters
+    ----------
+    task
+        One replica without a limit of memory and without mixed stages. Its workload and the limits of an
+        episode (``max_decisions``, ``max_seconds``) are without meaning here.
+    policy
+        Any policy. Its ``prepare`` is called at the first ``work`` with the requests submitted for 0 s.
+    capacity
+        How many requests can be submitted in all.
+    seed
+        Of the policy's random generator, as in ``play``.
+
+    Raises
+    ------
+    ServegymError
+        If the task has what a twin has not, or the policy refuses the task.
+
+    Examples
+    --------
+    >>> from servegym.baselines import make_policy
+    >>> from servegym.envs import TASKS
+    >>> twin = Twin(TASKS["servegym/Tiny-v0"], make_policy("hybrid"))
+    >>> twin.submit(prompt_tokens=70, expected_output_tokens=2), twin.work().kind
+    (0, 'prefill')
+    >>> twin.ran(seconds=0.25)
+    >>> twin.work().kind, twin.clock_s
+    ('decode', 0.25)
+    """
+
+    def __init__(
+        self, task: TaskConfig, policy: Policy, *, capacity: int = 10_000, seed: int = 0
+    ) -> None:
+        capacity = whole_number("capacity", capacity, 1, MAX_REQUESTS)
+        self._seed = whole_number("seed", seed, 0)
+        self.policy = policy
+        self.task = task = asked_task(task, policy)
+        machine = lower(task)
+        layout = machine.layout
+        if len(layout.clients) > 1 or layout.moves:
+            raise ServegymError(f"a twin has one replica, {task.name} has {len(layout.clients)}")
+        if layout.kv_capacity_tokens[0] > 0:
+            raise ServegymError(
+                "a twin has no limit of KV memory, as it preempts nobody; set "
+                f"cluster.kv_capacity_tokens to 0, {task.name} has {layout.kv_capacity_tokens[0]}"
+            )
+        if layout.chunk_tokens > 0:
+            raise ServegymError(
+                "a twin has no mixed stages; set cluster.chunk_tokens to 0, "
+                f"{task.name} has {layout.chunk_tokens}"
+            )
+        self._costs, self._settings = machine.costs, machine.settings
+        self._state = make_state(1, capacity, layout, lengths_known=False)
+        clear(self._state, 0)
+        self._progress = np.zeros(1, PROGRESS).view(np.recarray)
+        self._mask = np.zeros(len(task.actions), np.bool_)
+        self._features = len(machine.features)
+        self._imagined: State | None = None
+        self._submitted: list[tuple[float, int, int, float]] = []  # until the policy is briefed
+        self._briefed = False
+        self._leaving: set[int] = set()
+        self._work: Work | None = None
+        self._under_way = False
+
+    # ---- requests come and go ---------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_tokens: int,
+        expected_output_tokens: int,
+        spread: float = 0.0,
+        most_tokens: int = MAX_TOKENS,
+        now_s: float | None = None,
+    ) -> int:
+        """Tell of a request and return its id: 0, 1, … in the order of submission.
+
+        Parameters
+        ----------
+        prompt_tokens, most_tokens
+            What it has, and the output tokens at which it ends in any case, 1 … ``MAX_TOKENS``.
+        expected_output_tokens, spread
+            The prediction: mean, and standard deviation of the length's logarithm, 0: certain.
+        now_s
+            When it arrives; None: now. It counts as arrived with the one before it, or now, if that is
+            later. One that is to come is not seen before its time.
+
+        Raises
+        ------
+        ServegymError
+            If a number is out of its range, an uncertain length meets a task of known ones, or the twin
+            is full.
+        """
+        state = self._state
+        i, room = int(state.episodes["requests"][0]), state.requests.shape[1]
+        prompt = whole_number("prompt_tokens", prompt_tokens, 1, MAX_TOKENS)
+        expected = whole_number("expected_output_tokens", expected_output_tokens, 1, MAX_TOKENS)
+        most = whole_number("most_tokens", most_tokens, 1, MAX_TOKENS)
+        spread = _number("spread", spread, MAX_SPREAD)
+        if spread > 0 and self.task.information.output_lengths == "known":
+            raise ServegymError(
+                f"spread must be 0, got {spread:g}: lengths are known in {self.task.name}; a task "
+                "with information.output_lengths 'predicted' has uncertain ones"
+            )
+        if i == room:
+            raise ServegymError(f"the twin has had its {room} requests; make one of more capacity")
+        arrival_s = 0.0 if now_s is None else _number("now_s", now_s, MAX_ARRIVAL_S)
+        if self._briefed:
+            arrival_s = max(
+                arrival_s, self.clock_s if now_s is None else float(state.episodes["now_s"][0])
+            )
+        if i > 0:
+            arrival_s = max(arrival_s, float(state.times["arrival_s"][0, i - 1]))
+        state.beliefs[0, i] = (np.log(expected) - spread**2 / 2, spread)
+        compared = self._compared(prompt, expected, spread)
+        append_request(state, 0, arrival_s, prompt, most - 1, expected - 1, compared - 1)
+        if not self._briefed:
+            self._submitted.append((arrival_s, prompt, expected, spread))
+        return i
+
+    def cancel(self, request: int) -> None:
+        """Let a request end here, between two iterations, whether it waits, runs or is still to come.
+
+        One that runs counts as finished, with the tokens that it has; one that does not, as gone without
+        any. One that has finished already stays as it is.
+
+        Raises
+        ------
+        ServegymError
+            If there is no such request, or an iteration is under way: then name it in ``ran``.
+        """
+        state = self._state
+        known = int(state.episodes["requests"][0])
+        if known == 0:
+            raise ServegymError(
+                f"nobody has been submitted, so {shown(request)} cannot be cancelled"
+            )
+        i = whole_number("request", request, 0, known - 1)
+        self._check_between("cancel")
+        phase = state.requests["phase"][0, i]
+        if phase == RUNNING and not has_ended(state, self._progress, 0, i):
+            end_request(state, self._progress, 0, i)
+        elif phase in (WAITING, FUTURE):
+            self._leaving.add(i)
+            if phase == WAITING:
+                self._progress["ended"][0] = 1
+
+    # ---- iterations -------------------------------------------------------------------------
+
+    def work(self, now_s: float | None = None) -> Work | None:
+        """Return what the engine is to run next; None: nobody is there to be served.
+
+        Asks the policy where there is a choice. ``now_s`` moves the clock there if it is behind: what has
+        passed since the last iteration then counts as time.
+
+        Raises
+        ------
+        ServegymError
+            If ``ran`` has not been called for the last work, or the policy chooses what is not legal.
+        """
+        self._check_between("work")
+        until_s = _ANY_SECONDS if now_s is None else _number("now_s", now_s, MAX_ARRIVAL_S)
+        state, costs, progress = self._state, self._costs, self._progress
+        if not self._briefed:
+            self._brief()
+        if catch_up(state, costs, progress, 0, until_s):
+            self._withdraw(state)
+            phases = state.requests["phase"][0]
+            self._leaving = {i for i in self._leaving if phases[i] == FUTURE}
+            found = begin_work(state, costs, self._settings, progress, 0, self._mask)
+            while found == CHOOSES:
+                action = self._choice()
+                choose(state, costs, self._settings, 0, action)
+                found = begin_work(state, costs, self._settings, progress, 0, self._mask)
+            self._work = self._begun() if found == WORKS else None
+        self._under_way = self._work is not None
+        return self._work
+
+    def ran(self, finished: Iterable[int] = (), seconds: float | None = None) -> None:
+        """Tell that the engine has run the work: who has finished with it, and how long it took.
+
+        Whoever has emitted its ``most_tokens`` finishes, told or not. Without ``seconds`` the cost model
+        says how long.
+
+        Raises
+        ------
+        ServegymError
+            If no work is under way, a request is not among its ``ids``, or ``seconds`` is no time.
+        """
+        if not self._under_way or self._work is None:
+            raise ServegymError("no iteration is under way; call work() before ran()")
+        taken_s = _ANY_SECONDS if seconds is None else _number("seconds", seconds, MAX_ARRIVAL_S)
+        if not isinstance(finished, Iterable):
+            raise ServegymError(f"finished must be a list of requests, got {shown(finished)}")
+        ended = set()
+        for each in finished:
+            i = whole_number("finished", each, 0)
+            if i not in self._work.ids:
+                raise ServegymError(
+                    f"finished names {i}, which this {self._work.kind} does not serve; it serves "
+                    f"{shown(list(self._work.ids))}"
+                )
+            ended.add(i)
+        note_iteration(self._state, self._costs, self._progress, 0, taken_s)
+        for i in sorted(ended):
+            end_request(self._state, self._progress, 0, i)
+        self._under_way = False
+
+    # ---- what there is to see ---------------------------------------------------------------
+
+    def situation(self) -> Situation:
+        """Return what a policy would be told now, for logs and dashboards: it changes nothing.
+
+        An iteration under way has not happened yet. Copies the state, so it takes its time.
+        """
+        state = self._as_of_now()
+        mask = np.zeros_like(self._mask)
+        legal_actions(state, self._costs, self._settings, 0, 0, mask)
+        return self._told(state, mask, lambda: _imagined(state, make_alike(state, 1)))
+
+    def records(self) -> EpisodeLog:
+        """Return a copy of the per-request records so far, as ``ServingEnv.records``.
+
+        The ``decode_rounds`` of a request that runs are the most it may take, less its first token; −1
+        where it was cancelled before it ran.
+        """
+        return records(self._as_of_now(), 0)
+
+    @property
+    def clock_s(self) -> float:
+        """The end of the last iteration, or until when ``work`` has waited since."""
+        return float(present_s(self._state, self._costs, self._progress, 0))
+
+    # ---- within -----------------------------------------------------------------------------
+
+    def _check_between(self, what: str) -> None:
+        if self._under_way:
+            raise ServegymError(f"an iteration is under way; call ran() before {what}()")
+
+    def _brief(self) -> None:
+        """Let the policy get ready, with the requests that are present at t = 0; queue them."""
+        present = [row for row in self._submitted if row[0] == 0.0]
+        requests = _requests(present, self.task) if present else None
+        rng = np.random.default_rng([self._seed, 1])  # as ``play`` has it
+        plan = self.policy.prepare(Briefing(self.task, requests, rng))
+        if plan is not None and not isinstance(plan, Plan):
+            raise ServegymError(f"the policy's plan must be a Plan or None, got {shown(plan)}")
+        if plan is not None and requests is None and len(plan.order) > 0:
+            raise ServegymError("the policy plans requests, but none is present at t = 0")
+        if requests is not None:
+            check_plan(plan, requests, self.task.cluster.all_clients)
+        queue_plan(self._state, 0, plan)
+        self._briefed, self._submitted = True, []
+
+    def _compared(self, prompt: int, expected: int, spread: float) -> int:
+        """Return the tokens by which a waiting request is the longer one."""
+        information = self.task.information
+        if information.output_lengths == "known" or information.compare_by == "mean":
+            return expected
+        requests = _requests([(0.0, prompt, expected, spread)], self.task)
+        by, quantile = information.compare_by, information.quantile
+        return int(compared_tokens(requests, by, quantile, information.deviations)[0])
+
+    def _choice(self) -> int:
+        """Ask the policy."""
+        told = self._told(self._state, self._mask.copy(), self._imagine)
+        action = whole_number("the policy's action", self.policy.act(told), 0, len(self._mask) - 1)
+        if not self._mask[action]:
+            legal = ", ".join(map(str, np.flatnonzero(self._mask)))
+            raise ServegymError(f"the policy chose illegal action {action}; legal are {legal}")
+        return action
+
+    def _told(
+        self, state: State, mask: NDArray[np.bool_], imagine: Callable[[], State]
+    ) -> Situation:
+        observation = np.zeros(self._features, np.float32)
+        observe(state, self._costs, self._settings, 0, 0, observation)
+        return Situation(view(state, self._costs, 0, 0), observation, mask, imagine)
+
+    def _imagine(self) -> State:
+        if self._imagined is None:
+            self._imagined = make_alike(self._state, 1)
+        return _imagined(self._state, self._imagined)
+
+    def _begun(self) -> Work:
+        """Return the work of the stage that has begun."""
+        state, replica = self._state, self._state.replicas[0, 0]
+        if replica["stage"] == PREFILL:
+            return Work("prefill", tuple(state.picked[0, 0, : replica["emitting"]].tolist()))
+        decoding = state.finishes["request"][0, 0, : replica["active"]]
+        return Work("decode", tuple(np.sort(decoding).tolist()))
+
+    def _withdraw(self, state: State) -> None:
+        """Take out whoever was cancelled and waits by now; the replica is at a boundary."""
+        for i in sorted(self._leaving):
+            if state.requests["phase"][0, i] == WAITING:
+                withdraw(state, 0, i)
+
+    def _as_of_now(self) -> State:
+        """Return a copy of the state in which all is booked that the engine has run."""
+        copies: dict[str, Any] = {
+            name: array.copy() for name, array in row_arrays(self._state).items()
+        }
+        state, progress = replace(self._state, **copies), self._progress.copy()
+        stage = state.replicas["stage"][0, 0]
+        if stage != PREFILL or progress["ended"][0]:  # else it is under way
+            progress["ended"][0] = 1
+            catch_up(state, self._costs, progress, 0, _ANY_SECONDS)
+            see_arrivals(state, 0, 0)
+            self._withdraw(state)
+        return state
+
+
+def _requests(rows: list[tuple[float, int, int, float]], task: TaskConfig) -> Requests:
+    """Return rows of arrival, prompt, expected output and spread as the scheduler of a task knows them."""
+    arrivals, prompts, outputs, spreads = (np.array(column) for column in zip(*rows, strict=True))
+    known = task.information.output_lengths == "known"
+    return Requests(arrivals, prompts, outputs, outputs, None if known else spreads)
+
+
+def _imagined(state: State, target: State) -> State:
+    """Write the episode as its scheduler believes it to be into ``target``, which is returned."""
+    imagine_row(state, 0, target, 0)
+    return target
+
+
+def _number(name: str, value: float, most: float) -> float:
+    """Return a number that lies in 0 … ``most``."""
+    number = float(as_annotated(name, value, float))
+    if not 0 <= number <= most:
+        raise ServegymError(f"{name} must lie in 0 … {most:g}, got {number:g}")
+    return number
