@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from servegym.envs.arguments import as_annotated, whole_number
 from servegym.envs.errors import ServegymError, shown
+from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.policy import Briefing, Policy, Situation, asked_task
 from servegym.envs.process.actions import legal_actions
 from servegym.envs.process.blocks import observe
@@ -290,7 +291,7 @@ class Twin:
         state = self._as_of_now()
         mask = np.zeros_like(self._mask)
         legal_actions(state, self._costs, self._settings, 0, 0, mask)
-        return self._told(state, mask, lambda: _imagined(state, make_alike(state, 1)))
+        return self._told(state, mask, lambda: _imagined(state, self._costs, make_alike(state, 1)))
 
     def records(self) -> EpisodeLog:
         """Return a copy of the per-request records so far, as ``ServingEnv.records``.
@@ -354,7 +355,7 @@ class Twin:
     def _imagine(self) -> State:
         if self._imagined is None:
             self._imagined = make_alike(self._state, 1)
-        return _imagined(self._state, self._imagined)
+        return _imagined(self._state, self._costs, self._imagined)
 
     def _begun(self) -> Work:
         """Return the work of the stage that has begun."""
@@ -392,9 +393,9 @@ def _requests(rows: list[tuple[float, int, int, float]], task: TaskConfig) -> Re
     return Requests(arrivals, prompts, outputs, outputs, None if known else spreads)
 
 
-def _imagined(state: State, target: State) -> State:
+def _imagined(state: State, costs: CostTables, target: State) -> State:
     """Write the episode as its scheduler believes it to be into ``target``, which is returned."""
-    imagine_row(state, 0, target, 0)
+    imagine_row(state, costs, 0, target, 0)
     return target
 
 
