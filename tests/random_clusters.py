@@ -80,7 +80,11 @@ def random_case(
     if sglang:
         share = float(rng.choice([1.0, 1.0, 0.0, 0.3, 1.3]))
         spec = replace(spec, admission_guard="sglang", conservativeness=share)
-    if limited and router != "llumnix" and len(spec.replicas) > 1 and rng.random() < 0.15:
+    if sglang and router == "pool":  # which has no rule for unlike memory there
+        most = max(part.kv_capacity_tokens for part in spec.replicas)
+        parts = tuple(replace(part, kv_capacity_tokens=most) for part in spec.replicas)
+        spec = replace(spec, replicas=parts)
+    elif limited and router != "llumnix" and len(spec.replicas) > 1 and rng.random() < 0.15:
         spec = replace(spec, replicas=one_unlimited(rng, spec.replicas, block))
     return ClusterCase(requests, spec)
 

@@ -20,7 +20,7 @@ from servegym.envs.task.config import with_overrides
 from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.task.registered import TASKS
 from servegym.envs.workload.plan import plan_from_queues
-from tests.helpers import UNIT_COSTS, instance
+from tests.helpers import UNIT_COSTS, instance, refused
 
 Write = Callable[[str, str], Path]
 
@@ -242,3 +242,10 @@ def test_progress_never_stops(chunk: int, preempt: str, replicas: int) -> None:
         )
         row = served(TaskConfig("tight", cluster, UNIT_COSTS), instance(*rows), mixed=chunk > 0)
         assert (row["rejected"], row["unfinished_requests"]) == (0, 0)
+
+
+def test_sglang_wants_equal_memory_in_a_pool() -> None:
+    replicas = (ReplicaConfig(kv_capacity_tokens=64), ReplicaConfig(kv_capacity_tokens=128))
+    pool: dict[str, Any] = {"replicas": 2, "router": "pool", "admission_guard": "sglang"}
+    refused(lambda: ClusterConfig(replica=replicas, **pool), "pool of replicas of unlike memory")
+    assert ClusterConfig(replica=replicas[:1] * 2, **pool).router == "pool"

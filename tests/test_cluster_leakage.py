@@ -63,6 +63,9 @@ def two_truths(
     parts = tuple(
         replace(part, kv_capacity_tokens=max(part.kv_capacity_tokens, most)) for part in parts
     )
+    if router == "pool" and guard == "sglang":
+        most = max(part.kv_capacity_tokens for part in parts)
+        parts = tuple(replace(part, kv_capacity_tokens=most) for part in parts)
     if router in ("plan", "pool"):
         parts = tuple(replace(part, role="both") for part in parts)
     steals = STEALS if moving and router != "pool" and rng.random() < 0.7 else ()

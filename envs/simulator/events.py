@@ -84,6 +84,13 @@ def sleep(state: State, e: int, r: int) -> None:
 
 
 @kernel
+def _ask_later(state: State, e: int, r: int) -> None:
+    """Ask a replica that has evicted all it had once more at this instant, when all others have decided."""
+    state.episodes[e].again = 1
+    state.episodes[e].turn = r + 1
+
+
+@kernel
 def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     episode = state.episodes[e]
     replicas = state.replicas.shape[1]
@@ -184,7 +191,7 @@ def _notice(state: State, costs: CostTables, e: int, r: int) -> None:
 def decode(state: State, costs: CostTables, e: int, r: int, every_round: bool) -> None:
     """Decode until the choice changes (a finish, an arrival, full memory), or for one round."""
     if not begin_decode(state, costs, e, r, 1 if every_round else ANY_ROUNDS):
-        sleep(state, e, r)
+        _ask_later(state, e, r)
     _tell_others(state, costs, e, r)
 
 
@@ -221,7 +228,7 @@ def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
     if state.replicas[e, r].active > 0 or state.replicas[e, r].stage_tokens > 0:
         begin_pass(state, costs, e, r)
     elif preempted:
-        sleep(state, e, r)
+        _ask_later(state, e, r)
     state.episodes[e].disturbed = 1
     _tell_others(state, costs, e, r)
 

@@ -206,6 +206,12 @@ class ClusterConfig:
                 f"all replicas together may have {MAX_CLIENTS} clients, got {total}"
             )
         self._check_roles()
+        memory = {full.kv_capacity_tokens for full in self.replica_tables()}
+        if self.router == "pool" and self.admission_guard == "sglang" and len(memory) > 1:
+            raise ServegymError(
+                "cluster.admission_guard 'sglang' has no rule for a pool of replicas of unlike memory: "
+                "give all the same kv_capacity_tokens, or choose another router"
+            )
         for k, full in enumerate(self.replica_tables()):
             if 0 < full.kv_capacity_tokens < self.kv_block_tokens:
                 own = bool(self.replica) and self.replica[k].kv_capacity_tokens is not None
