@@ -44,7 +44,7 @@ class BundleType(types.Type):
         raise KeyError(field)
 
 
-_ARRAY_KINDS: dict[tuple[Any, ...], types.Type] = {}
+_ARRAY_KINDS: Final[dict[tuple[Any, ...], types.Type]] = {}
 
 
 def _kind_of(value: Any) -> types.Type:
@@ -56,9 +56,7 @@ def _kind_of(value: Any) -> types.Type:
         if key not in _ARRAY_KINDS:
             _ARRAY_KINDS[key] = numba.typeof(value).copy(layout="C")
         return _ARRAY_KINDS[key]
-    if isinstance(value, Bundle):
-        return numba.typeof(value)
-    return types.boolean if isinstance(value, bool) else numba.typeof(value)
+    return numba.typeof(value)
 
 
 @register_model(BundleType)

@@ -112,14 +112,6 @@ _DECLARED: Final = {
 """What a policy may declare besides ``decisions``: the section of the task and its keys."""
 
 
-def no_mixed_stages(task: TaskConfig) -> str:
-    """Return what to tell a policy that needs mixed stages, of a task without."""
-    return (
-        f"this policy needs mixed stages, which {task.name} has not: its cluster.chunk_tokens is 0, "
-        "vLLM's default is 8192"
-    )
-
-
 def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
     """Return the task with decisions, comparison and its scheduler's keys as the policy declares them.
 
@@ -148,5 +140,8 @@ def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
     needed = getattr(policy, "needs_mixed_stages", False)  # few policies have it
     needed = needed or sections.get("cluster", {}).get("chunk_tokens")
     if task.cluster.chunk_tokens == 0 and needed:
-        raise ServegymError(no_mixed_stages(task))
+        raise ServegymError(
+            f"this policy needs mixed stages, which {task.name} has not: its cluster.chunk_tokens is "
+            "0, vLLM's default is 8192"
+        )
     return with_overrides(task, sections) if sections else task
