@@ -28,6 +28,7 @@ from servegym.studies.cli import check_number, parse, run
 from tests.against_cluster import compare_cluster
 from tests.against_reference import INFORMATION, play_one
 from tests.cluster_helpers import shared_case
+from tests.random_clusters import in_step
 
 CHUNK = 100  # episodes of a job
 SHOWN = 10  # differences told of
@@ -49,7 +50,8 @@ CLUSTERS = (
     "reference of `tests/`: replica, client, admission, first token, finish, preemptions, recomputed tokens\n"
     "and moves of every request, and the stages of every replica. Integers are equal, times to 1e-9. exact:\n"
     "seconds are multiples of powers of two, so that ties are ties for both. moving: prefill-first or\n"
-    "chunked, and replicas steal, prefill for others or evict to the host."
+    "chunked, and replicas steal, prefill for others or evict to the host. in step: prefill-first or\n"
+    "chunked, at least 3 replicas of different memory, every round 1 s, so that most events coincide."
 )
 
 KINDS = (  # the place of each is part of its generator's key
@@ -61,6 +63,8 @@ KINDS = (  # the place of each is part of its generator's key
     "sglang, exact",
     "moving",
     "moving, exact",
+    "in step",
+    "moving, in step",
 )
 
 
@@ -143,10 +147,12 @@ def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
         key = [seed, place, number]
         rng = np.random.default_rng(key)
         sglang, moving = "sglang" in kind, "moving" in kind
-        chunked = None if sglang or moving else "chunked" in kind
-        case = shared_case(
-            rng, dyadic="exact" in kind, chunked=chunked, sglang=sglang, moving=moving
-        )
+        step = "in step" in kind
+        chunked = None if sglang or moving or step else "chunked" in kind
+        exact = step or "exact" in kind
+        case = shared_case(rng, dyadic=exact, chunked=chunked, sglang=sglang, moving=moving)
+        if step:
+            case = in_step(rng, case)
         count.clusters += 1
         try:
             with warnings.catch_warnings():  # of decode tables shorter than the clients

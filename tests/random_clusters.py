@@ -89,6 +89,33 @@ def random_case(
     return ClusterCase(requests, spec)
 
 
+def in_step(rng: np.random.Generator, case: ClusterCase) -> ClusterCase:
+    """The same with rounds of 1 s everywhere, prompts and arrivals in whole seconds, at least 3 replicas.
+
+    Most stages begin and end together with those of other replicas, whose memories differ.
+    """
+    prefill = AffinePrefill(
+        float(rng.choice([1, 2])), float(rng.choice([0.0, 0.0, 0.25])), 0.0, 1.0
+    )
+    replicas = tuple(replace(replica, speed=1.0) for replica in case.spec.replicas)
+    if len(replicas) < 3:
+        replicas += tuple(replace(replicas[0], clients=int(n)) for n in rng.integers(1, 4, 2))
+    memory = [replica.kv_capacity_tokens for replica in replicas]
+    if all(memory) and case.spec.admission_guard != "sglang":
+        most, least = max(memory), case.spec.kv_block_tokens
+        shares = [1.0, *rng.choice([0.3, 0.5, 1.0, 1.0], len(replicas) - 1)]
+        memory = [max(least, int(most * share)) for share in shares]
+    parts = zip(replicas, memory, strict=True)
+    spec = replace(
+        case.spec,
+        costs=replace(case.spec.costs, decode=AffineDecode(1.0, 0.0), prefill=prefill),
+        replicas=tuple(replace(replica, kv_capacity_tokens=kv) for replica, kv in parts),
+        draws=[int(draw) for draw in rng.integers(0, len(replicas), len(case.requests))],
+    )
+    requests = [(float(np.floor(at_s)), prompt, out) for at_s, prompt, out in case.requests]
+    return ClusterCase(requests, spec)
+
+
 def one_unlimited(
     rng: np.random.Generator, replicas: tuple[ReplicaSpec, ...], block: int
 ) -> tuple[ReplicaSpec, ...]:

@@ -17,9 +17,9 @@ from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.vocabulary import ROUTERS
 from tests.against_cluster import cluster_task, compare_cluster, with_draws
-from tests.cluster_helpers import assert_empty
+from tests.cluster_helpers import assert_empty, shared_case
 from tests.helpers import changed, random_legal_action, refused
-from tests.random_clusters import ClusterCase, random_case
+from tests.random_clusters import ClusterCase, in_step, random_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:decode table ends at batch")
 
@@ -39,6 +39,18 @@ def posed(case: ClusterCase) -> tuple[TaskConfig, Requests]:
 def test_the_compiled_core_equals_the_reference(first: int) -> None:
     for seed in range(first, first + 50):
         compare_cluster(case_of(seed))
+
+
+def test_what_happens_together_happens_in_the_order_of_the_reference() -> None:
+    for seed in (
+        *range(40),
+        306,
+        403,
+        587,
+    ):  # the last three: a pool that changes within an instant
+        rng = np.random.default_rng([78, seed])
+        case = shared_case(rng, dyadic=True, moving=bool(seed % 2), routers=["pool", "random"])
+        compare_cluster(in_step(rng, case))
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -55,7 +55,11 @@ def advance(state: State, costs: CostTables, e: int) -> int:
     replicas = state.replicas.shape[1]
     while episode.finished + episode.rejected < episode.requests:
         for r in range(episode.turn, replicas):
-            if state.event_s[e, r] == episode.now_s and state.replicas[e, r].stage == IDLE:
+            if state.event_s[e, r] == episode.now_s:
+                if state.replicas[e, r].stage != IDLE:
+                    if state.replicas[e, r].clock_s == episode.now_s:
+                        continue  # it has begun a stage of no length
+                    _end_stage(state, costs, e, r)
                 see_arrivals(state, e, r)
                 replica = state.replicas[e, r]
                 waiting = state.queues[e, queue_of(state, r)].waiting
@@ -71,6 +75,7 @@ def advance(state: State, costs: CostTables, e: int) -> int:
                     sleep(state, e, r)
         if episode.again:
             episode.again = 0
+            episode.first_pass = 0
             episode.turn = 0
         else:
             _run_to_next_event(state, costs, e)
@@ -106,6 +111,7 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     if now_s == np.inf:  # a fault of the simulator, which would run for ever
         raise RuntimeError("requests are left, but nothing will ever happen to them")
     episode.in_system_s += (now_s - episode.now_s) * episode.in_system
+    episode.first_pass = now_s > episode.now_s
     episode.now_s = now_s
     if moves:
         begin_instant(state, costs, e)
@@ -113,17 +119,22 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
         receive_all(state, costs, e)
     for r in range(replicas):
         if state.event_s[e, r] == now_s and state.replicas[e, r].stage != IDLE:
-            prefilled = state.replicas[e, r].emitting
-            if episode.keeps_gaps:
-                note_stage(state, costs, e, r)
-            book(state, e, r, state.replicas[e, r].stage_s)
-            if moves:
-                end_boundary(state, e, r, prefilled)
+            _end_stage(state, costs, e, r)
     if moves:
         end_instant(state, e)
     elif shares_pool(state):  # what has ended may change what is best to take
         wake_sleepers(state, e)
     episode.turn = 0
+
+
+@shared_kernel
+def _end_stage(state: State, costs: CostTables, e: int, r: int) -> None:
+    prefilled = state.replicas[e, r].emitting
+    if state.episodes[e].keeps_gaps:
+        note_stage(state, costs, e, r)
+    book(state, e, r, state.replicas[e, r].stage_s)
+    if state.cluster.moves:
+        end_boundary(state, e, r, prefilled)
 
 
 @shared_kernel
@@ -276,15 +287,18 @@ def _tell_of_change(state: State, costs: CostTables, e: int, r: int) -> None:
 def _tell_of_pool(state: State, costs: CostTables, e: int, r: int) -> None:
     """Let replicas with idle clients look at the pool after ``r`` has changed it.
 
-    Whoever is first in it now may fit into their memory. A replica without a stage looks at once. One
-    before ``r`` whose round ends now has had its turn: it looks at the end of its next round.
+    Whoever is first in it now may fit into their memory. A replica without a stage looks at this instant.
+    One whose round ends now looks at its turn, if that is to come, else at the end of its next round.
     """
-    now_s = state.episodes[e].now_s
+    now_s, first_pass = state.episodes[e].now_s, state.episodes[e].first_pass
     for other in range(state.replicas.shape[1]):
         replica = state.replicas[e, other]
         if other == r:
             continue
         if replica.stage == IDLE:
             _notice(state, costs, e, other)
+            if other < r:  # before anything lands that leaves now
+                state.episodes[e].again = 1
         elif replica.idle > 0:
-            cut(state, costs, e, other, np.nextafter(now_s, np.inf) if other < r else now_s)
+            to_come = first_pass and other > r
+            cut(state, costs, e, other, now_s if to_come else np.nextafter(now_s, np.inf))

@@ -134,6 +134,7 @@ EPISODE: Final = np.dtype(
         ("transfer_s", np.float64),  # when the next of them is due; ∞: none
         ("disturbed", np.int64),  # 1: this decision has changed what others may steal or have kept
         ("again", np.int64),  # 1: replicas that sleep are to be asked again at ``now_s``
+        ("first_pass", np.int64),  # 1: no replica has been asked twice at ``now_s``
         ("reported_loss", np.float64),  # the loss that rewards have told of
         ("decisions", np.int64),
         # Service, see ``slo`` and ``gaps``. Not in copies for look-ahead: they have no times.
