@@ -37,7 +37,7 @@ from servegym.envs.simulator.stages import (
     see_arrivals,
 )
 from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, State
-from servegym.envs.simulator.stealing import can_steal, steal_running, steal_waiting
+from servegym.envs.simulator.stealing import can_steal, cut_to_act, steal_running, steal_waiting
 from servegym.envs.vocabulary import GUARD_SGLANG, STEAL_WAITING
 
 DECODE: Final = 0
@@ -62,6 +62,7 @@ def advance(state: State, costs: CostTables, e: int) -> int:
                     _end_stage(state, costs, e, r)
                 see_arrivals(state, e, r)
                 replica = state.replicas[e, r]
+                replica.told = 0
                 waiting = state.queues[e, queue_of(state, r)].waiting
                 if (replica.idle > 0 and waiting > 0) or replica.partial != NOBODY:
                     episode.turn = r
@@ -113,15 +114,20 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     episode.in_system_s += (now_s - episode.now_s) * episode.in_system
     episode.first_pass = now_s > episode.now_s
     episode.now_s = now_s
+    arrives = routed < episode.requests and state.times[e, routed].arrival_s == now_s
+    changes = True
     if moves:
-        begin_instant(state, costs, e)
-    if routed < episode.requests and state.times[e, routed].arrival_s == now_s:
+        changes = begin_instant(state, costs, e, arrives)
+    if arrives:
         receive_all(state, costs, e)
     for r in range(replicas):
         if state.event_s[e, r] == now_s and state.replicas[e, r].stage != IDLE:
             _end_stage(state, costs, e, r)
     if moves:
-        end_instant(state, e)
+        if changes:
+            end_instant(state, e)
+            for r in range(replicas):
+                cut_to_act(state, costs, e, r)
     elif shares_pool(state):  # what has ended may change what is best to take
         wake_sleepers(state, e)
     episode.turn = 0
@@ -134,7 +140,7 @@ def _end_stage(state: State, costs: CostTables, e: int, r: int) -> None:
         note_stage(state, costs, e, r)
     book(state, e, r, state.replicas[e, r].stage_s)
     if state.cluster.moves:
-        end_boundary(state, e, r, prefilled)
+        end_boundary(state, costs, e, r, prefilled)
 
 
 @shared_kernel
@@ -277,10 +283,10 @@ def _tell_of_change(state: State, costs: CostTables, e: int, r: int) -> None:
         if other == r or replica.idle == 0:
             continue
         if replica.stage == IDLE:
-            state.event_s[e, other] = episode.now_s
+            replica.clock_s = state.event_s[e, other] = episode.now_s
             episode.again = 1
         else:
-            cut(state, costs, e, other, np.nextafter(episode.now_s, np.inf))
+            cut_to_act(state, costs, e, other)
 
 
 @shared_kernel

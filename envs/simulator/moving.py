@@ -3,7 +3,7 @@
 Rules are those of CLUSTER.md. A waiting request is stolen into the thief's queue. A running one is copied
 while it goes on decoding, or dropped and computed again. A request whose keys and values are *stored*, by a
 prefill replica or on the host, is *fetched* when it is admitted. Where requests may move, every replica that
-could take part ends its run of decode rounds at the first boundary after anything happens.
+could take part ends its run of decode rounds at the first boundary after something that others may act upon.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
-from servegym.envs.simulator.stages import cut, pick
+from servegym.envs.simulator.stages import cut, end_at, pick, rounds_until
 from servegym.envs.simulator.state import (
     COPYING,
     DECODE_RUN,
@@ -80,14 +80,20 @@ def wanted_blocks(state: State, e: int, i: int) -> int:
 
 
 @kernel
-def held_now(state: State, e: int, s: int, i: int) -> int:
+def held_now(state: State, costs: CostTables, e: int, s: int, i: int) -> int:
     """Return the tokens that a decoding request holds after the rounds that have ended by now."""
-    replica = state.replicas[e, s]
+    replica, now_s = state.replicas[e, s], state.episodes[e].now_s
     rounds = 0
-    if replica.stage == DECODE_RUN and replica.clock_s < state.episodes[e].now_s:
-        rounds = replica.run_rounds - 1  # the run has been cut at the boundary that comes
+    if replica.stage == DECODE_RUN and replica.clock_s < now_s:
+        rounds = rounds_until(state, costs, e, s, now_s) - 1  # what ends now has been booked
+    return _held(state, e, s, i) + rounds
+
+
+@kernel
+def _held(state: State, e: int, s: int, i: int) -> int:
+    """Return the tokens that a decoding request held when its replica's last stage was booked."""
     prompt = np.int64(state.requests[e, i].prompt_tokens)
-    return prompt + emitted_tokens(state, e, s, i) + rounds - 1
+    return prompt + emitted_tokens(state, e, s, i) - 1
 
 
 @kernel
@@ -117,6 +123,7 @@ def join_queue(state: State, e: int, r: int, i: int) -> None:
     request = state.requests[e, i]
     request.replica = r
     state.queues[e, r].stolen += request.stolen
+    state.replicas[e, r].told = 1
     push_routed(state, e, r, i)
 
 
@@ -124,7 +131,7 @@ def join_queue(state: State, e: int, r: int, i: int) -> None:
 
 
 @shared_kernel
-def leave(state: State, e: int, s: int) -> None:
+def leave(state: State, costs: CostTables, e: int, s: int) -> None:
     """Let requests leave replica ``s``, which is at a boundary, whose moves wait for it."""
     delay_s = state.cluster.steal_delay_s
     k = 0
@@ -147,7 +154,7 @@ def leave(state: State, e: int, s: int) -> None:
             stop_coming(state, e, k)
             remove(state, e, k)
             send(state, e, s, target, i)
-        elif _keep_more(state, e, k):
+        elif _keep_more(state, costs, e, k):
             _pause(state, e, s, k)
             k += 1
         else:
@@ -159,7 +166,7 @@ def leave(state: State, e: int, s: int) -> None:
 def _stop(state: State, e: int, s: int, i: int, stores: bool) -> None:
     """Take a decoding request away from its client; ``s`` keeps its memory if it ``stores`` it."""
     request = state.requests[e, i]
-    held = np.int64(request.prompt_tokens) + emitted_tokens(state, e, s, i) - 1
+    held = _held(state, e, s, i)
     client = np.int64(request.client)
     stop_decoding(state, e, s, i)
     if stores:
@@ -176,14 +183,15 @@ def _stop(state: State, e: int, s: int, i: int, stores: bool) -> None:
 
 
 @kernel
-def _keep_more(state: State, e: int, place: int) -> bool:
+def _keep_more(state: State, costs: CostTables, e: int, place: int) -> bool:
     """Keep memory at the target for what the request has emitted since; return whether it was free."""
     transfer = state.transfers[e, place]
     s, i = np.int64(transfer.source), np.int64(transfer.request)
-    held = held_now(state, e, s, i)
+    held = _held(state, e, s, i)  # the source is at a boundary
     more = blocks_of(state, held) - blocks_of(state, np.int64(transfer.tokens))
     r = np.int64(transfer.target)
     replica = state.replicas[e, r]
+    cut(state, costs, e, r, state.episodes[e].now_s)  # its memory is full sooner
     begun = 0  # rounds, that have taken their blocks
     if replica.stage == MIXED:
         begun = 1
@@ -258,16 +266,38 @@ def fetch(state: State, e: int, r: int, client: int, i: int) -> None:
 
 
 @shared_kernel
-def begin_instant(state: State, costs: CostTables, e: int) -> None:
-    """Cut runs at the present instant and serve the transfers that are due, in order of their making."""
+def begin_instant(state: State, costs: CostTables, e: int, arrives: bool) -> bool:
+    """End runs at a boundary that is now and serve the transfers that are due, in order of their making.
+
+    Return whether this instant, at which a request ``arrives`` or none, may change what others can do.
+    """
     episode = state.episodes[e]
-    everybody = state.cluster.steals_running
+    lands = episode.transfer_s <= episode.now_s
+    changes = arrives or lands or _something_ends(state, e)
+    for r in range(state.replicas.shape[1]):
+        end_at(state, costs, e, r, episode.now_s)
+    if lands:
+        _serve_transfers(state, costs, e)
+    return changes
+
+
+@kernel
+def _something_ends(state: State, e: int) -> bool:
+    """Return whether a stage ends now that changes what others may steal, or who comes or leaves."""
     for r in range(state.replicas.shape[1]):
         replica = state.replicas[e, r]
-        if everybody or replica.idle > 0 or replica.incoming > 0 or replica.leaving > 0:
-            cut(state, costs, e, r, episode.now_s)
-    if episode.transfer_s > episode.now_s:
-        return
+        if replica.stage == IDLE or state.event_s[e, r] > state.episodes[e].now_s:
+            continue
+        if replica.stage != DECODE_RUN or replica.incoming > 0 or replica.leaving > 0:
+            return True
+        if state.finishes[e, r, 0].due <= replica.rounds + replica.run_rounds:
+            return True
+    return False
+
+
+@kernel
+def _serve_transfers(state: State, costs: CostTables, e: int) -> None:
+    episode = state.episodes[e]
     k = 0
     while k < episode.transfers:
         transfer = state.transfers[e, k]
@@ -282,22 +312,25 @@ def begin_instant(state: State, costs: CostTables, e: int) -> None:
             continue
         if transfer.kind == COPYING:
             transfer.kind = PAUSING
+            cut(state, costs, e, np.int64(transfer.source), episode.now_s)
         else:
             transfer.kind = LANDED
+            cut(state, costs, e, np.int64(transfer.target), episode.now_s)
             if transfer.source != HOST:
                 blocks = blocks_of(state, np.int64(transfer.tokens))
                 state.replicas[e, transfer.source].used_blocks -= blocks
+                state.replicas[e, transfer.source].told = 1
         k += 1
     find_next_due(state, e)
 
 
 @shared_kernel
-def end_boundary(state: State, e: int, r: int, prefilled: int) -> None:
+def end_boundary(state: State, costs: CostTables, e: int, r: int, prefilled: int) -> None:
     """Let requests leave a replica that has booked a stage, which has completed ``prefilled`` prompts."""
     if state.machines[r].role == ROLE_PREFILL and prefilled > 0:
         hand_over(state, e, r, prefilled)
     if state.replicas[e, r].leaving > 0:
-        leave(state, e, r)
+        leave(state, costs, e, r)
 
 
 @shared_kernel

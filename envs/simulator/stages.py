@@ -296,11 +296,12 @@ def _guard_may_open(state: State, e: int, r: int) -> bool:
     """Return whether each round may let in a request that has been kept out, though nothing else happens."""
     guard, replica = state.cluster.guard, state.replicas[e, r]
     waits = state.queues[e, queue_of(state, r)].waiting > 0 and replica.idle > 0
+    steals = state.cluster.steals_waiting and replica.idle > 0
     if guard == GUARD_SGLANG:
-        return waits or replica.partial != NOBODY
+        return waits or steals or replica.partial != NOBODY
     if guard != GUARD_PEAK:  # somebody may lose patience who fits where the shortest does not
         return waits and state.cluster.limits_memory and state.cluster.patience_s < np.inf
-    return waits or (state.cluster.steals_waiting and replica.idle > 0)
+    return waits or steals
 
 
 @kernel
@@ -326,6 +327,18 @@ def cut(state: State, costs: CostTables, e: int, r: int, then_s: float) -> None:
         return
     rounds = rounds_until(state, costs, e, r, then_s)
     if rounds < replica.run_rounds:
+        run_for(state, costs, e, r, rounds)
+
+
+@kernel
+def end_at(state: State, costs: CostTables, e: int, r: int, now_s: float) -> None:
+    """End a run of decode rounds at ``now_s``, if a round ends then."""
+    replica = state.replicas[e, r]
+    if replica.stage != DECODE_RUN or replica.run_rounds == 1 or replica.clock_s >= now_s:
+        return
+    rounds = rounds_until(state, costs, e, r, now_s)
+    run_s = decode_seconds(costs, r, replica.active, replica.cached_tokens, rounds)
+    if rounds < replica.run_rounds and replica.clock_s + run_s == now_s:
         run_for(state, costs, e, r, rounds)
 
 

@@ -248,6 +248,7 @@ REPLICA: Final = np.dtype(
         ("incoming", np.int64),  # to its clients, which are kept for them
         ("incoming_blocks", np.int64),  # Σ blocks kept for these
         ("leaving", np.int64),  # of the decoding
+        ("told", np.int64),  # 1: it may admit what it could not when it last decided
         ("ratio", np.float64),  # of outputs for which memory is kept, see ``reserve``
         ("ratio_rounds", np.int64),  # the decode clock from which it falls
         # Totals so far.

@@ -31,6 +31,7 @@ from servegym.envs.simulator.seconds import prefill_seconds
 from servegym.envs.simulator.stages import cut, see_arrivals, sort_idle
 from servegym.envs.simulator.state import (
     COPYING,
+    DECODE_RUN,
     DROPPING,
     IDLE,
     NOBODY,
@@ -148,7 +149,7 @@ def stealable(state: State, costs: CostTables, e: int, r: int) -> int:
             break
         if not state.requests[e, finish.request].leaving and (i == NOBODY or finish.request < i):
             i, due = finish.request, finish.due
-    tokens = held_now(state, e, best, i) + 1  # with the next round's, so that it can go on
+    tokens = held_now(state, costs, e, best, i) + 1  # with the next round's, so that it can go on
     return i if _fits(state, e, r, blocks_of(state, tokens)) else NOBODY
 
 
@@ -171,6 +172,16 @@ def can_steal(state: State, costs: CostTables, e: int, r: int) -> bool:
     return stealable(state, costs, e, r) != NOBODY
 
 
+@shared_kernel
+def cut_to_act(state: State, costs: CostTables, e: int, r: int) -> None:
+    """End a run of decode rounds at the boundary that comes, if ``r`` may admit or steal something there."""
+    replica = state.replicas[e, r]
+    if replica.stage != DECODE_RUN or replica.run_rounds == 1 or replica.idle == 0:
+        return
+    if replica.told or can_steal(state, costs, e, r):
+        cut(state, costs, e, r, np.nextafter(state.episodes[e].now_s, np.inf))
+
+
 # ---- stealing -------------------------------------------------------------------------------
 
 
@@ -179,6 +190,7 @@ def steal_waiting(state: State, e: int, r: int) -> None:
     """Take as many requests as ``r`` has room and memory for from the queue that it may steal from."""
     s = fullest_queue(state, e, r)
     see_arrivals(state, e, s)
+    state.replicas[e, s].told = 1  # its next may fit where the first did not
     order = state.cluster.steal_order
     left = _most_taken(state, e, s, r)
     i = _first_taken(state, e, s, left)
@@ -212,7 +224,7 @@ def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
     i = stealable(state, costs, e, r)
     request = state.requests[e, i]
     s = np.int64(request.replica)
-    held = held_now(state, e, s, i)
+    held = held_now(state, costs, e, s, i)
     source = state.replicas[e, s]
     request.leaving = 1
     source.leaving += 1
@@ -226,7 +238,7 @@ def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
     state.replicas[e, r].coming_blocks += blocks_of(state, held + 1)
     start(state, e, DROPPING, i, s, r, NOBODY, held + 1, np.inf)
     if source.stage == IDLE:
-        leave(state, e, s)
+        leave(state, costs, e, s)
     else:
         cut(state, costs, e, s, np.nextafter(episode.now_s, np.inf))
 

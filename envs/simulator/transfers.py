@@ -91,6 +91,7 @@ def end_move(state: State, e: int, place: int) -> None:
         target.incoming -= 1
         target.incoming_blocks -= blocks
         release_client(state, e, transfer.target, transfer.client)
+        target.told = 1
     state.replicas[e, transfer.source].leaving -= 1
     state.requests[e, transfer.request].leaving = 0
     remove(state, e, place)
