@@ -130,6 +130,7 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
         queue.first_unseen = NOBODY
     for r in range(state.clients.shape[1]):
         state.replicas[e, r].idle = state.machines[r].clients
+        state.replicas[e, r].sorted = state.machines[r].clients
         state.replicas[e, r].most_running = state.machines[r].clients
         state.replicas[e, r].reserve_blocks = state.machines[r].watermark_blocks
         state.replicas[e, r].partial = NOBODY

@@ -128,6 +128,7 @@ def release_client(state: State, e: int, r: int, client: int) -> None:
     replica = state.replicas[e, r]
     state.clients[e, r, client].expected_end = 0
     state.idle[e, r, replica.idle] = client
+    replica.sorted = min(replica.sorted, replica.idle)
     replica.idle += 1
 
 

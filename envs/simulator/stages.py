@@ -164,11 +164,15 @@ def sort_idle(state: State, e: int, r: int) -> None:
 
     Overwrites ``picked``.
     """
-    idle = state.idle[e, r, : state.replicas[e, r].idle]
-    ascending = 1
+    replica = state.replicas[e, r]
+    if replica.sorted >= replica.idle:
+        return
+    idle = state.idle[e, r, : replica.idle]
+    ascending = max(replica.sorted, 1)
+    replica.sorted = replica.idle
     while ascending < idle.size and idle[ascending - 1] < idle[ascending]:
         ascending += 1
-    if ascending >= idle.size:
+    if ascending == idle.size:
         return
     appended = state.picked[e, r, : idle.size - ascending]
     for k in range(appended.size):

@@ -223,6 +223,7 @@ REPLICA: Final = np.dtype(
         ("rounds", np.int64),  # decode rounds run so far: the decode clock
         ("active", np.int64),  # clients whose request decodes
         ("idle", np.int64),  # clients without a request
+        ("sorted", np.int64),  # so many of these, the first, are known to be in ascending order
         ("partial", np.int64),  # the request whose prompt is half computed, or NOBODY
         ("most_running", np.int64),  # requests that may hold a client once this action has admitted
         ("reserve_blocks", np.int64),  # free blocks that it leaves while others run
