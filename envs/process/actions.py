@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,16 +10,17 @@ from numpy.typing import NDArray
 from servegym.envs.bundle import Bundle
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.admission import admits, mixes
+from servegym.envs.simulator.admission import (
+    admits,
+    first_within_limits,
+    limits_let,
+    mixes,
+)
 from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep, steal
 from servegym.envs.simulator.queues import shares_pool
 from servegym.envs.simulator.state import IDLE, NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.stealing import fullest_queue, stealable
-from servegym.envs.vocabulary import STEAL_WAITING
-
-ILLEGAL: Final = 0
-LEGAL: Final = 1
-UNKNOWN: Final = 2
+from servegym.envs.vocabulary import GUARD_SGLANG, STEAL_WAITING
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,52 +59,49 @@ def legal_actions(
     if not mask[DECODE] and state.replicas.shape[1] > 1:
         mask[DECODE] = _may_wait(state, e, r)
     count = int(mask[DECODE])
-    for k in range(settings.rules.size):
-        known = UNKNOWN
-        if settings.limits:
-            known = _follows(settings, settings.rules, 0, k, mask)
-        if known != UNKNOWN:
-            mask[1 + k] = known == LEGAL
-        else:
-            if settings.limits:
-                _limit(state, settings, e, r, k)
-            mask[1 + k] = admits(state, e, r, settings.rules[k])
-        count += int(mask[1 + k])
     first = 1 + settings.rules.size
-    for k in range(settings.mixed_rules.size):
-        known = UNKNOWN
-        if settings.limits:
-            known = _follows(settings, settings.mixed_rules, first - 1, k, mask)
-        if known != UNKNOWN:
-            mask[first + k] = known == LEGAL
-        else:
-            if settings.limits:
-                _limit(state, settings, e, r, first - 1 + k)
-            mask[first + k] = mixes(state, e, r, settings.mixed_rules[k])
-        count += int(mask[first + k])
     if settings.limits:
-        _free_of_limits(state, e, r)
+        count += _legal_within_limits(state, settings, e, r, mask)
+    else:
+        for k in range(settings.rules.size):
+            mask[1 + k] = admits(state, e, r, settings.rules[k])
+            count += int(mask[1 + k])
+        for k in range(settings.mixed_rules.size):
+            mask[first + k] = mixes(state, e, r, settings.mixed_rules[k])
+            count += int(mask[first + k])
     if settings.steals.size > 0:
         count += _legal_steals(state, costs, settings, e, r, count, mask)
     return count
 
 
-@kernel
-def _follows(
-    settings: Settings, rules: NDArray[np.int64], first: int, k: int, mask: NDArray[np.bool_]
+@shared_kernel
+def _legal_within_limits(
+    state: State, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]
 ) -> int:
-    """Return what the same rule's actions before say of the k-th: wider limits admit no less."""
-    cap, reserve = settings.caps[first + k], settings.reserves[first + k]
-    for j in range(k - 1, -1, -1):
-        if rules[j] != rules[k]:
-            break
-        other, others_reserve = settings.caps[first + j], settings.reserves[first + j]
-        if mask[1 + first + j]:
-            if other <= cap and others_reserve >= reserve:
-                return LEGAL
-        elif other >= cap and others_reserve <= reserve:
-            return ILLEGAL
-    return UNKNOWN
+    """Write which prefills and mixed stages are legal, each within its limits; return how many.
+
+    Whom a rule takes first is looked up once for all limits.
+    """
+    replica, prefills = state.replicas[e, r], settings.rules.size
+    looks_up = state.machines[r].blocks != UNLIMITED_BLOCKS and replica.partial == NOBODY
+    looks_up = looks_up and state.cluster.guard != GUARD_SGLANG
+    count, i, before = 0, NOBODY, NOBODY
+    for k in range(settings.caps.size):
+        mixed = k >= prefills
+        rule = settings.mixed_rules[k - prefills] if mixed else settings.rules[k]
+        _limit(state, settings, e, r, k)
+        if looks_up:
+            if rule != before or k == prefills:
+                i = first_within_limits(state, e, r, rule, mixed)
+                before = rule
+            mask[1 + k] = i != NOBODY and limits_let(state, e, r, i, mixed)
+        elif mixed:
+            mask[1 + k] = mixes(state, e, r, rule)
+        else:
+            mask[1 + k] = admits(state, e, r, rule)
+        count += int(mask[1 + k])
+    _free_of_limits(state, e, r)
+    return count
 
 
 @shared_kernel

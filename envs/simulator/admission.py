@@ -165,6 +165,30 @@ def _chunk_fits(state: State, e: int, r: int, rule: int) -> bool:
 
 
 @kernel
+def first_within_limits(state: State, e: int, r: int, rule: int, mixed: bool) -> int:
+    """Return whom a stage under ``rule`` takes first if the limits of an action let it, or NOBODY.
+
+    For replicas with a limit of memory and without a half-computed prompt, and not under SGLang's guard.
+    """
+    replica = state.replicas[e, r]
+    if replica.idle == 0 or state.queues[e, queue_of(state, r)].waiting == 0:
+        return NOBODY
+    if mixed and state.cluster.chunk_tokens <= replica.active:
+        return NOBODY
+    return _first_given(state, e, r, rule)
+
+
+@kernel
+def limits_let(state: State, e: int, r: int, i: int, mixed: bool) -> bool:
+    """Return whether the limits in force let a stage take request ``i`` first."""
+    running = state.machines[r].clients - state.replicas[e, r].idle
+    if running >= state.replicas[e, r].most_running:
+        return False
+    taken = blocks_of_round(state, e, r) if mixed else 0
+    return taken <= free_blocks(state, e, r) and fits(state, e, r, i, taken, running)
+
+
+@kernel
 def _begin_choosing(state: State, e: int, r: int, rule: int) -> None:
     """Bring the idle clients into order; forget what the rule has noted for the stage before."""
     sort_idle(state, e, r)
