@@ -42,6 +42,8 @@ class Layout(NamedTuple):
     guard: int = 0
     first_ratio: float = 0.0  # of the guard ``sglang``
     patience_s: float = math.inf  # of the rule ``shortest``
+    shortest_by: int = 0  # place in ORDERS, of the same rule
+    level_tokens: int = 256
     one_pass: bool = True
     roles: tuple[int, ...] = ()  # of each replica; empty: all serve both
     steals_waiting: bool = False

@@ -37,6 +37,8 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     _copy(source.requests[e], target.requests[f], n)
     _copy(source.by_length[e], target.by_length[f], n)
     _copy(source.lengths[e], target.lengths[f], n)
+    if source.priority.shape[1] > 0:
+        _copy(source.priority[e], target.priority[f], n)
     if source.cluster.moves:
         _copy(source.transfers[e], target.transfers[f], source.episodes[e].transfers)
     for q in range(source.queues.shape[1]):

@@ -174,6 +174,8 @@ def write_request(
     request.stored = NOBODY
     request.leaving = 0
     request.stolen = 0
+    if state.priority.shape[1] > 0:
+        state.priority[e, i] = arrival_s  # all have as long to their first token
     times.arrival_s = arrival_s
     times.admitted_s = np.nan
     times.first_token_s = np.nan

@@ -17,7 +17,13 @@ from servegym.envs.machine.costs import CostModel
 from servegym.envs.machine.presets import cost_preset
 from servegym.envs.task.building import build, cost_model, mixed_cost
 from servegym.envs.task.cluster import ClusterConfig, check_whole
-from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS, REWARDS, STEALS
+from servegym.envs.vocabulary import (
+    ADMISSION_RULES,
+    EXPECTATIONS,
+    OBSERVATION_BLOCKS,
+    REWARDS,
+    STEALS,
+)
 from servegym.envs.workload.arrivals import MAX_ARRIVAL_RATE_PER_S, Arrivals
 from servegym.envs.workload.comparison import COMPARISONS
 from servegym.envs.workload.predictors import PREDICTOR_NAMES
@@ -118,6 +124,12 @@ class InformationConfig:
     """Of ``compare_by = "quantile"``, > 0 and < 1."""
     deviations: float = 1.0
     """Standard deviations of ``compare_by = "mean-sd"``, 0 … 100."""
+    expect: str = "mean"
+    """What is expected of an uncertain output when its request comes: its ``mean``, or the ``lower`` or
+    ``upper`` end of the interval where it lies with probability ``interval``. Whoever goes beyond an end is
+    expected to finish with its next token. Offline plans go by the mean."""
+    interval: float = 0.9
+    """Of ``expect = "lower"`` and ``"upper"``, > 0 and < 1."""
 
     def __post_init__(self) -> None:
         check_fields("information", self)
@@ -136,6 +148,12 @@ class InformationConfig:
         if not 0 <= self.deviations <= 100:
             raise ServegymError(
                 f"information.deviations must lie in 0 … 100, got {self.deviations}"
+            )
+        if self.expect not in EXPECTATIONS:
+            raise unknown("value of information.expect:", self.expect, EXPECTATIONS)
+        if not 0 < self.interval < 1:
+            raise ServegymError(
+                f"information.interval must lie between 0 and 1, got {self.interval}"
             )
 
 

@@ -31,6 +31,7 @@ from servegym.envs.vocabulary import (
     ADMISSION_RULES,
     MOVES,
     OBSERVATION_BLOCKS,
+    ORDERS,
     REWARDS,
     ROLES,
     ROUTERS,
@@ -39,7 +40,7 @@ from servegym.envs.vocabulary import (
     VICTIMS,
 )
 from servegym.envs.workload.cells import is_file
-from servegym.envs.workload.comparison import compared_tokens
+from servegym.envs.workload.comparison import compared_tokens, expected_at_end
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import Requests
 
@@ -134,6 +135,8 @@ def lay_out(task: TaskConfig) -> Layout:
         guard=list(ADMISSION_GUARDS).index(cluster.admission_guard),
         first_ratio=min(_FIRST_RATIO * cluster.conservativeness, 1.0),
         patience_s=cluster.patience_s or np.inf,
+        shortest_by=list(ORDERS).index(cluster.shortest_by),
+        level_tokens=cluster.level_tokens,
         one_pass=cluster.mixed == "one-pass",
         roles=roles,
         steals_waiting="waiting" in steals,
@@ -222,5 +225,6 @@ def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | N
     if information.output_lengths != "known" and information.compare_by != "mean":
         by, quantile = information.compare_by, information.quantile
         compared = compared_tokens(case.requests, by, quantile, information.deviations) - 1
-    load(state, e, case.requests, plan, compared)
+    requests = expected_at_end(case.requests, information.expect, information.interval)
+    load(state, e, requests, plan, compared)
     write_credits(state, e, case.requests, case.bound)
