@@ -112,7 +112,7 @@ class OrderedCluster(ShortestCluster):
         return request.wanted_tokens + self.rounds_left(request)
 
     def fits_alone(self, replica: Replica, batch: list[ReferenceRequest]) -> bool:
-        """Whether the replica, if it were empty, could begin all of them at once and see them to their ends."""
+        """Whether the replica, were it empty, could begin all of them at once and see them to their ends."""
         if len(batch) > replica.spec.clients:
             return False
         for rounds in range(max(self.rounds_left(r) for r in batch) + 1):
@@ -123,7 +123,7 @@ class OrderedCluster(ShortestCluster):
 
 
 class IntervalCluster(OrderedCluster):
-    """Nobody knows the outputs, but one end of an interval for each; who goes beyond it is taken to end next."""
+    """Nobody knows the outputs, but one end of an interval for each; who outlives it is taken to end next."""
 
     ends: Sequence[int] = ()  # by row
 
