@@ -109,11 +109,11 @@ def least_latency(instance: Instance, at_most: float, limit_s: float = np.inf) -
     model.setObjective(_sum(ends))
     solve_interruptibly(model)
     status = model.getModelStatus()
-    if status == highspy.HighsModelStatus.kInfeasible:
+    proven = status == highspy.HighsModelStatus.kOptimal
+    least = float(np.rint(model.getObjectiveValue())) if proven else None
+    if status == highspy.HighsModelStatus.kInfeasible or (least is not None and least > at_most):
         raise ValueError(f"no schedule has latencies of {at_most} in all")
-    if status != highspy.HighsModelStatus.kOptimal:
-        return None
-    return float(np.rint(model.getObjectiveValue()))
+    return least
 
 
 def _sum(

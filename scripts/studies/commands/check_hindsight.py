@@ -53,9 +53,10 @@ are worse: one wrong start weighs more."""
 MEMORIES: Final = (500, 2000)
 REQUESTS: Final = 300
 
-INTERVAL_WHAT = f"""The model of arXiv 2508.14544: {REQUESTS} requests at t = 0, prompts of {PROMPT} tokens, outputs of 1 …
-{LONGEST}. Mean latency in units; `mc-sf` knows the outputs. Here an evicted request goes on with the tokens that
-it has, at no cost, so `a-min` may be better than who knows all and never evicts."""
+INTERVAL_WHAT = f"""The model of arXiv 2508.14544: {REQUESTS} requests at t = 0, prompts of {PROMPT} tokens,
+outputs of 1 … {LONGEST}. Mean latency in units; `mc-sf` knows the outputs. An evicted request goes on with
+the tokens that it has, at no cost, so `a-min` may be better than who knows all and evicts nobody. In the
+paper it starts again."""
 
 
 @dataclass(frozen=True)
