@@ -59,6 +59,7 @@ class Layout(NamedTuple):
     round_s: tuple[float, ...] = ()  # of each replica, see ``Fleet``; (): all take equally long
     slo_ttft_s: float = math.inf
     slo_tpot_s: float = math.inf
+    class_limits: bool = False  # classes of requests have limits of their own
     counts_slo: bool = False  # count the requests that meet both when they finish
     keeps_gaps: bool = False  # note the worst gap between two tokens of each request
 

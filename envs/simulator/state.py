@@ -368,6 +368,7 @@ class State(Bundle):
     beliefs: RecordArray  # (E, I) BELIEF at first, by id; (E, 0) if known
     picked: NDArray[np.int32]  # (E, R, J) the requests whose prefill ends with the present stage
     keys: NDArray[np.int64]  # (E, clients of all replicas) scratch
+    limits: NDArray[np.float64]  # (E, I, 2) by id: of ``[slo]``; (E, 0, 2): the cluster's
     priority: NDArray[np.float64]  # (E, I) by id, the least goes first; (E, 0): nobody asks for it
     gaps: RecordArray  # (E, R, 2 J) GAP_GROUP, a stack [: replica.gap_groups]; (E, R, 0): not noted
     transfers: (
@@ -421,6 +422,7 @@ def make_state(
         beliefs=_records(e, 0 if lengths_known else i, dtype=BELIEF),
         picked=np.zeros((e, r, j), np.int32),
         keys=np.zeros((e, r * j), np.int64),
+        limits=np.zeros((e, i if layout.class_limits else 0, 2)),
         priority=np.zeros((e, i if layout.shortest_by in (BY_DEADLINE, BY_BATCH) else 0)),
         gaps=_records(e, r, 2 * j if layout.keeps_gaps else 0, dtype=GAP_GROUP),
         # Each keeps a client of its target, or is one of as many as may come to a queue at once.

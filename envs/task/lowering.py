@@ -152,6 +152,7 @@ def lay_out(task: TaskConfig) -> Layout:
         round_s=_full_rounds(task.cost, replicas),
         slo_ttft_s=task.slo.limits[0],
         slo_tpot_s=task.slo.limits[1],
+        class_limits=bool(task.slo.classes),
         counts_slo=_counts_slo(task),
         keeps_gaps=_keeps_gaps(task, replicas),
     )
@@ -227,4 +228,9 @@ def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | N
         compared = compared_tokens(case.requests, by, quantile, information.deviations) - 1
     requests = expected_at_end(case.requests, information.expect, information.interval)
     load(state, e, requests, plan, compared)
+    if task.slo.classes:
+        n, limits = len(requests), task.slo.limits_of(requests)
+        state.limits[e, :n] = limits
+        if task.cluster.shortest_by == "deadline":
+            state.priority[e, :n] = requests.arrival_s + limits[:, 0]
     write_credits(state, e, case.requests, case.bound)
