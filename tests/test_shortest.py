@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.lowering import bound_case, lower
 from servegym.studies.checks.hindsight import draw, least_latency, total_latency
+from servegym.studies.commands import check_hindsight
 from tests.against_cluster import compare_cluster
 from tests.helpers import UNIT_COSTS, changed, refused
 from tests.random_clusters import ClusterCase, random_case
@@ -128,6 +130,20 @@ def test_the_hindsight_program_by_trying_all() -> None:
         assert least_latency(instance, min(sums) + 3) == min(sums)
         with pytest.raises(ValueError, match="no schedule"):
             least_latency(instance, min(sums) - 1)
+
+
+def test_the_page_of_hindsight() -> None:
+    """The committed page is of the command's defaults, all its cases are proven, and it is played as it says."""
+    args = check_hindsight.Args(cases=1)
+    page = (Path(__file__).parents[1] / "results/checks/hindsight.md").read_text("utf-8")
+    assert check_hindsight.command_of(check_hindsight.Args()) in page
+    rows = [line.split(" | ") for line in page.splitlines() if " of 20 | " in line]
+    assert len(rows) == 18
+    assert all(row[3] == "20 of 20" and 1 <= float(row[5]) <= float(row[6]) for row in rows)
+    assert (
+        "| 1 of 1 | mc-sf | 1.0000 | 1.0000 | 1 |"
+        in check_hindsight.rows_of(args, 1, check_hindsight.SIZES[1])[0]
+    )
 
 
 @pytest.mark.parametrize("first", range(0, 120, 40))

@@ -51,8 +51,8 @@ def test_who_is_due_first_goes_first() -> None:
 
 
 def test_without_classes_it_is_first_come_first_served() -> None:
-    for slo in ({"classes": []}, {"classes": [], "ttft_s": None}):
-        log, _ = played(posed(**slo), "edf")
+    for limit in (SLO["ttft_s"], None):
+        log, _ = played(posed(classes=[], ttft_s=limit), "edf")
         assert log.admitted_s.tolist() == [0, 4, 8, 12]
 
 

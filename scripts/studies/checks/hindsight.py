@@ -89,7 +89,7 @@ def least_latency(instance: Instance, at_most: float, limit_s: float = np.inf) -
     if not all(starts):
         raise ValueError(f"no schedule has latencies of {at_most} in all")
     for own in starts:
-        model.addConstr(_sum(list(own.values())) == 1)
+        model.addConstr(_sum([*own.values()]) == 1)
     rows = list(zip(instance.prompts.tolist(), instance.rounds.tolist(), strict=True))
     for t in range(1, int((latest + instance.rounds).max()) + 1):
         held = [
@@ -105,8 +105,7 @@ def least_latency(instance: Instance, at_most: float, limit_s: float = np.inf) -
         for own, (_, o), first in zip(starts, rows, instance.arrivals.tolist(), strict=True)
         for k, variable in own.items()
     ]
-    model.setMinimize()
-    model.setObjective(_sum(ends))
+    model.setObjective(_sum(ends), sense=highspy.ObjSense.kMinimize)
     solve_interruptibly(model)
     status = model.getModelStatus()
     proven = status == highspy.HighsModelStatus.kOptimal
