@@ -133,7 +133,7 @@ def test_the_hindsight_program_by_trying_all() -> None:
 
 
 def test_the_page_of_hindsight() -> None:
-    """The committed page is of the command's defaults, all its cases are proven, and it is played as it says."""
+    """The committed page is of the command's defaults, all its cases are proven, and a row is played anew."""
     args = check_hindsight.Args(cases=1)
     page = (Path(__file__).parents[1] / "results/checks/hindsight.md").read_text("utf-8")
     assert check_hindsight.command_of(check_hindsight.Args()) in page
