@@ -10,8 +10,9 @@ import pytest
 
 from servegym.baselines import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
-from servegym.envs import TASKS, Requests, make_requests
+from servegym.envs import TASKS, Requests, ServingEnv, make_requests
 from servegym.envs.playing.evaluation import make_case, play
+from servegym.envs.process.actions import apply
 from servegym.envs.task.config import SloConfig, TaskConfig
 from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.vocabulary import ORDERS, VICTIMS
@@ -222,6 +223,20 @@ def test_an_imagined_episode_keeps_the_order(name: str) -> None:
     base = play(LIMITED, name, make_policy(name), case, seed=0).row
     better = play(LIMITED, "rollout", make_policy(f"rollout-0:{name}"), case, seed=0).row
     assert better["makespan_s"] <= base["makespan_s"] * (1 + 1e-9)
+
+
+def test_patience_ends_in_imagination_as_it_does() -> None:
+    """At 7 s who came at 5 s has waited for 2 s: with a patience of 2 s it goes before a shorter one."""
+    for patience_s, first in ((2.0, 1), (2.5, 2)):
+        task = changed(machine(1, 0), cluster={"patience_s": patience_s})
+        env = ServingEnv(task)
+        env.reset(options={"requests": instance((5, 6), (5, 4, 5.0), (5, 2, 5.5))})
+        rule = task.actions.index("prefill:shortest")
+        env.step(rule)
+        assert env.view().clock_s == 7.0
+        copy, lowered = env.imagine(), lower(task)
+        apply(copy, lowered.costs, lowered.settings, 0, 0, rule)
+        assert copy.picked[0, 0, 0] == first
 
 
 @pytest.mark.parametrize(

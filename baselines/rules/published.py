@@ -102,10 +102,11 @@ def sorted_f() -> TriggerPolicy:
 
 
 def edf() -> TriggerPolicy:
-    """Return earliest deadline first: arrival plus the ``ttft_s`` of ``[slo]``.
+    """Return earliest deadline first (Liu and Layland, 1973): arrival plus the request's ``ttft_s``.
 
-    A deadline stays when it has passed, and a preempted request keeps it. Where all have the same limit it
-    is first come, first served, but for those who were preempted: they do not go to the front.
+    That is its class's in ``[[slo.classes]]``, else that of ``[slo]``. A deadline stays when it has passed,
+    and a preempted request keeps it: it does not go to the front. Who runs is not stopped for one who is
+    due sooner. Where all have the same limit, or none, it is first come, first served.
 
     Examples
     --------

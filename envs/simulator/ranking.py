@@ -16,11 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.jit import allocating_kernel, kernel, shared_kernel
+from servegym.envs.simulator.finishes import sort_keys
 from servegym.envs.simulator.queues import blocks_of, queue_of, rounds_ahead, tokens_to_prefill
 from servegym.envs.simulator.state import NOBODY, WAITING, State
 from servegym.envs.vocabulary import BY_BATCH, BY_EXPECTED, BY_LEVEL, BY_PROMPT
 
 Whole = NDArray[np.int64]
+
+_TOKENS: Final = 0  # of the next prefill
+_ROUNDS: Final = 1  # after it
+_OUTPUT: Final = 2  # still to emit
+
+_BY_OUTPUT: Final = 0
+_BY_SIZE: Final = 1
 
 _LEFT: Final = 0
 _TAKEN: Final = 1
@@ -83,36 +91,44 @@ def level_of(tokens: int, first: int) -> int:
 @allocating_kernel
 def _order_batches(state: State, e: int, r: int) -> None:
     """Write the place of everybody who waits at replica ``r`` in a sequence of batches."""
-    queue, span = state.queues[e, queue_of(state, r)], state.requests.shape[1]
-    count, size = 0, queue.waiting
+    queue = state.queues[e, queue_of(state, r)]
+    size = queue.waiting
     ids = np.empty(size, np.int64)
-    tokens = np.empty(size, np.int64)
-    rounds = np.empty(size, np.int64)
-    outputs = np.empty(size, np.int64)
+    count = 0
     i = queue.first
     while i != queue.first_unseen:
         if state.requests[e, i].phase == WAITING:
             ids[count] = i
-            tokens[count] = tokens_to_prefill(state, e, i)
-            rounds[count] = rounds_ahead(state, e, i)
-            outputs[count] = rounds[count] + (state.requests[e, i].stored == NOBODY)
             count += 1
         i = state.requests[e, i].next
-    by_output = np.argsort(outputs * span + ids)
-    by_size = np.argsort((tokens + rounds) * span + ids)
+    sort_keys(ids)
+    waiting = np.empty((3, size), np.int64)
+    orders = np.empty((2, size), np.int64)
+    for k in range(size):
+        tokens, rounds = tokens_to_prefill(state, e, ids[k]), rounds_ahead(state, e, ids[k])
+        output = rounds + (state.requests[e, ids[k]].stored == NOBODY)
+        waiting[_TOKENS, k] = tokens
+        waiting[_ROUNDS, k] = rounds
+        waiting[_OUTPUT, k] = output
+        orders[_BY_OUTPUT, k] = output * size + k
+        orders[_BY_SIZE, k] = (tokens + rounds) * size + k
+    for which in range(2):
+        sort_keys(orders[which])
+        for k in range(size):
+            orders[which, k] %= size
     marks = np.zeros(size, np.int64)
     placed = 0
     while placed < size:
-        order, batch, value = by_output, 0, np.inf
-        for which in (by_output, by_size):
-            members, least = _best_beginning(state, r, which, marks, tokens, rounds, outputs)
-            if least < value or (least == value and members > batch):
-                order, batch, value = which, members, least
-        for k in order:
-            if batch > 0 and marks[k] == _LEFT:
+        chosen, members, value = _BY_OUTPUT, 0, np.inf
+        for which in range(2):
+            count, least = _best_beginning(state, r, orders[which], marks, waiting)
+            if least < value or (least == value and count > members):
+                chosen, members, value = which, count, least
+        for k in orders[chosen]:
+            if members > 0 and marks[k] == _LEFT:
                 marks[k] = _TAKEN
-                batch -= 1
-        for k in by_output:
+                members -= 1
+        for k in orders[_BY_OUTPUT]:
             if marks[k] == _TAKEN:
                 marks[k] = _PLACED
                 state.priority[e, ids[k]] = placed
@@ -121,18 +137,14 @@ def _order_batches(state: State, e: int, r: int) -> None:
 
 @allocating_kernel
 def _best_beginning(
-    state: State,
-    r: int,
-    order: Whole,
-    marks: Whole,
-    tokens: Whole,
-    rounds: Whole,
-    outputs: Whole,
+    state: State, r: int, order: Whole, marks: Whole, waiting: Whole
 ) -> tuple[int, float]:
     """Return how many of those left in an order make the best batch, and its Σ o / |X|².
 
-    All arrays have shape (waiting,). Who fits into no memory makes a batch alone.
+    ``order`` and ``marks`` have shape (waiting,), ``waiting`` (3, waiting). Who fits into no memory makes a
+    batch alone.
     """
+    blocks = state.machines[r].blocks
     most = min(state.machines[r].clients, order.size)
     members = np.empty(most, np.int64)
     used = np.empty(most, np.int64)  # blocks at each member's end, were there nobody else
@@ -141,29 +153,26 @@ def _best_beginning(
     for k in order:
         if marks[k] != _LEFT:
             continue
-        if count == most:
-            break
-        held = blocks_of(state, tokens[k] + rounds[k])
-        fits = held <= state.machines[r].blocks or count == 0
+        tokens, rounds = waiting[_TOKENS, k], waiting[_ROUNDS, k]
+        held = blocks_of(state, tokens + rounds)
+        fits = count < most
         for place in range(count):
             other = members[place]
-            if rounds[other] <= rounds[k]:
-                more = blocks_of(state, tokens[k] + rounds[other])
-                fits = fits and used[place] + more <= state.machines[r].blocks
-            if rounds[other] >= rounds[k]:
-                held += blocks_of(state, tokens[other] + rounds[k])
-        if count > 0 and held > state.machines[r].blocks:
-            fits = False
-        if not fits:
+            others_rounds = waiting[_ROUNDS, other]
+            if others_rounds <= rounds:
+                fits = fits and used[place] + blocks_of(state, tokens + others_rounds) <= blocks
+            if others_rounds >= rounds:
+                held += blocks_of(state, waiting[_TOKENS, other] + rounds)
+        if not fits or (count > 0 and held > blocks):
             break
         for place in range(count):
-            other = members[place]
-            if rounds[other] <= rounds[k]:
-                used[place] += blocks_of(state, tokens[k] + rounds[other])
+            others_rounds = waiting[_ROUNDS, members[place]]
+            if others_rounds <= rounds:
+                used[place] += blocks_of(state, tokens + others_rounds)
         members[count] = k
         used[count] = held
         count += 1
-        total += outputs[k]
+        total += waiting[_OUTPUT, k]
         value = total / (count * count)
         if value <= least:
             best, least = count, value
