@@ -69,9 +69,9 @@ KINDS = (  # the place of each is part of its generator's key
 
 
 ORDERED = (
-    "The random clusters of clusters.md, also moving ones, under the rule `shortest`, by each of its orders; every\n"
-    "victim, with patience or without. intervals: a scheduler knows one end of an interval for each output,\n"
-    "which may be far from it, and packs by that, as A_min does; by expected outputs or in batches."
+    "The random clusters of clusters.md, also moving ones, under the rule `shortest`, by each order;\n"
+    "every victim, with patience or without. intervals: a scheduler knows one end of an interval for each\n"
+    "output, which may be far from it, and packs by that, as A_min does; by expected outputs or in batches."
 )
 
 INTERVALS = "intervals"

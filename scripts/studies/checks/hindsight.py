@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import highspy
 import numpy as np
@@ -115,7 +115,6 @@ def least_latency(instance: Instance, at_most: float, limit_s: float = np.inf) -
     return least
 
 
-def _sum(
-    terms: Sequence[highspy.highs.highs_linear_expression],
-) -> highspy.highs.highs_linear_expression:
+def _sum(terms: Sequence[Any]) -> Any:
+    """Return the sum of HiGHS's variables or expressions."""
     return sum(terms[1:], terms[0])
