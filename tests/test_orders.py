@@ -29,8 +29,8 @@ pytestmark = [
 
 LIMITED = changed(
     TASKS["servegym/Tiny-v0"],
-    cluster={"clients": 16, "kv_capacity_tokens": 900},
-    workload={"requests": 60},
+    cluster={"clients": 8, "kv_capacity_tokens": 60},
+    workload={"requests": 30},
 )
 
 
@@ -198,7 +198,7 @@ def test_slai_says_which_rule_it_needs() -> None:
 # ---- copies for look-ahead, and bad input ---------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sorted-f", "edf", "mlfq-64"])
+@pytest.mark.parametrize("name", ["sorted-f", "edf", "mlfq-8"])
 def test_an_imagined_episode_keeps_the_order(name: str) -> None:
     """With known lengths a rollout never ends later than its base: the copy admits whom the base would."""
     case = make_case(LIMITED, 4)

