@@ -126,7 +126,7 @@ def test_known_lengths_make_the_three_one() -> None:
 
 def test_the_ends_of_an_interval_are_quantiles() -> None:
     """A mean of 100 and a spread of 0.5: the median is 100 exp(−1/8), 90 % lie within exp(± 0.82)."""
-    task = changed(LIMITED, information={"output_lengths": "predicted"})
+    task = changed(machine(8, 0), information={"output_lengths": "predicted"})
     requests = make_requests([5], [40], None, [100], [0.5])
     for name, tokens in (("a-min", 39), ("a-max", 201), ("a-max-0.5", 124), ("mc-sf", 100)):
         seen: list[int] = []
