@@ -91,6 +91,28 @@ PARAMETERS: Final[dict[str, Parameter]] = {
         f"be > 0 and at most {MAX_PATIENCE_S}",
         lambda policy, seconds: replace(policy, cluster={**policy.cluster, "patience_s": seconds}),
     ),
+    # With what chance a length lies in its interval.
+    "interval": Parameter(
+        "q",
+        lambda q: 0 < q < 1,
+        "lie between 0 and 1, as in a-min-0.9",
+        lambda policy, q: replace(policy, comparison={**policy.comparison, "interval": q}),
+    ),
+    # Seconds that may pass between two tokens.
+    "gap": Parameter(
+        "G",
+        lambda seconds: 0 < seconds <= MAX_PATIENCE_S,
+        f"be > 0 and at most {MAX_PATIENCE_S}",
+        lambda policy, seconds: replace(policy, gap_s=seconds),
+    ),
+    # Tokens of the first level of feedback.
+    "level": Parameter(
+        "Q",
+        *_whole(1, MAX_NUMBER),
+        lambda policy, tokens: replace(
+            policy, cluster={**policy.cluster, "level_tokens": int(tokens)}
+        ),
+    ),
     # With what chance memory suffices.
     "chance": Parameter(
         "q",

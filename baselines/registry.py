@@ -11,10 +11,11 @@ from typing import Any, Final
 
 from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.parameters import MAX_NUMBER, PARAMETERS, by_deviations, by_quantile
-from servegym.baselines.rules import triggers
+from servegym.baselines.rules import published, triggers
 from servegym.baselines.rules.limited import LimitedPolicy
 from servegym.baselines.rules.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
 from servegym.baselines.rules.policies import RandomPolicy, TriggerPolicy
+from servegym.baselines.rules.slai import SlaiPolicy
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.playing.policy import Policy
 
@@ -99,13 +100,45 @@ REGISTRY: Final[dict[str, Entry]] = {
     "sjf": Entry(
         "shortest expected output first, prefill as soon as a client is idle; who has waited N seconds "
         "(60) goes before all shorter ones",
-        TriggerPolicy("shortest", triggers.EAGER, cluster={"patience_s": 60.0}),
+        published.sjf(),
         parameter="patience",
     ),
     "mc-sf": Entry(
         "MC-SF (arXiv 2502.07115): shortest expected output first while memory holds all who run at "
         "every expected finish, up to the first that does not fit",
-        TriggerPolicy("shortest", triggers.EAGER, cluster={"admission_guard": "peak"}),
+        published.mc_sf(),
+    ),
+    "a-max": Entry(
+        "A_max (arXiv 2508.14544): as mc-sf by the upper end of the interval where a length lies with "
+        "probability q (0.9)",
+        published.a_max(),
+        parameter="interval",
+    ),
+    "a-min": Entry(
+        "A_min (arXiv 2508.14544): as mc-sf by the lower end, or by the tokens emitted once they are more; "
+        "where memory is full the smallest lower bound gives way (q 0.9)",
+        published.a_min(),
+        parameter="interval",
+    ),
+    "sorted-f": Entry(
+        "Sorted-F (arXiv 2508.06133): in batches of the least Σ output / size², packed as mc-sf packs",
+        published.sorted_f(),
+    ),
+    "slai": Entry(
+        "SLAI (arXiv 2508.01002): prefill, shortest prompt first, as long as nobody waits more than G "
+        "seconds for a token (slo.tpot_s), else a mixed stage or decode (asked at every round)",
+        SlaiPolicy(),
+        parameter="gap",
+    ),
+    "mlfq": Entry(
+        "feedback queues as FastServe's (arXiv 2305.05920), without stopping who runs: fewest doublings of Q "
+        "tokens (256) that prompt and output so far take go first, and last out; after 60 s before all",
+        published.mlfq(),
+        parameter="level",
+    ),
+    "edf": Entry(
+        "earliest deadline first: arrival plus slo.ttft_s of its class",
+        published.edf(),
     ),
     "static": Entry(
         "decode until all clients are idle, then refill them in order of arrival",

@@ -44,7 +44,7 @@ from servegym.envs.simulator.state import (
 from servegym.envs.simulator.view import view
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
-from servegym.envs.workload.comparison import compared_tokens
+from servegym.envs.workload.comparison import compared_tokens, expected_at_end
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import (
     MAX_ARRIVAL_S,
@@ -186,9 +186,9 @@ class Twin:
             )
         if i > 0:
             arrival_s = max(arrival_s, float(state.times["arrival_s"][0, i - 1]))
-        state.beliefs[0, i] = (np.log(expected) - spread**2 / 2, spread)
-        compared = self._compared(prompt, expected, spread)
-        append_request(state, 0, arrival_s, prompt, most - 1, expected - 1, compared - 1)
+        believed, doubt, compared = self._believed(prompt, expected, spread)
+        state.beliefs[0, i] = (np.log(believed) - doubt**2 / 2, doubt)
+        append_request(state, 0, arrival_s, prompt, most - 1, believed - 1, compared - 1)
         if not self._briefed:
             self._submitted.append((arrival_s, prompt, expected, spread))
         return i
@@ -327,14 +327,20 @@ class Twin:
         queue_plan(self._state, 0, plan)
         self._briefed, self._submitted = True, []
 
-    def _compared(self, prompt: int, expected: int, spread: float) -> int:
-        """Return the tokens by which a waiting request is the longer one."""
+    def _believed(self, prompt: int, expected: int, spread: float) -> tuple[int, float, int]:
+        """Return the output that is expected, its spread, and the tokens by which it is the longer one."""
         information = self.task.information
-        if information.output_lengths == "known" or information.compare_by == "mean":
-            return expected
+        by, expect = information.compare_by, information.expect
+        if information.output_lengths == "known" or (by, expect) == ("mean", "mean"):
+            return expected, spread, expected
         requests = _requests([(0.0, prompt, expected, spread)], self.task)
-        by, quantile = information.compare_by, information.quantile
-        return int(compared_tokens(requests, by, quantile, information.deviations)[0])
+        if expect != "mean":
+            told = expected_at_end(requests, expect, information.interval)
+            expected, spread = int(told.predicted_output_tokens[0]), 0.0
+        if by == "mean":
+            return expected, spread, expected
+        quantile, deviations = information.quantile, information.deviations
+        return expected, spread, int(compared_tokens(requests, by, quantile, deviations)[0])
 
     def _choice(self) -> int:
         """Ask the policy."""

@@ -51,11 +51,36 @@ VICTIMS: Final = {
     "newest": "the last admitted, as vLLM",
     "least-computed": "the one with the fewest tokens in memory; of equals the newest",
     "fewest-output": "the one that has emitted the fewest tokens, as SGLang; of equals the newest",
+    "fewest-expected": "the one with the shortest expected output, as A_min; of equals the newest",
+    "lowest-level": "the one whose level of feedback is the last, as FastServe; of equals the newest",
 }
 """Who gives up its memory when a decode round does not fit, and is computed again later."""
 
 LEAST_COMPUTED: Final = 1
 FEWEST_OUTPUT: Final = 2
+FEWEST_EXPECTED: Final = 3
+LOWEST_LEVEL: Final = 4
+
+ORDERS: Final = {
+    "length": "the shortest output, by information.compare_by, when it came",
+    "expected": "the shortest output that is expected by now",
+    "prompt": "the shortest prompt",
+    "deadline": "the first whose first token is due, slo.ttft_s after its arrival",
+    "level": "the first level of feedback by tokens so far, then the first to come",
+    "batch": "the first of a sequence of batches, each with the least sum of outputs over squared size",
+}
+"""What goes first under the rule ``shortest``; of equals the first to come, of ``length`` and ``expected``
+the last."""
+
+BY_LENGTH: Final = 0
+BY_EXPECTED: Final = 1
+BY_PROMPT: Final = 2
+BY_DEADLINE: Final = 3
+BY_LEVEL: Final = 4
+BY_BATCH: Final = 5
+
+EXPECTATIONS: Final = ("mean", "lower", "upper")
+"""What is expected of an uncertain output: its mean, or an end of the interval where it should lie."""
 
 ADMISSION_GUARDS: Final = {
     "none": "a prompt must fit now",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from servegym.baselines.rules.compiled import play_loaded
@@ -13,7 +16,7 @@ from servegym.envs.simulator.loading import router_luck
 from servegym.envs.simulator.routing import random_replica
 from servegym.envs.simulator.state import State
 from servegym.envs.task.cluster import ClusterConfig, LinkConfig, ReplicaConfig
-from servegym.envs.task.config import ProcessConfig, SloConfig, TaskConfig
+from servegym.envs.task.config import InformationConfig, ProcessConfig, SloConfig, TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
 from tests.random_clusters import ClusterCase
 from tests.reference_cluster import (
@@ -23,8 +26,8 @@ from tests.reference_cluster import (
     ReferenceRequest,
     serve,
 )
+from tests.reference_orders import IntervalCluster, OrderedCluster
 from tests.reference_sglang import SglangCluster
-from tests.reference_shortest import ShortestCluster
 
 FIRST_COME = TriggerPolicy("fcfs", EAGER)
 CHUNKED = TriggerPolicy("fcfs", EAGER, mixed=True)
@@ -41,6 +44,8 @@ def cluster_task(spec: ClusterSpec) -> TaskConfig:
         admission_guard=spec.admission_guard,
         conservativeness=spec.conservativeness,
         patience_s=spec.patience_s if spec.patience_s < np.inf else 0.0,
+        shortest_by=spec.shortest_by,
+        level_tokens=spec.level_tokens,
         chunk_tokens=spec.chunk_tokens,
         mixed=spec.mixed,
         max_prefill_tokens=spec.max_prefill_tokens,
@@ -63,12 +68,20 @@ def cluster_task(spec: ClusterSpec) -> TaskConfig:
     return TaskConfig("cluster", cluster=cluster, cost=spec.costs, process=process, slo=slo)
 
 
-def play_fast(case: ClusterCase, rule: str = "fcfs") -> tuple[EpisodeLog, State, list[int], float]:
-    """Serve in the compiled simulator; return records, state, the row of each request and the bound."""
+def play_fast(
+    case: ClusterCase, rule: str = "fcfs", ends: Sequence[int] = ()
+) -> tuple[EpisodeLog, State, list[int], float]:
+    """Serve in the compiled simulator; return records, state, the row of each request and the bound.
+
+    With ``ends`` (by row) outputs are not known, but an end of the interval where each lies.
+    """
     task = cluster_task(case.spec)
     arrivals, prompts, outputs = (np.array(column) for column in zip(*case.requests, strict=True))
     rows = np.argsort(arrivals, kind="stable").tolist()
     requests = make_requests(prompts, outputs, arrivals)
+    if ends:
+        requests = make_requests(prompts, outputs, arrivals, ends, np.zeros(len(ends)))
+        task = replace(task, information=InformationConfig(output_lengths="predicted"))
     machine = lower(task)
     bounded = bound_case(machine, requests)
     state = make_task_state(task, 1, len(requests))
@@ -81,11 +94,15 @@ def play_fast(case: ClusterCase, rule: str = "fcfs") -> tuple[EpisodeLog, State,
     return records(state, 0), state, rows, bounded.bound.seconds
 
 
-def serve_case(case: ClusterCase, rule: str = "fcfs") -> Outcome:
+def serve_case(case: ClusterCase, rule: str = "fcfs", ends: Sequence[int] = ()) -> Outcome:
     """Serve in the slow reference."""
+    if ends:
+        interval = IntervalCluster(case.requests, case.spec)
+        interval.ends = ends
+        return interval.run()
     reference = SglangCluster if case.spec.admission_guard == "sglang" else ReferenceCluster
     if rule == "shortest":
-        reference = ShortestCluster
+        reference = OrderedCluster
     return serve(case.requests, case.spec, reference)
 
 
@@ -108,11 +125,11 @@ def compare_gaps(ours: float, theirs: ReferenceRequest) -> None:
     assert off <= 1e-12 + 1e-9 * theirs.finished_s, (theirs.id, ours, theirs.worst_gap_s)
 
 
-def compare_cluster(case: ClusterCase, rule: str = "fcfs") -> Outcome:
+def compare_cluster(case: ClusterCase, rule: str = "fcfs", ends: Sequence[int] = ()) -> Outcome:
     """Serve in both; AssertionError where they differ."""
     case = with_draws(case)
-    slow = serve_case(case, rule)
-    log, state, rows, bound_s = play_fast(case, rule)
+    slow = serve_case(case, rule, ends)
+    log, state, rows, bound_s = play_fast(case, rule, ends)
     for i, row in enumerate(rows):
         theirs = slow.records[row]
         assert bool(log.rejected[i]) == theirs.rejected, row

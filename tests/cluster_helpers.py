@@ -33,7 +33,7 @@ from servegym.envs.simulator.state import (
     State,
 )
 from servegym.envs.task.config import InformationConfig, TaskConfig
-from servegym.envs.vocabulary import ROLE_PREFILL, STEALS
+from servegym.envs.vocabulary import ROLE_PREFILL, STEALS, VICTIMS
 from tests.against_cluster import cluster_task
 from tests.random_clusters import ClusterCase, random_case
 from tests.reference_cluster import ClusterSpec
@@ -51,6 +51,36 @@ def shared_case(rng: np.random.Generator, **settings: Any) -> ClusterCase:
     """A random case without what only the reference has: two options, and moves unless asked for."""
     case = random_case(rng, **{"moving": False, **settings})
     return ClusterCase(case.requests, replace(case.spec, padded=False, reserve="chunk"))
+
+
+def ordered_case(
+    rng: np.random.Generator, by: str, *, dyadic: bool, moving: bool | None = None
+) -> ClusterCase:
+    """A case under the rule `shortest`, which goes by `by`; any victim, patience or none."""
+    case = shared_case(rng, dyadic=dyadic, moving=moving)
+    unit_s = 1.0 if dyadic else 0.05
+    spec = replace(
+        case.spec,
+        shortest_by=by,
+        preempt=str(rng.choice(list(VICTIMS))),
+        level_tokens=int(rng.integers(1, 20)),
+        patience_s=float(rng.choice([np.inf, np.inf, 4.0, 16.0])) * unit_s,
+    )
+    return ClusterCase(case.requests, spec)
+
+
+def interval_case(rng: np.random.Generator, *, dyadic: bool) -> tuple[ClusterCase, list[int]]:
+    """A case of outputs known by one end of an interval, which may be far from them; and these ends."""
+    case = shared_case(rng, dyadic=dyadic, routers=["round-robin", "least-requests", "pool"])
+    spec = replace(
+        case.spec,
+        shortest_by=str(rng.choice(["expected", "expected", "batch"])),
+        preempt=str(rng.choice(["fewest-expected", "fewest-expected", "newest"])),
+        admission_guard=str(rng.choice(["peak", "peak", "none"])),
+    )
+    outputs = np.array([output for _, _, output in case.requests])
+    ends = np.maximum(np.rint(outputs * rng.choice([0.1, 0.5, 1.0, 2.0], len(outputs))), 1)
+    return ClusterCase(case.requests, spec), ends.astype(int).tolist()
 
 
 def stealing_case(rng: np.random.Generator, **settings: Any) -> ClusterCase:

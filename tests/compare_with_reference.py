@@ -2,6 +2,7 @@
 
     python -m tests.compare_with_reference --episodes 50000
     python -m tests.compare_with_reference --clusters 100000
+    python -m tests.compare_with_reference --orders 14000
 
 from the project's root folder. `make test` plays a few hundred of the same episodes.
 """
@@ -22,13 +23,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.playing.parallel import USUAL_JOBS, check_jobs, run_parallel
+from servegym.envs.vocabulary import ORDERS
 from servegym.studies.cli import check_number, parse, run
 from tests.against_cluster import compare_cluster
 from tests.against_reference import INFORMATION, play_one
-from tests.cluster_helpers import shared_case
-from tests.random_clusters import in_step
+from tests.cluster_helpers import interval_case, ordered_case, shared_case
+from tests.random_clusters import ClusterCase, in_step
 
 CHUNK = 100  # episodes of a job
 SHOWN = 10  # differences told of
@@ -68,6 +71,16 @@ KINDS = (  # the place of each is part of its generator's key
 )
 
 
+ORDERED = (
+    "The random clusters of clusters.md, also moving ones, under the rule `shortest`, by each order;\n"
+    "every victim, with patience or without. intervals: a scheduler knows one end of an interval for each\n"
+    "output, which may be far from it, and packs by that, as A_min does; by expected outputs or in batches."
+)
+
+INTERVALS = "intervals"
+ORDER_KINDS = (*ORDERS, INTERVALS)
+
+
 @dataclass(frozen=True)
 class Args:
     """Play random episodes in the simulator and in the reference; status 1 if any two differ."""
@@ -76,16 +89,21 @@ class Args:
     """How many, shared evenly by the kinds of information on output lengths."""
     clusters: int = 0
     """Play so many random clusters instead, shared evenly by their kinds."""
+    orders: int = 0
+    """Play so many random clusters under the rule ``shortest`` instead, shared evenly by its orders."""
     seed: int = 0
     """Episode k of a kind is drawn from (seed, kind, k)."""
     output: Path = Path("results/checks/reference")
-    """Folder for reference.md, or clusters.md."""
+    """Folder for reference.md, clusters.md or orders.md."""
     jobs: int = USUAL_JOBS
     """Processes."""
 
     def __post_init__(self) -> None:
         check_number("--episodes", self.episodes, 1, MAX_EPISODES)
         check_number("--clusters", self.clusters, 0, MAX_EPISODES)
+        check_number("--orders", self.orders, 0, MAX_EPISODES)
+        if self.orders and self.clusters:
+            raise ServegymError("--orders and --clusters are two comparisons; give one of them")
         check_number("--seed", self.seed, 0, 2**62)
         check_jobs(self.jobs)
 
@@ -120,6 +138,8 @@ Chunk = tuple[str, range]
 def play_chunk(seed: int, chunk: Chunk) -> tuple[str, Counts, list[str]]:
     """Play a chunk of episodes; return its totals and a line for each episode that differs."""
     kind, numbers = chunk
+    if kind in ORDER_KINDS:
+        return _play_clusters(seed, kind, numbers)
     return (_play_clusters if kind in KINDS else _play_episodes)(seed, kind, numbers)
 
 
@@ -142,22 +162,23 @@ def _play_episodes(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
 
 def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, list[str]]:
     count, differences = ClusterCount(), list[str]()
-    place = KINDS.index(kind)
+    ordered = kind in ORDER_KINDS
+    place = (ORDER_KINDS if ordered else KINDS).index(kind)
     for number in numbers:
-        key = [seed, place, number]
+        key = [seed, place, number, len(kind)] if ordered else [seed, place, number]
         rng = np.random.default_rng(key)
-        sglang, moving = "sglang" in kind, "moving" in kind
-        step = "in step" in kind
-        chunked = None if sglang or moving or step else "chunked" in kind
-        exact = step or "exact" in kind
-        case = shared_case(rng, dyadic=exact, chunked=chunked, sglang=sglang, moving=moving)
-        if step:
-            case = in_step(rng, case)
+        ends: list[int] = []
+        if kind == INTERVALS:
+            case, ends = interval_case(rng, dyadic=bool(number % 2))
+        elif ordered:
+            case = ordered_case(rng, kind, dyadic=bool(number % 2))
+        else:
+            case = _case_of(kind, rng)
         count.clusters += 1
         try:
             with warnings.catch_warnings():  # of decode tables shorter than the clients
                 warnings.simplefilter("ignore")
-                outcome = compare_cluster(case)
+                outcome = compare_cluster(case, "shortest" if ordered else "fcfs", ends)
         except AssertionError as error:
             count.different += 1
             differences.append(f"{kind}, generator {key}: {str(error).splitlines()[:1]}")
@@ -168,6 +189,15 @@ def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
             count.rejected += sum(record.rejected for record in outcome.records)
             count.moves += sum(record.moves for record in outcome.records)
     return kind, count, differences
+
+
+def _case_of(kind: str, rng: np.random.Generator) -> ClusterCase:
+    """Draw a case of one of ``KINDS``."""
+    sglang, moving, step = "sglang" in kind, "moving" in kind, "in step" in kind
+    chunked = None if sglang or moving or step else "chunked" in kind
+    exact = step or "exact" in kind
+    case = shared_case(rng, dyadic=exact, chunked=chunked, sglang=sglang, moving=moving)
+    return in_step(rng, case) if step else case
 
 
 def chunks_of(episodes: int, kinds: Sequence[str] = INFORMATION) -> list[Chunk]:
@@ -183,20 +213,24 @@ def chunks_of(episodes: int, kinds: Sequence[str] = INFORMATION) -> list[Chunk]:
 
 def report(args: Args, counts: dict[str, Counts], differences: Sequence[str]) -> str:
     """Return reference.md or clusters.md."""
-    amount = f"--clusters {args.clusters}" if args.clusters else f"--episodes {args.episodes}"
+    what, first, title = WHAT, "lengths", "# The simulator against the reference"
+    amount = f"--episodes {args.episodes}"
+    if args.clusters:
+        what, first, title = CLUSTERS, "policy", "# The cluster against the reference"
+        amount = f"--clusters {args.clusters}"
+    elif args.orders:
+        what, first, title = ORDERED, "by", "# Orders of the rule shortest against the reference"
+        amount = f"--orders {args.orders}"
     command = f"python -m tests.compare_with_reference {amount} --seed {args.seed}"
-    names = [item.name for item in fields(ClusterCount if args.clusters else Count)]
+    of_clusters = args.clusters or args.orders
+    names = [item.name for item in fields(ClusterCount if of_clusters else Count)]
     rows = [
         _row([name, *(str(getattr(count, column)) for column in names)])
         for name, count in counts.items()
     ]
     total = sum(count.different for count in counts.values())
-    first = "policy" if args.clusters else "lengths"
     table = [_row([first, *names]), "|:--|" + "--:|" * len(names), *rows]
-    title = "# The cluster against the reference"
-    if not args.clusters:
-        title = "# The simulator against the reference"
-    parts = [title, f"`{command}`", CLUSTERS if args.clusters else WHAT, "\n".join(table)]
+    parts = [title, f"`{command}`", what, "\n".join(table)]
     parts += [f"Different: {total}.", *(f"- {difference}" for difference in differences[:SHOWN])]
     return "\n\n".join(parts) + "\n"
 
@@ -213,6 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.clusters:
         chunks = chunks_of(args.clusters, KINDS)
         counts = {kind: ClusterCount() for kind in KINDS}
+    elif args.orders:
+        chunks = chunks_of(args.orders, ORDER_KINDS)
+        counts = {kind: ClusterCount() for kind in ORDER_KINDS}
     else:
         chunks = chunks_of(args.episodes)
         counts = {information: Count() for information in INFORMATION}
@@ -224,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 setattr(counts[kind], name, getattr(counts[kind], name) + value)
             differences += lines
     text = report(args, counts, sorted(differences))
-    write_file(args.output / ("clusters.md" if args.clusters else "reference.md"), text)
+    name = "orders.md" if args.orders else "clusters.md" if args.clusters else "reference.md"
+    write_file(args.output / name, text)
     print(text)
     return 1 if differences else 0
 

@@ -41,6 +41,8 @@ class ClusterSpec:
     admission_guard: str = "none"  # one of GUARDS, or sglang: see reference_sglang
     conservativeness: float = 1.0  # of sglang
     patience_s: float = math.inf  # of shortest first, see reference_shortest
+    shortest_by: str = "length"  # which is shortest, see reference_orders
+    level_tokens: int = 256
     chunk_tokens: int = 0  # 0: prefill first
     max_prefill_tokens: int = 0  # of a prefill stage; 0: no budget
     padded: bool = False  # that budget counts requests × longest

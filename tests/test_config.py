@@ -69,6 +69,12 @@ BAD_VALUES = [
     ("cluster", "patience_s", "-0.1", "0 … 1e9, got -0.1", "0"),
     ("cluster", "patience_s", "1e10", "0 … 1e9, got 10000000000.0", "1e9"),
     ("cluster", "conservativeness", "101", "0 … 100, got 101.0", "100"),
+    ("cluster", "level_tokens", "0", "1 … 1000000, got 0", "1"),
+    ("cluster", "shortest_by", '"promt"', "did you mean 'prompt'?", '"prompt"'),
+    ("information", "expect", '"uper"', "did you mean 'upper'?", '"upper"'),
+    ("information", "interval", "0", "between 0 and 1, got 0.0", "1e-9"),
+    ("information", "interval", "1", "between 0 and 1, got 1.0", "0.999999"),
+    ("slo", "classes", "{chat = 1.0}", "must be a list", "[]"),
     # tables (tests/test_arrivals.py, tests/test_trace_windows.py)
     ("workload", "arrivals", "2.0", "must be a table of keys, got 2.0", "{rate_per_s = 2.0}"),
     ("workload", "trace", "{max_requests = 5}", "trace is for files", "{max_requests = 0}"),

@@ -18,7 +18,7 @@ from servegym.envs.playing.evaluation import COLUMNS, Episode, evaluate, read_ep
 from servegym.envs.playing.records import RECORD_COLUMNS, records_path, records_table
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
-from servegym.envs.vocabulary import ADMISSION_GUARDS, ROUTERS, VICTIMS
+from servegym.envs.vocabulary import ADMISSION_GUARDS, ORDERS, ROUTERS, VICTIMS
 from servegym.envs.workload.requests import Requests
 from servegym.studies.commands import evaluate as command
 
@@ -212,6 +212,7 @@ def test_the_command_writes_records(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("--list-routers", ROUTERS),
         ("--list-victims", VICTIMS),
         ("--list-guards", ADMISSION_GUARDS),
+        ("--list-orders", ORDERS),
     ],
 )
 def test_listings(capsys: pytest.CaptureFixture[str], flag: str, texts: dict[str, str]) -> None:

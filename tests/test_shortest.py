@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from pathlib import Path
 
-import highspy
 import numpy as np
 import pytest
 
 from servegym.baselines import make_policy, make_trigger_policy
-from servegym.baselines.planning.highs import silent_highs
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import TASKS, make_requests
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
@@ -17,6 +17,8 @@ from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.studies.checks.hindsight import draw, least_latency, total_latency
+from servegym.studies.commands import check_hindsight
 from tests.against_cluster import compare_cluster
 from tests.helpers import UNIT_COSTS, changed, refused
 from tests.random_clusters import ClusterCase, random_case
@@ -96,37 +98,52 @@ def test_mc_sf_stops_at_the_first_that_does_not_fit() -> None:
     ]
 
 
-def hindsight_optimum(prompts: list[int], rounds: list[int], memory: int) -> float:
-    """Least sum of finishes if a request of s and o holds s + j tokens in its j-th of o rounds."""
-    horizon = sum(rounds)
-    model = silent_highs()
-    starts = [[model.addBinary() for _ in range(horizon)] for _ in prompts]
-    for row in starts:
-        model.addConstr(sum(row[1:], row[0]) == 1)
-    for t in range(1, horizon + 1):
-        held = [
-            (prompts[i] + t - k) * starts[i][k]
-            for i, o in enumerate(rounds)
-            for k in range(max(0, t - o), t)
-        ]
-        model.addConstr(sum(held[1:], held[0]) <= memory)
-    ends = [(k + o) * starts[i][k] for i, o in enumerate(rounds) for k in range(horizon)]
-    model.minimize(sum(ends[1:], ends[0]))
-    assert model.getModelStatus() == highspy.HighsModelStatus.kOptimal
-    return float(model.getObjectiveValue())
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_nobody_is_better_than_hindsight(rate: float) -> None:
+    """The model of arXiv 2502.07115: rounds of one unit, free prefills, all at once or Poisson arrivals."""
+    optimal = 0
+    for seed in range(12):
+        instance = draw(5, (9, 12), rate, np.random.default_rng([seed, int(2 * rate)]))
+        sums = [total_latency(instance, name) for name in ("mc-sf", "sorted-f")]
+        best = least_latency(instance, min(sums))  # refuses what cannot be
+        assert best is not None
+        assert best <= min(sums)
+        assert max(sums) <= 1.5 * best
+        optimal += sums[0] == best
+    assert optimal >= 3
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_mc_sf_is_never_better_than_the_hindsight_optimum(seed: int) -> None:
-    """The model of arXiv 2502.07115: rounds of one unit, free prefills."""
-    rng = np.random.default_rng(seed)
-    count, memory = 5, int(rng.integers(9, 14))
-    prompts = rng.integers(1, 4, count)
-    rounds = [int(rng.integers(1, memory - s)) for s in prompts]  # and a token from the prefill
-    rows = [(int(s), o + 1, 0.0) for s, o in zip(prompts, rounds, strict=True)]
-    total = served(machine(count, memory, FREE_PREFILL), "mc-sf", *rows).finished_s.sum()
-    best = hindsight_optimum(prompts.tolist(), rounds, memory)
-    assert best - 1e-5 <= total <= 1.7 * best
+def test_the_hindsight_program_by_trying_all() -> None:
+    for seed in range(6):
+        instance = draw(3, (7, 9), 0.5 * (seed % 2), np.random.default_rng(seed))
+        rows = list(zip(instance.arrivals, instance.prompts, instance.rounds, strict=True))
+        sums = []
+        latest = int(instance.arrivals[-1] + instance.rounds.sum())
+        for starts in itertools.product(range(latest), repeat=3):
+            held = [0] * (2 * latest)
+            for t, (_, prompt, rounds) in zip(starts, rows, strict=True):
+                for j in range(1, rounds + 1):
+                    held[t + j] += prompt + j
+            early = any(t < row[0] for t, row in zip(starts, rows, strict=True))
+            if not early and max(held) <= instance.memory:
+                sums.append(sum(t + row[2] - row[0] for t, row in zip(starts, rows, strict=True)))
+        assert least_latency(instance, min(sums) + 3) == min(sums)
+        with pytest.raises(ValueError, match="no schedule"):
+            least_latency(instance, min(sums) - 1)
+
+
+def test_the_page_of_hindsight() -> None:
+    """The committed page is of the command's defaults, all its cases are proven, and a row is played anew."""
+    args = check_hindsight.Args(cases=1)
+    page = (Path(__file__).parents[1] / "results/checks/hindsight.md").read_text("utf-8")
+    assert check_hindsight.command_of(check_hindsight.Args()) in page
+    rows = [line.split(" | ") for line in page.splitlines() if " of 20 | " in line]
+    assert len(rows) == 18
+    assert all(row[3] == "20 of 20" and 1 <= float(row[5]) <= float(row[6]) for row in rows)
+    assert (
+        "| 1 of 1 | mc-sf | 1.0000 | 1.0000 | 1 |"
+        in check_hindsight.rows_of(args, 1, check_hindsight.SIZES[1])[0]
+    )
 
 
 @pytest.mark.parametrize("first", range(0, 120, 40))

@@ -42,6 +42,8 @@ class Layout(NamedTuple):
     guard: int = 0
     first_ratio: float = 0.0  # of the guard ``sglang``
     patience_s: float = math.inf  # of the rule ``shortest``
+    shortest_by: int = 0  # place in ORDERS, of the same rule
+    level_tokens: int = 256
     one_pass: bool = True
     roles: tuple[int, ...] = ()  # of each replica; empty: all serve both
     steals_waiting: bool = False
@@ -57,6 +59,7 @@ class Layout(NamedTuple):
     round_s: tuple[float, ...] = ()  # of each replica, see ``Fleet``; (): all take equally long
     slo_ttft_s: float = math.inf
     slo_tpot_s: float = math.inf
+    class_limits: bool = False  # classes of requests have limits of their own
     counts_slo: bool = False  # count the requests that meet both when they finish
     keeps_gaps: bool = False  # note the worst gap between two tokens of each request
 

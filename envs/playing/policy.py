@@ -81,15 +81,15 @@ class Policy(Protocol):
 
     @property
     def comparison(self) -> Mapping[str, Any]:
-        """By what waiting requests are compared, as keys of ``[information]``; empty: as the task says."""
+        """How lengths are compared and expected, as keys of ``[information]``; empty: as the task says."""
         return {}
 
     @property
     def cluster(self) -> Mapping[str, Any]:
         """Keys of ``[cluster]`` that belong to the scheduler, as ``preempt``; empty: the task's.
 
-        They are ``admission_guard``, ``conservativeness``, ``patience_s``, ``preempt`` and, of a task
-        that has mixed stages, ``chunk_tokens``.
+        They are ``admission_guard``, ``conservativeness``, ``patience_s``, ``shortest_by``, ``level_tokens``,
+        ``preempt`` and, of a task that has mixed stages, ``chunk_tokens``.
         """
         return {}
 
@@ -103,10 +103,21 @@ class Policy(Protocol):
 
 
 _DECLARED: Final = {
-    "comparison": ("information", ("compare_by", "quantile", "deviations")),
+    "comparison": (
+        "information",
+        ("compare_by", "quantile", "deviations", "expect", "interval"),
+    ),
     "cluster": (
         "cluster",
-        ("admission_guard", "conservativeness", "patience_s", "preempt", "chunk_tokens"),
+        (
+            "admission_guard",
+            "conservativeness",
+            "patience_s",
+            "shortest_by",
+            "level_tokens",
+            "preempt",
+            "chunk_tokens",
+        ),
     ),
 }
 """What a policy may declare besides ``decisions``: the section of the task and its keys."""

@@ -57,11 +57,14 @@ def records(state: State, e: int) -> EpisodeLog:
     )
     columns["rejected"] = columns["phase"] == REJECTED
     first_s, finished_s = columns["first_token_s"], columns["finished_s"]
+    limits = (cluster.slo_ttft_s, cluster.slo_tpot_s)
+    if state.limits.shape[1] > 0:
+        limits = (state.limits[e, :n, 0], state.limits[e, :n, 1])
     columns["met_slo"] = has_met(
         first_s - columns["arrival_s"],
         finished_s - first_s,
         columns["decode_rounds"],
-        (cluster.slo_ttft_s, cluster.slo_tpot_s),
+        limits,
     )
     columns["arrived"] = np.arange(n) < episode["routed"]
     if episode["keeps_gaps"]:

@@ -1,5 +1,6 @@
 """The block ``latency`` of the observation: how far requests are from the limits of ``[slo]``.
 
+Where classes have limits of their own, ages and shares go by these, the other entries by the limit of all.
 Of the replica that decides, but for the share that has met the limits, which is the cluster's. Ages and
 times of tokens are what a scheduler has seen; how long a request still runs is not used. A limit that
 the task does not have leaves its entries at 0.
@@ -17,6 +18,7 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.observation import balance
 from servegym.envs.simulator.memory import emitted_tokens
 from servegym.envs.simulator.queues import queue_of
+from servegym.envs.simulator.slo import limits_of
 from servegym.envs.simulator.state import WAITING, State
 from servegym.envs.simulator.view import view
 
@@ -66,19 +68,20 @@ def observe_latency(
 @kernel
 def _observe_waiting(state: State, e: int, r: int, at: int, out: NDArray[np.float32]) -> None:
     """Write how long those wait who have no token yet, in quarters of the limit."""
-    queue, limit_s = state.queues[e, queue_of(state, r)], state.cluster.slo_ttft_s
+    queue = state.queues[e, queue_of(state, r)]
     if queue.waiting == 0:
         return
-    now_s, oldest_s, again = state.episodes[e].now_s, 0.0, 0
+    now_s, oldest, again = state.episodes[e].now_s, 0.0, 0
     i = queue.first
     while i != queue.first_unseen:
         if state.requests[e, i].phase == WAITING:
             times = state.times[e, i]
             age_s = now_s - times.arrival_s
+            limit_s, _ = limits_of(state, e, i)
             if not np.isnan(times.first_token_s):
                 again += 1
             elif limit_s < np.inf:
-                oldest_s = max(oldest_s, age_s)
+                oldest = max(oldest, balance(age_s, limit_s))
                 quarter = _QUARTERS
                 if age_s <= limit_s:
                     quarter = min(int(age_s / limit_s * _QUARTERS), _QUARTERS - 1)
@@ -87,19 +90,19 @@ def _observe_waiting(state: State, e: int, r: int, at: int, out: NDArray[np.floa
     for k in range(at + _FIRST_SHARE, at + _FIRST_SHARE + _QUARTERS + 1):
         out[k] /= queue.waiting
     out[at + 8] = again / queue.waiting
-    if limit_s < np.inf:
-        out[at + 2] = balance(oldest_s, limit_s)
+    out[at + 2] = oldest
 
 
 @kernel
 def _observe_running(state: State, e: int, r: int, at: int, out: NDArray[np.float32]) -> None:
     """Write how the time per token of the decoding stands, of those with a second token."""
-    now_s, limit_s = state.episodes[e].now_s, state.cluster.slo_tpot_s
+    now_s = state.episodes[e].now_s
     above, near, with_two, total_s = 0, 0, 0, 0.0
     for place in range(state.replicas[e, r].active):
         i = state.expected[e, r, place].request  # in an order that tells nothing of true lengths
         tokens = emitted_tokens(state, e, r, i) - 1
         if tokens > 0:
+            _, limit_s = limits_of(state, e, i)
             token_s = (now_s - state.times[e, i].first_token_s) / tokens
             with_two += 1
             total_s += token_s
@@ -108,4 +111,4 @@ def _observe_running(state: State, e: int, r: int, at: int, out: NDArray[np.floa
     out[at + 10] = above / state.machines[r].clients
     out[at + 11] = near / state.machines[r].clients
     if with_two > 0:
-        out[at + 12] = balance(total_s / with_two, limit_s)
+        out[at + 12] = balance(total_s / with_two, state.cluster.slo_tpot_s)

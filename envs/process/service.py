@@ -17,7 +17,7 @@ def has_met(
     ttft_s: Seconds,
     decode_s: Seconds,
     decode_rounds: NDArray[np.integer],
-    limits: tuple[float, float],
+    limits: tuple[float | Seconds, float | Seconds],
 ) -> NDArray[np.bool_]:
     """Return who has finished within both limits of ``[slo]``: seconds to the first token, per token after.
 
@@ -28,7 +28,7 @@ def has_met(
     decode_rounds
         Tokens after the first; without any there is no time per token, and that limit is met.
     limits
-        Most seconds of each; inf: any.
+        Most seconds of each, of all or of each request; inf: any.
     """
     per_token_s = np.zeros(len(decode_s))
     np.divide(decode_s, decode_rounds, out=per_token_s, where=decode_rounds > 0)

@@ -26,10 +26,12 @@ from servegym.envs.simulator.queues import (
     tokens_to_prefill,
     waiting_at,
 )
+from servegym.envs.simulator.ranking import first_in_order
 from servegym.envs.simulator.stages import client_work, compute, pick, sort_idle
 from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
 from servegym.envs.vocabulary import (
     ALIGNED,
+    BY_LENGTH,
     FCFS,
     GUARD_SGLANG,
     LONGEST,
@@ -354,6 +356,8 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
     if rule == SHORTEST:
         if state.cluster.patience_s < np.inf and _is_impatient(state, e, q):
             return first_waiting(state, e, q)
+        if state.cluster.shortest_by != BY_LENGTH:
+            return first_in_order(state, e, r)
         return waiting_at(state, e, q, 0)
     if rule == FCFS:
         return first_waiting(state, e, q)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.finishes import insert
@@ -27,8 +29,8 @@ from servegym.envs.vocabulary import ROLE_PREFILL
 def copy_row(source: State, e: int, target: State, f: int) -> None:
     """Copy the episode in row ``e`` of ``source`` into row ``f`` of ``target``, of the same shape.
 
-    Not copied are scratch arrays, times, entries beyond the episode's requests, and expected finishes and
-    beliefs: ``target`` is made for known lengths.
+    Not copied are scratch arrays, times (but arrivals where patience ends), entries beyond the episode's
+    requests, and expected finishes and beliefs: ``target`` is made for known lengths.
     """
     n = source.episodes[e].requests
     target.episodes[f] = source.episodes[e]
@@ -37,6 +39,11 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     _copy(source.requests[e], target.requests[f], n)
     _copy(source.by_length[e], target.by_length[f], n)
     _copy(source.lengths[e], target.lengths[f], n)
+    if source.cluster.patience_s < np.inf:  # it goes by when requests came
+        for i in range(n):
+            target.times[f, i].arrival_s = source.times[e, i].arrival_s
+    if source.priority.shape[1] > 0:
+        _copy(source.priority[e], target.priority[f], n)
     if source.cluster.moves:
         _copy(source.transfers[e], target.transfers[f], source.episodes[e].transfers)
     for q in range(source.queues.shape[1]):

@@ -175,6 +175,11 @@ def write_request(
     request.stored = NOBODY
     request.leaving = 0
     request.stolen = 0
+    if state.priority.shape[1] > 0:  # it has no class yet
+        state.priority[e, i] = arrival_s + state.cluster.slo_ttft_s
+    if state.limits.shape[1] > 0:
+        state.limits[e, i, 0] = state.cluster.slo_ttft_s
+        state.limits[e, i, 1] = state.cluster.slo_tpot_s
     times.arrival_s = arrival_s
     times.admitted_s = np.nan
     times.first_token_s = np.nan

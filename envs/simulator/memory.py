@@ -26,15 +26,18 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
+from servegym.envs.simulator.ranking import level_of
 from servegym.envs.simulator.reserve import output_left, reserved_tokens, set_ratio_anew
 from servegym.envs.simulator.state import HOST, NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.transfers import end_move_of
 from servegym.envs.vocabulary import (
+    FEWEST_EXPECTED,
     FEWEST_OUTPUT,
     GUARD_FULL,
     GUARD_NONE,
     GUARD_SGLANG,
     LEAST_COMPUTED,
+    LOWEST_LEVEL,
 )
 
 _FOREVER: Final = 1 << 62
@@ -297,7 +300,20 @@ def _sooner(state: State, e: int, r: int, i: int, j: int) -> bool:
             return mine < theirs
         if one.prompt_tokens != other.prompt_tokens:
             return one.prompt_tokens > other.prompt_tokens
+    elif rule == FEWEST_EXPECTED:
+        if one.expected_rounds != other.expected_rounds:
+            return one.expected_rounds < other.expected_rounds
+    elif rule == LOWEST_LEVEL:
+        mine, theirs = _running_level(state, e, r, i), _running_level(state, e, r, j)
+        if mine != theirs:
+            return mine > theirs
     return one.admission > other.admission
+
+
+@kernel
+def _running_level(state: State, e: int, r: int, i: int) -> int:
+    tokens = np.int64(state.requests[e, i].prompt_tokens) + emitted_tokens(state, e, r, i)
+    return level_of(tokens, state.cluster.level_tokens)
 
 
 @kernel

@@ -176,6 +176,8 @@ def count_waiting(state: State, e: int, q: int, i: int, sign: int) -> None:
     queue.tokens += sign * tokens
     queue.squares_high += sign * (tokens * tokens >> 32)
     queue.squares_low += sign * (tokens * tokens & 0xFFFFFFFF)
+    if sign > 0:
+        queue.unordered = 1
     state.waiting_lengths[e, q, request.bucket] += sign
     add(state.waiting_tree[e, q], request.rank, sign)
 

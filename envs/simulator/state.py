@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from servegym.envs.bundle import Bundle
 from servegym.envs.machine.layout import Layout
 from servegym.envs.simulator.order import tree_size
-from servegym.envs.vocabulary import ROLE_BOTH
+from servegym.envs.vocabulary import BY_BATCH, BY_DEADLINE, ROLE_BOTH
 
 # Phases of a request. Preemption takes a running one back to waiting.
 FUTURE: Final = 0
@@ -72,6 +72,8 @@ class Cluster(Bundle):
     guard: int  # place in ADMISSION_GUARDS
     first_ratio: float  # of the guard ``sglang``, see ``reserve``
     patience_s: float  # after which nobody shorter goes before, under the rule ``shortest``
+    shortest_by: int  # place in ORDERS: who goes first under that rule
+    level_tokens: int  # of the first level of feedback
     one_pass: bool  # a mixed stage is one pass, not a prefill and a decode part
     limits_memory: bool  # of some replica
     counts_memory: bool  # else nothing depends on memory or chunks: neither is counted
@@ -163,6 +165,10 @@ QUEUE: Final = np.dtype(
         # Σ t² of these is beyond 64 bits for a hundred thousand of the longest prompts: t² in two.
         ("squares_high", np.int64),  # Σ ⌊t² / 2³²⌋
         ("squares_low", np.int64),  # Σ t² mod 2³²
+        (
+            "unordered",
+            np.int64,
+        ),  # 1: somebody waits whom ``priority`` does not know, see ``ranking``
     ],
     align=True,
 )
@@ -365,6 +371,8 @@ class State(Bundle):
     beliefs: RecordArray  # (E, I) BELIEF at first, by id; (E, 0) if known
     picked: NDArray[np.int32]  # (E, R, J) the requests whose prefill ends with the present stage
     keys: NDArray[np.int64]  # (E, clients of all replicas) scratch
+    limits: NDArray[np.float64]  # (E, I, 2) by id: of ``[slo]``; (E, 0, 2): the cluster's
+    priority: NDArray[np.float64]  # (E, I) by id, the least goes first; (E, 0): nobody asks for it
     gaps: RecordArray  # (E, R, 2 J) GAP_GROUP, a stack [: replica.gap_groups]; (E, R, 0): not noted
     transfers: (
         RecordArray  # (E, T) TRANSFER in order of making [: episode.transfers]; (E, 0): none ever
@@ -417,6 +425,8 @@ def make_state(
         beliefs=_records(e, 0 if lengths_known else i, dtype=BELIEF),
         picked=np.zeros((e, r, j), np.int32),
         keys=np.zeros((e, r * j), np.int64),
+        limits=np.zeros((e, i if layout.class_limits else 0, 2)),
+        priority=np.zeros((e, i if layout.shortest_by in (BY_DEADLINE, BY_BATCH) else 0)),
         gaps=_records(e, r, 2 * j if layout.keeps_gaps else 0, dtype=GAP_GROUP),
         # Each keeps a client of its target, or is one of as many as may come to a queue at once.
         transfers=_records(e, 2 * r * j if layout.moves else 0, dtype=TRANSFER),

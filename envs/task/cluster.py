@@ -13,6 +13,7 @@ from servegym.envs.vocabulary import (
     EVICTIONS,
     MIXED_COSTS,
     MOVES,
+    ORDERS,
     ROLES,
     ROUTERS,
     STEAL_ORDERS,
@@ -126,6 +127,11 @@ class ClusterConfig:
     """Of ``sglang``: factor of that share at first, 0 … 100; SGLang's schedule_conservativeness."""
     patience_s: float = 0.0
     """Under the rule ``shortest``: who came so long ago goes before shorter ones, 0 … 1e9; 0: nobody."""
+    shortest_by: str = "length"
+    """Who goes first under the rule ``shortest``, see ``ORDERS``."""
+    level_tokens: int = 256
+    """Tokens of the first level of feedback, each next one holds twice as many, 1 … 10⁶. Without meaning
+    unless ``shortest_by`` is ``level`` or ``preempt`` ``lowest-level``."""
     chunk_tokens: int = 0
     """Token budget of a mixed stage, which cuts prompts to what decoding clients leave of it; 0: no
     mixed stages. Under the guard ``sglang`` it cuts prompts of prefill stages, too."""
@@ -164,6 +170,7 @@ class ClusterConfig:
         check_whole("cluster.replicas", self.replicas, 1, MAX_REPLICAS)
         check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 10**12)
         check_whole("cluster.kv_block_tokens", self.kv_block_tokens, 1, 65_536)
+        check_whole("cluster.level_tokens", self.level_tokens, 1, 10**6)
         check_whole("cluster.chunk_tokens", self.chunk_tokens, 0, 10**12)
         check_whole("cluster.max_prefill_tokens", self.max_prefill_tokens, 0, 10**12)
         if not 0 <= self.watermark < 1:
@@ -187,6 +194,7 @@ class ClusterConfig:
         for key, value, names in (
             ("preempt", self.preempt, VICTIMS),
             ("admission_guard", self.admission_guard, ADMISSION_GUARDS),
+            ("shortest_by", self.shortest_by, ORDERS),
             ("mixed", self.mixed, MIXED_COSTS),
             ("router", self.router, ROUTERS),
             ("steal_order", self.steal_order, STEAL_ORDERS),

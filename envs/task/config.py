@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from servegym.envs.arguments import as_annotated, check_fields, field_types
 from servegym.envs.errors import ServegymError, shown, unknown
@@ -17,12 +18,18 @@ from servegym.envs.machine.costs import CostModel
 from servegym.envs.machine.presets import cost_preset
 from servegym.envs.task.building import build, cost_model, mixed_cost
 from servegym.envs.task.cluster import ClusterConfig, check_whole
-from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS, REWARDS, STEALS
+from servegym.envs.vocabulary import (
+    ADMISSION_RULES,
+    EXPECTATIONS,
+    OBSERVATION_BLOCKS,
+    REWARDS,
+    STEALS,
+)
 from servegym.envs.workload.arrivals import MAX_ARRIVAL_RATE_PER_S, Arrivals
 from servegym.envs.workload.comparison import COMPARISONS
 from servegym.envs.workload.predictors import PREDICTOR_NAMES
 from servegym.envs.workload.presets import WORKLOAD_PRESETS
-from servegym.envs.workload.requests import MAX_REQUESTS
+from servegym.envs.workload.requests import EVERYBODY, MAX_REQUESTS, Requests
 from servegym.envs.workload.sources import (
     WHOLE,
     check_arrival_rate,
@@ -118,6 +125,12 @@ class InformationConfig:
     """Of ``compare_by = "quantile"``, > 0 and < 1."""
     deviations: float = 1.0
     """Standard deviations of ``compare_by = "mean-sd"``, 0 … 100."""
+    expect: str = "mean"
+    """What is expected of an uncertain output when its request comes: its ``mean``, or the ``lower`` or
+    ``upper`` end of the interval where it lies with probability ``interval``. Whoever goes beyond an end is
+    expected to finish with its next token. Offline plans go by the mean."""
+    interval: float = 0.9
+    """Of ``expect = "lower"`` and ``"upper"``, > 0 and < 1."""
 
     def __post_init__(self) -> None:
         check_fields("information", self)
@@ -136,6 +149,12 @@ class InformationConfig:
         if not 0 <= self.deviations <= 100:
             raise ServegymError(
                 f"information.deviations must lie in 0 … 100, got {self.deviations}"
+            )
+        if self.expect not in EXPECTATIONS:
+            raise unknown("value of information.expect:", self.expect, EXPECTATIONS)
+        if not 0 < self.interval < 1:
+            raise ServegymError(
+                f"information.interval must lie between 0 and 1, got {self.interval}"
             )
 
 
@@ -212,6 +231,35 @@ class ProcessConfig:
 
 
 @dataclass(frozen=True)
+class ClassSlo:
+    """``[[slo.classes]]``: limits of one class of requests in the place of those of all.
+
+    Examples
+    --------
+    >>> ClassSlo("batch", ttft_s=60.0).tpot_s is None
+    True
+    """
+
+    name: str = ""
+    """As the workload's column ``class`` has it."""
+    ttft_s: float | None = None
+    """None: as ``slo.ttft_s``; inf: any."""
+    tpot_s: float | None = None
+    """None: as ``slo.tpot_s``; inf: any."""
+
+    def __post_init__(self) -> None:
+        check_fields("slo.classes", self)
+        if not self.name or self.name == EVERYBODY:
+            raise ServegymError(f"slo.classes.name must name a class, got {shown(self.name)}")
+        for name in ("ttft_s", "tpot_s"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise ServegymError(
+                    f"slo.classes.{name} must be > 0 seconds, got {limit}; inf for no limit"
+                )
+
+
+@dataclass(frozen=True)
 class SloConfig:
     """``[slo]``: what a request must meet to count for goodput (service level objectives).
 
@@ -226,9 +274,15 @@ class SloConfig:
     tpot_s: float | None = None
     """Most seconds per token after the first, on average, > 0; None or inf: any. A request of one token
     meets it."""
+    classes: tuple[ClassSlo, ...] = ()
+    """``[[slo.classes]]``: classes with limits of their own, each once."""
 
     def __post_init__(self) -> None:
         check_fields("slo", self)
+        names = [own.name for own in self.classes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ServegymError(f"slo.classes must name each class once, got {name!r} twice")
         for name in ("ttft_s", "tpot_s"):
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
@@ -248,7 +302,31 @@ class SloConfig:
 
     def __bool__(self) -> bool:
         """Whether there is anything to meet."""
-        return self.ttft_s is not None or self.tpot_s is not None
+        own = any(each.ttft_s is not None or each.tpot_s is not None for each in self.classes)
+        return self.ttft_s is not None or self.tpot_s is not None or own
+
+    def limits_of(self, requests: Requests) -> NDArray[np.float64]:
+        """Return the limits of each request, shape (requests, 2): its class's own, else those of all.
+
+        Raises
+        ------
+        ServegymError
+            If a class that has limits is none of the requests' classes, used or not.
+        """
+        limits = np.tile(self.limits, (len(requests), 1))
+        for own in self.classes:
+            if requests.class_of is None:
+                raise ServegymError(
+                    f"slo.classes has limits for {own.name!r}, but the workload has no classes; give it a "
+                    "column 'class'"
+                )
+            if own.name not in requests.class_names:
+                raise unknown("class in slo.classes:", own.name, requests.class_names)
+            members = requests.class_of == requests.class_names.index(own.name)
+            for place, limit in enumerate((own.ttft_s, own.tpot_s)):
+                if limit is not None:
+                    limits[members, place] = limit
+        return limits
 
 
 class Admission(NamedTuple):

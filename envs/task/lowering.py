@@ -31,6 +31,7 @@ from servegym.envs.vocabulary import (
     ADMISSION_RULES,
     MOVES,
     OBSERVATION_BLOCKS,
+    ORDERS,
     REWARDS,
     ROLES,
     ROUTERS,
@@ -39,7 +40,7 @@ from servegym.envs.vocabulary import (
     VICTIMS,
 )
 from servegym.envs.workload.cells import is_file
-from servegym.envs.workload.comparison import compared_tokens
+from servegym.envs.workload.comparison import compared_tokens, expected_at_end
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import Requests
 
@@ -134,6 +135,8 @@ def lay_out(task: TaskConfig) -> Layout:
         guard=list(ADMISSION_GUARDS).index(cluster.admission_guard),
         first_ratio=min(_FIRST_RATIO * cluster.conservativeness, 1.0),
         patience_s=cluster.patience_s or np.inf,
+        shortest_by=list(ORDERS).index(cluster.shortest_by),
+        level_tokens=cluster.level_tokens,
         one_pass=cluster.mixed == "one-pass",
         roles=roles,
         steals_waiting="waiting" in steals,
@@ -149,6 +152,7 @@ def lay_out(task: TaskConfig) -> Layout:
         round_s=_full_rounds(task.cost, replicas),
         slo_ttft_s=task.slo.limits[0],
         slo_tpot_s=task.slo.limits[1],
+        class_limits=bool(task.slo.classes),
         counts_slo=_counts_slo(task),
         keeps_gaps=_keeps_gaps(task, replicas),
     )
@@ -222,5 +226,11 @@ def load_case(task: TaskConfig, state: State, e: int, case: Case, plan: Plan | N
     if information.output_lengths != "known" and information.compare_by != "mean":
         by, quantile = information.compare_by, information.quantile
         compared = compared_tokens(case.requests, by, quantile, information.deviations) - 1
-    load(state, e, case.requests, plan, compared)
+    requests = expected_at_end(case.requests, information.expect, information.interval)
+    load(state, e, requests, plan, compared)
+    if task.slo.classes:
+        n, limits = len(requests), task.slo.limits_of(requests)
+        state.limits[e, :n] = limits
+        if task.cluster.shortest_by == "deadline":
+            state.priority[e, :n] = requests.arrival_s + limits[:, 0]
     write_credits(state, e, case.requests, case.bound)

@@ -7,6 +7,7 @@ triggers and the observation, use the mean regardless.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -37,6 +38,20 @@ def compared_tokens(
         factor = 1.0 + deviations * _relative_deviations(spread)
     tokens = np.rint(mean * factor)
     return np.clip(tokens, 1, MAX_TOKENS).astype(np.int64)
+
+
+def expected_at_end(requests: Requests, expect: str, interval: float) -> Requests:
+    """Return requests predicted with certainty at one end of the interval where each length should lie.
+
+    ``lower`` and ``upper``: the lengths below and above which it lies with probability (1 − ``interval``) / 2
+    each. ``mean``, or without predictions: unchanged.
+    """
+    if expect == "mean" or requests.predicted_spread is None:
+        return requests
+    chance = (1 - interval) / 2 if expect == "lower" else (1 + interval) / 2
+    tokens = compared_tokens(requests, "quantile", chance, 0.0)
+    spread = np.zeros(len(requests))
+    return replace(requests, predicted_output_tokens=tokens, predicted_spread=spread)
 
 
 def standard_deviations(requests: Requests) -> NDArray[np.float64]:
