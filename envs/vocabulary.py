@@ -56,6 +56,7 @@ VICTIMS: Final = {
 }
 """Who gives up its memory when a decode round does not fit, and is computed again later."""
 
+NEWEST: Final = 0
 LEAST_COMPUTED: Final = 1
 FEWEST_OUTPUT: Final = 2
 FEWEST_EXPECTED: Final = 3

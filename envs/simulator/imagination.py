@@ -56,6 +56,7 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
         target.loads[f, r] = source.loads[e, r]
         target.event_s[f, r] = source.event_s[e, r]
         _copy(source.clients[e, r], target.clients[f, r], source.clients.shape[2])
+        _copy(source.admitted[e, r], target.admitted[f, r], source.admitted.shape[2])
         _copy(source.idle[e, r], target.idle[f, r], replica.idle)
         _copy(source.finishes[e, r], target.finishes[f, r], replica.active)
         _copy(source.residues[e, r], target.residues[f, r], source.residues.shape[2])

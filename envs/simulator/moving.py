@@ -24,6 +24,7 @@ from servegym.envs.simulator.memory import (
 from servegym.envs.simulator.queues import (
     blocks_of,
     leave_lists,
+    note_admission,
     push_routed,
     rounds_ahead,
     tokens_to_prefill,
@@ -256,6 +257,8 @@ def fetch(state: State, e: int, r: int, client: int, i: int) -> None:
     tokens = tokens_to_prefill(state, e, i)
     source = np.int64(request.stored)
     pick(state, e, r, client, i)
+    if state.admitted.shape[2] > 0:
+        state.admitted[e, r, client] = 0  # it decodes when it has landed
     request.phase = MOVING
     request.stored = NOBODY
     seconds = copy_seconds(state, tokens)
@@ -366,8 +369,7 @@ def _join(state: State, e: int, r: int, i: int, tokens: int) -> None:
     request.phase = RUNNING
     request.replica = r
     request.computed = tokens
-    request.admission = episode.admissions
-    episode.admissions += 1
+    note_admission(state, e, r, i)
     expected_end = replica.rounds + rounds_ahead(state, e, i)
     state.clients[e, r, request.client].expected_end = expected_end
     replica.due_sum += expected_end

@@ -6,7 +6,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.order import add, select
-from servegym.envs.simulator.state import NOBODY, WAITING, State
+from servegym.envs.simulator.state import NOBODY, REQUESTS, WAITING, State
 
 
 @kernel
@@ -123,10 +123,22 @@ def leave_lists(state: State, e: int, q: int, i: int) -> None:
 
 
 @kernel
+def note_admission(state: State, e: int, r: int, i: int) -> None:
+    """Give the admission of request ``i``, which has its client, a running number."""
+    request, episode = state.requests[e, i], state.episodes[e]
+    request.admission = episode.admissions
+    episode.admissions += 1
+    if state.admitted.shape[2] > 0:
+        state.admitted[e, r, request.client] = episode.admissions * REQUESTS + i
+
+
+@kernel
 def release_client(state: State, e: int, r: int, client: int) -> None:
     """Append a client that has lost its request to the idle ones."""
     replica = state.replicas[e, r]
     state.clients[e, r, client].expected_end = 0
+    if state.admitted.shape[2] > 0:
+        state.admitted[e, r, client] = 0
     state.idle[e, r, replica.idle] = client
     replica.sorted = min(replica.sorted, replica.idle)
     replica.idle += 1

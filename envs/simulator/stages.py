@@ -33,6 +33,7 @@ from servegym.envs.simulator.queues import (
     count_waiting,
     enqueue,
     leave_plan,
+    note_admission,
     queue_of,
     rounds_ahead,
     shares_pool,
@@ -205,7 +206,7 @@ def pick(state: State, e: int, r: int, client: int, i: int) -> None:
 
     The caller takes the client out of ``idle`` and says what the stage computes of the request's prefill.
     """
-    request, replica, episode = state.requests[e, i], state.replicas[e, r], state.episodes[e]
+    request, replica = state.requests[e, i], state.replicas[e, r]
     count_waiting(state, e, queue_of(state, r), i, -1)
     leave_plan(state, e, i)
     if request.prefilled_tokens == 0:  # else it has been admitted before
@@ -217,8 +218,7 @@ def pick(state: State, e: int, r: int, client: int, i: int) -> None:
     request.phase = RUNNING
     request.client = client
     request.replica = r
-    request.admission = episode.admissions
-    episode.admissions += 1
+    note_admission(state, e, r, i)
 
 
 @kernel

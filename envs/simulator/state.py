@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from servegym.envs.bundle import Bundle
 from servegym.envs.machine.layout import Layout
 from servegym.envs.simulator.order import tree_size
-from servegym.envs.vocabulary import BY_BATCH, BY_DEADLINE, ROLE_BOTH
+from servegym.envs.vocabulary import BY_BATCH, BY_DEADLINE, GUARD_SGLANG, NEWEST, ROLE_BOTH
 
 # Phases of a request. Preemption takes a running one back to waiting.
 FUTURE: Final = 0
@@ -53,6 +53,9 @@ MIXED: Final = 3  # one pass of decoding clients and chunks of prompts
 UNLIMITED_BLOCKS: Final = 1 << 60
 """Blocks of a replica whose memory is not limited."""
 
+
+REQUESTS: Final = 1 << 32
+"""More requests than an episode has."""
 
 _LINE_BYTES: Final = 64
 
@@ -362,6 +365,9 @@ class State(Bundle):
     replicas: RecordArray  # (E, R) REPLICA
     loads: RecordArray  # (E, R) LOAD when the router last looked
     clients: RecordArray  # (E, R, J) CLIENT
+    admitted: NDArray[
+        np.int64
+    ]  # (E, R, J) by client: its request's admission, from 1, · 2³² + id; 0: idle; (E, R, 0): not asked for
     idle: NDArray[
         np.int32
     ]  # (E, R, J) the idle clients [: replica.idle]; ascending after sort_idle
@@ -418,6 +424,7 @@ def make_state(
         replicas=_records(e, r, dtype=REPLICA),
         loads=_records(e, r, dtype=LOAD),
         clients=_records(e, r, j, dtype=CLIENT),
+        admitted=np.zeros((e, r, j if _asks_for_newest(layout) else 0), np.int64),
         idle=np.zeros((e, r, j), np.int32),
         finishes=finishes,
         expected=finishes if lengths_known else _records(e, r, j, dtype=FINISH),
@@ -431,6 +438,11 @@ def make_state(
         # Each keeps a client of its target, or is one of as many as may come to a queue at once.
         transfers=_records(e, 2 * r * j if layout.moves else 0, dtype=TRANSFER),
     )
+
+
+def _asks_for_newest(layout: Layout) -> bool:
+    limits = any(tokens > 0 for tokens in layout.kv_capacity_tokens)
+    return limits and layout.victim == NEWEST and layout.guard != GUARD_SGLANG
 
 
 def make_alike(state: State, environments: int) -> State:
