@@ -31,6 +31,8 @@ class CompiledPolicy(NamedTuple):
     every_round: bool  # asks after each decode round, not only at events
     max_prefill_tokens: int  # of a stage; 0: no limit
     mixed: bool = False  # admits in mixed stages, not in prefill stages
+    steals_waiting: bool = True  # where it may
+    steals_running: bool = True
 
 
 def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
@@ -42,13 +44,15 @@ def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
         policy.decisions == "rounds" or task.process.decisions == "rounds",
         task.cluster.max_prefill_tokens,
         policy.mixed,
+        policy.takes("waiting"),
+        policy.takes("running"),
     )
 
 
 @kernel
 def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> None:
     """Do what a policy says at the turn of replica ``r``: steal, admit, decode on, or sleep."""
-    if state.cluster.moves and _steals(state, costs, e, r):
+    if state.cluster.moves and _steals(state, costs, e, r, policy):
         return
     # What another's mixed stage has begun goes on in mixed stages only, except under SGLang's guard.
     begun = state.replicas[e, r].partial != NOBODY and state.cluster.guard != GUARD_SGLANG
@@ -69,11 +73,11 @@ def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledP
 
 
 @shared_kernel
-def _steals(state: State, costs: CostTables, e: int, r: int) -> bool:
-    """Let replica ``r`` steal if it may; waiting requests come first."""
-    if fullest_queue(state, e, r) != NOBODY:
+def _steals(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> bool:
+    """Let replica ``r`` steal what the policy does if it may; waiting requests come first."""
+    if policy.steals_waiting and fullest_queue(state, e, r) != NOBODY:
         steal(state, costs, e, r, STEAL_WAITING)
-    elif stealable(state, costs, e, r) != NOBODY:
+    elif policy.steals_running and stealable(state, costs, e, r) != NOBODY:
         steal(state, costs, e, r, STEAL_RUNNING)
     else:
         return False

@@ -10,7 +10,7 @@ import numpy as np
 
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.plans import Planner
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.simulator.events import DECODE
 from servegym.envs.vocabulary import STEALS
@@ -38,6 +38,8 @@ class TriggerPolicy:
         Admit in mixed stages, not in prefill stages.
     cluster
         Keys of the task's ``[cluster]`` that belong to the scheduler, as ``admission_guard``.
+    steals
+        What it steals of what the task lets it; None: all of that.
 
     Examples
     --------
@@ -56,17 +58,25 @@ class TriggerPolicy:
     comparison: Mapping[str, Any] = field(default_factory=dict)
     mixed: bool = False
     cluster: Mapping[str, Any] = field(default_factory=dict)
+    steals: tuple[str, ...] | None = None
     _steals: tuple[int, ...] = field(default=(), init=False, repr=False)
     _action: int = field(default=DECODE, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.parameter) and self.parameter >= 0):
             raise ServegymError(f"a trigger's parameter must be ≥ 0, got {self.parameter}")
+        for kind in self.steals or ():
+            if kind not in STEALS:
+                raise unknown("value of steals:", kind, STEALS)
 
     @property
     def needs_mixed_stages(self) -> bool:
         """Whether the rule admits in mixed stages."""
         return self.mixed
+
+    def takes(self, kind: str) -> bool:
+        """Return whether it steals this kind where it may."""
+        return self.steals is None or kind in self.steals
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the rule's action in this task; plan if the policy does."""
@@ -81,7 +91,9 @@ class TriggerPolicy:
             )
         self._action = task.actions.index(action)
         self._steals = tuple(
-            task.actions.index(f"steal:{kind}") for kind in STEALS if kind in task.process.steals
+            task.actions.index(f"steal:{kind}")
+            for kind in STEALS
+            if kind in task.process.steals and self.takes(kind)
         )
         if self.planner is None or briefing.requests is None:
             return None

@@ -88,8 +88,9 @@ class Policy(Protocol):
     def cluster(self) -> Mapping[str, Any]:
         """Keys of ``[cluster]`` that belong to the scheduler, as ``preempt``; empty: the task's.
 
-        They are ``admission_guard``, ``conservativeness``, ``patience_s``, ``preempt`` and, of a task
-        that has mixed stages, ``chunk_tokens``.
+        They are ``admission_guard``, ``conservativeness``, ``patience_s``, ``preempt``, ``steal_share``,
+        ``migrate``, ``steal_period_s``, ``freeness_steps``, ``shed_at`` and, of a task that has mixed stages,
+        ``chunk_tokens``.
         """
         return {}
 
@@ -106,7 +107,18 @@ _DECLARED: Final = {
     "comparison": ("information", ("compare_by", "quantile", "deviations")),
     "cluster": (
         "cluster",
-        ("admission_guard", "conservativeness", "patience_s", "preempt", "chunk_tokens"),
+        (
+            "admission_guard",
+            "conservativeness",
+            "patience_s",
+            "preempt",
+            "steal_share",
+            "migrate",
+            "steal_period_s",
+            "freeness_steps",
+            "shed_at",
+            "chunk_tokens",
+        ),
     ),
 }
 """What a policy may declare besides ``decisions``: the section of the task and its keys."""

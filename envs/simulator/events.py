@@ -27,6 +27,7 @@ from servegym.envs.simulator.queues import (
     shares_pool,
 )
 from servegym.envs.simulator.routing import largest_servable, route
+from servegym.envs.simulator.shedding import shed_late
 from servegym.envs.simulator.stages import (
     ANY_ROUNDS,
     begin_decode,
@@ -61,6 +62,8 @@ def advance(state: State, costs: CostTables, e: int) -> int:
                         continue  # it has begun a stage of no length
                     _end_stage(state, costs, e, r)
                 see_arrivals(state, e, r)
+                if episode.sheds and shed_late(state, costs, e, r):
+                    _tell_others(state, costs, e, r)
                 replica = state.replicas[e, r]
                 replica.told = 0
                 waiting = state.queues[e, queue_of(state, r)].waiting
@@ -78,7 +81,7 @@ def advance(state: State, costs: CostTables, e: int) -> int:
             episode.again = 0
             episode.first_pass = 0
             episode.turn = 0
-        else:
+        elif episode.finished + episode.rejected < episode.requests:  # the last may have been shed
             _run_to_next_event(state, costs, e)
     return NOBODY
 
@@ -197,7 +200,7 @@ def _notice(state: State, costs: CostTables, e: int, r: int) -> None:
     if replica.stage == IDLE:
         replica.clock_s = now_s
         state.event_s[e, r] = now_s
-    elif replica.idle > 0:
+    elif replica.idle > 0 or state.episodes[e].sheds > 0:
         cut(state, costs, e, r, now_s)
 
 
