@@ -188,14 +188,15 @@ class ReferenceCluster(Moving):
         return replica.queue[0] if replica.queue else None
 
     def begin_stage(self, replica: Replica) -> None:
-        """Shed, steal what may be stolen, then decide; what was only a fetch is followed by another."""
-        self.shed_late(replica)
-        while self.steal_waiting(replica):
+        """Shed, steal what may be stolen, then decide; if that was only a fetch, all once more."""
+        fetched = True
+        while fetched:
             self.shed_late(replica)
-        while self.steal_running(replica):
-            pass
-        while self.decide(replica):
-            pass
+            while self.steal_waiting(replica):
+                self.shed_late(replica)
+            while self.steal_running(replica):
+                pass
+            fetched = self.decide(replica)
 
     def decide(self, replica: Replica) -> bool:
         """Begin a stage if there is one; return whether requests were fetched and nothing else."""

@@ -39,7 +39,7 @@ from servegym.envs.simulator.stages import (
 )
 from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, State
 from servegym.envs.simulator.stealing import can_steal, cut_to_act, steal_running, steal_waiting
-from servegym.envs.vocabulary import GUARD_SGLANG, STEAL_WAITING
+from servegym.envs.vocabulary import GUARD_SGLANG, MIGRATE_BY_FREENESS, STEAL_WAITING
 
 DECODE: Final = 0
 """The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""
@@ -269,8 +269,11 @@ def _tell_others(state: State, costs: CostTables, e: int, r: int) -> None:
     """Let other replicas look at what a decision of ``r`` has changed for them."""
     if shares_pool(state) and state.cluster.limits_memory:
         _tell_of_pool(state, costs, e, r)
-    elif state.cluster.moves and state.episodes[e].disturbed:
-        _tell_of_change(state, costs, e, r)
+    elif state.cluster.moves:
+        # A stage takes memory when it begins: who has least of it may be another then.
+        weighs = state.cluster.steals_running and state.cluster.migrate == MIGRATE_BY_FREENESS
+        if weighs or state.episodes[e].disturbed:
+            _tell_of_change(state, costs, e, r)
 
 
 @shared_kernel
