@@ -40,6 +40,8 @@ class TriggerPolicy:
         Keys of the task's ``[cluster]`` that belong to the scheduler, as ``admission_guard``.
     steals
         What it steals of what the task lets it; None: all of that.
+    memory, slo
+        Prices of the Lagrangian trigger, see :func:`servegym.baselines.rules.triggers.priced`; 0: none.
 
     Examples
     --------
@@ -59,12 +61,20 @@ class TriggerPolicy:
     mixed: bool = False
     cluster: Mapping[str, Any] = field(default_factory=dict)
     steals: tuple[str, ...] | None = None
+    memory: float = 0.0
+    slo: float = 0.0
     _steals: tuple[int, ...] = field(default=(), init=False, repr=False)
     _action: int = field(default=DECODE, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.parameter) and self.parameter >= 0):
             raise ServegymError(f"a trigger's parameter must be ≥ 0, got {self.parameter}")
+        for name in ("memory", "slo"):
+            price = getattr(self, name)
+            if not (np.isfinite(price) and price >= 0):
+                raise ServegymError(f"a trigger's price of {name} must be ≥ 0, got {price}")
+        if self.priced and self.trigger != triggers.LAGRANGIAN:
+            raise ServegymError("only the Lagrangian trigger has prices of memory and slo")
         for kind in self.steals or ():
             if kind not in STEALS:
                 raise unknown("value of steals:", kind, STEALS)
@@ -73,6 +83,11 @@ class TriggerPolicy:
     def needs_mixed_stages(self) -> bool:
         """Whether the rule admits in mixed stages."""
         return self.mixed
+
+    @property
+    def priced(self) -> bool:
+        """Whether its rule has a price of memory or of missed limits."""
+        return self.memory > 0 or self.slo > 0
 
     def takes(self, kind: str) -> bool:
         """Return whether it steals this kind where it may."""
@@ -109,7 +124,11 @@ class TriggerPolicy:
             return DECODE if mask[DECODE] else int(mask.argmax())  # another has begun a prompt
         if not mask[DECODE] or situation.view.active == 0:  # else decode means to wait
             return self._action
-        fires = triggers.fires(self.trigger, self.parameter, situation.view)
+        if self.priced:
+            seen, ahead = situation.view, situation.outlook()
+            fires = triggers.priced(self.parameter, self.memory, self.slo, seen, ahead)
+        else:
+            fires = triggers.fires(self.trigger, self.parameter, situation.view)
         return self._action if fires else DECODE
 
 

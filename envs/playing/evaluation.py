@@ -154,7 +154,8 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
         observation, _ = env.reset(seed=seed, options=options)
         while not ended:
             started = perf_counter_ns()
-            action = policy.act(Situation(env.view(), observation, env.action_masks(), env.imagine))
+            mask = env.action_masks()
+            action = policy.act(Situation(env.view(), observation, mask, env.imagine, env.outlook))
             nanoseconds.append(perf_counter_ns() - started)
             observation, _, terminated, truncated, info = env.step(action)
             ended = terminated or truncated or "illegal_action" in info
