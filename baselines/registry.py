@@ -132,9 +132,9 @@ REGISTRY: Final[dict[str, Entry]] = {
         parameter="period",
     ),
     "llumnix": Entry(
-        "vllm; every N seconds (0.05) the replica of k-th least free memory gives the request of fewest tokens "
-        "to that of k-th most, live, if it has less than S free blocks a request (3) or has preempted, the "
-        "other more: Llumnix's migration and its defaults (OSDI 2024); the task routes, steals no waiting ones",
+        "vllm; every N seconds (0.05) the replica of k-th least free memory gives the request of fewest "
+        "tokens to that of k-th most, live, if it has less than S free blocks a request (3) or has preempted, "
+        "the other more: Llumnix's migration and defaults (OSDI 2024); steals no waiting ones",
         TriggerPolicy(
             "fcfs",
             triggers.EAGER,
@@ -146,8 +146,8 @@ REGISTRY: Final[dict[str, Entry]] = {
         more=("steps",),
     ),
     "shed": Entry(
-        "vllm that turns away who waits and cannot have its first token within x times slo.ttft_s any more (1), "
-        "as Mooncake refuses who would come too late (arXiv 2407.00079)",
+        "vllm that turns away who waits and cannot have its first token within x times slo.ttft_s any more "
+        "(1), as Mooncake refuses who would come too late (arXiv 2407.00079)",
         TriggerPolicy("fcfs", triggers.EAGER, mixed=True, cluster={"shed_at": 1.0}),
         parameter="share",
     ),
@@ -167,21 +167,13 @@ REGISTRY: Final[dict[str, Entry]] = {
         "plan, steal and the Lagrangian prefill-or-decode rule: the paper's method",
         TriggerPolicy("steal", triggers.LAGRANGIAN, 1.0, planner=plan_expected),
         parameter="multiplier",
-    ),
-    # Prices from seeds 0 … 19 of Chat-v0, Elastic-v0 and Cluster-v0.
-    "lagrangian": Entry(
-        "the hybrid with prices of memory, m times what evictions will cost (1), and of missed limits, s "
-        "client-seconds a request (1): the paper's method for a cluster, see triggers.priced",
-        TriggerPolicy(
-            "steal", triggers.LAGRANGIAN, 1.0, planner=plan_expected, memory=1.0, slo=1.0
-        ),
-        parameter="multiplier",
         more=("memory", "slo"),
     ),
     "hybrid-plan": Entry(
         "the hybrid without stealing: each client its own queue",
         TriggerPolicy("plan", triggers.LAGRANGIAN, 1.0, planner=plan_expected),
         parameter="multiplier",
+        more=("memory", "slo"),
     ),
     "hybrid-myopic": Entry(
         "the hybrid with a rule that looks at one decode round only",
@@ -192,6 +184,15 @@ REGISTRY: Final[dict[str, Entry]] = {
         "one queue, longest first, Lagrangian rule",
         TriggerPolicy("longest", triggers.LAGRANGIAN, 1.0),
         parameter="multiplier",
+        more=("memory", "slo"),
+    ),
+    # Prices from seeds 0 … 59 of Chat-v0, Cluster-v0 and 0 … 19 of Elastic-v0.
+    "lagrangian": Entry(
+        "lpt with prices of memory, m times what evictions will cost (1), and of missed limits, s "
+        "client-seconds a request (30); see triggers.priced; hybrid takes them, too",
+        TriggerPolicy("longest", triggers.LAGRANGIAN, 1.0, memory=1.0, slo=30.0),
+        parameter="multiplier",
+        more=("memory", "slo"),
     ),
     "threshold": Entry(
         "longest first, prefill when at least K clients are idle",

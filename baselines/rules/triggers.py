@@ -67,7 +67,7 @@ def lagrangian(multiplier: float, view: DecisionView) -> bool:
 def priced(
     multiplier: float, memory: float, slo: float, view: DecisionView, outlook: Outlook
 ) -> bool:
-    """The Lagrangian rule of a cluster, with prices of memory and of missed limits; this project's own.
+    """Add prices of memory and of missed limits to the Lagrangian rule: this project's own, for clusters.
 
     Two more constraints tie a stage to what comes later: all that run must fit into the memory, and
     requests must meet ``[slo]``. Relaxed with a price each, they add to both sides of :func:`lagrangian`:
@@ -85,8 +85,7 @@ def priced(
     With both 0 it is the paper's rule.
     """
     waiting_cost = view.idle_wait_s + view.idle * view.seconds_to_finish
-    admitted = min(view.idle, view.waiting)
-    evicting_cost = (view.active + admitted) * outlook.recompute_s
+    evicting_cost = (view.active + outlook.admitted) * outlook.recompute_s
     price = multiplier * view.active * view.prefill_s + memory * evicting_cost
     return waiting_cost + slo * outlook.saved >= price + slo * outlook.lost
 

@@ -86,7 +86,7 @@ def _fewest_tokens(state: State, e: int, s: int) -> int:
 
 @kernel
 def _freeness(state: State, costs: CostTables, e: int, r: int) -> float:
-    """Return the free blocks of a replica, less what waiting prompts want, per request; as a router sees it."""
+    """Return the free blocks of a replica, less what waiting prompts want, per request, as routers see it."""
     if state.machines[r].blocks == UNLIMITED_BLOCKS:
         return np.inf
     load = look(state, costs, e, r)

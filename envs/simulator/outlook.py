@@ -11,6 +11,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
+from servegym.envs.simulator.memory import free_blocks
 from servegym.envs.simulator.queues import queue_of
 from servegym.envs.simulator.seconds import prefill_seconds
 from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
@@ -26,9 +27,10 @@ class Outlook(NamedTuple):
     >>> env = ServingEnv("Tiny-v0")
     >>> _ = env.reset(seed=0)
     >>> env.outlook()
-    Outlook(overflow_tokens=0, recompute_s=0.0, saved=0, lost=0)
+    Outlook(admitted=3, overflow_tokens=0, recompute_s=0.0, saved=0, lost=0)
     """
 
+    admitted: int  # requests, of mean length; no more than fit into free memory, but at least one
     overflow_tokens: int  # expected beyond the memory at its fullest, more than without the stage
     recompute_s: float  # a stage that computes these again
     saved: (
@@ -41,18 +43,20 @@ class Outlook(NamedTuple):
 def outlook(state: State, costs: CostTables, e: int, r: int, seen: DecisionView) -> Outlook:
     """Return the outlook of replica ``r``, of which ``seen`` is the view.
 
-    The stage is that of ``seen.prefill_s``: as many waiting requests of mean length as clients are idle. The
-    next chance is the next expected finish.
+    The stage is that of ``seen.prefill_s``, the next chance the next expected finish.
     """
-    tokens = 0
-    if state.machines[r].blocks != UNLIMITED_BLOCKS and seen.waiting > 0:
-        tokens = _overflow(state, e, r, min(seen.idle, seen.waiting))
+    tokens, admitted = 0, min(seen.idle, seen.waiting)
+    if state.machines[r].blocks != UNLIMITED_BLOCKS and admitted > 0:
+        prompt = max(state.queues[e, queue_of(state, r)].tokens // seen.waiting, 1)
+        free = free_blocks(state, e, r) * state.cluster.block_tokens
+        admitted = max(min(admitted, free // prompt), 1)
+        tokens = _overflow(state, e, r, admitted)
     again_s = prefill_seconds(costs, r, tokens, 0.0, 1) if tokens > 0 else 0.0
     saved = 0
     if state.cluster.slo_ttft_s < np.inf:
         saved = min(_saved(state, e, r, seen), seen.idle)
     lost = _lost(state, e, r, seen) if state.cluster.slo_tpot_s < np.inf else 0
-    return Outlook(tokens, again_s, saved, lost)
+    return Outlook(admitted, tokens, again_s, saved, lost)
 
 
 @kernel
