@@ -133,8 +133,8 @@ REGISTRY: Final[dict[str, Entry]] = {
     ),
     "llumnix": Entry(
         "vllm; every N seconds (0.05) the replica of k-th least free memory gives the request of fewest "
-        "tokens to that of k-th most, live, if it has less than S free blocks a request (3) or has preempted, "
-        "the other more: Llumnix's migration and defaults (OSDI 2024); steals no waiting ones",
+        "tokens to that of k-th most, live, if it has less than S free blocks a request (3) or preempts, the "
+        "other more: Llumnix's migration and defaults (OSDI 2024); steals no waiting ones",
         TriggerPolicy(
             "fcfs",
             triggers.EAGER,

@@ -168,7 +168,7 @@ def recount(state: State) -> None:
     for r in range(state.replicas.shape[1]):
         _recount_replica(state, r)
     new = [i for _, unseen in queues for i in unseen if requests[i].moves == 0]
-    arrived = np.isin(phases, (WAITING, RUNNING, MOVING, FINISHED))
+    arrived = np.isin(phases, (WAITING, RUNNING, MOVING, FINISHED, SHED))
     arrived[new] = False
     assert episode.arrived == arrived.sum()
     assert episode.arrived_rounds == requests.expected_rounds[arrived].sum()

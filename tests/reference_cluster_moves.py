@@ -10,7 +10,6 @@ import math
 from tests.reference_balance import Balancing
 from tests.reference_cluster_parts import (
     HOST,
-    ClusterSpec,
     Move,
     ReferenceRequest,
     Replica,
