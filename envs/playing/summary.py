@@ -234,7 +234,7 @@ def _gap_to(seconds: pd.Series, floor_s: pd.Series) -> str:
 def _shed(group: pd.DataFrame) -> NDArray[np.float64]:
     """Return how many requests each episode has shed; none where the table is older than that."""
     shed = group.get("shed")
-    return np.zeros(len(group)) if shed is None else shed.to_numpy(float)
+    return np.zeros(len(group)) if shed is None else np.nan_to_num(shed.to_numpy(float))
 
 
 def _summary_row(group: pd.DataFrame, cut_short: bool, sheds: bool) -> dict[str, str | int]:
