@@ -232,9 +232,10 @@ def _gap_to(seconds: pd.Series, floor_s: pd.Series) -> str:
 
 
 def _shed(group: pd.DataFrame) -> NDArray[np.float64]:
-    """Return how many requests each episode has shed; none where the table is older than that."""
-    shed = group.get("shed")
-    return np.zeros(len(group)) if shed is None else np.nan_to_num(shed.to_numpy(float))
+    """Return how many requests each episode has shed, which then has no gap; none in an older table."""
+    if "shed" not in group:
+        return np.zeros(len(group))
+    return np.where(group["gap"].isna(), np.nan_to_num(group["shed"].to_numpy(float)), 0.0)
 
 
 def _summary_row(group: pd.DataFrame, cut_short: bool, sheds: bool) -> dict[str, str | int]:
