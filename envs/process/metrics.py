@@ -150,10 +150,10 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     ``slo_attainment`` is the share of the requests that have arrived which finished within the limits of
     ``[slo]``: a rejected request, one that was shed and one that was cut short have not met them.
     ``goodput_per_s`` is their number a second. Without limits each finished request counts.
-    ``gap_between_tokens`` is each finished request's worst gap between two tokens; NaN where the task does not
-    note it. ``jain_fairness`` is Jain's index of output tokens a second from arrival on, 0 for a request that has not finished. ``peak_queue``:
-    the most requests that waited for their first admission at once. Rejected ones and those that were shed
-    are left out of both.
+    ``gap_between_tokens`` is each finished request's worst gap between two tokens; NaN where the task does
+    not note it. ``jain_fairness`` is Jain's index of output tokens a second from arrival on, 0 for a request
+    that has not finished. ``peak_queue``: the most requests that waited for their first admission at once.
+    Rejected ones and those that were shed are left out of both.
 
     Four tell of failures. ``idle_wait_share``: ∫ min(idle clients, waiting requests) dt over all client-time,
     in all replicas together. ``preempted_slowdown``: mean seconds per output token from arrival on of the
