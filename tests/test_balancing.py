@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from servegym.baselines import make_policy, make_trigger_policy
+from servegym.baselines import make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import EAGER
@@ -32,14 +32,11 @@ INSTANT: dict[str, Any] = {"link": "nvlink", "kv_bytes_per_token": 0}
 
 def served(task: TaskConfig, policy: str | TriggerPolicy, *rows: tuple[int, int, float]) -> Episode:
     """Rows are (prompt, output, arrival); compiled code plays the same."""
-    make = make_policy if isinstance(policy, str) else lambda _: policy
-    player: Any = make(policy)
+    player: Any = make_policy(policy) if isinstance(policy, str) else policy
     task = asked_task(task, player)
     case = bound_case(lower(task), make_requests(*(np.array(c) for c in zip(*rows, strict=True))))
     episode = play(task, "policy", player, case, seed=0)
-    compiled = play_compiled(
-        task, make_trigger_policy(policy) if isinstance(policy, str) else policy, case
-    )
+    compiled = play_compiled(task, player, case)
     for name in ("makespan_s", "moves", "shed", "slo_attainment"):
         assert episode.row[name] == compiled[name], name
     return episode
