@@ -150,10 +150,10 @@ def test_the_last_may_be_shed() -> None:
     [
         ("steal_share", "third", "cluster.steal_share", "half"),
         ("migrate", "freenes", "did you mean 'freeness'", "freeness"),
-        ("steal_period_s", -1.0, "steal_period_s must lie in 0 … 1e+09, got -1.0", 0.0),
+        ("steal_period_s", -1.0, "steal_period_s must lie in 0 … 1e9, got -1.0", 0.0),
         ("steal_period_s", float("nan"), "steal_period_s must lie in", 1e9),
         ("freeness_steps", -0.5, "freeness_steps must lie in", 0.0),
-        ("shed_at", -0.1, "shed_at must lie in 0 … 1e+06", 0.1),
+        ("shed_at", -0.1, "shed_at must lie in 0 … 1e6", 0.1),
         ("shed_at", float("inf"), "shed_at must lie in", 1e6),
     ],
 )

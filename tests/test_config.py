@@ -68,6 +68,13 @@ BAD_VALUES = [
     ("cluster", "conservativeness", "-0.1", "0 … 100, got -0.1", "0"),
     ("cluster", "patience_s", "-0.1", "0 … 1e9, got -0.1", "0"),
     ("cluster", "patience_s", "1e10", "0 … 1e9, got 10000000000.0", "1e9"),
+    ("cluster", "steal_share", '"third"', "cluster.steal_share", '"half"'),
+    ("cluster", "migrate", '"freenes"', "did you mean 'freeness'", '"freeness"'),
+    ("cluster", "steal_period_s", "-1", "0 … 1e9, got -1.0", "0"),
+    ("cluster", "steal_period_s", "nan", "0 … 1e9, got nan", "1e9"),
+    ("cluster", "freeness_steps", "-0.5", "0 … 1e9, got -0.5", "0"),
+    ("cluster", "shed_at", "-0.1", "0 … 1e6, got -0.1", "0.1"),
+    ("cluster", "shed_at", "inf", "0 … 1e6, got inf", "1e6"),
     ("cluster", "conservativeness", "101", "0 … 100, got 101.0", "100"),
     # tables (tests/test_arrivals.py, tests/test_trace_windows.py)
     ("workload", "arrivals", "2.0", "must be a table of keys, got 2.0", "{rate_per_s = 2.0}"),

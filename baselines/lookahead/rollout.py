@@ -76,6 +76,8 @@ def run_schedule(
             base.mixed,
             base.steals_waiting,
             base.steals_running,
+            0.0,
+            0.0,
         )
         take_turn(state, costs, e, r, policy)
 

@@ -194,10 +194,10 @@ class ClusterConfig:
             )
         if not 0 <= self.patience_s <= 1e9:
             raise ServegymError(f"cluster.patience_s must lie in 0 … 1e9, got {self.patience_s}")
-        for key, most in (("steal_period_s", 1e9), ("freeness_steps", 1e9), ("shed_at", 1e6)):
-            if not 0 <= getattr(self, key) <= most:
+        for key, most in (("steal_period_s", "1e9"), ("freeness_steps", "1e9"), ("shed_at", "1e6")):
+            if not 0 <= getattr(self, key) <= float(most):
                 raise ServegymError(
-                    f"cluster.{key} must lie in 0 … {most:g}, got {getattr(self, key)}"
+                    f"cluster.{key} must lie in 0 … {most}, got {getattr(self, key)}"
                 )
         for key, link in (("link", self.link), ("host_link", self.host_link)):
             if isinstance(link, str) and link not in LINKS:
