@@ -232,9 +232,9 @@ def test_tables_of_earlier_versions_read_with_defaults(tmp_path: Path) -> None:
     pd.read_csv(path).drop(columns=BESIDE.split(",")).to_csv(path, index=False)
     table = read_episodes(path)
     assert table["replicas"].tolist() == [1, 1]
-    for name in ("mixed_stages", "preemptions", "recomputed_tokens", "rejected", "moves"):
+    for name in ("mixed_stages", "preemptions", "recomputed_tokens", "rejected", "moves", "shed"):
         assert table[name].tolist() == [0, 0]
-    assert table[BESIDE.split(",")[6:]].isna().all(axis=None)
+    assert table[BESIDE.split(",")[6:-1]].isna().all(axis=None)
 
 
 def test_requests_know_their_rows() -> None:
