@@ -279,11 +279,7 @@ def begin_decode(state: State, costs: CostTables, e: int, r: int, most: int) -> 
     preempted = make_room(state, e, r)
     if preempted and replica.active == 0:
         return False
-    if (
-        not preempted
-        and most > 1
-        and not (_guard_may_open(state, e, r) or _time_tells(state, e, r))
-    ):
+    if not preempted and most > 1 and not (_guard_may_open(state, e, r) or time_tells(state, e)):
         rounds = min(most, rounds_to_next_finish(state, e, r), rounds_to_full(state, e, r))
     replica.work_waits = state.queues[e, queue_of(state, r)].waiting > 0
     run_for(state, costs, e, r, rounds)
@@ -313,18 +309,21 @@ def _guard_may_open(state: State, e: int, r: int) -> bool:
 
 
 @kernel
-def _time_tells(state: State, e: int, r: int) -> bool:
-    """Return whether each round may change what is to be done as time passes, or memory elsewhere.
+def time_tells(state: State, e: int) -> bool:
+    """Return whether each round may change what is to be done, though nothing else happens.
 
-    Somebody who waits may come too late; a replica may steal running requests again, or memory run short.
+    A replica may steal running requests again, memory may run short, somebody who waits may come too late.
     """
     cluster = state.cluster
     if cluster.steals_running and (
         cluster.steal_period_s > 0.0 or cluster.migrate == MIGRATE_BY_FREENESS
     ):
         return True
-    queue = state.queues[e, queue_of(state, r)]
-    return state.episodes[e].sheds > 0 and queue.waiting + queue.unseen > 0
+    if state.episodes[e].sheds > 0:
+        for q in range(state.queues.shape[1]):
+            if state.queues[e, q].waiting + state.queues[e, q].unseen > 0:
+                return True
+    return False
 
 
 @kernel

@@ -34,7 +34,7 @@ from servegym.envs.simulator.queues import (
     waiting_at,
 )
 from servegym.envs.simulator.seconds import prefill_seconds
-from servegym.envs.simulator.stages import cut, see_arrivals, sort_idle
+from servegym.envs.simulator.stages import cut, see_arrivals, sort_idle, time_tells
 from servegym.envs.simulator.state import (
     COPYING,
     DECODE_RUN,
@@ -161,11 +161,14 @@ def can_steal(state: State, costs: CostTables, e: int, r: int) -> bool:
 
 @shared_kernel
 def cut_to_act(state: State, costs: CostTables, e: int, r: int) -> None:
-    """End a run of decode rounds at the boundary that comes, if ``r`` may admit or steal something there."""
+    """End a run of decode rounds at the boundary that comes, if ``r`` may admit, steal or shed there."""
     replica = state.replicas[e, r]
-    if replica.stage != DECODE_RUN or replica.run_rounds == 1 or replica.idle == 0:
+    if replica.stage != DECODE_RUN or replica.run_rounds == 1:
         return
-    if replica.told or can_steal(state, costs, e, r):
+    acts = time_tells(state, e)
+    if not acts and replica.idle > 0:
+        acts = replica.told or can_steal(state, costs, e, r)
+    if acts:
         cut(state, costs, e, r, np.nextafter(state.episodes[e].now_s, np.inf))
 
 
