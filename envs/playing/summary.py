@@ -235,7 +235,8 @@ def _shed(group: pd.DataFrame) -> NDArray[np.float64]:
     """Return how many requests each episode has shed, which then has no gap; none in an older table."""
     if "shed" not in group:
         return np.zeros(len(group))
-    return np.where(group["gap"].isna(), np.nan_to_num(group["shed"].to_numpy(float)), 0.0)
+    no_gap = group["gap"].isna() & group["makespan_s"].notna()  # else it was cut short
+    return np.where(no_gap, np.nan_to_num(group["shed"].to_numpy(float)), 0.0)
 
 
 def _summary_row(group: pd.DataFrame, cut_short: bool, sheds: bool) -> dict[str, str | int]:
