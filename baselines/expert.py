@@ -70,6 +70,10 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
         raise ServegymError(
             f"{base_name} admits by {policy.rule!r}, which process.rules of {task.name} leaves out"
         )
+    if policy.priced:
+        raise ServegymError(
+            "an expert's base has no prices of memory or slo: imagined episodes have no limits to miss"
+        )
     base = compile_policy(policy, task)
     scratch: State | None = None
 

@@ -39,6 +39,12 @@ def by_deviations(k: float) -> dict[str, str | float]:
     return {"compare_by": "mean-sd", "deviations": k}
 
 
+def _with_cluster(policy: Any, key: str, value: float) -> Policy:
+    """Return the policy with another value of a key of ``[cluster]``."""
+    changed: Policy = replace(policy, cluster={**policy.cluster, key: value})
+    return changed
+
+
 def _within(least: int, most: int) -> tuple[Callable[[float], bool], str]:
     """Return ``fits`` and ``rule`` of a number in a range."""
     return lambda number: least <= number <= most, f"lie in {least} … {most}"
@@ -112,6 +118,32 @@ PARAMETERS: Final[dict[str, Parameter]] = {
         lambda policy, tokens: replace(
             policy, cluster={**policy.cluster, "level_tokens": int(tokens)}
         ),
+    ),
+    # Seconds between two thefts of running requests by one replica.
+    "period": Parameter(
+        "N",
+        *_within(0, MAX_PATIENCE_S),
+        lambda policy, seconds: _with_cluster(policy, "steal_period_s", seconds),
+    ),
+    # Free blocks a request below which memory is short.
+    "steps": Parameter(
+        "S",
+        *_within(0, MAX_PATIENCE_S),
+        lambda policy, steps: _with_cluster(policy, "freeness_steps", steps),
+    ),
+    # Of the limit of the first token, by which it must come.
+    "share": Parameter(
+        "x",
+        lambda share: 0 < share <= MAX_NUMBER,
+        f"be > 0 and at most {MAX_NUMBER}",
+        lambda policy, share: _with_cluster(policy, "shed_at", share),
+    ),
+    # Prices of the Lagrangian rule.
+    "memory": Parameter(
+        "m", *_within(0, MAX_NUMBER), lambda policy, price: replace(policy, memory=price)
+    ),
+    "slo": Parameter(
+        "s", *_within(0, MAX_NUMBER), lambda policy, price: replace(policy, slo=price)
     ),
     # With what chance memory suffices.
     "chance": Parameter(

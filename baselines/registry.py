@@ -37,6 +37,13 @@ class Entry:
     """Key in ``PARAMETERS`` of the number that its name may carry; empty: none."""
     required: bool = False
     """Whether the name is no policy without that number."""
+    more: tuple[str, ...] = ()
+    """Keys of further numbers, which only the long form of the name carries."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of all numbers that its name may carry."""
+        return (self.parameter, *self.more) if self.parameter else ()
 
 
 REGISTRY: Final[dict[str, Entry]] = {
@@ -140,6 +147,43 @@ REGISTRY: Final[dict[str, Entry]] = {
         "earliest deadline first: arrival plus slo.ttft_s of its class",
         published.edf(),
     ),
+    "no-steal": Entry(
+        "vllm that steals nothing, whatever the task lets it",
+        TriggerPolicy("fcfs", triggers.EAGER, mixed=True, steals=()),
+    ),
+    # Two rules as users report them: SGLang moves what waits only, ROLL then the shortest that run.
+    "steal-half": Entry(
+        "vllm; a replica with more idle clients than requests of its own waiting steals half of what waits "
+        "more in the fullest queue (rounded up: from 1 on; SGLang #37401), then of what runs where most do, "
+        "if 2 more, the fewest tokens first until even, at most every N seconds (3; ROLL #134)",
+        TriggerPolicy(
+            "fcfs",
+            triggers.EAGER,
+            mixed=True,
+            cluster={"steal_share": "half", "migrate": "shortest", "steal_period_s": 3.0},
+        ),
+        parameter="period",
+    ),
+    "llumnix": Entry(
+        "vllm; every N seconds (0.05) the replica of k-th least free memory gives the request of fewest "
+        "tokens to that of k-th most, live, if it has less than S free blocks a request (3) or preempts, the "
+        "other more: Llumnix's migration and defaults (OSDI 2024); steals no waiting ones",
+        TriggerPolicy(
+            "fcfs",
+            triggers.EAGER,
+            mixed=True,
+            cluster={"migrate": "freeness", "steal_period_s": 0.05, "freeness_steps": 3.0},
+            steals=("running",),
+        ),
+        parameter="period",
+        more=("steps",),
+    ),
+    "shed": Entry(
+        "vllm that turns away who waits and cannot have its first token within x times slo.ttft_s any more "
+        "(1), as Mooncake refuses who would come too late (arXiv 2407.00079)",
+        TriggerPolicy("fcfs", triggers.EAGER, mixed=True, cluster={"shed_at": 1.0}),
+        parameter="share",
+    ),
     "static": Entry(
         "decode until all clients are idle, then refill them in order of arrival",
         TriggerPolicy("fcfs", triggers.DRAINED),
@@ -156,11 +200,13 @@ REGISTRY: Final[dict[str, Entry]] = {
         "plan, steal and the Lagrangian prefill-or-decode rule: the paper's method",
         TriggerPolicy("steal", triggers.LAGRANGIAN, 1.0, planner=plan_expected),
         parameter="multiplier",
+        more=("memory", "slo"),
     ),
     "hybrid-plan": Entry(
         "the hybrid without stealing: each client its own queue",
         TriggerPolicy("plan", triggers.LAGRANGIAN, 1.0, planner=plan_expected),
         parameter="multiplier",
+        more=("memory", "slo"),
     ),
     "hybrid-myopic": Entry(
         "the hybrid with a rule that looks at one decode round only",
@@ -171,6 +217,15 @@ REGISTRY: Final[dict[str, Entry]] = {
         "one queue, longest first, Lagrangian rule",
         TriggerPolicy("longest", triggers.LAGRANGIAN, 1.0),
         parameter="multiplier",
+        more=("memory", "slo"),
+    ),
+    # Prices from seeds 0 … 59 of Chat-v0, Cluster-v0 and 0 … 19 of Elastic-v0.
+    "lagrangian": Entry(
+        "lpt with prices of memory, m times what evictions will cost (1), and of missed limits, s "
+        "client-seconds a request (30); see triggers.priced; hybrid takes them, too",
+        TriggerPolicy("longest", triggers.LAGRANGIAN, 1.0, memory=1.0, slo=30.0),
+        parameter="multiplier",
+        more=("memory", "slo"),
     ),
     "threshold": Entry(
         "longest first, prefill when at least K clients are idle",
@@ -282,7 +337,8 @@ def policy_descriptions() -> dict[str, str]:
         symbol = PARAMETERS[entry.parameter].symbol
         based = isinstance(entry.prototype, RolloutPolicy)
         short = f"{name}-{symbol}" if entry.required else f"{name}[-{symbol}]"
-        keys = f"{entry.parameter}={symbol}" + (f", {BASE}=POLICY" if based else "")
+        keys = ", ".join(f"{key}={PARAMETERS[key].symbol}" for key in entry.keys)
+        keys += f", {BASE}=POLICY" if based else ""
         lines[short + ("[:BASE]" if based else "")] = f"{entry.description}; {name}({keys})"
     return lines
 
@@ -391,7 +447,7 @@ def _read_name(name: str) -> tuple[str, dict[str, str]]:
 
 def _read_keys(name: str, family: str, text: str) -> dict[str, str]:
     entry = REGISTRY[family]
-    keys = [entry.parameter] if entry.parameter else []
+    keys = list(entry.keys)
     if isinstance(entry.prototype, RolloutPolicy):
         keys.append(BASE)
     values: dict[str, str] = {}

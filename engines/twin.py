@@ -20,6 +20,7 @@ from servegym.envs.process.serving import CHOOSES, WORKS, begin_work, choose
 from servegym.envs.serving_env import check_plan
 from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.loading import clear, queue_plan
+from servegym.envs.simulator.outlook import outlook
 from servegym.envs.simulator.serving import (
     PROGRESS,
     append_request,
@@ -356,7 +357,10 @@ class Twin:
     ) -> Situation:
         observation = np.zeros(self._features, np.float32)
         observe(state, self._costs, self._settings, 0, 0, observation)
-        return Situation(view(state, self._costs, 0, 0), observation, mask, imagine)
+        seen = view(state, self._costs, 0, 0)
+        return Situation(
+            seen, observation, mask, imagine, lambda: outlook(state, self._costs, 0, 0, seen)
+        )
 
     def _imagine(self) -> State:
         if self._imagined is None:

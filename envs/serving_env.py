@@ -20,6 +20,7 @@ from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.process.metrics import EpisodeLog, episode_metrics, records
 from servegym.envs.process.steps import begin_row, deciding, make_rows, step_row
 from servegym.envs.simulator.imagination import imagine_row
+from servegym.envs.simulator.outlook import Outlook, outlook
 from servegym.envs.simulator.state import State, make_alike
 from servegym.envs.simulator.view import DecisionView, view
 from servegym.envs.task.cases import Case, inform, sample_requests
@@ -289,6 +290,11 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     def view(self) -> DecisionView:
         """Return the numbers that rules decide by."""
         return view(self._state, self.costs, 0, deciding(self._state, 0))
+
+    def outlook(self) -> Outlook:
+        """Return what a stage now would cost later, in memory and in limits that are missed."""
+        r = deciding(self._state, 0)
+        return outlook(self._state, self.costs, 0, r, view(self._state, self.costs, 0, r))
 
     def imagine(self) -> State:
         """Return the episode as its scheduler believes it to be, one row to try things on.

@@ -112,6 +112,22 @@ STEAL_ORDERS: Final = {
 TAKE_LONGEST: Final = 0
 TAKE_OLDEST: Final = 2
 
+STEAL_SHARES: Final = {
+    "room": "as many as the thief has idle clients for",
+    "half": "of these at most half of what waits there more than at the thief, rounded up",
+}
+"""How many waiting requests a replica steals."""
+
+MIGRATIONS: Final = {
+    "longest": "from where most decode the one with most rounds left",
+    "shortest": "from where most decode the one with fewest tokens in memory",
+    "freeness": "the same from the replica with least free memory a request to that with most, as Llumnix",
+}
+"""Which running request a replica steals, and from where."""
+
+MIGRATE_LONGEST: Final = 0
+MIGRATE_BY_FREENESS: Final = 2
+
 MOVES: Final = {
     "copy": "its keys and values are copied while it goes on decoding (live migration)",
     "recompute": "it waits at the other replica and is computed again",

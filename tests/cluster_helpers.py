@@ -27,6 +27,7 @@ from servegym.envs.simulator.state import (
     PAUSING,
     REJECTED,
     RUNNING,
+    SHED,
     TO_QUEUE,
     WAITING,
     RecordArray,
@@ -35,8 +36,9 @@ from servegym.envs.simulator.state import (
 from servegym.envs.task.config import InformationConfig, TaskConfig
 from servegym.envs.vocabulary import ROLE_PREFILL, STEALS, VICTIMS
 from tests.against_cluster import cluster_task
-from tests.random_clusters import ClusterCase, random_case
+from tests.random_clusters import ClusterCase, balanced, random_case
 from tests.reference_cluster import ClusterSpec
+from tests.reference_costs import decode_round_s
 
 MANY_STEPS = 20_000
 """More decisions than any episode of a random case has that comes to an end."""
@@ -89,6 +91,12 @@ def stealing_case(rng: np.random.Generator, **settings: Any) -> ClusterCase:
     if len(case.spec.replicas) == 1 or case.spec.router == "pool":
         return case
     return ClusterCase(case.requests, replace(case.spec, steals=tuple(STEALS)))
+
+
+def balancing_case(rng: np.random.Generator, *, dyadic: bool) -> ClusterCase:
+    """A case with moves in which replicas balance their load, or turn away who is late."""
+    case = shared_case(rng, dyadic=dyadic, moving=True)
+    return balanced(rng, case, 1.0 if dyadic else decode_round_s(case.spec.costs, 1, 0))
 
 
 def requests_of(case: ClusterCase, predicted: Sequence[int] | None = None) -> Requests:
@@ -172,7 +180,8 @@ def recount(state: State) -> None:
     assert np.isin(phases[episode.routed :], [FUTURE]).all()
     assert not (phases[: episode.routed] == FUTURE).any()
     assert (phases == FINISHED).sum() == episode.finished
-    assert (phases == REJECTED).sum() == episode.rejected
+    assert (phases == SHED).sum() == episode.shed
+    assert (phases == REJECTED).sum() == episode.rejected - episode.shed
     present = int(np.isin(phases, (WAITING, RUNNING, MOVING)).sum())
     assert episode.in_system == present
     assert (
@@ -189,7 +198,7 @@ def recount(state: State) -> None:
     for r in range(state.replicas.shape[1]):
         _recount_replica(state, r)
     new = [i for _, unseen in queues for i in unseen if requests[i].moves == 0]
-    arrived = np.isin(phases, (WAITING, RUNNING, MOVING, FINISHED))
+    arrived = np.isin(phases, (WAITING, RUNNING, MOVING, FINISHED, SHED))
     arrived[new] = False
     assert episode.arrived == arrived.sum()
     assert episode.arrived_rounds == requests.expected_rounds[arrived].sum()

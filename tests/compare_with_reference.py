@@ -30,7 +30,7 @@ from servegym.envs.vocabulary import ORDERS
 from servegym.studies.cli import check_number, parse, run
 from tests.against_cluster import compare_cluster
 from tests.against_reference import INFORMATION, play_one
-from tests.cluster_helpers import interval_case, ordered_case, shared_case
+from tests.cluster_helpers import balancing_case, interval_case, ordered_case, shared_case
 from tests.random_clusters import ClusterCase, in_step
 
 CHUNK = 100  # episodes of a job
@@ -54,7 +54,9 @@ CLUSTERS = (
     "and moves of every request, and the stages of every replica. Integers are equal, times to 1e-9. exact:\n"
     "seconds are multiples of powers of two, so that ties are ties for both. moving: prefill-first or\n"
     "chunked, and replicas steal, prefill for others or evict to the host. in step: prefill-first or\n"
-    "chunked, at least 3 replicas of different memory, every round 1 s, so that most events coincide."
+    "chunked, at least 3 replicas of different memory, every round 1 s, so that most events coincide.\n"
+    "balancing: replicas steal half of an imbalance, migrate by free memory, wait between thefts, and\n"
+    "requests that come too late are shed."
 )
 
 KINDS = (  # the place of each is part of its generator's key
@@ -68,6 +70,9 @@ KINDS = (  # the place of each is part of its generator's key
     "moving, exact",
     "in step",
     "moving, in step",
+    "balancing",
+    "balancing, exact",
+    "balancing, in step",
 )
 
 
@@ -127,6 +132,7 @@ class ClusterCount:
     stages: int = 0
     preemptions: int = 0
     rejected: int = 0
+    shed: int = 0
     moves: int = 0
     different: int = 0
 
@@ -186,7 +192,8 @@ def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
             count.requests += len(case.requests)
             count.stages += len(outcome.stages)
             count.preemptions += outcome.preemptions
-            count.rejected += sum(record.rejected for record in outcome.records)
+            count.shed += sum(record.phase == "shed" for record in outcome.records)
+            count.rejected += sum(record.phase == "rejected" for record in outcome.records)
             count.moves += sum(record.moves for record in outcome.records)
     return kind, count, differences
 
@@ -196,7 +203,10 @@ def _case_of(kind: str, rng: np.random.Generator) -> ClusterCase:
     sglang, moving, step = "sglang" in kind, "moving" in kind, "in step" in kind
     chunked = None if sglang or moving or step else "chunked" in kind
     exact = step or "exact" in kind
-    case = shared_case(rng, dyadic=exact, chunked=chunked, sglang=sglang, moving=moving)
+    if "balancing" in kind:
+        case = balancing_case(rng, dyadic=exact)
+    else:
+        case = shared_case(rng, dyadic=exact, chunked=chunked, sglang=sglang, moving=moving)
     return in_step(rng, case) if step else case
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts, TableDecode
 from tests.reference_cluster import GUARDS, ROUTERS, VICTIMS, ClusterSpec, ReplicaSpec
-from tests.reference_cluster_parts import TAKES
+from tests.reference_cluster_parts import MIGRATIONS, SHARES, TAKES
 from tests.reference_costs import decode_round_s
 
 
@@ -196,6 +196,23 @@ def with_moves(
         host_latency_s=float(rng.choice(delays)) * unit_s,
         host_bytes_per_s=float(rng.choice(rates_per_s)),
     )
+
+
+def balanced(rng: np.random.Generator, case: ClusterCase, unit_s: float) -> ClusterCase:
+    """The same where replicas balance their load, wherever there is a victim, or turn away who is late."""
+    spec, several = case.spec, len(case.spec.replicas) > 1 and case.spec.router != "pool"
+    steals = (("waiting",), ("running",), ("waiting", "running"))[int(rng.integers(3))]
+    sheds = rng.random() < (0.5 if several else 1.0)
+    spec = replace(
+        spec,
+        steals=steals if several else (),
+        steal_share=str(rng.choice(SHARES)),
+        migrate=str(rng.choice(MIGRATIONS)),
+        steal_period_s=float(rng.choice([0.0, 0.0, 0.75, 3.0, 12.0])) * unit_s,
+        freeness_steps=float(rng.choice([0.5, 2.0, 3.0, 8.0])),
+        shed_s=float(rng.choice([2.0, 6.0, 20.0])) * unit_s if sheds else np.inf,
+    )
+    return ClusterCase(case.requests, spec)
 
 
 def random_requests(

@@ -80,7 +80,7 @@ class ReferenceCluster(Moving):
         self.looked_s = 0.0
         self.views: list[View] = []
         self.stages: list[StageRecord] = []
-        self.evictions = 0
+        self.evictions = self.sheds = 0
         self.moves: list[Move] = []  # under way, in order of their making
         self.made: list[Move] = []  # all
 
@@ -89,7 +89,7 @@ class ReferenceCluster(Moving):
     def run(self) -> Outcome:
         while self.next_event():
             pass
-        left = [r.id for r in self.records if r.phase not in ("finished", "rejected")]
+        left = [r.id for r in self.records if r.phase != "finished" and not r.rejected]
         assert not left, f"nothing happens any more, but requests {left} are not finished"
         return Outcome(self.records, self.stages, self.clock_s, self.made)
 
@@ -117,11 +117,11 @@ class ReferenceCluster(Moving):
                 self.join(replica)
         again = True
         while again:
-            changes = self.evictions + len(self.made)
+            changes = self.evictions + self.sheds + len(self.made)
             idle = [replica for replica in self.replicas if not replica.stage]
             for replica in idle:
                 self.begin_stage(replica)
-            again = self.evictions + len(self.made) > changes
+            again = self.evictions + self.sheds + len(self.made) > changes
             again |= any(replica.stage for replica in idle)
         return True
 
@@ -188,13 +188,15 @@ class ReferenceCluster(Moving):
         return replica.queue[0] if replica.queue else None
 
     def begin_stage(self, replica: Replica) -> None:
-        """Steal what may be stolen, then decide; what was only a fetch is followed by another."""
-        while self.steal_waiting(replica):
-            pass
-        while self.steal_running(replica):
-            pass
-        while self.decide(replica):
-            pass
+        """Shed, steal what may be stolen, then decide; if that was only a fetch, all once more."""
+        fetched = True
+        while fetched:
+            self.shed_late(replica)
+            while self.steal_waiting(replica):
+                self.shed_late(replica)
+            while self.steal_running(replica):
+                pass
+            fetched = self.decide(replica)
 
     def decide(self, replica: Replica) -> bool:
         """Begin a stage if there is one; return whether requests were fetched and nothing else."""

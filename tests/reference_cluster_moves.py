@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 
+from tests.reference_balance import Balancing
 from tests.reference_cluster_parts import (
     HOST,
-    ClusterSpec,
     Move,
     ReferenceRequest,
     Replica,
@@ -18,13 +18,9 @@ from tests.reference_cluster_parts import (
 from tests.reference_costs import prefill_s
 
 
-class Moving:
+class Moving(Balancing):
     """The part of the cluster that moves requests."""
 
-    spec: ClusterSpec
-    replicas: list[Replica]
-    clock_s: float
-    moves: list[Move]
     made: list[Move]
 
     def watermark(self, replica: Replica) -> int:
@@ -177,11 +173,12 @@ class Moving:
             replica
             for replica in self.victims_of(thief)
             if any(not request.stolen for request in replica.queue)
+            and self.most_taken(replica, thief, room) > 0
         ]
         if "waiting" not in self.spec.steals or room <= 0 or not queued:
             return False
         source = max(queued, key=lambda s: (sum(r.tokens_left for r in s.queue), -s.id))
-        taken = self.taken(source.queue, room)
+        taken = self.taken(source.queue, self.most_taken(source, thief, room))
         if not self.admissible(thief, taken[0]):
             return False
         for request in taken:
@@ -234,17 +231,13 @@ class Moving:
         return sorted(queue, key=lambda r: (-r.output, r.arrival_s, r.id))[:count]
 
     def steal_running(self, thief: Replica) -> bool:
-        """Steal one of those that decode at the busiest replica; return whether that was legal."""
-        if "running" not in self.spec.steals or self.room(thief) <= 0:
+        """Steal one of those that decode elsewhere; return whether that was legal."""
+        if "running" not in self.spec.steals or self.room(thief) <= 0 or self.frozen(thief):
             return False
-        least = self.present(thief) + 2
-        busy = [s for s in self.victims_of(thief) if len(self.stealable(s)) >= least]
-        if not busy:
+        source = self.source_for(thief)
+        if source is None:
             return False
-        source = max(busy, key=lambda s: (len(self.stealable(s)), -s.id))
-        request = min(
-            self.stealable(source), key=lambda r: (r.emitted - r.output, r.arrival_s, r.id)
-        )
+        request = self.moved(source)
         move = Move("copy", request, source, thief, self.clock_s, "copying")
         move.emitted = request.emitted
         copy_s = self.spec.copy_s(request.held_tokens)
@@ -253,12 +246,14 @@ class Moving:
                 return False
             move.kind, move.state = "recompute", "pausing"
             move.tokens = request.prompt + request.emitted
+            thief.stole_s = self.clock_s
             self.begin(move)
             if not source.stage:
                 self.leave(move)
             return True
         if not self.fits(thief, thief.blocks_for(request.prompt + request.emitted)):
             return False
+        thief.stole_s = self.clock_s
         self.reserve(move)
         move.due_s = self.clock_s + copy_s
         self.begin(move)

@@ -17,6 +17,8 @@ VICTIMS = ("newest", "least-computed", "fewest-output")
 GUARDS = ("none", "full", "peak")
 ROLES = ("both", "prefill", "decode")
 TAKES = ("longest", "newest", "oldest")
+SHARES = ("room", "half")
+MIGRATIONS = ("longest", "shortest", "freeness")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,12 @@ class ClusterSpec:
     staleness_s: float = 0.0
     steals: tuple[str, ...] = ()  # of waiting, running
     steal_takes: str = "longest"  # one of TAKES: which waiting requests
+    steal_share: str = "room"  # one of SHARES: how many of them
     steal_delay_s: float = 0.0
+    migrate: str = "longest"  # one of MIGRATIONS: which running request, and from where
+    steal_period_s: float = 0.0  # between thefts of running requests by one replica
+    freeness_steps: float = 3.0  # of freeness: blocks a request
+    shed_s: float = math.inf  # after which a first token comes too late
     latency_s: float = 0.0  # of the link between replicas
     bytes_per_s: float = math.inf
     kv_bytes_per_token: int = 1
@@ -90,7 +97,7 @@ class ReferenceRequest:
     arrival_s: float
     prompt: int
     output: int
-    phase: str = "future"  # future, waiting, running, moving, finished, rejected
+    phase: str = "future"  # future, waiting, running, moving, finished, rejected, shed
     replica: int | None = None  # the last that it was queued at (in a pool: that admitted it)
     client: int | None = None  # the last that it held
     admitted_s: float | None = None
@@ -119,7 +126,7 @@ class ReferenceRequest:
 
     @property
     def rejected(self) -> bool:
-        return self.phase == "rejected"
+        return self.phase in ("rejected", "shed")
 
     @property
     def recomputed_tokens(self) -> int:
@@ -271,6 +278,7 @@ class Replica:
     stage: Stage | None = None
     reserved: list[Move] = field(default_factory=list)  # with a client and blocks here
     kept: list[ReferenceRequest] = field(default_factory=list)  # gone, but their blocks are here
+    stole_s: float = -math.inf  # when it last stole a running request
 
     def blocks_for(self, tokens: int) -> int:
         return math.ceil(tokens / self.block_tokens)

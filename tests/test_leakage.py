@@ -57,7 +57,9 @@ def in_step(envs: list[ServingEnv]) -> Iterator[list[Situation]]:
     """Pairs of situations of two environments, until a finish tells them apart."""
     while revealed(envs[0]) == revealed(envs[1]):
         yield [
-            Situation(env.view(), env.rows.observations[0], env.action_masks(), env.imagine)
+            Situation(
+                env.view(), env.rows.observations[0], env.action_masks(), env.imagine, env.outlook
+            )
             for env in envs
         ]
 

@@ -18,7 +18,7 @@ from servegym.envs.playing.evaluation import COLUMNS, Episode, evaluate, read_ep
 from servegym.envs.playing.records import RECORD_COLUMNS, records_path, records_table
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
-from servegym.envs.vocabulary import ADMISSION_GUARDS, ORDERS, ROUTERS, VICTIMS
+from servegym.envs.vocabulary import ADMISSION_GUARDS, MIGRATIONS, ORDERS, ROUTERS, VICTIMS
 from servegym.envs.workload.requests import Requests
 from servegym.studies.commands import evaluate as command
 
@@ -45,7 +45,8 @@ source = "work.csv"
 BESIDE = (
     "replicas,mixed_stages,preemptions,recomputed_tokens,rejected,moves,e2e_p50_s,e2e_p99_s,"
     "goodput_per_s,slo_attainment,gap_between_tokens_p50_s,gap_between_tokens_p99_s,e2e_mean_s,"
-    "jain_fairness,peak_queue,idle_wait_share,preempted_slowdown,recompute_tax,memory_overrun_blocks"
+    "jain_fairness,peak_queue,idle_wait_share,preempted_slowdown,recompute_tax,memory_overrun_blocks,"
+    "shed"
 )
 
 
@@ -213,6 +214,7 @@ def test_the_command_writes_records(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("--list-victims", VICTIMS),
         ("--list-guards", ADMISSION_GUARDS),
         ("--list-orders", ORDERS),
+        ("--list-migrations", MIGRATIONS),
     ],
 )
 def test_listings(capsys: pytest.CaptureFixture[str], flag: str, texts: dict[str, str]) -> None:
@@ -231,9 +233,9 @@ def test_tables_of_earlier_versions_read_with_defaults(tmp_path: Path) -> None:
     pd.read_csv(path).drop(columns=BESIDE.split(",")).to_csv(path, index=False)
     table = read_episodes(path)
     assert table["replicas"].tolist() == [1, 1]
-    for name in ("mixed_stages", "preemptions", "recomputed_tokens", "rejected", "moves"):
+    for name in ("mixed_stages", "preemptions", "recomputed_tokens", "rejected", "moves", "shed"):
         assert table[name].tolist() == [0, 0]
-    assert table[BESIDE.split(",")[6:]].isna().all(axis=None)
+    assert table[BESIDE.split(",")[6:-1]].isna().all(axis=None)
 
 
 def test_requests_know_their_rows() -> None:

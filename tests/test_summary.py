@@ -49,6 +49,16 @@ def test_one_value_has_no_interval() -> None:
     assert with_interval(np.array([0.07]), scale=100) == "7.00"
 
 
+def test_a_policy_that_sheds_has_no_gap() -> None:
+    rows = episodes({"a": [0.01, 0.05], "b": [math.nan, 0.06]})  # b has shed in its first episode
+    rows.loc[rows["gap"].notna(), "shed"] = 0.0
+    table = summarise(rows, "a")
+    assert list(table["shed"]) == ["0", with_interval(np.array([1.0, 0.0]), digits=1)]
+    assert list(table["gap (%)"]) == [with_interval(np.array([1.0, 5.0])), ""]
+    assert list(table["gap − a (points)"]) == list(summarise(rows, "b").iloc[:, -1]) == ["", ""]
+    assert "shed" not in summarise(rows[rows["policy"] == "a"])
+
+
 def test_differences_are_paired_by_seed() -> None:
     # The policies differ by exactly 1 point on every case, whatever the case.
     table = summarise(episodes({"a": [0.01, 0.05, 0.09], "b": [0.02, 0.06, 0.10]}), "a")

@@ -68,7 +68,16 @@ def run_schedule(
         stage = min(state.replicas[e, r].prefill_stages, schedule.rules.size - 1)
         rule, parameter = schedule.rules[stage], schedule.parameters[stage]
         policy = CompiledPolicy(
-            rule, base.trigger, parameter, base.every_round, base.max_prefill_tokens, base.mixed
+            rule,
+            base.trigger,
+            parameter,
+            base.every_round,
+            base.max_prefill_tokens,
+            base.mixed,
+            base.steals_waiting,
+            base.steals_running,
+            0.0,
+            0.0,
         )
         take_turn(state, costs, e, r, policy)
 
@@ -157,6 +166,10 @@ class RolloutPolicy:
     _search: _Search | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.base.priced:
+            raise ServegymError(
+                "a rollout's base has no prices of memory or slo: imagined episodes have no limits to miss"
+            )
         if self.variations < 0:
             raise ServegymError(f"a rollout's variations must be ≥ 0, got {self.variations}")
         for rule in self.rules:

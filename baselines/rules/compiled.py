@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from servegym.baselines.rules.policies import TriggerPolicy
-from servegym.baselines.rules.triggers import fires
+from servegym.baselines.rules.triggers import fires, priced
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.evaluation import brief, play
@@ -13,6 +13,7 @@ from servegym.envs.playing.policy import asked_task
 from servegym.envs.process.metrics import METRICS, episode_metrics
 from servegym.envs.simulator.admission import admits, mixes
 from servegym.envs.simulator.events import advance, decode, mix, prefill, sleep, steal
+from servegym.envs.simulator.outlook import outlook
 from servegym.envs.simulator.state import NOBODY, State
 from servegym.envs.simulator.stealing import fullest_queue, stealable
 from servegym.envs.simulator.view import view
@@ -31,6 +32,10 @@ class CompiledPolicy(NamedTuple):
     every_round: bool  # asks after each decode round, not only at events
     max_prefill_tokens: int  # of a stage; 0: no limit
     mixed: bool = False  # admits in mixed stages, not in prefill stages
+    steals_waiting: bool = True  # where it may
+    steals_running: bool = True
+    memory: float = 0.0  # prices of the Lagrangian rule
+    slo: float = 0.0
 
 
 def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
@@ -42,13 +47,17 @@ def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
         policy.decisions == "rounds" or task.process.decisions == "rounds",
         task.cluster.max_prefill_tokens,
         policy.mixed,
+        policy.takes("waiting"),
+        policy.takes("running"),
+        policy.memory,
+        policy.slo,
     )
 
 
 @kernel
 def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> None:
     """Do what a policy says at the turn of replica ``r``: steal, admit, decode on, or sleep."""
-    if state.cluster.moves and _steals(state, costs, e, r):
+    if state.cluster.moves and _steals(state, costs, e, r, policy):
         return
     # What another's mixed stage has begun goes on in mixed stages only, except under SGLang's guard.
     begun = state.replicas[e, r].partial != NOBODY and state.cluster.guard != GUARD_SGLANG
@@ -57,7 +66,12 @@ def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledP
     active = state.replicas[e, r].active > 0
     if chosen and active:
         state.episodes[e].decisions += 1
-        chosen = fires(policy.trigger, policy.parameter, view(state, costs, e, r))
+        seen = view(state, costs, e, r)
+        if policy.memory > 0.0 or policy.slo > 0.0:
+            ahead = outlook(state, costs, e, r, seen)
+            chosen = priced(policy.parameter, policy.memory, policy.slo, seen, ahead)
+        else:
+            chosen = fires(policy.trigger, policy.parameter, seen)
     if chosen and mixed:
         mix(state, costs, e, r, policy.rule)
     elif chosen:
@@ -69,11 +83,11 @@ def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledP
 
 
 @shared_kernel
-def _steals(state: State, costs: CostTables, e: int, r: int) -> bool:
-    """Let replica ``r`` steal if it may; waiting requests come first."""
-    if fullest_queue(state, e, r) != NOBODY:
+def _steals(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> bool:
+    """Let replica ``r`` steal what the policy does if it may; waiting requests come first."""
+    if policy.steals_waiting and fullest_queue(state, e, r) != NOBODY:
         steal(state, costs, e, r, STEAL_WAITING)
-    elif stealable(state, costs, e, r) != NOBODY:
+    elif policy.steals_running and stealable(state, costs, e, r) != NOBODY:
         steal(state, costs, e, r, STEAL_RUNNING)
     else:
         return False

@@ -10,7 +10,7 @@ import numpy as np
 
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.plans import Planner
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.simulator.events import DECODE
 from servegym.envs.vocabulary import STEALS
@@ -38,6 +38,10 @@ class TriggerPolicy:
         Admit in mixed stages, not in prefill stages.
     cluster
         Keys of the task's ``[cluster]`` that belong to the scheduler, as ``admission_guard``.
+    steals
+        What it steals of what the task lets it; None: all of that.
+    memory, slo
+        Prices of the Lagrangian trigger, see :func:`servegym.baselines.rules.triggers.priced`; 0: none.
 
     Examples
     --------
@@ -56,17 +60,38 @@ class TriggerPolicy:
     comparison: Mapping[str, Any] = field(default_factory=dict)
     mixed: bool = False
     cluster: Mapping[str, Any] = field(default_factory=dict)
+    steals: tuple[str, ...] | None = None
+    memory: float = 0.0
+    slo: float = 0.0
     _steals: tuple[int, ...] = field(default=(), init=False, repr=False)
     _action: int = field(default=DECODE, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.parameter) and self.parameter >= 0):
             raise ServegymError(f"a trigger's parameter must be ≥ 0, got {self.parameter}")
+        for name in ("memory", "slo"):
+            price = getattr(self, name)
+            if not (np.isfinite(price) and price >= 0):
+                raise ServegymError(f"a trigger's price of {name} must be ≥ 0, got {price}")
+        if self.priced and self.trigger != triggers.LAGRANGIAN:
+            raise ServegymError("only the Lagrangian trigger has prices of memory and slo")
+        for kind in self.steals or ():
+            if kind not in STEALS:
+                raise unknown("value of steals:", kind, STEALS)
 
     @property
     def needs_mixed_stages(self) -> bool:
         """Whether the rule admits in mixed stages."""
         return self.mixed
+
+    @property
+    def priced(self) -> bool:
+        """Whether its rule has a price of memory or of missed limits."""
+        return self.memory > 0 or self.slo > 0
+
+    def takes(self, kind: str) -> bool:
+        """Return whether it steals this kind where it may."""
+        return self.steals is None or kind in self.steals
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the rule's action in this task; plan if the policy does."""
@@ -81,7 +106,9 @@ class TriggerPolicy:
             )
         self._action = task.actions.index(action)
         self._steals = tuple(
-            task.actions.index(f"steal:{kind}") for kind in STEALS if kind in task.process.steals
+            task.actions.index(f"steal:{kind}")
+            for kind in STEALS
+            if kind in task.process.steals and self.takes(kind)
         )
         if self.planner is None or briefing.requests is None:
             return None
@@ -97,7 +124,11 @@ class TriggerPolicy:
             return DECODE if mask[DECODE] else int(mask.argmax())  # another has begun a prompt
         if not mask[DECODE] or situation.view.active == 0:  # else decode means to wait
             return self._action
-        fires = triggers.fires(self.trigger, self.parameter, situation.view)
+        if self.priced:
+            seen, ahead = situation.view, situation.outlook()
+            fires = triggers.priced(self.parameter, self.memory, self.slo, seen, ahead)
+        else:
+            fires = triggers.fires(self.trigger, self.parameter, situation.view)
         return self._action if fires else DECODE
 
 

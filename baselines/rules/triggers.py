@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from servegym.envs.jit import kernel
+from servegym.envs.simulator.outlook import Outlook
 from servegym.envs.simulator.view import DecisionView
 
 EAGER: Final = 0
@@ -60,6 +61,33 @@ def lagrangian(multiplier: float, view: DecisionView) -> bool:
     """
     waiting_cost = view.idle_wait_s + view.idle * view.seconds_to_finish
     return waiting_cost >= multiplier * view.active * view.prefill_s
+
+
+@kernel
+def priced(
+    multiplier: float, memory: float, slo: float, view: DecisionView, outlook: Outlook
+) -> bool:
+    """Add prices of memory and of missed limits to the Lagrangian rule: this project's own, for clusters.
+
+    Two more constraints tie a stage to what comes later: all that run must fit into the memory, and
+    requests must meet ``[slo]``. Relaxed with a price each, they add to both sides of :func:`lagrangian`:
+    prefill iff
+
+        C_d + slo · W  ≥  λ · C_p + memory · C_m + slo · N,
+
+        C_m = (active + admitted) · (seconds of a stage that computes again what would be evicted)
+        W   = waiting requests that this stage, but not the next chance, gives a first token in time
+        N   = running requests that meet their time per token without this stage, but not with it.
+
+    What would be evicted is by how many tokens the expected need at its fullest exceeds the memory more
+    than without the stage: admitted now, they are computed twice, while all clients stall. ``memory`` is a
+    share of that cost, 1 counts it as the client-time that it is; ``slo`` is in client-seconds a request.
+    With both 0 it is the paper's rule.
+    """
+    waiting_cost = view.idle_wait_s + view.idle * view.seconds_to_finish
+    evicting_cost = (view.active + outlook.admitted) * outlook.recompute_s
+    price = multiplier * view.active * view.prefill_s + memory * evicting_cost
+    return waiting_cost + slo * outlook.saved >= price + slo * outlook.lost
 
 
 @kernel

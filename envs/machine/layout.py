@@ -49,6 +49,11 @@ class Layout(NamedTuple):
     steals_waiting: bool = False
     steals_running: bool = False
     steal_order: int = 0
+    steals_half: bool = False
+    migrate: int = 0
+    steal_period_s: float = 0.0
+    freeness_steps: float = 3.0
+    shed_s: float = math.inf
     steal_delay_s: float = 0.0
     move: int = 0
     copy_latency_s: float = 0.0

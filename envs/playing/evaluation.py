@@ -41,6 +41,7 @@ _COUNTS: Final = (
     "recomputed_tokens",
     "rejected",
     "moves",
+    "shed",
 )
 _LATER: Final = METRICS[METRICS.index(UNFINISHED) :]  # behind the first tables' columns
 
@@ -153,7 +154,8 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
         observation, _ = env.reset(seed=seed, options=options)
         while not ended:
             started = perf_counter_ns()
-            action = policy.act(Situation(env.view(), observation, env.action_masks(), env.imagine))
+            mask = env.action_masks()
+            action = policy.act(Situation(env.view(), observation, mask, env.imagine, env.outlook))
             nanoseconds.append(perf_counter_ns() - started)
             observation, _, terminated, truncated, info = env.step(action)
             ended = terminated or truncated or "illegal_action" in info
@@ -388,7 +390,8 @@ def read_episodes(path: Path) -> pd.DataFrame:
 def _check_episodes(path: Path, table: pd.DataFrame) -> None:
     """Refuse a row whose gap no episode has."""
     cut_short = table[UNFINISHED] > 0
-    wrong = (table["gap"].isna() != cut_short) | (table["makespan_s"].isna() != cut_short)
+    no_gap = cut_short | (table["shed"] > 0)
+    wrong = (table["gap"].isna() != no_gap) | (table["makespan_s"].isna() != cut_short)
     # No schedule is below the bound, rounding apart: such an episode was cut short.
     wrong |= table["gap"] < -1e-6
     if wrong.any():

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.simulator.outlook import Outlook
 from servegym.envs.simulator.state import State
 from servegym.envs.simulator.view import DecisionView
 from servegym.envs.task.config import TaskConfig, with_overrides
@@ -37,6 +38,10 @@ class Briefing:
     rng: np.random.Generator
 
 
+def _no_outlook() -> Outlook:
+    raise ServegymError("this situation carries no outlook; play() gives one")
+
+
 def _no_imagination() -> State:
     raise ServegymError("this situation carries no model of the future; play() gives one")
 
@@ -60,6 +65,8 @@ class Situation:
     mask: NDArray[np.bool_]  # (actions,) legal actions
     imagine: Callable[[], State] = _no_imagination
     """Makes the episode as the scheduler believes it to be (``ServingEnv.imagine``), where asked."""
+    outlook: Callable[[], Outlook] = _no_outlook
+    """Returns what a stage now would cost later (``ServingEnv.outlook``), where asked."""
 
 
 class Policy(Protocol):
@@ -89,7 +96,8 @@ class Policy(Protocol):
         """Keys of ``[cluster]`` that belong to the scheduler, as ``preempt``; empty: the task's.
 
         They are ``admission_guard``, ``conservativeness``, ``patience_s``, ``shortest_by``, ``level_tokens``,
-        ``preempt`` and, of a task that has mixed stages, ``chunk_tokens``.
+        ``preempt``, ``steal_share``, ``migrate``, ``steal_period_s``, ``freeness_steps``, ``shed_at`` and, of
+        a task that has mixed stages, ``chunk_tokens``.
         """
         return {}
 
@@ -116,6 +124,11 @@ _DECLARED: Final = {
             "shortest_by",
             "level_tokens",
             "preempt",
+            "steal_share",
+            "migrate",
+            "steal_period_s",
+            "freeness_steps",
+            "shed_at",
             "chunk_tokens",
         ),
     ),

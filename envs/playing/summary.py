@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import pandas as pd
@@ -139,7 +139,8 @@ def summarise(
 
     An episode that was cut short has no makespan and no gap: it counts among the n and in the column
     ``unfinished``, which stands there only if it is needed, and is left out of those two means and of
-    paired differences.
+    paired differences. A policy that sheds requests has a column of their mean number, and no gaps: the lower
+    bound is that of all requests.
 
     Parameters
     ----------
@@ -168,7 +169,8 @@ def summarise(
     policies = list(dict.fromkeys(episodes["policy"]))
     groups = {policy: episodes[episodes["policy"] == policy] for policy in policies}
     cut_short = bool(episodes["makespan_s"].isna().any())
-    rows = [_summary_row(group, cut_short) for group in groups.values()]
+    sheds = {policy for policy, group in groups.items() if _shed(group).any()}
+    rows = [_summary_row(group, cut_short, bool(sheds)) for group in groups.values()]
     makespans = [group.set_index("seed")["makespan_s"] for group in groups.values()]
     if best_known is not None and len(known_s := best_known_by_case(episodes, best_known)):
         rows.insert(0, _floor_row(BEST_KNOWN, episodes, known_s))
@@ -183,7 +185,7 @@ def summarise(
     if cut_short:
         table.insert(2, UNFINISHED, table.pop(UNFINISHED))  # beside the n, also behind other rows
     if reference in policies and len(policies) > 1:
-        differences = _paired(episodes, policies, str(reference))
+        differences = _paired(episodes, policies, str(reference), sheds)
         others = [""] * (len(table) - len(policies))
         table[f"gap − {reference} (points)"] = others + differences
     return table
@@ -229,7 +231,15 @@ def _gap_to(seconds: pd.Series, floor_s: pd.Series) -> str:
     return with_interval(gaps.to_numpy(float), 100) if len(gaps) else ""
 
 
-def _summary_row(group: pd.DataFrame, cut_short: bool) -> dict[str, str | int]:
+def _shed(group: pd.DataFrame) -> NDArray[np.float64]:
+    """Return how many requests each episode has shed, which then has no gap; none in an older table."""
+    if "shed" not in group:
+        return np.zeros(len(group))
+    no_gap = group["gap"].isna() & group["makespan_s"].notna()  # else it was cut short
+    return np.where(no_gap, np.nan_to_num(group["shed"].to_numpy(float)), 0.0)
+
+
+def _summary_row(group: pd.DataFrame, cut_short: bool, sheds: bool) -> dict[str, str | int]:
     def cell(column: str, scale: float = 1.0, digits: int = 2) -> str:
         known = finished(group[column].to_numpy(float))
         return with_interval(known, scale, digits)
@@ -237,8 +247,11 @@ def _summary_row(group: pd.DataFrame, cut_short: bool) -> dict[str, str | int]:
     row: dict[str, str | int] = {"policy": str(group["policy"].iloc[0]), "n": len(group)}
     if cut_short:
         row[UNFINISHED] = str(group["makespan_s"].isna().sum())
+    shed = _shed(group)
+    if sheds:
+        row["shed"] = with_interval(shed, digits=1) if shed.any() else "0"
     return row | {
-        "gap (%)": cell("gap", 100),
+        "gap (%)": "" if shed.any() else cell("gap", 100),
         "makespan (s)": cell("makespan_s"),
         "lower bound (s)": cell("lower_bound_s"),
         "client util. (%)": cell("client_utilization", 100, 1),
@@ -250,11 +263,18 @@ def _summary_row(group: pd.DataFrame, cut_short: bool) -> dict[str, str | int]:
     }
 
 
-def _paired(episodes: pd.DataFrame, policies: Sequence[str], reference: str) -> list[str]:
+def _paired(
+    episodes: pd.DataFrame, policies: Sequence[str], reference: str, without: Container[str] = ()
+) -> list[str]:
+    """Format differences to the reference; nothing for itself and policies without gaps."""
     gaps = _gaps(episodes)
     differences = [(gaps[policy] - gaps[reference]).dropna().to_numpy() for policy in policies]
+    if reference in without:
+        return [""] * len(policies)
     return [
-        "" if policy == reference or len(difference) == 0 else with_interval(difference, 100)
+        ""
+        if policy == reference or policy in without or len(difference) == 0
+        else with_interval(difference, 100)
         for policy, difference in zip(policies, differences, strict=True)
     ]
 

@@ -18,7 +18,7 @@ from servegym.envs.process.service import (
     preempted_slowdown,
     waiting_and_held,
 )
-from servegym.envs.simulator.state import REJECTED, State
+from servegym.envs.simulator.state import REJECTED, SHED, State
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class EpisodeLog:
     replica: NDArray[np.int16]  # (requests,) where it ran last
     preemptions: NDArray[np.int16]  # (requests,)
     recomputed_tokens: NDArray[np.int32]  # (requests,) prefill tokens beyond its prompt
-    rejected: NDArray[np.bool_]  # (requests,) larger than the memory of any replica
+    rejected: NDArray[np.bool_]  # (requests,) larger than the memory of any replica, or shed
     moves: NDArray[np.int16]  # (requests,) between replicas
     met_slo: NDArray[np.bool_]  # (requests,) finished within the limits of ``[slo]``
     worst_gap_s: NDArray[np.float64]  # (requests,) between two of its tokens, of the finished;
@@ -55,7 +55,7 @@ def records(state: State, e: int) -> EpisodeLog:
     columns["recomputed_tokens"] = np.maximum(
         columns["prefilled_tokens"] - columns["prompt_tokens"], 0
     )
-    columns["rejected"] = columns["phase"] == REJECTED
+    columns["rejected"] = (columns["phase"] == REJECTED) | (columns["phase"] == SHED)
     first_s, finished_s = columns["first_token_s"], columns["finished_s"]
     limits = (cluster.slo_ttft_s, cluster.slo_tpot_s)
     if state.limits.shape[1] > 0:
@@ -111,6 +111,7 @@ METRICS: Final = (
     "preempted_slowdown",
     "recompute_tax",
     "memory_overrun_blocks",
+    "shed",
 )
 """Names of the metrics of an episode, in the order of the result tables."""
 
@@ -126,6 +127,7 @@ METRIC_DEFAULTS: Final[Mapping[str, float]] = {
     "recomputed_tokens": 0,
     "rejected": 0,
     "moves": 0,
+    "shed": 0,
 }
 """What a metric is in a table of an earlier version, which lacks its column: NaN, not measured.
 
@@ -138,9 +140,10 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     """Return the metrics of the episode in environment ``e``, which may have been cut short.
 
     ``unfinished_requests`` counts the requests that had not finished at the end, less those that were
-    ``rejected`` as larger than the memory of any replica. If there are any, ``makespan_s`` and ``gap``
-    are NaN, and every other metric covers the simulated part. The makespan is that of the requests
-    that finished, 0 if all were rejected.
+    ``rejected`` as larger than the memory of any replica and those ``shed`` as too late. If there are any,
+    ``makespan_s`` and ``gap`` are NaN, and every other metric covers the simulated part. The makespan is
+    that of the requests that finished, 0 if all were rejected. Where requests were shed there is no gap, as
+    the lower bound is that of all.
 
     ``client_utilization`` is Σ_j (time client j holds a request) / (J · makespan), a preempted request
     counted from its first admission on, and ``decode_utilization`` Σ_rounds (n/J · round seconds) /
@@ -148,11 +151,12 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     time per output token is over the tokens after the first (NaN if no request has any).
 
     ``slo_attainment`` is the share of the requests that have arrived which finished within the limits of
-    ``[slo]``: a rejected request and one that was cut short have not met them. ``goodput_per_s`` is their
-    number a second. Without limits each finished request counts. ``gap_between_tokens`` is each finished
-    request's worst gap between two tokens; NaN where the task does not note it. ``jain_fairness`` is Jain's
-    index of output tokens a second from arrival on, 0 for a request that has not finished; rejected ones are
-    left out. ``peak_queue``: the most requests that waited for their first admission at once.
+    ``[slo]``: a rejected request, one that was shed and one that was cut short have not met them.
+    ``goodput_per_s`` is their number a second. Without limits each finished request counts.
+    ``gap_between_tokens`` is each finished request's worst gap between two tokens; NaN where the task does
+    not note it. ``jain_fairness`` is Jain's index of output tokens a second from arrival on, 0 for a request
+    that has not finished. ``peak_queue``: the most requests that waited for their first admission at once.
+    Rejected ones and those that were shed are left out of both.
 
     Four tell of failures. ``idle_wait_share``: ∫ min(idle clients, waiting requests) dt over all client-time,
     in all replicas together. ``preempted_slowdown``: mean seconds per output token from arrival on of the
@@ -199,11 +203,12 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     computed = int(prefilled.sum()) + int(episode["served_rounds"])
     bound_s = float(episode["bound_s"])
     makespan_s = float("nan") if unfinished else now_s
+    shed = int(episode["shed"])
     return {
         "requests": int(episode["requests"]),
         "makespan_s": makespan_s,
         "lower_bound_s": bound_s,
-        "gap": 0.0 if bound_s == 0 else makespan_s / bound_s - 1.0,
+        "gap": _gap(makespan_s, bound_s, shed),
         "client_utilization": float(held_s[started].sum()) / (clients * elapsed_s),
         "decode_utilization": float(_total(replicas, "busy_decode_s"))
         / (len(replicas) * elapsed_s),
@@ -221,7 +226,7 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "mixed_stages": int(_total(replicas, "mixed_stages")),
         "preemptions": int(_total(replicas, "preemptions")),
         "recomputed_tokens": recomputed,
-        "rejected": rejected,
+        "rejected": rejected - shed,
         "moves": int(log.moves.sum()),
         "e2e_p50_s": e2e_p50_s,
         "e2e_p99_s": e2e_p99_s,
@@ -236,7 +241,15 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "preempted_slowdown": preempted_slowdown(e2e_s / outputs[done], log.preemptions[done] > 0),
         "recompute_tax": recomputed / computed if computed else NAN,
         "memory_overrun_blocks": float(replicas["overrun_blocks"].max()),
+        "shed": shed,
     }
+
+
+def _gap(makespan_s: float, bound_s: float, shed: int) -> float:
+    """Return the gap; NaN where requests were shed, whose work the bound holds."""
+    if shed > 0:
+        return NAN
+    return 0.0 if bound_s == 0 else makespan_s / bound_s - 1.0
 
 
 def _total(replicas: NDArray[np.void], name: str) -> float:

@@ -27,6 +27,7 @@ from servegym.envs.simulator.queues import (
     shares_pool,
 )
 from servegym.envs.simulator.routing import largest_servable, route
+from servegym.envs.simulator.shedding import shed_late
 from servegym.envs.simulator.stages import (
     ANY_ROUNDS,
     begin_decode,
@@ -38,7 +39,7 @@ from servegym.envs.simulator.stages import (
 )
 from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, State
 from servegym.envs.simulator.stealing import can_steal, cut_to_act, steal_running, steal_waiting
-from servegym.envs.vocabulary import GUARD_SGLANG, STEAL_WAITING
+from servegym.envs.vocabulary import GUARD_SGLANG, MIGRATE_BY_FREENESS, STEAL_WAITING
 
 DECODE: Final = 0
 """The action that continues decoding; action 1 + k prefills under the k-th admission rule of the task."""
@@ -61,6 +62,8 @@ def advance(state: State, costs: CostTables, e: int) -> int:
                         continue  # it has begun a stage of no length
                     _end_stage(state, costs, e, r)
                 see_arrivals(state, e, r)
+                if episode.sheds and shed_late(state, costs, e, r):
+                    _tell_others(state, costs, e, r)
                 replica = state.replicas[e, r]
                 replica.told = 0
                 waiting = state.queues[e, queue_of(state, r)].waiting
@@ -78,7 +81,7 @@ def advance(state: State, costs: CostTables, e: int) -> int:
             episode.again = 0
             episode.first_pass = 0
             episode.turn = 0
-        else:
+        elif episode.finished + episode.rejected < episode.requests:  # the last may have been shed
             _run_to_next_event(state, costs, e)
     return NOBODY
 
@@ -197,7 +200,7 @@ def _notice(state: State, costs: CostTables, e: int, r: int) -> None:
     if replica.stage == IDLE:
         replica.clock_s = now_s
         state.event_s[e, r] = now_s
-    elif replica.idle > 0:
+    elif replica.idle > 0 or state.episodes[e].sheds > 0:
         cut(state, costs, e, r, now_s)
 
 
@@ -266,8 +269,11 @@ def _tell_others(state: State, costs: CostTables, e: int, r: int) -> None:
     """Let other replicas look at what a decision of ``r`` has changed for them."""
     if shares_pool(state) and state.cluster.limits_memory:
         _tell_of_pool(state, costs, e, r)
-    elif state.cluster.moves and state.episodes[e].disturbed:
-        _tell_of_change(state, costs, e, r)
+    elif state.cluster.moves:
+        # A stage takes memory when it begins: who has least of it may be another then.
+        weighs = state.cluster.steals_running and state.cluster.migrate == MIGRATE_BY_FREENESS
+        if weighs or state.episodes[e].disturbed:
+            _tell_of_change(state, costs, e, r)
 
 
 @shared_kernel

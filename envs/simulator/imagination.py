@@ -35,6 +35,7 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     n = source.episodes[e].requests
     target.episodes[f] = source.episodes[e]
     target.episodes[f].counts_slo = 0
+    target.episodes[f].sheds = 0
     target.episodes[f].keeps_gaps = 0
     _copy(source.requests[e], target.requests[f], n)
     _copy(source.by_length[e], target.by_length[f], n)

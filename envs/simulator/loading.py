@@ -122,6 +122,7 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
     episode.turn = state.replicas.shape[1]
     episode.transfer_s = np.inf
     episode.counts_slo = state.cluster.counts_slo
+    episode.sheds = state.cluster.shed_s < np.inf
     episode.keeps_gaps = state.cluster.keeps_gaps
     for q in range(state.queues.shape[1]):
         queue = state.queues[e, q]
@@ -134,6 +135,7 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
         state.replicas[e, r].most_running = state.machines[r].clients
         state.replicas[e, r].reserve_blocks = state.machines[r].watermark_blocks
         state.replicas[e, r].partial = NOBODY
+        state.replicas[e, r].stole_s = -np.inf
         state.replicas[e, r].ratio = state.cluster.first_ratio
         for client in range(state.clients.shape[2]):
             own = state.clients[e, r, client]

@@ -29,7 +29,7 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
-from servegym.envs.simulator.stages import cut, end_at, pick, rounds_until
+from servegym.envs.simulator.stages import cut, end_at, pick, rounds_until, time_tells
 from servegym.envs.simulator.state import (
     COPYING,
     DECODE_RUN,
@@ -292,6 +292,8 @@ def _something_ends(state: State, e: int) -> bool:
         if replica.stage == IDLE or state.event_s[e, r] > state.episodes[e].now_s:
             continue
         if replica.stage != DECODE_RUN or replica.incoming > 0 or replica.leaving > 0:
+            return True
+        if time_tells(state, e):
             return True
         if state.finishes[e, r, 0].due <= replica.rounds + replica.run_rounds:
             return True

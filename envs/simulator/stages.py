@@ -48,7 +48,7 @@ from servegym.envs.simulator.state import (
     RUNNING,
     State,
 )
-from servegym.envs.vocabulary import GUARD_PEAK, GUARD_SGLANG
+from servegym.envs.vocabulary import GUARD_PEAK, GUARD_SGLANG, MIGRATE_BY_FREENESS
 
 ANY_ROUNDS: Final = 1 << 62
 """More decode rounds than any run has."""
@@ -279,7 +279,7 @@ def begin_decode(state: State, costs: CostTables, e: int, r: int, most: int) -> 
     preempted = make_room(state, e, r)
     if preempted and replica.active == 0:
         return False
-    if not preempted and most > 1 and not _guard_may_open(state, e, r):
+    if not preempted and most > 1 and not (_guard_may_open(state, e, r) or time_tells(state, e)):
         rounds = min(most, rounds_to_next_finish(state, e, r), rounds_to_full(state, e, r))
     replica.work_waits = state.queues[e, queue_of(state, r)].waiting > 0
     run_for(state, costs, e, r, rounds)
@@ -306,6 +306,24 @@ def _guard_may_open(state: State, e: int, r: int) -> bool:
     if guard != GUARD_PEAK:  # somebody may lose patience who fits where the shortest does not
         return waits and state.cluster.limits_memory and state.cluster.patience_s < np.inf
     return waits or steals
+
+
+@kernel
+def time_tells(state: State, e: int) -> bool:
+    """Return whether each round may change what is to be done, though nothing else happens.
+
+    A replica may steal running requests again, memory may run short, somebody who waits may come too late.
+    """
+    cluster = state.cluster
+    if cluster.steals_running and (
+        cluster.steal_period_s > 0.0 or cluster.migrate == MIGRATE_BY_FREENESS
+    ):
+        return True
+    if state.episodes[e].sheds > 0:
+        for q in range(state.queues.shape[1]):
+            if state.queues[e, q].waiting + state.queues[e, q].unseen > 0:
+                return True
+    return False
 
 
 @kernel

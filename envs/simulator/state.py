@@ -29,6 +29,7 @@ RUNNING: Final = 2  # holds a client: its prompt is computed, wholly or in part,
 FINISHED: Final = 3
 REJECTED: Final = 4  # larger than the memory of any replica
 MOVING: Final = 5  # on its way to a replica's queue or clients
+SHED: Final = 6  # turned away, as its first token would come too late
 
 NOBODY: Final = -1
 """No request, no client, no replica: the null id in every index array."""
@@ -84,6 +85,11 @@ class Cluster(Bundle):
     steals_waiting: bool
     steals_running: bool
     steal_order: int  # place in STEAL_ORDERS
+    steals_half: bool  # of what waits more at the victim than at the thief
+    migrate: int  # place in MIGRATIONS
+    steal_period_s: float  # between thefts of running requests by one replica
+    freeness_steps: float  # below which memory is short, in blocks a request
+    shed_s: float  # most seconds to a first token that is worth waiting for; ∞: nobody is shed
     steal_delay_s: float
     move: int  # place in MOVES
     copy_latency_s: float  # between replicas
@@ -126,7 +132,8 @@ EPISODE: Final = np.dtype(
         ("arrived", np.int64),  # how many of them replicas have seen in their queues
         ("arrived_rounds", np.int64),  # Σ expected_rounds over those
         ("finished", np.int64),
-        ("rejected", np.int64),
+        ("rejected", np.int64),  # those that were shed included
+        ("shed", np.int64),
         ("in_system", np.int64),  # arrived, neither finished nor rejected
         # Totals so far.
         ("admissions", np.int64),  # admissions after preemptions included
@@ -142,7 +149,8 @@ EPISODE: Final = np.dtype(
         ("first_pass", np.int64),  # 1: no replica has been asked twice at ``now_s``
         ("reported_loss", np.float64),  # the loss that rewards have told of
         ("decisions", np.int64),
-        # Service, see ``slo`` and ``gaps``. Not in copies for look-ahead: they have no times.
+        # Service, see ``slo``, ``gaps``, ``shedding``. Not in copies for look-ahead: they have no times.
+        ("sheds", np.int64),  # 1: requests that would come too late are turned away
         ("counts_slo", np.int64),  # 1: ``met`` is counted
         ("met", np.int64),  # finished requests that met both limits
         ("keeps_gaps", np.int64),  # 1: the worst gap between two tokens of each request is noted
@@ -259,6 +267,7 @@ REPLICA: Final = np.dtype(
         ("incoming_blocks", np.int64),  # Σ blocks kept for these
         ("leaving", np.int64),  # of the decoding
         ("told", np.int64),  # 1: it may admit what it could not when it last decided
+        ("stole_s", np.float64),  # when it last stole a running request; −∞: never
         ("ratio", np.float64),  # of outputs for which memory is kept, see ``reserve``
         ("ratio_rounds", np.int64),  # the decode clock from which it falls
         # Totals so far.

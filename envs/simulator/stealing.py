@@ -1,7 +1,7 @@
 """Stealing: which requests a replica may take from others at its turn, and how it takes them.
 
 Rules are those of CLUSTER.md. Waiting requests go from the queue with most work into the thief's queue. A
-running request comes from the replica where most decode; ``moving`` brings it over.
+running request comes from the replica that ``balancing`` says; ``moving`` brings it over.
 """
 
 from __future__ import annotations
@@ -10,6 +10,12 @@ import numpy as np
 
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
+from servegym.envs.simulator.balancing import (
+    may_serve,
+    one_to_move,
+    share_of,
+    source_of_running,
+)
 from servegym.envs.simulator.memory import blocks_to_admit, free_blocks, guard_allows
 from servegym.envs.simulator.moving import (
     copy_seconds,
@@ -28,7 +34,7 @@ from servegym.envs.simulator.queues import (
     waiting_at,
 )
 from servegym.envs.simulator.seconds import prefill_seconds
-from servegym.envs.simulator.stages import cut, see_arrivals, sort_idle
+from servegym.envs.simulator.stages import cut, see_arrivals, sort_idle, time_tells
 from servegym.envs.simulator.state import (
     COPYING,
     DECODE_RUN,
@@ -43,13 +49,6 @@ from servegym.envs.simulator.transfers import keep_room, start
 from servegym.envs.vocabulary import MOVE_CHEAPER, MOVE_COPY, TAKE_LONGEST, TAKE_OLDEST
 
 # ---- what a replica may steal ---------------------------------------------------------------
-
-
-@kernel
-def _may_serve(state: State, r: int, s: int) -> bool:
-    """Return whether replica ``r`` can serve whatever replica ``s`` can."""
-    thief, victim = state.machines[r], state.machines[s]
-    return r != s and thief.role == victim.role and thief.blocks >= victim.blocks
 
 
 @kernel
@@ -75,7 +74,8 @@ def fullest_queue(state: State, e: int, r: int) -> int:
         return NOBODY
     for s in range(state.replicas.shape[1]):
         queue = state.queues[e, s]
-        if queue.waiting + queue.unseen > queue.stolen and _may_serve(state, r, s):
+        takes = queue.waiting + queue.unseen > queue.stolen and share_of(state, e, s, r) > 0
+        if takes and may_serve(state, r, s):
             work = queue.tokens + queue.rounds + queue.unseen_work
             if best == NOBODY or work > most:
                 best, most = s, work
@@ -102,7 +102,7 @@ def _admissible(state: State, e: int, r: int, i: int) -> bool:
 def _most_taken(state: State, e: int, s: int, r: int) -> int:
     """Return how many requests ``r`` may steal from the queue of ``s``, which has been seen."""
     queue = state.queues[e, s]
-    return min(room_for(state, e, r), queue.waiting - queue.stolen)
+    return min(room_for(state, e, r), queue.waiting - queue.stolen, share_of(state, e, s, r))
 
 
 @kernel
@@ -129,26 +129,13 @@ def _first_taken(state: State, e: int, s: int, most: int) -> int:
 
 @shared_kernel
 def stealable(state: State, costs: CostTables, e: int, r: int) -> int:
-    """Return the running request that replica ``r`` may steal, or NOBODY.
-
-    It has most rounds left of those at the replica where most decode, and must fit into memory.
-    """
+    """Return the running request that replica ``r`` may steal, or NOBODY; it must fit into memory."""
     if not state.cluster.steals_running or room_for(state, e, r) <= 0:
         return NOBODY
-    best, most = NOBODY, present(state, e, r) + 1
-    for s in range(state.replicas.shape[1]):
-        staying = state.replicas[e, s].active - state.replicas[e, s].leaving
-        if staying > most and _may_serve(state, r, s):
-            best, most = s, staying
+    best = source_of_running(state, costs, e, r)
     if best == NOBODY:
         return NOBODY
-    i, due = NOBODY, 0
-    for place in range(state.replicas[e, best].active):
-        finish = state.expected[e, best, place]
-        if i != NOBODY and finish.due < due:
-            break
-        if not state.requests[e, finish.request].leaving and (i == NOBODY or finish.request < i):
-            i, due = finish.request, finish.due
+    i = one_to_move(state, e, best)
     tokens = held_now(state, costs, e, best, i) + 1  # with the next round's, so that it can go on
     return i if _fits(state, e, r, blocks_of(state, tokens)) else NOBODY
 
@@ -174,11 +161,14 @@ def can_steal(state: State, costs: CostTables, e: int, r: int) -> bool:
 
 @shared_kernel
 def cut_to_act(state: State, costs: CostTables, e: int, r: int) -> None:
-    """End a run of decode rounds at the boundary that comes, if ``r`` may admit or steal something there."""
+    """End a run of decode rounds at the boundary that comes, if ``r`` may admit, steal or shed there."""
     replica = state.replicas[e, r]
-    if replica.stage != DECODE_RUN or replica.run_rounds == 1 or replica.idle == 0:
+    if replica.stage != DECODE_RUN or replica.run_rounds == 1:
         return
-    if replica.told or can_steal(state, costs, e, r):
+    acts = time_tells(state, e)
+    if not acts and replica.idle > 0:
+        acts = replica.told or can_steal(state, costs, e, r)
+    if acts:
         cut(state, costs, e, r, np.nextafter(state.episodes[e].now_s, np.inf))
 
 
@@ -228,6 +218,7 @@ def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
     source = state.replicas[e, s]
     request.leaving = 1
     source.leaving += 1
+    state.replicas[e, r].stole_s = episode.now_s
     if _copies(state, costs, e, r, held):
         client = _lowest_idle(state, e, r)
         keep_room(state, e, r, client, held)

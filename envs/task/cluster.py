@@ -11,12 +11,14 @@ from servegym.envs.machine.links import LINKS
 from servegym.envs.vocabulary import (
     ADMISSION_GUARDS,
     EVICTIONS,
+    MIGRATIONS,
     MIXED_COSTS,
     MOVES,
     ORDERS,
     ROLES,
     ROUTERS,
     STEAL_ORDERS,
+    STEAL_SHARES,
     VICTIMS,
 )
 
@@ -147,8 +149,21 @@ class ClusterConfig:
     steal_order: str = "longest"
     """Which waiting requests a replica steals, see ``STEAL_ORDERS``. Without meaning unless
     ``process.steals`` names ``waiting``."""
+    steal_share: str = "room"
+    """How many of them, see ``STEAL_SHARES``."""
     steal_delay_s: float = 0.0
     """Seconds until a stolen request that has no keys and values to copy arrives, 0 … 1e6."""
+    migrate: str = "longest"
+    """Which running request a replica steals and from where, see ``MIGRATIONS``. Without meaning unless
+    ``process.steals`` names ``running``."""
+    steal_period_s: float = 0.0
+    """Seconds after a theft of running requests in which the same replica steals no more of them, 0 … 1e9."""
+    freeness_steps: float = 3.0
+    """Of ``freeness``: a replica with fewer free blocks a request gives requests away, one with more takes
+    them, 0 … 1e9; 3 is Llumnix's."""
+    shed_at: float = 0.0
+    """Share of ``slo.ttft_s`` by which a first token must come: who waits and cannot have it by then is
+    turned away, 0 … 1e6; 0: nobody."""
     move: str = "copy"
     """How a stolen running request moves, see ``MOVES``."""
     kv_bytes_per_token: int = 327_680
@@ -186,6 +201,11 @@ class ClusterConfig:
             )
         if not 0 <= self.patience_s <= 1e9:
             raise ServegymError(f"cluster.patience_s must lie in 0 … 1e9, got {self.patience_s}")
+        for key, most in (("steal_period_s", "1e9"), ("freeness_steps", "1e9"), ("shed_at", "1e6")):
+            if not 0 <= getattr(self, key) <= float(most):
+                raise ServegymError(
+                    f"cluster.{key} must lie in 0 … {most}, got {getattr(self, key)}"
+                )
         for key, link in (("link", self.link), ("host_link", self.host_link)):
             if isinstance(link, str) and link not in LINKS:
                 raise unknown(f"value of cluster.{key}:", link, tuple(LINKS))
@@ -198,6 +218,8 @@ class ClusterConfig:
             ("mixed", self.mixed, MIXED_COSTS),
             ("router", self.router, ROUTERS),
             ("steal_order", self.steal_order, STEAL_ORDERS),
+            ("steal_share", self.steal_share, STEAL_SHARES),
+            ("migrate", self.migrate, MIGRATIONS),
             ("move", self.move, MOVES),
             ("evict", self.evict, EVICTIONS),
         ):

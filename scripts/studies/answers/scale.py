@@ -104,7 +104,9 @@ def decision_ms(
     spent, ended = list[float](), False
     while not ended and len(spent) < DECISIONS:
         started = time.process_time()
-        action = policy.act(Situation(env.view(), observation, env.action_masks(), env.imagine))
+        action = policy.act(
+            Situation(env.view(), observation, env.action_masks(), env.imagine, env.outlook)
+        )
         spent.append(1e3 * (time.process_time() - started))
         observation, _, terminated, truncated, _ = env.step(action)
         ended = terminated or truncated

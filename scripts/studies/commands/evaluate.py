@@ -30,7 +30,7 @@ from servegym.envs.playing.signatures import warnings
 from servegym.envs.playing.summary import summarise, to_markdown
 from servegym.envs.task.config import TaskConfig, WorkloadConfig
 from servegym.envs.task.registered import TASKS, load_task
-from servegym.envs.vocabulary import ADMISSION_GUARDS, ORDERS, ROUTERS, VICTIMS
+from servegym.envs.vocabulary import ADMISSION_GUARDS, MIGRATIONS, ORDERS, ROUTERS, VICTIMS
 from servegym.envs.workload.arrivals import PROCESSES
 from servegym.envs.workload.cells import SUFFIXES, is_file
 from servegym.envs.workload.formats import FORMATS
@@ -83,6 +83,8 @@ class Args:
     """List what admission may look at in memory (cluster.admission_guard) and stop."""
     list_orders: bool = False
     """List what the rule ``shortest`` may go by (cluster.shortest_by) and stop."""
+    list_migrations: bool = False
+    """List which running requests a replica may steal, and from where (cluster.migrate), and stop."""
     list_links: bool = False
     """List what keys and values are copied over (cluster.link) and stop."""
 
@@ -188,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (args.list_victims, partial(_in_columns, VICTIMS)),
             (args.list_guards, partial(_in_columns, ADMISSION_GUARDS)),
             (args.list_orders, partial(_in_columns, ORDERS)),
+            (args.list_migrations, partial(_in_columns, MIGRATIONS)),
             (args.list_links, list_links),
         )
         if wanted
