@@ -53,7 +53,7 @@ class Layout(NamedTuple):
     migrate: int = 0
     steal_period_s: float = 0.0
     freeness_steps: float = 3.0
-    shed_s: float = math.inf
+    shed_at: float = 0.0
     steal_delay_s: float = 0.0
     move: int = 0
     copy_latency_s: float = 0.0

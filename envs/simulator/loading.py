@@ -122,7 +122,7 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
     episode.turn = state.replicas.shape[1]
     episode.transfer_s = np.inf
     episode.counts_slo = state.cluster.counts_slo
-    episode.sheds = state.cluster.shed_s < np.inf
+    episode.sheds = state.cluster.shed_at > 0.0
     episode.keeps_gaps = state.cluster.keeps_gaps
     for q in range(state.queues.shape[1]):
         queue = state.queues[e, q]

@@ -14,6 +14,7 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.memory import free_blocks
 from servegym.envs.simulator.queues import queue_of
 from servegym.envs.simulator.seconds import prefill_seconds
+from servegym.envs.simulator.slo import limits_of
 from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
 from servegym.envs.simulator.view import DecisionView
 
@@ -53,9 +54,11 @@ def outlook(state: State, costs: CostTables, e: int, r: int, seen: DecisionView)
         tokens = _overflow(state, e, r, admitted)
     again_s = prefill_seconds(costs, r, tokens, 0.0, 1) if tokens > 0 else 0.0
     saved = 0
-    if state.cluster.slo_ttft_s < np.inf:
+    by_class = state.limits.shape[1] > 0
+    if by_class or state.cluster.slo_ttft_s < np.inf:
         saved = min(_saved(state, e, r, seen), seen.idle)
-    lost = _lost(state, e, r, seen) if state.cluster.slo_tpot_s < np.inf else 0
+    limited = by_class or state.cluster.slo_tpot_s < np.inf
+    lost = _lost(state, e, r, seen) if limited else 0
     return Outlook(admitted, tokens, again_s, saved, lost)
 
 
@@ -90,11 +93,12 @@ def _overflow(state: State, e: int, r: int, admitted: int) -> int:
 @kernel
 def _saved(state: State, e: int, r: int, seen: DecisionView) -> int:
     """Return whose first token comes in time by a stage now, but not by one at the next chance."""
-    now_s, limit_s = state.episodes[e].now_s, state.cluster.slo_ttft_s
+    now_s = state.episodes[e].now_s
     count = 0
     i = state.queues[e, queue_of(state, r)].first
     while i != NOBODY:
         if state.requests[e, i].phase == WAITING and np.isnan(state.times[e, i].first_token_s):
+            limit_s = limits_of(state, e, i)[0]
             left_s = state.times[e, i].arrival_s + limit_s - now_s - seen.prefill_s
             count += int(0.0 <= left_s < seen.seconds_to_finish)
         i = state.requests[e, i].next
@@ -104,7 +108,7 @@ def _saved(state: State, e: int, r: int, seen: DecisionView) -> int:
 @kernel
 def _lost(state: State, e: int, r: int, seen: DecisionView) -> int:
     """Return who decodes, should meet the limit per token at the present pace, and not after the stage."""
-    now_s, limit_s = state.episodes[e].now_s, state.cluster.slo_tpot_s
+    now_s = state.episodes[e].now_s
     replica = state.replicas[e, r]
     count = 0
     for place in range(replica.active):
@@ -112,6 +116,7 @@ def _lost(state: State, e: int, r: int, seen: DecisionView) -> int:
         rounds = state.requests[e, finish.request].expected_rounds
         first_s = state.times[e, finish.request].first_token_s
         left = finish.due - replica.rounds
+        limit_s = limits_of(state, e, np.int64(finish.request))[1]
         spare_s = rounds * limit_s - (now_s - first_s) - left * seen.round_s
         count += int(0.0 <= spare_s < seen.prefill_s)
     return count

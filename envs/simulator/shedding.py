@@ -19,6 +19,7 @@ from servegym.envs.simulator.queues import (
     tokens_to_prefill,
 )
 from servegym.envs.simulator.seconds import prefill_seconds
+from servegym.envs.simulator.slo import limits_of
 from servegym.envs.simulator.state import NOBODY, SHED, WAITING, State
 
 
@@ -27,7 +28,7 @@ def shed_late(state: State, costs: CostTables, e: int, r: int) -> bool:
     """Turn away who waits for replica ``r`` and would have a first token too late; return whether anybody is.
 
     Who has never been admitted is looked at, as if alone: a prefill stage of its own would have to end
-    within ``cluster.shed_s`` of its arrival; in a pool on the fastest replica. Arrivals have been seen.
+    within ``cluster.shed_at`` of its limit; in a pool on the fastest replica. Arrivals have been seen.
     """
     q = queue_of(state, r)
     shed = False
@@ -35,7 +36,8 @@ def shed_late(state: State, costs: CostTables, e: int, r: int) -> bool:
     while i != NOBODY:
         after = state.requests[e, i].next
         if state.requests[e, i].phase == WAITING and np.isnan(state.times[e, i].admitted_s):
-            last_s = state.times[e, i].arrival_s + state.cluster.shed_s
+            limit_s = limits_of(state, e, i)[0]
+            last_s = state.times[e, i].arrival_s + state.cluster.shed_at * limit_s
             if state.episodes[e].now_s + _alone_s(state, costs, e, r, i) > last_s:
                 _shed(state, e, q, i)
                 shed = True

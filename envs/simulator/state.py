@@ -89,7 +89,7 @@ class Cluster(Bundle):
     migrate: int  # place in MIGRATIONS
     steal_period_s: float  # between thefts of running requests by one replica
     freeness_steps: float  # below which memory is short, in blocks a request
-    shed_s: float  # most seconds to a first token that is worth waiting for; ∞: nobody is shed
+    shed_at: float  # of its limit, when a first token is too late to be worth it; 0: nobody is shed
     steal_delay_s: float
     move: int  # place in MOVES
     copy_latency_s: float  # between replicas

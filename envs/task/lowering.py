@@ -147,7 +147,7 @@ def lay_out(task: TaskConfig) -> Layout:
         migrate=list(MIGRATIONS).index(cluster.migrate),
         steal_period_s=cluster.steal_period_s,
         freeness_steps=cluster.freeness_steps,
-        shed_s=cluster.shed_at * task.slo.limits[0] if cluster.shed_at > 0 else np.inf,
+        shed_at=cluster.shed_at,
         steal_delay_s=cluster.steal_delay_s,
         move=list(MOVES).index(cluster.move),
         copy_latency_s=between.latency_s,
