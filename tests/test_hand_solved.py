@@ -288,6 +288,7 @@ def test_metrics_by_hand() -> None:
         "peak_queue": 1.0,
         "idle_wait_share": 0.0,
         "preempted_slowdown": pytest.approx(np.nan, nan_ok=True),
+        "shed": 0,
         "recompute_tax": 0.0,
         "memory_overrun_blocks": 0.0,
     }

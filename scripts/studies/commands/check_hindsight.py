@@ -1,4 +1,4 @@
-"""MC-SF and two others beside the least sum of latencies in hindsight, on tiny cases of its paper's model."""
+"""Policies that never evict beside the least sum of latencies that hindsight could have had."""
 
 from __future__ import annotations
 
