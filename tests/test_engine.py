@@ -182,7 +182,9 @@ def test_a_prompt_longer_than_the_context_is_refused(model: Any) -> None:
 
 
 def test_a_prompt_larger_than_a_batch_is_refused(model: Any) -> None:
-    with pytest.raises(ServegymError, match="129 tokens exceeds a batch of 128; raise batch_tokens"):
+    with pytest.raises(
+        ServegymError, match="129 tokens exceeds a batch of 128; raise batch_tokens"
+    ):
         new_engine(model).add([1] * 129, 1)
     assert new_engine(model).add([1] * 128, 1) == 0
 
@@ -190,7 +192,9 @@ def test_a_prompt_larger_than_a_batch_is_refused(model: Any) -> None:
 def test_more_than_memory_holds_is_refused(model: Any) -> None:
     engine = new_engine(model, kv_tokens=160)
     assert [engine.add([1] * 20, 20) for _ in range(3)] == [0, 1, 2]  # 48 tokens in pages each
-    with pytest.raises(ServegymError, match="4 requests may hold 192 tokens, KV memory has 160; raise"):
+    with pytest.raises(
+        ServegymError, match="4 requests may hold 192 tokens, KV memory has 160; raise"
+    ):
         engine.add([1] * 20, 20)
     assert engine.add([1] * 10, 6) == 3
 
@@ -199,7 +203,9 @@ def test_a_stage_that_would_be_split_is_refused(model: Any) -> None:
     engine = new_engine(model, batch_tokens=32)
     for _ in range(2):
         engine.add([1] * 20, 2)
-    with pytest.raises(ServegymError, match="takes 32 of 40 tokens of a prefill of 2 requests; raise"):
+    with pytest.raises(
+        ServegymError, match="takes 32 of 40 tokens of a prefill of 2 requests; raise"
+    ):
         engine.step()
 
 
@@ -229,7 +235,9 @@ def test_a_scheduler_that_the_library_has_chosen_is_refused(
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path, model: Any) -> None:
-    with pytest.raises(ServegymError, match=r"nowhere: no such folder; others are tiny and smollm2"):
+    with pytest.raises(
+        ServegymError, match=r"nowhere: no such folder; others are tiny and smollm2"
+    ):
         load_model(str(tmp_path / "nowhere"))
     with pytest.raises(ServegymError, match=r"holds no config\.json of a model"):
         load_model(str(tmp_path))
@@ -248,5 +256,7 @@ def test_versions_outside_the_range_are_refused(
     if legal:
         assert huggingface.check_installed() == found
         return
-    with pytest.raises(ServegymError, match=rf"transformers is {found}, the engine needs .*>=5\.17,<5\.25"):
+    with pytest.raises(
+        ServegymError, match=rf"transformers is {found}, the engine needs .*>=5\.17,<5\.25"
+    ):
         huggingface.check_installed()
