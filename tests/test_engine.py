@@ -18,8 +18,8 @@ from servegym.studies.policies import make_policy as make_any_policy
 
 pytest.importorskip("transformers")
 
-from servegym.engines import huggingface  # noqa: E402
-from servegym.engines.huggingface import Engine, Service, generate, load_model, tiny_llama  # noqa: E402
+from servegym.engines import huggingface
+from servegym.engines.huggingface import Engine, Service, generate, load_model, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
