@@ -36,6 +36,10 @@ LEAST: Final = 10
 
 _LEAST_S: Final = 1e-9
 
+_PASSES: Final = 4
+"""Errors are taken relative to the measured seconds, then to the predicted ones: the former alone would have
+the noise of measuring make all predictions too low."""
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -140,14 +144,18 @@ def fit_costs(log: pd.DataFrame, form: str = "best") -> Fit:
     for kind in KINDS:
         count = int((log["kind"] == kind).sum())
         if count < LEAST:
-            raise ServegymError(f"the log has {count} iterations of kind {kind}, a fit needs {LEAST}")
+            raise ServegymError(
+                f"the log has {count} iterations of kind {kind}, a fit needs {LEAST}"
+            )
     if form == "prompts" and "prompt_squares" not in log:
         raise ServegymError("the form prompts needs the column prompt_squares in the log")
     decode, decode_quality, _ = _fitted(log[log["kind"] == "decode"], ("requests", "cached_tokens"))
     prefills = log[log["kind"] == "prefill"]
-    forms = [form] if form != "best" else [
-        name for name in FORMS if name != "prompts" or "prompt_squares" in log
-    ]
+    forms = (
+        [form]
+        if form != "best"
+        else [name for name in FORMS if name != "prompts" or "prompt_squares" in log]
+    )
     fits = {name: _fitted(prefills, FORMS[name]) for name in forms}
     best = min(fits, key=lambda name: fits[name][2])
     coefficients, prefill_quality, _ = fits[best]
@@ -239,9 +247,16 @@ def _fitted(log: pd.DataFrame, names: Sequence[str]) -> tuple[Floats, Quality, f
     """Return coefficients of 1 and the named columns, their quality, and the mean squared error."""
     measured = log["seconds"].to_numpy(dtype=float)
     columns = _columns(log, names)
-    relative = columns / measured[:, None]
-    scale = np.maximum(relative.max(axis=0), 1e-300)
-    coefficients = nnls(relative / scale, np.ones(len(log)))[0] / scale
-    predicted = columns @ coefficients
+    predicted = measured
+    for _ in range(_PASSES):
+        coefficients = _weighted(columns, measured, 1.0 / predicted)
+        predicted = np.maximum(columns @ coefficients, _LEAST_S)
     squared = float(((predicted / measured - 1.0) ** 2).mean())
     return coefficients, quality(measured, predicted), squared
+
+
+def _weighted(columns: Floats, measured: Floats, weights: Floats) -> Floats:
+    """Return non-negative coefficients with the least Σ (weight · (measured − predicted))²."""
+    rows = columns * weights[:, None]
+    scale = np.maximum(rows.max(axis=0), 1e-300)  # so that the solver sees numbers of one size
+    return np.asarray(nnls(rows / scale, measured * weights)[0] / scale)

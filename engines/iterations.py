@@ -76,6 +76,7 @@ def simulate(
         submit(twin, requests, i)
     left = requests.output_tokens.copy()
     prompts, arrivals = requests.prompt_tokens, requests.arrival_s
+    held = prompts.copy()  # tokens of each, prompt and output so far
     iterations: list[Iteration] = []
     while left.any():
         work = twin.work()
@@ -84,9 +85,13 @@ def simulate(
         if work is None:
             raise ServegymError("the simulator waits for nobody")
         ids = list(work.ids)
+        if work.kind == "prefill":
+            step = Iteration("prefill", work.ids, tuple(prompts[ids].tolist()))
+        else:
+            step = Iteration("decode", work.ids, (1,) * len(ids), int(held[ids].sum()))
+        iterations.append(step)
         left[ids] -= 1
-        tokens = prompts[ids].tolist() if work.kind == "prefill" else [1] * len(ids)
-        iterations.append(Iteration(work.kind, work.ids, tuple(tokens)))
+        held[ids] += 1
         twin.ran([i for i in ids if left[i] == 0])
     twin.work()
     return iterations, twin

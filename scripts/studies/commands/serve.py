@@ -153,14 +153,20 @@ def in_service(stage: Stage, name: str, args: Args) -> dict[str, Served]:
                     screen.show()
                 most = int(requests.output_tokens[i])
                 expected = most if known else int(requests.predicted_output_tokens[i])
-                spread = 0.0 if known or requests.predicted_spread is None else requests.predicted_spread[i]
+                spread = (
+                    0.0
+                    if known or requests.predicted_spread is None
+                    else requests.predicted_spread[i]
+                )
                 service.submit(prompt, most, expected, float(spread), ends=load.ends)
             while len(service.answers) < len(requests):
                 service.wait(0.1)
                 screen.show()
             screen.show(now=True)
     finally:
-        tokens = {i: list(state.generated_tokens) for i, state in enumerate(service.scheduler.states)}
+        tokens = {
+            i: list(state.generated_tokens) for i, state in enumerate(service.scheduler.states)
+        }
         tokens = {i: tokens.get(i, []) for i in range(len(requests))}
         iterations = service.scheduler.iterations
         served = Served(name, iterations, twin.records(), twin.clock_s, load.revealed(tokens))
@@ -185,12 +191,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     names = parse_policies(args.compare or args.policy, "GSM8K-v0")
     if args.clock == "wall" and len(names) > 1:
-        raise ServegymError("--compare runs in lockstep, which the wall's clock cannot; take --clock busy")
+        raise ServegymError(
+            "--compare runs in lockstep, which the wall's clock cannot; take --clock busy"
+        )
     check_folder(args.output)
     stage = prepare(args, task)
     make_folder(args.output)
     try:
-        served = in_service(stage, names[0], args) if args.clock == "wall" else by_hand(stage, names, args)
+        served = (
+            in_service(stage, names[0], args)
+            if args.clock == "wall"
+            else by_hand(stage, names, args)
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; records so far are in {args.output}") from None
     text = summary(served, task, args.seed, compares=args.clock == "model")

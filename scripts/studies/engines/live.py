@@ -50,7 +50,7 @@ class Glance:
         while self._seen < len(iterations):
             each = iterations[self._seen]
             self._tokens += len(each.ids)
-            self._busy_s += each.wall_s + each.twin_s
+            self._busy_s += each.wall_s
             self._seen += 1
         clients = scheduler.twin.task.cluster.clients
         active = len(scheduler.active_requests)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,12 +75,13 @@ class Load:
         policy: Policy,
         clock: Literal["model", "busy"] = "model",
         seed: int = 0,
+        memory: Mapping[str, int] | None = None,
     ) -> Engine:
-        """Return an engine that has been given all requests."""
+        """Return an engine that has been given all requests; without ``memory``, with what they need."""
         from servegym.engines.huggingface import Engine
 
         twin = self.twin(task, policy, seed)
-        engine = Engine(model, twin, clock=clock, **self.memory(task))
+        engine = Engine(model, twin, clock=clock, **(memory or self.memory(task)))
         for i, prompt in enumerate(self.prompts):
             engine.add(
                 prompt,
