@@ -49,7 +49,7 @@ class Args:
     prompt_tokens: int = 120
     """Longest prompt of both."""
     output_tokens: int = 120
-    """Longest output of the held-out run."""
+    """Longest output of the held-out run; the grid decodes half as many tokens."""
     requests: int = 48
     """Requests of the held-out run."""
     repeats: int = 2
@@ -101,7 +101,8 @@ def from_engine(args: Args, names: Sequence[str]) -> tuple[Fit, str, pd.DataFram
     task = engine_task("GSM8K-v0", args.clients, args.requests)
 
     def grid(seed: int) -> Grid:
-        return Grid(model, task, args.clients, args.prompt_tokens, repeats=args.repeats, seed=seed)
+        most = args.clients, args.prompt_tokens, args.output_tokens
+        return Grid(model, task, *most, repeats=args.repeats, seed=seed)
 
     print("running the grid", flush=True)
     log = run_grid(grid(args.seed))

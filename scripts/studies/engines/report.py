@@ -114,15 +114,17 @@ def summary(
         )
     text = pd.DataFrame(rows).to_string(index=False) + "\n"
     if compares and not differences:
-        text += "The simulator, by itself, runs the same iterations: kind, requests and tokens of every one.\n"
+        text += (
+            "The simulator, by itself, runs the same iterations: kind, requests, tokens of each.\n"
+        )
     elif compares:
         text += f"NOT the simulator's iterations: {'; '.join(differences)}.\n"
     else:
         text += "The clock is measured, so that the simulator's own iterations may differ.\n"
     text += (
-        "Seconds. makespan, simulated and latency: on the twin's clock. engine CPU: time of this process in "
-        f"iterations;\nby fit: what costs fitted to the iterations of {first.policy} say of them. twin ms: twin "
-        "and policy, median of an iteration.\n"
+        "Seconds. makespan, simulated and latency: on the twin's clock. engine CPU: time of this process "
+        f"in iterations;\nby fit: what costs fitted to the iterations of {first.policy} say of them. "
+        "twin ms: twin and policy,\nmedian of an iteration.\n"
     )
     return text
 
