@@ -237,10 +237,10 @@ def _rounded(value: float) -> float:
 def _columns(log: pd.DataFrame, names: Sequence[str]) -> Floats:
     """Return a column of ones and those named, shape (rows, 1 + names)."""
     tokens = log["tokens"].to_numpy(dtype=float)
-    columns = [np.ones(len(log))]
-    for name in names:
-        columns.append(tokens**2 if name == "tokens_squared" else log[name].to_numpy(dtype=float))
-    return np.stack(columns, axis=1)
+    named = [
+        tokens**2 if name == "tokens_squared" else log[name].to_numpy(dtype=float) for name in names
+    ]
+    return np.stack([np.ones(len(log)), *named], axis=1)
 
 
 def _fitted(log: pd.DataFrame, names: Sequence[str]) -> tuple[Floats, Quality, float]:

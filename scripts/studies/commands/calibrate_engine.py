@@ -16,18 +16,21 @@ import pandas as pd
 from servegym.engines.calibration import Fit, cost_section, fit_costs, predicted_seconds, read_log
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
+from servegym.envs.task.config import TaskConfig
 from servegym.studies.cases import parse_policies
 from servegym.studies.cli import check_folder, check_number, command_line, parse
 from servegym.studies.engines.grid import Grid
 from servegym.studies.engines.held_out import (
+    FITTED,
+    Calibration,
     costs_line,
     held_out_table,
     in_one_lockstep,
     quality_table,
-    run_grid,
+    run_all,
     with_costs,
 )
-from servegym.studies.engines.loads import engine_task, uniform_load
+from servegym.studies.engines.loads import Load, engine_task, uniform_load
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Args:
     prompt_tokens: int = 120
     """Longest prompt of both."""
     output_tokens: int = 120
-    """Longest output of the held-out run; the grid decodes half as many tokens."""
+    """Longest output of the held-out run."""
     requests: int = 48
     """Requests of the held-out run."""
     repeats: int = 2
@@ -100,30 +103,35 @@ def from_engine(args: Args, names: Sequence[str]) -> tuple[Fit, str, pd.DataFram
     model, _ = load_model(args.model, args.seed)
     task = engine_task("GSM8K-v0", args.clients, args.requests)
 
-    def grid(seed: int) -> Grid:
-        most = args.clients, args.prompt_tokens, args.output_tokens
-        return Grid(model, task, *most, repeats=args.repeats, seed=seed)
+    shortest = max(1, args.prompt_tokens // 6), max(1, args.output_tokens // 10)
+
+    def requests(seed: int) -> Load:
+        prompts, outputs = (shortest[0], args.prompt_tokens), (shortest[1], args.output_tokens)
+        return uniform_load(
+            args.requests, int(model.config.vocab_size), args.seed + seed, prompts, outputs
+        )
+
+    def calibration(task: TaskConfig, seed: int) -> Calibration:
+        most = args.clients, args.prompt_tokens
+        grid = Grid(model, task, *most, repeats=args.repeats, seed=args.seed + seed)
+        return Calibration(model, task, grid, requests(seed + 7))
 
     print("running the grid", flush=True)
-    log = run_grid(grid(args.seed))
+    before = calibration(task, 0)
+    run_all(before.parts())
+    log = before.log()
     fit = fit_costs(log, args.form)
     if not names:
         return fit, f"{quality_table(log)}\n\n{costs_line(fit)}", log
     print("running it again, in lockstep with the policies", flush=True)
-    shortest = max(1, args.prompt_tokens // 6), max(1, args.output_tokens // 10)
-    load = uniform_load(
-        args.requests,
-        int(model.config.vocab_size),
-        args.seed + 1,
-        (shortest[0], args.prompt_tokens),
-        (shortest[1], args.output_tokens),
-    )
+    task = with_costs(task, fit)
     _, rows, again = in_one_lockstep(
-        model, with_costs(task, fit), grid(args.seed + 2), load, names, args.seed
+        model, task, calibration(task, 2), requests(1), names, args.seed
     )
     fit = fit_costs(again, args.form)
     text = (
-        f"{quality_table(again)}\n\n{costs_line(fit)}\n\nHeld out: {args.requests} requests of "
+        f"{quality_table(again)}\n\n{costs_line(fit)}\n\nFitted: a grid, and other requests under "
+        f"{' and '.join(FITTED)}.\nHeld out: {args.requests} requests of "
         f"{shortest[0]} … {args.prompt_tokens} prompt and {shortest[1]} … {args.output_tokens} output "
         "tokens, in the same lockstep. Predicted are the simulator's own iterations.\n\n"
         f"{held_out_table(rows)}"

@@ -11,21 +11,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from servegym.engines.calibration import cost_section, fit_costs
 from servegym.engines.iterations import simulate
 from servegym.envs.files import make_folder, write_file
+from servegym.envs.task.config import TaskConfig
 from servegym.studies.cli import check_folder, check_number, command_line, parse
 from servegym.studies.engines.equality import SETTINGS, Row, equality_table, run_setting
 from servegym.studies.engines.grid import Grid
 from servegym.studies.engines.held_out import (
+    FITTED,
+    Calibration,
     HeldOut,
     costs_line,
     held_out_table,
     in_one_lockstep,
     quality_table,
-    run_grid,
+    run_all,
     with_costs,
 )
 from servegym.studies.engines.loads import engine_policy, engine_task, uniform_load
@@ -55,6 +60,12 @@ class Args:
         check_number("--clients", self.clients, 2, 256)
         check_number("--held-out-requests", self.held_out_requests, 16, 1000)
         check_number("--seed", self.seed, 0, 2**32)
+
+
+def calibration(model: Any, task: TaskConfig, args: Args, seed: int) -> Calibration:
+    """Return a new grid, and requests like those held out, but other ones."""
+    load = uniform_load(args.held_out_requests, 1000, seed + 7, (20, 120), (20, 200))
+    return Calibration(model, task, Grid(model, task, 16, 120, seed=seed), load)
 
 
 def twin_milliseconds(repeats: int = 5) -> dict[str, float]:
@@ -103,19 +114,19 @@ policies through the twin.
 {equal} of {len(rows)} engine runs, under {policies} policies, equal the simulator's by itself in every
 iteration: kind, requests and tokens ({iterations} iterations). {bits} of {len(rows)} equal `play` in all
 records to the last bit. {tokens} of {asked} outputs are those of `generate`. Clock: the cost model's.
-{args.requests} requests on {args.clients} slots, prompts of 10 … 80, outputs of 8 … 80 tokens. Lengths are the
-engine's: the twin is told who has finished. Decisions: where the simulator asks, a choice or not.
+{args.requests} requests on {args.clients} slots, prompts of 10 … 80, outputs of 8 … 80 tokens. Lengths are
+the engine's: the twin is told who has finished. Decisions: how often the policy is asked.
 
 {equality_table(rows)}
 
 ## Makespans
 
-Costs are fitted to a grid of iterations (batches of equal prompts, a few rounds each) that runs in the same
-lockstep; no iteration of a row is fitted. Policies go by costs of a grid before. Predicted are the
-simulator's own iterations on the true lengths: {args.held_out_requests} requests on 16 slots, prompts of
-20 … 120, outputs of 20 … 200 tokens. CPU time of the process, without the twin. CPU errors lie in
-{min(errors):+.1%} … {max(errors):+.1%}, ratios to {first.policy} in {100 * min(ratios):+.1f} …
-{100 * max(ratios):+.1f} points. Wall time meets whatever else runs on the machine.
+Costs are fitted to a grid of iterations (batches of equal prompts, a few rounds each) and to other requests
+under {" and ".join(FITTED)}, all in the same lockstep; no iteration of a row is fitted. Policies go by costs
+fitted before. Predicted are the simulator's own iterations on the true lengths: {args.held_out_requests}
+requests on 16 slots, prompts of 20 … 120, outputs of 20 … 200 tokens. CPU time of the process, without the
+twin: its errors are {min(errors):+.1%} … {max(errors):+.1%}, those of the ratios to {first.policy}
+{100 * min(ratios):+.1f} … {100 * max(ratios):+.1f} points. Wall time meets whatever else runs on the machine.
 
 {held_out_table(held)}
 
@@ -123,8 +134,9 @@ The fit, by CPU time: {parts["costs"]}
 
 {parts["quality"]}
 
-T, p: prompt tokens of the stage, of a request. The engine packs a stage into one dense row: T² is what it
-pays for, and what `per_batch_token_squared` is for.
+T, p: prompt tokens of the stage, of a request; B, kv: clients and cached tokens. The engine packs a batch
+into one dense row, so that a prefill pays for T²; `per_batch_token_squared` says so. A decode round pays for
+B · kv, which affine costs have no term for.
 
 ## The twin
 
@@ -136,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run, compare and write; 1 if an iteration, a record or a token differs."""
     args = parse(Args, argv)
     check_folder(args.output)
-    from servegym.engines.calibration import cost_section
     from servegym.engines.huggingface import check_installed, tiny_llama, use_threads
 
     use_threads(1)
@@ -149,15 +160,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{row.setting}, {row.policy}: {'equal' if same else 'DIFFERS'}", flush=True)
     task = engine_task("GSM8K-v0", 16, args.held_out_requests)
     print("running the grid", flush=True)
-    before = run_grid(Grid(model, task, 16, 120, 200, seed=args.seed))
-    from servegym.engines.calibration import fit_costs
+    before = calibration(model, task, args, seed=args.seed)
+    run_all(before.parts())
 
     print("running it again, in lockstep with the policies", flush=True)
     load = uniform_load(args.held_out_requests, 1000, args.seed + 1, (20, 120), (20, 200))
-    grid = Grid(model, task, 16, 120, 200, seed=args.seed + 2)
-    fit, held, log = in_one_lockstep(
-        model, with_costs(task, fit_costs(before)), grid, load, HELD_OUT, args.seed
-    )
+    seen = with_costs(task, fit_costs(before.log()))
+    again = calibration(model, seen, args, seed=args.seed + 2)
+    fit, held, log = in_one_lockstep(model, seen, again, load, HELD_OUT, args.seed)
     twin = twin_milliseconds()
     alone = ", ".join(f"{name} {value:.3f}" for name, value in twin.items())
     beside = ", ".join(f"{row.policy} {row.twin_ms:.3f}" for row in held)
@@ -167,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "quality": quality_table(log),
         "twin": (
             "Milliseconds an iteration, twin and policy, compiled; the aim is 0.1. CPU time beside an engine "
-            f"that\ndoes nothing: {alone}. Median wall time beside the model, which pushes it out of the "
+            f"that\ndoes nothing: {alone}. Median wall time beside the model, which\npushes it out of the "
             f"caches: {beside}."
         ),
     }

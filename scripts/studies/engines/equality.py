@@ -90,6 +90,21 @@ def setting_load(setting: Setting, count: int, vocabulary: int, seed: int) -> Lo
     return random_prompts(requests, vocabulary, seed)
 
 
+_outputs: dict[Any, list[list[int]]] = {}
+
+
+def plain_outputs(model: Any, load: Load) -> list[list[int]]:
+    """Return what ``generate`` says to each prompt; the same question is not asked twice."""
+    from servegym.engines.huggingface import generate
+
+    most = load.requests.output_tokens.tolist()
+    asked = (id(model), load.prompts, tuple(most), load.ends)
+    if asked not in _outputs:
+        pairs = zip(load.prompts, most, strict=True)
+        _outputs[asked] = [generate(model, prompt, count, load.ends) for prompt, count in pairs]
+    return _outputs[asked]
+
+
 def found_ends(outputs: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Return token ids that end every other of these outputs somewhere before its middle, or others."""
     return tuple(sorted({output[len(output) // 2] for output in outputs[::2]}))
@@ -103,15 +118,12 @@ def unequal_columns(one: EpisodeLog, other: EpisodeLog) -> tuple[str, ...]:
 
 def run_setting(model: Any, setting: Setting, count: int, clients: int, seed: int) -> Iterator[Row]:
     """Serve a setting under its policies, one engine run each."""
-    from servegym.engines.huggingface import generate
-
     task = setting_task(setting, clients)
     load = setting_load(setting, count, int(model.config.vocab_size), seed)
-    most = load.requests.output_tokens
-    plain = [generate(model, p, int(most[i])) for i, p in enumerate(load.prompts)]
+    plain = plain_outputs(model, load)
     if setting.ends:
         load = replace(load, ends=found_ends(plain))
-        plain = [generate(model, p, int(most[i]), load.ends) for i, p in enumerate(load.prompts)]
+        plain = plain_outputs(model, load)
     for name in setting.policies:
         engine = load.engine(model, task, engine_policy(name, task), seed=seed)
         while engine.step() is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import numpy as np
@@ -38,9 +37,8 @@ class Grid:
     ----------
     model, task
         The model, and a task for its vocabulary of settings; its costs and clients do not matter.
-    clients, prompt_tokens, output_tokens
-        The most of each. Cells of the longest prompts decode half of the output tokens, so that as many
-        tokens are cached as in service; the others decode ``ROUNDS``.
+    clients, prompt_tokens
+        The most of each.
     repeats, seed
         How often each cell is run, and of the order and the prompts.
     """
@@ -51,23 +49,20 @@ class Grid:
         task: TaskConfig,
         clients: int,
         prompt_tokens: int,
-        output_tokens: int,
         *,
         repeats: int = 2,
         seed: int = 0,
     ) -> None:
-        gc.freeze()  # an engine that ends collects garbage: seconds, if it looks at all that is loaded
         self.iterations: list[Iteration] = []
         self._model, self._task, self._seed = model, task, seed
-        longest = max(ROUNDS, output_tokens // 2)
         cells = [
-            (count, tokens, longest if tokens == prompt_tokens else ROUNDS)
+            (count, tokens)
             for count in spaced(1, clients, 5)
             for tokens in spaced(4, prompt_tokens, 6)
         ] * repeats
         order = np.random.default_rng(seed).permutation(len(cells))
         # All cells have the memory of the largest, as its size costs time, too.
-        largest = make_requests([prompt_tokens] * clients, [1 + longest] * clients)
+        largest = make_requests([prompt_tokens] * clients, [1 + ROUNDS] * clients)
         widest = with_overrides(task, {"cluster": {"clients": clients}})
         self._memory = random_prompts(largest, 2, 0).memory(widest)
         self._cells = [cells[0], *(cells[place] for place in order)]
@@ -75,9 +70,9 @@ class Grid:
         self._engine = self._next_engine()
 
     def _next_engine(self) -> Any:
-        count, tokens, rounds = self._cells[self._place]
+        count, tokens = self._cells[self._place]
         task = with_overrides(self._task, {"cluster": {"clients": count}})
-        requests = make_requests([tokens] * count, [1 + rounds] * count)
+        requests = make_requests([tokens] * count, [1 + ROUNDS] * count)
         load = random_prompts(
             requests, int(self._model.config.vocab_size), self._seed + self._place
         )
