@@ -39,7 +39,7 @@ def check_installed() -> str:
     """
     first, after = (".".join(map(str, each)) for each in TESTED)
     wanted = f"transformers>={first},<{after}"
-    how = "pip install 'servegym[engine]', in a checkout: make setup-engine"
+    how = "`pip install -c constraints.txt -e .[engine]`, which `make engine` does"
     try:
         found = version("transformers")
         version("torch")

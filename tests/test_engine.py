@@ -155,11 +155,17 @@ def test_in_service_texts_end_as_they_do_and_requests_come_and_go(model: Any) ->
 
 def test_a_service_that_is_interrupted_ends_cleanly_with_its_records(model: Any) -> None:
     twin = Twin(task("GSM8KPredicted-v0"), make_policy("fcfs"))
-    with pytest.raises(KeyboardInterrupt), Service(model, twin, **MEMORY) as service:
-        for prompt in prompts(make_requests()):
-            service.submit(prompt, 30, 15, 0.8)
-        service.wait(0.02)
-        raise KeyboardInterrupt
+    service = Service(model, twin, **MEMORY)
+
+    def serve_until_interrupted() -> None:
+        with service:
+            for prompt in prompts(make_requests()):
+                service.submit(prompt, 30, 15, 0.8)
+            service.wait(0.02)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve_until_interrupted()
     assert not service.manager.is_running()
     log = twin.records()
     assert len(log.decode_rounds) == COUNT
@@ -176,7 +182,7 @@ def new_engine(model: Any, **given: Any) -> Engine:
 
 def test_a_prompt_longer_than_the_context_is_refused(model: Any) -> None:
     engine = new_engine(model, kv_tokens=4 * 4096, batch_tokens=64)
-    with pytest.raises(ServegymError, match="5 tokens and 4092 more exceed .* context of 4096"):
+    with pytest.raises(ServegymError, match=r"5 tokens and 4092 more exceed .* context of 4096"):
         engine.add([1] * 5, 4092)
     assert engine.add([1] * 5, 4091) == 0
 

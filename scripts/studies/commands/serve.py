@@ -86,10 +86,10 @@ class Stage:
 
 def prepare(args: Args, task: TaskConfig) -> Stage:
     """Load the model, make its requests."""
+    texts = read_texts(Path(args.prompts)) if args.prompts else []
     from servegym.engines.huggingface import SMOLLM2, load_model, use_threads
 
     use_threads(args.threads)
-    texts = read_texts(Path(args.prompts)) if args.prompts else []
     print(f"loading {args.model}", flush=True)
     model, tokenizer = load_model(args.model, args.seed)
     if texts and tokenizer is None:
