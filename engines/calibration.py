@@ -55,11 +55,17 @@ class Quality:
 class Fit:
     """A fitted cost model."""
 
-    costs: StageCosts
+    decode: AffineDecode
+    prefill: AffinePrefill
     form: str
     """Which of ``FORMS`` prefill has."""
-    decode: Quality
-    prefill: Quality
+    decode_quality: Quality
+    prefill_quality: Quality
+
+    @property
+    def costs(self) -> StageCosts:
+        """What a task takes."""
+        return StageCosts(self.decode, self.prefill)
 
 
 def table_of(
@@ -168,8 +174,8 @@ def fit_costs(log: pd.DataFrame, form: str = "best") -> Fit:
         squared if best == "batch" else 0.0,
     )
     base, per_client, per_kv_token = map(float, decode)
-    costs = StageCosts(AffineDecode(max(base, _LEAST_S), per_client, per_kv_token), prefill)
-    return Fit(costs, best, decode_quality, prefill_quality)
+    rounds = AffineDecode(max(base, _LEAST_S), per_client, per_kv_token)
+    return Fit(rounds, prefill, best, decode_quality, prefill_quality)
 
 
 def predicted_seconds(costs: StageCosts, log: pd.DataFrame) -> Floats:

@@ -9,6 +9,8 @@ batches in flight.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import time
 from collections.abc import Sequence
@@ -607,13 +609,15 @@ def load_model(name: str, seed: int = 0) -> tuple[Any, Any]:
 def _from_folder(folder: Path, **given: Any) -> tuple[Any, Any]:
     options = given | {"local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # whatever the library raises on what it finds there
         raise ServegymError(
             f"model {folder}: no tokenizer that can be read: {_line(error)}"
         ) from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     except Exception as error:
         raise ServegymError(f"model {folder}: cannot be read: {_line(error)}") from None
     return model.eval(), tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from servegym.engines.huggingface import Engine, Service, generate, load_model, 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 CLIENTS, COUNT = 4, 12
-MEMORY = {"kv_tokens": CLIENTS * 64, "batch_tokens": CLIENTS * 32}
+MEMORY: dict[str, Any] = {"kv_tokens": CLIENTS * 64, "batch_tokens": CLIENTS * 32}
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_llama()
+    model = tiny_llama()
+    gc.freeze()  # an engine that ends collects garbage: half a second, if it looks at all that is loaded
+    return model
 
 
 def task(name: str = "GSM8K-v0", **overrides: Any) -> TaskConfig:

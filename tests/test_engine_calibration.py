@@ -80,8 +80,8 @@ def test_costs_without_noise_are_found(squared: tuple[float, float]) -> None:
     fit = fit_costs(log)
     assert predicted_seconds(fit.costs, log) == pytest.approx(log["seconds"], rel=1e-6)
     assert predicted_seconds(costs, log) == pytest.approx(log["seconds"], rel=1e-9)
-    assert fit.decode.worst_error < 1e-6
-    assert fit.prefill.r_squared == pytest.approx(1.0)
+    assert fit.decode_quality.worst_error < 1e-6
+    assert fit.prefill_quality.r_squared == pytest.approx(1.0)
     if squared[0] > 0:
         assert fit.form == "prompts"
     if squared[1] > 0:
@@ -148,7 +148,7 @@ def test_a_log_that_says_too_little_is_refused(write: Any, tmp_path: Path) -> No
     log = made_log()
     with pytest.raises(ServegymError, match="has 9 iterations of kind prefill, a fit needs 10"):
         fit_costs(log.iloc[:18])
-    assert fit_costs(log.iloc[:20]).prefill.iterations == 10
+    assert fit_costs(log.iloc[:20]).prefill_quality.iterations == 10
     with pytest.raises(ServegymError, match="needs the column prompt_squares"):
         fit_costs(log.drop(columns="prompt_squares"), "prompts")
     with pytest.raises(ServegymError, match="did you mean 'batch'"):

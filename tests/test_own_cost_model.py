@@ -146,7 +146,7 @@ def rates(**seconds: float) -> dict[str, Any]:
         ({"rates": np.zeros(2, RATES)}, "one record"),
         ({"rates": np.zeros(1)}, "one record"),
         (
-            {"rates": np.array([(-1.0,) * len(RATES)], RATES)},
+            {"rates": np.array([(-1.0,) * len(RATES.names or ())], RATES)},
             "rates.decode_per_kv_token_s must be 0 or",
         ),
         (

@@ -53,8 +53,10 @@ class Calibration:
 
     def log(self, seconds: Literal["cpu", "wall"] = "cpu") -> pd.DataFrame:
         """Return all iterations so far."""
-        runs = (self._grid, *self._engines.values())
-        return table_of((each for run in runs for each in run.iterations), seconds)
+        iterations = list(self._grid.iterations)
+        for engine in self._engines.values():
+            iterations += engine.iterations
+        return table_of(iterations, seconds)
 
 
 def run_all(parts: Mapping[str, Stepping]) -> None:
@@ -127,8 +129,8 @@ def quality_table(log: pd.DataFrame) -> str:
     fits = {
         name: fit_costs(log, name) for name in forms if name != "prompts" or "prompt_squares" in log
     }
-    rows = [("decode", "1, B, kv", next(iter(fits.values())).decode)]
-    rows += [("prefill", forms[name], fit.prefill) for name, fit in fits.items()]
+    rows = [("decode", "1, B, kv", next(iter(fits.values())).decode_quality)]
+    rows += [("prefill", forms[name], fit.prefill_quality) for name, fit in fits.items()]
     for stage, form, found in rows:
         lines.append(
             f"| {stage} | {form} | {found.iterations} | {found.r_squared:.3f} | "
@@ -139,7 +141,7 @@ def quality_table(log: pd.DataFrame) -> str:
 
 def costs_line(fit: Fit) -> str:
     """Return a fit in one sentence."""
-    decode, prefill = fit.costs.decode, fit.costs.prefill
+    decode, prefill = fit.decode, fit.prefill
     squared = {
         "linear": "",
         "prompts": f" + {1e3 * prefill.per_token_squared:.3g} Σp²",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -59,14 +60,15 @@ def beside_simulator(served: Served, task: TaskConfig, seed: int) -> tuple[int |
     The simulator serves the lengths that the engine has found, under a new policy of the same name.
     """
     policy = engine_policy(served.policy, task)
-    iterations, twin = simulate(task, policy, served.requests, seed)
+    requests = replace(served.requests, arrival_s=served.log.arrival_s)
+    iterations, twin = simulate(task, policy, requests, seed)
     return first_difference(served.iterations, iterations), len(iterations), twin.clock_s
 
 
-def fit_of(iterations: Sequence[Iteration]) -> Fit | None:
-    """Return costs fitted to iterations by their CPU time; None where they are too few."""
+def fit_of(iterations: Sequence[Iteration], seconds: Literal["cpu", "wall"]) -> Fit | None:
+    """Return costs fitted to iterations; None where they are too few."""
     try:
-        return fit_costs(table_of(iterations))
+        return fit_costs(table_of(iterations, seconds))
     except ServegymError:
         return None
 
@@ -84,7 +86,9 @@ def summary(
         Whether the twin's clock is the cost model's, so that the simulator must run the same iterations.
     """
     first = next(iter(all_served.values()))
-    fit = fit_of(first.iterations)
+    fit = fit_of(first.iterations, "cpu" if compares else "wall")
+    if not compares and fit is not None:
+        task = replace(task, cost=fit.costs)
     rows, differences = [], []
     for name, served in all_served.items():
         place, length, makespan_s = beside_simulator(served, task, seed)
@@ -108,7 +112,7 @@ def summary(
                 "latency": f"{latency.mean():.2f}" if len(latency) else "",
                 "p95": f"{np.percentile(latency, 95):.2f}" if len(latency) else "",
                 "engine CPU": f"{served.cpu_s:.2f}",
-                "by fit": f"{fitted_s:.2f}",
+                "by fit": "" if fit is None else f"{fitted_s:.2f}",
                 "twin ms": f"{served.twin_ms:.3f}",
             }
         )
@@ -120,7 +124,11 @@ def summary(
     elif compares:
         text += f"NOT the simulator's iterations: {'; '.join(differences)}.\n"
     else:
-        text += "The clock is measured, so that the simulator's own iterations may differ.\n"
+        costs = "the task's costs" if fit is None else f"costs fitted to {first.policy}"
+        text += (
+            "The clock is measured, so that the simulator's own iterations may differ; simulated has "
+            f"{costs}.\n"
+        )
     text += (
         "Seconds. makespan, simulated and latency: on the twin's clock. engine CPU: time of this process "
         f"in iterations;\nby fit: what costs fitted to the iterations of {first.policy} say of them. "
