@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -28,7 +29,7 @@ TESTED: Final = ((5, 17), (5, 25))
 """Versions of transformers: from, and before."""
 
 PAGE_TOKENS: Final = 16
-"""Tokens of a block of KV memory."""
+"""Tokens of a page of KV memory."""
 
 
 def check_installed() -> str:
@@ -72,6 +73,9 @@ from transformers.generation.continuous_batching.scheduler import (  # noqa: E40
 
 # Errors of the engine's thread reach the caller as exceptions, its notes nobody.
 logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL + 1)
+
+_TAKEN: Final = frozenset(signature(ContinuousBatchingConfig).parameters)
+"""Names differ within the versions that work here."""
 
 Clock = Literal["model", "busy", "wall"]
 """Whose seconds the twin gets: the cost model's, those of the iterations, those of the wall."""
@@ -280,7 +284,7 @@ class _Driven:
         self._name = f"servegym-{_Driven._made}"
         SCHEDULER_MAPPING[self._name] = scheduler
         config = ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS,
+            **{"page_size" if "page_size" in _TAKEN else "block_size": PAGE_TOKENS},
             num_blocks=pages,
             max_batch_tokens=batch_tokens,
             max_requests_per_batch=clients,
@@ -288,7 +292,7 @@ class _Driven:
             allow_block_sharing=False,
             use_async_batching=False,
             use_cuda_graph=False,
-            auto_switch_to_flash=False,
+            **({"auto_switch_to_flash": False} if "auto_switch_to_flash" in _TAKEN else {}),
         )
         generation = GenerationConfig(
             do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=self._context

@@ -102,6 +102,7 @@ def from_engine(args: Args, names: Sequence[str]) -> tuple[Fit, str, pd.DataFram
     use_threads(args.threads)
     model, _ = load_model(args.model, args.seed)
     task = engine_task("GSM8K-v0", args.clients, args.requests)
+    make_folder(args.output)
 
     shortest = max(1, args.prompt_tokens // 6), max(1, args.output_tokens // 10)
 
@@ -151,7 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_folder(args.output)
     else:
         fit, text, log = from_engine(args, names)
-        make_folder(args.output)
         write_file(args.output / "iterations.csv", log.to_csv(index=False))
     words = "seconds as logged" if args.log else f"CPU seconds of {args.model}"
     toml = (

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from servegym.engines.calibration import cost_section, fit_costs
+from servegym.engines.calibration import cost_section, fit_costs, table_of
 from servegym.engines.iterations import simulate
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.task.config import TaskConfig
@@ -111,7 +111,7 @@ policies through the twin.
 
 ## Iterations and tokens
 
-{equal} of {len(rows)} engine runs, under {policies} policies, equal the simulator's by itself in every
+{equal} of {len(rows)} engine runs, under {policies} policies, are what the simulator runs by itself, in every
 iteration: kind, requests and tokens ({iterations} iterations). {bits} of {len(rows)} equal `play` in all
 records to the last bit. {tokens} of {asked} outputs are those of `generate`. Clock: the cost model's.
 {args.requests} requests on {args.clients} slots, prompts of 10 … 80, outputs of 8 … 80 tokens. Lengths are
@@ -123,7 +123,7 @@ the engine's: the twin is told who has finished. Decisions: how often the policy
 
 Costs are fitted to a grid of iterations (batches of equal prompts, a few rounds each) and to other requests
 under {" and ".join(FITTED)}, all in the same lockstep; no iteration of a row is fitted. Policies go by costs
-fitted before. Predicted are the simulator's own iterations on the true lengths: {args.held_out_requests}
+of a grid before. Predicted are the simulator's own iterations on the true lengths: {args.held_out_requests}
 requests on 16 slots, prompts of 20 … 120, outputs of 20 … 200 tokens. CPU time of the process, without the
 twin: its errors are {min(errors):+.1%} … {max(errors):+.1%}, those of the ratios to {first.policy}
 {100 * min(ratios):+.1f} … {100 * max(ratios):+.1f} points. Wall time meets whatever else runs on the machine.
@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     use_threads(1)
     model = tiny_llama(args.seed)
+    make_folder(args.output)
     rows: list[Row] = []
     for setting in SETTINGS:
         for row in run_setting(model, setting, args.requests, args.clients, args.seed):
@@ -160,12 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{row.setting}, {row.policy}: {'equal' if same else 'DIFFERS'}", flush=True)
     task = engine_task("GSM8K-v0", 16, args.held_out_requests)
     print("running the grid", flush=True)
-    before = calibration(model, task, args, seed=args.seed)
-    run_all(before.parts())
+    before = Grid(model, task, 16, 120, repeats=1, seed=args.seed)
+    run_all({"the grid": before})
 
     print("running it again, in lockstep with the policies", flush=True)
     load = uniform_load(args.held_out_requests, 1000, args.seed + 1, (20, 120), (20, 200))
-    seen = with_costs(task, fit_costs(before.log()))
+    seen = with_costs(task, fit_costs(table_of(before.iterations)))
     again = calibration(model, seen, args, seed=args.seed + 2)
     fit, held, log = in_one_lockstep(model, seen, again, load, HELD_OUT, args.seed)
     twin = twin_milliseconds()
@@ -181,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"caches: {beside}."
         ),
     }
-    make_folder(args.output)
     write_file(args.output / "engine.md", report(args, rows, held, parts))
     write_file(args.output / "iterations.csv", log.round(6).to_csv(index=False))
     toml = f"# scripts/check_engine.py\n[cluster]\nclients = 16\n\n{cost_section(fit.costs)}"

@@ -90,7 +90,6 @@ def prepare(args: Args, task: TaskConfig) -> Stage:
     from servegym.engines.huggingface import SMOLLM2, load_model, use_threads
 
     use_threads(args.threads)
-    print(f"loading {args.model}", flush=True)
     model, tokenizer = load_model(args.model, args.seed)
     if texts and tokenizer is None:
         raise ServegymError(f"--prompts needs a model with a tokenizer, {args.model} has none")
