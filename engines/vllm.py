@@ -148,4 +148,6 @@ class TwinScheduler(Scheduler):
         self._batch = (work.kind, work.ids, tuple(wanted.values()), held)
 
     def _preempt_request(self, *_: Any, **__: Any) -> None:
-        raise ServegymError("the engine preempts a request: raise its KV memory, or lower cluster.clients")
+        raise ServegymError(
+            "the engine preempts a request: raise its KV memory, or lower cluster.clients"
+        )
