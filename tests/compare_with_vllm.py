@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 `python -m tests.compare_with_vllm`; {versions}, numpy {np.__version__}, {machine()}; commit {commit()}.
 
 {equal} of {len(rows)} runs of vLLM are what the simulator runs by itself, in every iteration: kind, requests,
-tokens. {bits} of {len(rows)} equal `play` in all records to the last bit. {tokens} of {asked} outputs are those
-of transformers' `generate`; another library may round otherwise. {args.requests} requests on {args.clients}
+tokens. {bits} of {len(rows)} equal `play` in all records to the last bit. {tokens} of {asked} outputs are
+those of transformers' `generate`; another library may round otherwise. {args.requests} requests on {args.clients}
 slots, as in [engine.md](engine.md), all present at the start. Clock: the cost model's.
 
 {equality_table(rows)}

@@ -200,7 +200,7 @@ FLOORS = {
         "training",
         "speed",
     ],
-    "engines": ["twin", "iterations", "calibration huggingface"],
+    "engines": ["twin", "iterations", "calibration huggingface vllm"],
     "studies": [
         "terminal",
         "cli own_policies",

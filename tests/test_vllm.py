@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("vllm")
 pytest.importorskip("transformers")
 
-from servegym.engines.huggingface import tiny_llama  # noqa: E402
-from servegym.studies.engines.equality import SETTINGS, run_setting  # noqa: E402
-from tests.against_vllm import by_vllm  # noqa: E402
+from servegym.engines.huggingface import tiny_llama
+from servegym.studies.engines.equality import SETTINGS, run_setting
+from tests.against_vllm import by_vllm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

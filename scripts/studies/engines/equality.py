@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from servegym.engines.iterations import first_difference, simulate
+from servegym.engines.iterations import Iteration, first_difference, simulate
+from servegym.engines.twin import Twin
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.playing.evaluation import play
+from servegym.envs.playing.policy import Policy
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, lower
@@ -116,8 +118,40 @@ def unequal_columns(one: EpisodeLog, other: EpisodeLog) -> tuple[str, ...]:
     return tuple(n for n in names if getattr(one, n).tobytes() != getattr(other, n).tobytes())
 
 
-def run_setting(model: Any, setting: Setting, count: int, clients: int, seed: int) -> Iterator[Row]:
-    """Serve a setting under its policies, one engine run each."""
+class Run(NamedTuple):
+    """What an engine has done."""
+
+    iterations: Sequence[Iteration]
+    tokens: dict[int, list[int]]
+    twin: Twin
+
+
+Serve = Callable[[Load, TaskConfig, Policy, int], Run]
+"""Serves a load of a task under a policy, with a seed."""
+
+
+def by_transformers(model: Any) -> Serve:
+    """Return what serves by an engine of transformers."""
+
+    def serve(load: Load, task: TaskConfig, policy: Policy, seed: int) -> Run:
+        engine = load.engine(model, task, policy, seed=seed)
+        while engine.step() is not None:
+            pass
+        return Run(engine.iterations, engine.tokens(), engine.twin)
+
+    return serve
+
+
+def run_setting(
+    model: Any,
+    setting: Setting,
+    count: int,
+    clients: int,
+    seed: int,
+    serve: Serve | None = None,
+) -> Iterator[Row]:
+    """Serve a setting under its policies, one engine run each; ``model`` says what is right."""
+    serve = serve or by_transformers(model)
     task = setting_task(setting, clients)
     load = setting_load(setting, count, int(model.config.vocab_size), seed)
     plain = plain_outputs(model, load)
@@ -125,10 +159,7 @@ def run_setting(model: Any, setting: Setting, count: int, clients: int, seed: in
         load = replace(load, ends=found_ends(plain))
         plain = plain_outputs(model, load)
     for name in setting.policies:
-        engine = load.engine(model, task, engine_policy(name, task), seed=seed)
-        while engine.step() is not None:
-            pass
-        tokens = engine.tokens()
+        iterations, tokens, twin = serve(load, task, engine_policy(name, task), seed)
         found = load.revealed(tokens)
         simulated, _ = simulate(task, engine_policy(name, task), found, seed)
         case = bound_case(lower(task), found)
@@ -136,9 +167,9 @@ def run_setting(model: Any, setting: Setting, count: int, clients: int, seed: in
         yield Row(
             setting.name,
             name,
-            len(engine.iterations),
-            first_difference(engine.iterations, simulated),
-            unequal_columns(engine.twin.records(), episode.records),
+            len(iterations),
+            first_difference(iterations, simulated),
+            unequal_columns(twin.records(), episode.records),
             sum(tokens[i] == answer for i, answer in enumerate(plain)),
             count,
             int(episode.row["decisions"]),
