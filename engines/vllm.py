@@ -65,13 +65,15 @@ class TwinScheduler(Scheduler):
     """vLLM's scheduler with the rest of its queues hidden; made by ``twin_scheduler``."""
 
     twin: ClassVar[Twin]
-    expected: ClassVar[Expected]
+    expected: ClassVar[Any]
     clock: ClassVar[str]
     made: ClassVar[TwinScheduler]
     """The one that the engine has made last."""
 
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
+        self.running: list[Any]
+        self.waiting: Any
         if self.cache_config.enable_prefix_caching:
             raise ServegymError("requests that share prefixes part the twin from the engine")
         if self.scheduler_config.async_scheduling:

