@@ -27,6 +27,7 @@ from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
 from servegym.studies.commands import calibrate_engine, serve
 from servegym.studies.engines.grid import spaced
+from servegym.studies.engines.loads import read_texts, text_load
 
 COSTS = StageCosts(AffineDecode(2e-3, 1e-4, 2e-6), AffinePrefill(4e-3, 7e-5, 0.0, 0.0, 6e-8))
 
@@ -181,6 +182,14 @@ def test_bad_options_are_one_line(
         main([*options, "--output", str(tmp_path / "out")])
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_policy_that_needs_lengths_which_nobody_predicts_is_refused(write: Any) -> None:
+    with pytest.raises(ServegymError, match="tells nobody; take --task GSM8KPredicted-v0"):
+        text_load(["Hello."], None, None, load_task("GSM8K-v0"), 8, 0)
+    with pytest.raises(ServegymError, match="holds no prompt; one a line"):
+        read_texts(write("empty.txt", "\n  \n"))
+    assert read_texts(write("two.txt", "one\n\n two \n")) == ["one", "two"]
 
 
 def test_without_transformers_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
