@@ -17,7 +17,8 @@ where a jump ends. The twin keeps such a run open while the engine decodes it ro
 meanwhile, and books it as one stage.
 
 ``servegym.engines.huggingface`` lets a twin schedule transformers' continuous batching: ``Engine`` by hand,
-``Service`` by the library's own thread. It needs the extra ``engine``. ``servegym.engines.calibration`` fits
+``Service`` by the library's own thread, ``servegym.engines.front`` over HTTP. It needs the extra ``engine``.
+``servegym.engines.vllm`` is a scheduler of vLLM. ``servegym.engines.calibration`` fits
 costs to an engine's iterations. Commands: ``scripts/serve.py``, ``calibrate_engine.py``, ``check_engine.py``.
 
 Left out: several replicas and moves between them, a limit of KV memory, mixed stages, the use of a finished

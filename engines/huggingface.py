@@ -520,6 +520,24 @@ class Service(_Driven):
         self.cancelled.add(name)
         self.manager.cancel_request(name)
 
+    def progress(self, name: str) -> tuple[list[int], bool]:
+        """Return the output tokens of a request so far, and whether it has ended.
+
+        Raises
+        ------
+        ServegymError
+            If twin and engine would part, or the engine has failed.
+        """
+        id_ = self.scheduler.ids.get(name)
+        if id_ is None:  # not seen yet
+            self._refuse_failure()
+            return [], name in self.cancelled
+        state = self.scheduler.states[id_]
+        ended = state.status >= RequestStatus.FINISHED or name in self.cancelled
+        if not ended:
+            self._refuse_failure()
+        return list(state.generated_tokens), ended
+
     def wait(self, seconds: float) -> None:
         """Collect what has been answered within some time; ``answers`` holds it.
 

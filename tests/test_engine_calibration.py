@@ -169,6 +169,8 @@ def test_a_grid_is_spaced_by_factors() -> None:
         (serve.main, ["--clients", "0"], "--clients must lie in 1 … 4096, got 0"),
         (serve.main, ["--requests", "0"], "--requests must lie in 1 …"),
         (serve.main, ["--rate", "-1"], "--rate must lie in 0 …"),
+        (serve.main, ["--port", "65536"], "--port must lie in 0 … 65535, got 65536"),
+        (serve.main, ["--port", "65535"], "knows output lengths, and clients tell nobody; take"),
         (serve.main, ["--prompts", "none.txt"], r"none\.txt: no such file of prompts"),
         (calibrate_engine.main, ["--held-out-log", "a.csv"], "--held-out-log needs --log"),
         (calibrate_engine.main, ["--clients", "1"], "--clients must lie in 2 …"),

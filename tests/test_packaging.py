@@ -200,7 +200,7 @@ FLOORS = {
         "training",
         "speed",
     ],
-    "engines": ["twin", "iterations", "calibration huggingface vllm"],
+    "engines": ["twin", "iterations", "calibration huggingface vllm", "front"],
     "studies": [
         "terminal",
         "cli own_policies",

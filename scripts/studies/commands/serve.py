@@ -7,6 +7,7 @@ lines say whether it has. On the wall's clock requests come and go in real time.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from servegym.engines.iterations import next_in_lockstep
+from servegym.engines.twin import Twin
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.workload.requests import make_requests
 from servegym.studies.cases import parse_policies
 from servegym.studies.cli import check_folder, check_number, command_line, parse
 from servegym.studies.engines.live import Glance, Noted, Screen
 from servegym.studies.engines.loads import (
+    PAGE,
     QUESTIONS,
     Load,
+    ends_of,
     engine_policy,
     engine_task,
     read_texts,
@@ -30,6 +35,9 @@ from servegym.studies.engines.loads import (
     text_load,
 )
 from servegym.studies.engines.report import Served, summary, write_run
+
+HTTP_BATCH, HTTP_ROOM, HTTP_REQUESTS = 2048, 1024, 100_000
+"""Tokens of a batch of prompts, of one prompt at least, and requests until a service is full."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Args:
     """Output tokens at which a text ends in any case; texts end by themselves before."""
     clock: Literal["model", "busy", "wall"] = "model"
     """The twin's seconds: the cost model's, those measured in iterations, or the wall's."""
+    port: int = 0
+    """Answer OpenAI's /v1/completions at this port, to this machine alone, until Ctrl-C; 0: not."""
     seed: int = 0
     """Of requests, random prompts and random weights."""
     threads: int = 1
@@ -70,6 +80,7 @@ class Args:
         check_number("--requests", self.requests, 1, 100_000)
         check_number("--rate", self.rate, 0, 1e6)
         check_number("--most-tokens", self.most_tokens, 1, 1_000_000)
+        check_number("--port", self.port, 0, 65_535)
         check_number("--seed", self.seed, 0, 2**62)
         check_number("--threads", self.threads, 1, 1024)
 
@@ -175,6 +186,61 @@ def in_service(stage: Stage, name: str, args: Args) -> dict[str, Served]:
     return {name: served}
 
 
+def check_port(port: int) -> None:
+    """Refuse a port that cannot be had, before a model is loaded."""
+    with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ServegymError(f"--port {port}: {error.strerror}") from None
+
+
+def over_http(args: Args, task: TaskConfig, name: str) -> None:
+    """Serve whoever asks at the port, until Ctrl-C; write records."""
+    if task.information.output_lengths == "known":
+        raise ServegymError(
+            f"{task.name} knows output lengths, and clients tell nobody; take --task GSM8KPredicted-v0"
+        )
+    check_port(args.port)
+    from servegym.engines.huggingface import Service, load_model, use_threads
+
+    try:
+        import uvicorn
+
+        from servegym.engines.front import Front, Letters
+    except ImportError as error:
+        raise ServegymError(f"{error.name} is not installed; get it by `make engine`") from None
+    use_threads(args.threads)
+    model, tokenizer = load_model(args.model, args.seed)
+    make_folder(args.output)
+    if task.cluster.max_prefill_tokens == 0:  # a batch of prompts has a mask as wide as memory
+        task = with_overrides(task, {"cluster": {"max_prefill_tokens": HTTP_BATCH}})
+    room = min(HTTP_ROOM + args.most_tokens, int(model.config.max_position_embeddings))
+    memory = {
+        "kv_tokens": (room + PAGE) * args.clients,
+        "batch_tokens": max(task.cluster.max_prefill_tokens, room, args.clients),
+    }
+    policy = Noted(engine_policy(name, task), task.actions)
+    twin = Twin(task, policy, capacity=HTTP_REQUESTS, seed=args.seed)
+    ends = () if tokenizer is None else ends_of(tokenizer, model)
+    coder = tokenizer or Letters(int(model.config.vocab_size))
+    service = Service(model, twin, **memory)
+    try:
+        with service:
+            front = Front(service, args.model, coder, ends, args.most_tokens, room)
+            print(f"http://127.0.0.1:{args.port}/v1/completions, until Ctrl-C", flush=True)
+            uvicorn.run(front.app(), host="127.0.0.1", port=args.port, log_level="warning")
+    finally:
+        tokens = [list(state.generated_tokens) for state in service.scheduler.states]
+        if tokens:
+            log, iterations = twin.records(), service.scheduler.iterations
+            requests = make_requests(log.prompt_tokens, [max(len(each), 1) for each in tokens])
+            write_run(args.output, Served(name, iterations, log, twin.clock_s, requests), args.seed)
+            asked = ", ".join(f"{key} {count}" for key, count in policy.counts.most_common())
+            print(f"{len(tokens)} requests, {len(iterations)} iterations; decisions: {asked}")
+
+
 def show_texts(stage: Stage, tokens: dict[int, list[int]], count: int = 3) -> None:
     """Print the first answers."""
     for i in range(min(count, len(tokens))):
@@ -194,6 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--compare runs in lockstep, which the wall's clock cannot; take --clock busy"
         )
     check_folder(args.output)
+    if args.port > 0:
+        over_http(args, task, names[0])
+        return 0
     stage = prepare(args, task)
     make_folder(args.output)
     try:
