@@ -19,8 +19,15 @@ from servegym.studies.policies import make_policy as make_any_policy
 
 pytest.importorskip("transformers")
 
-from servegym.engines import huggingface
-from servegym.engines.huggingface import Engine, Service, generate, load_model, tiny_llama
+from servegym.engines.huggingface import (
+    Engine,
+    Service,
+    driving,
+    generate,
+    installed,
+    load_model,
+    tiny_llama,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -238,7 +245,7 @@ def test_a_scheduler_that_the_library_has_chosen_is_refused(
 
     import transformers.generation.continuous_batching.scheduler as library
 
-    monkeypatch.setattr(huggingface, "SCHEDULER_MAPPING", Forgets(library.SCHEDULER_MAPPING))
+    monkeypatch.setattr(driving, "SCHEDULER_MAPPING", Forgets(library.SCHEDULER_MAPPING))
     with pytest.raises(ServegymError, match="has not taken the twin's scheduler but FIFOScheduler"):
         new_engine(model)
 
@@ -261,11 +268,11 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path, model: Any) -> Non
 def test_versions_outside_the_range_are_refused(
     monkeypatch: pytest.MonkeyPatch, found: str, legal: bool
 ) -> None:
-    monkeypatch.setattr(huggingface, "version", lambda _: found)
+    monkeypatch.setattr(installed, "version", lambda _: found)
     if legal:
-        assert huggingface.check_installed() == found
+        assert installed.check_installed() == found
         return
     with pytest.raises(
         ServegymError, match=rf"transformers is {found}, the engine needs .*>=5\.17,<5\.25"
     ):
-        huggingface.check_installed()
+        installed.check_installed()

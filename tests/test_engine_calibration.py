@@ -199,6 +199,7 @@ def test_without_transformers_it_is_said_how_to_get_it(monkeypatch: pytest.Monke
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", missing)
-    monkeypatch.delitem(sys.modules, "servegym.engines.huggingface", raising=False)
+    for name in [name for name in sys.modules if name.startswith("servegym.engines.huggingface")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ServegymError, match="transformers is not installed; get it by"):
         importlib.import_module("servegym.engines.huggingface")
