@@ -13,11 +13,12 @@ SOURCES := envs agents baselines engines scripts tests
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
 KERNELS := $(VENV)/.stamp-kernels
+ENGINE := $(VENV)/.stamp-engine
 UNFINISHED := $(VENV)/.stamp-unfinished
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup paper test lint format benchmark clean distclean FORCE
+.PHONY: help setup paper engine test lint format benchmark clean distclean FORCE
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +27,9 @@ setup: $(DEV) $(KERNELS) ## set up .venv for everything: run, train, test (PYTHO
 
 paper: $(KERNELS) ## run the paper's comparison, into results/paper (sets up the core only, no torch)
 	$(RUN) scripts/paper.py --output results/paper
+
+engine: $(ENGINE) $(KERNELS) ## run policies on a real engine beside the simulator, into results/engine
+	$(RUN) scripts/check_engine.py --output results/engine
 
 test: $(DEV) $(KERNELS) ## run the tests
 	$(RUN) -m pytest -n 2 --dist worksteal
@@ -79,6 +83,14 @@ $(DEV): $(CORE)
 	@$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	@echo "servegym: installing what training and testing need (about a minute)"
 	@$(PIP) --no-build-isolation -e '.[train,dev]'
+	@rm $(UNFINISHED)
+	@touch $@
+
+$(ENGINE): $(CORE)
+	@touch $(UNFINISHED)
+	@echo "servegym: installing torch and transformers (a few minutes)"
+	@$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@$(PIP) --no-build-isolation -e '.[engine]'
 	@rm $(UNFINISHED)
 	@touch $@
 

@@ -16,6 +16,11 @@ twin's:** the simulator jumps over decode rounds between which nothing can be de
 where a jump ends. The twin keeps such a run open while the engine decodes it round by round, asks nobody
 meanwhile, and books it as one stage.
 
+``servegym.engines.huggingface`` lets a twin schedule transformers' continuous batching: ``Engine`` by hand,
+``Service`` by the library's own thread, ``servegym.engines.front`` over HTTP. It needs the extra ``engine``.
+``servegym.engines.vllm`` is a scheduler of vLLM. ``servegym.engines.calibration`` fits
+costs to an engine's iterations. Commands: ``scripts/serve.py``, ``calibrate_engine.py``, ``check_engine.py``.
+
 Left out: several replicas and moves between them, a limit of KV memory, mixed stages, the use of a finished
 request's place by another (``capacity`` bounds all requests of a twin). A task that has one of the first
 three is refused.

@@ -39,6 +39,7 @@ def prefill_s(costs: StageCosts, tokens: int, squares: float, requests: int) -> 
     prefill, overhead = costs.prefill, costs.engine_overhead
     if isinstance(prefill, AffinePrefill):
         line = prefill.base + prefill.per_token * tokens + prefill.per_token_squared * squares
+        line += prefill.per_batch_token_squared * float(tokens) * float(tokens)
         seconds = max(line, prefill.floor)
     else:
         seconds = 0.0

@@ -77,6 +77,8 @@ BAD_COSTS = [
         ("per_token", INF, 0.0),
         ("per_token_squared", -1.0, 0.0),
         ("per_token_squared", NAN, 0.0),
+        ("per_batch_token_squared", -1.0, 0.0),
+        ("per_batch_token_squared", NAN, TINY),
         ("floor", -1.0, 0.0),
         ("floor", INF, 0.0),
         ("floor", 1.1e9, MAX_COST_S),
@@ -132,7 +134,7 @@ def test_empty_tables_are_refused() -> None:
 def test_a_stage_must_take_time() -> None:
     with pytest.raises(ServegymError, match=r"prefill .* per_token_squared and floor are all 0"):
         AffinePrefill(0.0, 0.0)
-    for legal in [(TINY, 0.0), (0.0, TINY), (0.0, 0.0, TINY), (0.0, 0.0, 0.0, TINY)]:
+    for legal in [(TINY, 0), (0, TINY), (0, 0, TINY), (0, 0, 0, TINY), (0, 0, 0, 0, TINY)]:
         AffinePrefill(*legal)
 
 

@@ -145,7 +145,10 @@ def rates(**seconds: float) -> dict[str, Any]:
         ({"decode_base_s": [["a"]]}, "must hold numbers"),
         ({"rates": np.zeros(2, RATES)}, "one record"),
         ({"rates": np.zeros(1)}, "one record"),
-        ({"rates": np.array([(-1.0,) * 7], RATES)}, "rates.decode_per_kv_token_s must be 0 or"),
+        (
+            {"rates": np.array([(-1.0,) * len(RATES.names or ())], RATES)},
+            "rates.decode_per_kv_token_s must be 0 or",
+        ),
         (
             NO_LEVELS | {"rates": np.zeros(1, RATES)},
             "must take time without its overhead, too: prefill_base_s, ",

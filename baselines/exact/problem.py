@@ -96,6 +96,7 @@ class JointProblem:
         rates = self.costs.rates[0]
         has_floor = rates.prefill_floor_s > rates.prefill_base_s
         linear = not self.is_levelled and not has_floor and self.max_prefill_tokens == 0
+        linear = linear and rates.prefill_per_batch_token_squared_s == 0
         return linear and self.counts_rounds
 
     @cached_property

@@ -13,7 +13,8 @@ its k-th round, so in any schedule this is exactly c·Σ (d_i·p_i + d_i(d_i + 1
 **Prefill.** A stage admits at most J requests, so there are S ≥ ⌈I/J⌉ stages; under a token budget B a
 stage holds at most B tokens when each prompt is counted as min(p, B), so S ≥ ⌈Σ min(p, B)/B⌉, too.
 Affine cost max(floor, base + a·T + q·Σp²): summed over the stages it is at least S·floor, and at least
-S·base + a·ΣT + q·Σp². Levelled cost: let z_l be the number of stages at level l (a stage beyond the top
+S·base + a·ΣT + q·Σp². A term c·T² of each stage adds at least c·max(Σp², (ΣT)²/S), by Cauchy and Schwarz; as
+more stages then cost less of it, the least over all S counts. Levelled cost: let z_l be the number of stages at level l (a stage beyond the top
 level counts as several); Σ cap_l·z_l ≥ ΣT and Σ z_l ≥ S, and the linear program minimises the cost.
 
 **Arrivals.** Requests that arrive at a or later cannot start before a, so a + (the bound of these
@@ -30,7 +31,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +124,8 @@ def refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> 
 
 def _shortest_stage_s(costs: CostTables, prompt: float, *, decodes: bool) -> float:
     """Return the seconds of the shortest stage if every prompt has at least ``prompt`` tokens."""
-    _, base_s, token_s, square_s, floor_s, overhead_s, client_s = costs.rates[0].item()
+    _, base_s, token_s, square_s, floor_s, overhead_s, client_s, packed_s = costs.rates[0].item()
+    square_s += packed_s
     stage_s = max(base_s + token_s * prompt + square_s * prompt**2, floor_s)
     if costs.prefill_level_s.shape[1] > 0:
         stage_s = float(costs.prefill_level_s[0, 0])
@@ -188,6 +190,10 @@ def prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) ->
         work_s = cover(costs.prefill_level_s[0], capacities, tokens, stages, exact=False)
     else:
         squares = float((prompts.astype(float) ** 2).sum())
+        if rates.prefill_per_batch_token_squared_s > 0:
+            return _packed_bound(tokens, squares, stages, rates) + float(
+                len(prompts) * rates.overhead_per_client_s
+            )
         line_s = (
             stages * rates.prefill_base_s
             + rates.prefill_per_token_s * tokens
@@ -196,6 +202,35 @@ def prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) ->
         work_s = float(max(stages * rates.prefill_floor_s, line_s))
     overhead_s = stages * rates.overhead_base_s + len(prompts) * rates.overhead_per_client_s
     return work_s + float(overhead_s)
+
+
+def _packed_bound(tokens: float, squares: float, stages: int, rates: Any) -> float:
+    """Return the least seconds of at least ``stages`` stages that cost c·T² each, without their requests.
+
+    For S stages they are S·overhead + max(S·floor, S·base + a·ΣT + q·Σp² + c·max(Σp², (ΣT)²/S)). This is
+    convex in S, so that its least lies at the fewest stages, or beside where the last term is as dear as a
+    stage or one side of a maximum takes over.
+    """
+    base_s, floor_s = float(rates.prefill_base_s), float(rates.prefill_floor_s)
+    overhead_s = float(rates.overhead_base_s)
+    squared_s = float(rates.prefill_per_batch_token_squared_s)
+    line_s = float(rates.prefill_per_token_s) * tokens
+    line_s += float(rates.prefill_per_token_squared_s) * squares
+    packed_s = squared_s * tokens**2
+    turns = [float(stages), tokens**2 / squares]
+    if base_s + overhead_s > 0:
+        turns.append(math.sqrt(packed_s / (base_s + overhead_s)))
+    if floor_s > base_s:
+        root = math.sqrt(line_s**2 + 4.0 * (floor_s - base_s) * packed_s)
+        turns.append((line_s + root) / (2.0 * (floor_s - base_s)))
+
+    def seconds(count: int) -> float:
+        together_s = max(squared_s * squares, packed_s / count)
+        line = count * base_s + line_s + together_s
+        return count * overhead_s + max(count * floor_s, line)
+
+    counts = {near(turn) for turn in turns if turn >= stages for near in (math.floor, math.ceil)}
+    return min(seconds(count) for count in counts if count >= stages) * (1.0 - _TOLERANCE)
 
 
 def cover(

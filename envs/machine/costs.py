@@ -75,6 +75,10 @@ RATES: Final = np.dtype(
         ("prefill_floor_s", np.float64),  # shortest stage
         ("overhead_base_s", np.float64),  # CPU time added to every prefill stage
         ("overhead_per_client_s", np.float64),  # … and per admitted request
+        (
+            "prefill_per_batch_token_squared_s",
+            np.float64,
+        ),  # per T², T all prompt tokens of the stage
     ]
 )
 
@@ -288,16 +292,20 @@ class TableDecode:
 class AffinePrefill:
     """Seconds of a prefill stage: max(floor, base + per_token · T + per_token_squared · Σp²).
 
+    An engine that packs a stage into one dense row pays for attention between all of its prompts, too:
+    ``per_batch_token_squared`` · T² is added to the line before the floor.
+
     Examples
     --------
     >>> AffinePrefill(base=0.03, per_token=1e-4)
-    AffinePrefill(base=0.03, per_token=0.0001, per_token_squared=0.0, floor=0.0)
+    AffinePrefill(base=0.03, per_token=0.0001, per_token_squared=0.0, floor=0.0, per_batch_token_squared=0.0)
     """
 
     base: float
     per_token: float
     per_token_squared: float = 0.0
     floor: float = 0.0
+    per_batch_token_squared: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields("prefill", self)
@@ -307,8 +315,10 @@ class AffinePrefill:
             per_token=self.per_token,
             per_token_squared=self.per_token_squared,
             floor=self.floor,
+            per_batch_token_squared=self.per_batch_token_squared,
         )
-        if self.base + self.per_token + self.per_token_squared + self.floor == 0:
+        squared = self.per_token_squared + self.per_batch_token_squared
+        if self.base + self.per_token + squared + self.floor == 0:
             raise ServegymError(
                 "prefill must cost something: base, per_token, per_token_squared and floor are all 0"
             )
@@ -391,6 +401,7 @@ class StageCosts:
             prefill.floor,
             overhead.base,
             overhead.per_client,
+            prefill.per_batch_token_squared,
         )
         return CostTables(
             decode_base_s=decode[None, :],

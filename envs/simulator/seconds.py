@@ -33,6 +33,7 @@ def prefill_seconds(costs: CostTables, r: int, tokens: int, squares: float, requ
             rates.prefill_base_s
             + rates.prefill_per_token_s * tokens
             + rates.prefill_per_token_squared_s * squares
+            + rates.prefill_per_batch_token_squared_s * (float(tokens) * tokens)
         )
         seconds = max(rates.prefill_floor_s, line)
     return seconds + rates.overhead_base_s + rates.overhead_per_client_s * requests
@@ -58,7 +59,8 @@ def one_pass_seconds(
     """Return the time of one pass of ``active`` ≥ 1 decoding clients and ``tokens`` ≥ 1 of prompts.
 
     The longer of the decode line and the prefill line at all the pass's tokens, plus attention over the
-    cached tokens and over the chunks: Σ (end² − start²) is ``squares``. The engine's overhead is not in it.
+    cached tokens and over the chunks, Σ (end² − start²) is ``squares``, and over all tokens of prompts as
+    one row. The engine's overhead is not in it.
     """
     rates = costs.rates[r]
     everything = active + tokens
@@ -68,7 +70,8 @@ def one_pass_seconds(
         line = rates.prefill_base_s + rates.prefill_per_token_s * everything
     seconds = max(rates.prefill_floor_s, line, _decode_line(costs, r, everything))
     seconds += rates.decode_per_kv_token_s * cached_tokens
-    return seconds + rates.prefill_per_token_squared_s * squares
+    seconds += rates.prefill_per_token_squared_s * squares
+    return seconds + rates.prefill_per_batch_token_squared_s * (float(tokens) * tokens)
 
 
 @kernel

@@ -67,6 +67,7 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
         variable_s = (
             rates.prefill_per_token_s * tokens
             + rates.prefill_per_token_squared_s * squares
+            + rates.prefill_per_batch_token_squared_s * (float(tokens) * tokens)
             + rates.overhead_per_client_s * admitted
         )
         fixed_s = max(prefill_s - variable_s, 0.0)

@@ -66,7 +66,12 @@ _INPUT_PATH: Final = (
 _INPUTS: Final = ("workload", "readme", "run")
 """Options whose path is read."""
 
-_EMPTY_IS_FINE: Final = {("evaluate", "workload"), ("train", "reference")}
+_EMPTY_IS_FINE: Final = {
+    ("evaluate", "workload"),
+    ("train", "reference"),
+    *(("serve", name) for name in ("workload", "compare", "prompts")),
+    *(("calibrate_engine", name) for name in ("log", "held_out_log", "policies")),
+}
 _ANY_TEXT: Final = {("evaluate", "reference")}
 """A reference that is not played: the first policy stands in."""
 

@@ -1,0 +1,341 @@
+"""Engines: a manager of transformers with our scheduler, driven by hand or by the library's thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any, Final, Literal
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import RequestStatus
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
+
+from servegym.engines.huggingface.scheduler import Asked, Clock, TwinScheduler
+from servegym.engines.iterations import Iteration
+from servegym.engines.twin import Twin
+from servegym.envs.arguments import whole_number
+from servegym.envs.errors import ServegymError, shown
+
+PAGE_TOKENS: Final = 16
+"""Tokens of a page of KV memory."""
+
+# Errors of the engine's thread reach the caller as exceptions, its notes nobody.
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL + 1)
+
+_TAKEN: Final = frozenset(signature(ContinuousBatchingConfig).parameters)
+"""Names differ within the versions that work here."""
+
+
+class _Driven:
+    """What engine and service share: a manager of the library with our scheduler, and its requests."""
+
+    _made = 0
+
+    def __init__(
+        self, model: Any, twin: Twin, clock: Clock, kv_tokens: int, batch_tokens: int
+    ) -> None:
+        pages = -(-whole_number("kv_tokens", kv_tokens, 1, 2**40) // PAGE_TOKENS)
+        batch_tokens = whole_number("batch_tokens", batch_tokens, 1, 2**24)
+        clients = twin.task.cluster.clients
+        if batch_tokens < clients:
+            raise ServegymError(
+                f"batch_tokens must be at least the {clients} clients, got {batch_tokens}"
+            )
+        self.twin, self.model, self.pages = twin, model, pages
+        self.asked: dict[str, Asked] = {}
+        self.made: list[TwinScheduler] = []
+        self._batch_tokens = batch_tokens
+        self._context = int(getattr(model.config, "max_position_embeddings", 2**31))
+        self._largest: list[int] = []  # pages of the largest requests, as many as there are clients
+
+        def scheduler(**given: Any) -> TwinScheduler:
+            self.made.append(TwinScheduler(twin, self.asked, clock, **given))
+            return self.made[-1]
+
+        _Driven._made += 1
+        self._name = f"servegym-{_Driven._made}"
+        SCHEDULER_MAPPING[self._name] = scheduler
+        config = ContinuousBatchingConfig(
+            **{"page_size" if "page_size" in _TAKEN else "block_size": PAGE_TOKENS},
+            num_blocks=pages,
+            max_batch_tokens=batch_tokens,
+            max_requests_per_batch=clients,
+            scheduler_type=self._name,
+            allow_block_sharing=False,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            **({"auto_switch_to_flash": False} if "auto_switch_to_flash" in _TAKEN else {}),
+        )
+        generation = GenerationConfig(
+            do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=self._context
+        )
+        model.set_attn_implementation("sdpa")
+        self.manager = model.init_continuous_batching(generation, config)
+
+    def ask(
+        self,
+        prompt: Sequence[int],
+        most_tokens: int,
+        expected_tokens: int | None = None,
+        spread: float = 0.0,
+        *,
+        arrival_s: float | None = None,
+        ends: Sequence[int] = (),
+    ) -> str:
+        """Hand a request to the engine and return its name.
+
+        Parameters
+        ----------
+        prompt, most_tokens, ends
+            Token ids, the most output tokens, and the token ids that end a text.
+        expected_tokens, spread
+            The prediction, as the twin takes it; None: ``most_tokens``, for certain.
+        arrival_s
+            When it arrives on the twin's clock; None: now.
+
+        Raises
+        ------
+        ServegymError
+            If it exceeds the model's context or a batch, or memory might not hold as many as may run.
+        """
+        prompt = tuple(int(token) for token in prompt)
+        most = whole_number("most_tokens", most_tokens, 1, 10_000_000)
+        vocabulary = int(self.model.config.vocab_size)
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise ServegymError(f"a prompt holds token ids 0 … {vocabulary - 1}, at least one")
+        if len(prompt) + most > self._context:
+            raise ServegymError(
+                f"a prompt of {len(prompt)} tokens and {most} more exceed the model's context of "
+                f"{self._context}"
+            )
+        if len(prompt) > self._batch_tokens:
+            raise ServegymError(
+                f"a prompt of {len(prompt)} tokens exceeds a batch of {self._batch_tokens}; raise "
+                "batch_tokens"
+            )
+        self._reserve(-(-(len(prompt) + most) // PAGE_TOKENS))
+        name = str(len(self.asked))
+        expected = most if expected_tokens is None else int(expected_tokens)
+        self.asked[name] = Asked(prompt, most, expected, float(spread), arrival_s)
+        self.manager.add_request(
+            list(prompt), request_id=name, max_new_tokens=most, eos_token_id=list(ends) or -1
+        )
+        return name
+
+    def _reserve(self, pages: int) -> None:
+        """Refuse a request with which the largest that may run together would exceed memory."""
+        clients = self.twin.task.cluster.clients
+        largest = sorted([*self._largest, pages], reverse=True)[:clients]
+        if sum(largest) > self.pages:
+            raise ServegymError(
+                f"{len(largest)} requests may hold {sum(largest) * PAGE_TOKENS} tokens, KV memory has "
+                f"{self.pages * PAGE_TOKENS}; raise kv_tokens, or lower cluster.clients"
+            )
+        self._largest = largest
+
+    def _check(self, processor: Any) -> TwinScheduler:
+        """Return our scheduler; refuse an engine that would go its own way."""
+        SCHEDULER_MAPPING.pop(self._name, None)
+        if not self.made or processor.scheduler is not self.made[0]:
+            raise ServegymError(
+                "transformers has not taken the twin's scheduler but "
+                f"{type(processor.scheduler).__name__}"
+            )
+        if processor.use_async_batching:
+            raise ServegymError("batches in flight part the twin from the engine")
+        return self.made[0]
+
+
+class Engine(_Driven):
+    """An engine that is advanced by hand, one iteration at a time.
+
+    Parameters
+    ----------
+    model
+        Of transformers, as ``load_model`` gives it; several engines may share it.
+    twin
+        What it runs; new.
+    clock
+        ``"model"``: the twin has the cost model's seconds; ``"busy"``: those measured in iterations.
+    kv_tokens, batch_tokens
+        Tokens that memory holds; tokens of one prefill, of which a mask as wide as memory is made.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        twin: Twin,
+        *,
+        clock: Literal["model", "busy"] = "model",
+        kv_tokens: int = 8192,
+        batch_tokens: int = 2048,
+    ) -> None:
+        super().__init__(model, twin, clock, kv_tokens, batch_tokens)
+        self._processor = self.manager._create_batch_processor()
+        self.scheduler = self._check(self._processor)
+        self._all_tokens = self._done_tokens = 0
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        most_tokens: int,
+        expected_tokens: int | None = None,
+        spread: float = 0.0,
+        *,
+        arrival_s: float | None = None,
+        ends: Sequence[int] = (),
+    ) -> int:
+        """Add a request and return its id: 0, 1, … in this order. See ``ask``."""
+        name = self.ask(
+            prompt, most_tokens, expected_tokens, spread, arrival_s=arrival_s, ends=ends
+        )
+        self._all_tokens += int(most_tokens)
+        return int(name)
+
+    def cancel(self, request: int) -> None:
+        """Let a request end before the next iteration; one that has ended stays as it is."""
+        last = len(self.asked) - 1
+        if last < 0:
+            raise ServegymError(f"nobody has been added, so {shown(request)} cannot be cancelled")
+        self.scheduler.set_request_cancellation(str(whole_number("request", request, 0, last)))
+
+    @torch.inference_mode()
+    def step(self) -> Iteration | None:
+        """Run one iteration and return it; None: nobody is left.
+
+        Raises
+        ------
+        ServegymError
+            If twin and engine would part.
+        """
+        prepared = self._processor.prepare_next_batch()
+        if self.scheduler.error is not None:
+            raise self.scheduler.error
+        if not prepared:
+            left = len(self.scheduler.waiting_requests) + len(self.scheduler.active_requests)
+            if left:
+                raise ServegymError(f"the twin waits while the engine has {left} requests")
+            return None
+        self._processor._generation_step(self.model)
+        self._processor.update_batch()
+        self.scheduler.settle()
+        iteration = self.scheduler.iterations[-1]
+        self._done_tokens += len(iteration.ids)
+        return iteration
+
+    @property
+    def share_done(self) -> float:
+        """Output tokens so far, of all that may still come."""
+        most = self._all_tokens - self.scheduler.spared_tokens
+        return self._done_tokens / most if most > 0 else 1.0
+
+    @property
+    def iterations(self) -> list[Iteration]:
+        """All iterations so far, as the engine has run them."""
+        return self.scheduler.iterations
+
+    def tokens(self) -> dict[int, list[int]]:
+        """Return the output tokens so far, by request."""
+        states = enumerate(self.scheduler.states)
+        return {i: list(state.generated_tokens) for i, state in states}
+
+
+class Service(_Driven):
+    """The library's own threaded engine, on the wall's clock: requests come and go while it runs.
+
+    Use it as a context; at its end whoever is still there is cancelled, so that ``twin.records()`` holds
+    everybody. Parameters as of ``Engine``.
+    """
+
+    def __init__(
+        self, model: Any, twin: Twin, *, kv_tokens: int = 8192, batch_tokens: int = 2048
+    ) -> None:
+        super().__init__(model, twin, "wall", kv_tokens, batch_tokens)
+        self.answers: dict[str, list[int]] = {}
+        self.cancelled: set[str] = set()
+
+    def __enter__(self) -> Service:
+        with torch.inference_mode():
+            self.manager.start()
+        deadline = time.perf_counter() + 60.0
+        while self.manager.batch_processor is None:
+            if not self.manager.is_running() or time.perf_counter() > deadline:
+                raise ServegymError("the engine's thread has not started")
+            time.sleep(0.005)
+        self.scheduler = self._check(self.manager.batch_processor)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.asked.keys() - self.answers.keys():
+            self.cancel(name)
+        self.manager.stop(block=True, timeout=60.0)
+        if self.manager.is_running():
+            raise ServegymError("the engine's thread does not stop")
+        if self.scheduler.error is None:
+            self.scheduler.settle()
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        most_tokens: int,
+        expected_tokens: int | None = None,
+        spread: float = 0.0,
+        *,
+        ends: Sequence[int] = (),
+    ) -> str:
+        """Hand a request over now and return its name. See ``ask``."""
+        now_s = time.perf_counter() - self.scheduler.started_s
+        return self.ask(prompt, most_tokens, expected_tokens, spread, arrival_s=now_s, ends=ends)
+
+    def cancel(self, name: str) -> None:
+        """Let a request end, whether it waits or runs; whoever has been answered stays so."""
+        self.cancelled.add(name)
+        self.manager.cancel_request(name)
+
+    def progress(self, name: str) -> tuple[list[int], bool]:
+        """Return the output tokens of a request so far, and whether it has ended.
+
+        Raises
+        ------
+        ServegymError
+            If twin and engine would part, or the engine has failed.
+        """
+        id_ = self.scheduler.ids.get(name)
+        if id_ is None:  # not seen yet
+            self._refuse_failure()
+            return [], name in self.cancelled
+        state = self.scheduler.states[id_]
+        ended = state.status >= RequestStatus.FINISHED or name in self.cancelled
+        if not ended:
+            self._refuse_failure()
+        return list(state.generated_tokens), ended
+
+    def wait(self, seconds: float) -> None:
+        """Collect what has been answered within some time; ``answers`` holds it.
+
+        Raises
+        ------
+        ServegymError
+            If twin and engine would part, or the engine has failed.
+        """
+        until = time.perf_counter() + seconds
+        while (left := until - time.perf_counter()) > 0:
+            self._refuse_failure()
+            try:
+                output = self.manager.get_result(timeout=min(left, 0.1))
+            except RuntimeError:
+                self._refuse_failure()
+                raise
+            if output is not None and output.is_finished() and output.error is None:
+                self.answers[output.request_id] = list(output.generated_tokens)
+
+    def _refuse_failure(self) -> None:
+        error = self.scheduler.error
+        if error is not None:
+            raise error
+        if not self.manager.is_running():
+            raise ServegymError("the engine's thread has ended")

@@ -1,0 +1,189 @@
+"""The scheduler that transformers' continuous batching asks, and that asks a twin."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal, NamedTuple
+
+from transformers.generation.continuous_batching.requests import RequestStatus
+from transformers.generation.continuous_batching.scheduler import Scheduler
+
+from servegym.engines.iterations import Iteration
+from servegym.engines.twin import Twin, Work
+from servegym.envs.errors import ServegymError
+
+Clock = Literal["model", "busy", "wall"]
+"""Whose seconds the twin gets: the cost model's, those of the iterations, those of the wall."""
+
+
+class Asked(NamedTuple):
+    """What a client asks for and what is expected of it."""
+
+    prompt: tuple[int, ...]
+    most_tokens: int
+    expected_tokens: int
+    spread: float
+    arrival_s: float | None
+
+
+class TwinScheduler(Scheduler):
+    """A scheduler of transformers' continuous batching that runs what a twin says.
+
+    The engine's thread alone calls it, and it alone calls the twin. A request becomes known to the twin
+    when the engine sees it; what has come of an iteration is told before the next thing happens.
+    """
+
+    def __init__(
+        self,
+        twin: Twin,
+        asked: dict[str, Asked],
+        clock: Clock,
+        *,
+        cache: Any,
+        safety_margin: float | None,
+        max_requests_per_batch: int,
+    ) -> None:
+        if cache.use_prefix_sharing:
+            raise ServegymError("requests that share prefixes part the twin from the engine")
+        self.twin, self.asked, self.clock = twin, asked, clock
+        self.iterations: list[Iteration] = []
+        self.states: list[Any] = []  # by the twin's id
+        self.ids: dict[str, int] = {}
+        self.error: Exception | None = None
+        self.started_s = time.perf_counter()
+        self.spared_tokens = 0
+        self._arrivals: list[float] = []
+        self._batch: tuple[str, tuple[int, ...], tuple[int, ...], int] | None = None
+        self._finished: list[int] = []
+        self._begun_s = (0.0, 0.0, 0.0)  # wall and CPU time when it began, seconds of the twin
+        super().__init__(cache, 0.0, max_requests_per_batch)
+
+    # ---- what the library calls -------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Make ready for requests; once only, as a twin does not forget."""
+        if self.ids:
+            raise ServegymError("a twin's scheduler is not used twice; make a new engine")
+        super().reset()
+
+    def add_waiting_request(self, state: Any) -> None:
+        """Tell the twin of a request that the engine has just seen."""
+        try:
+            self.settle()
+            asked = self.asked.get(state.request_id)
+            if asked is None:
+                raise ServegymError(f"request {state.request_id} was not added by its engine")
+            if state.num_children:
+                raise ServegymError("several outputs of a request part the twin from the engine")
+            id_ = self.twin.submit(
+                len(asked.prompt), asked.expected_tokens, asked.spread, now_s=asked.arrival_s
+            )
+        except Exception as error:
+            self.error = self.error or error
+            raise
+        self.ids[state.request_id] = id_
+        self.states.append(state)
+        self._arrivals.append(asked.arrival_s or 0.0)
+        super().add_waiting_request(state)
+
+    def finish_request(self, request_id: str) -> None:
+        """Note who has finished with this iteration."""
+        super().finish_request(request_id)
+        id_ = self.ids[request_id]
+        self._finished.append(id_)
+        self._spare(self.states[id_])
+
+    def clear_cancelled_requests(self) -> Any:
+        """Cancel in the twin whoever is cancelled in the engine, between two iterations."""
+        self.settle()
+        gone = super().clear_cancelled_requests()
+        for state in gone or ():
+            self.twin.cancel(self.ids[state.request_id])
+            self._spare(state)
+        return gone
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
+        """Return the batch of the twin's next work; an empty one if there is none."""
+        try:
+            return self._schedule(token_budget, cache_budget)
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+    # ---- the twin ---------------------------------------------------------------------------
+
+    def _spare(self, state: Any) -> None:
+        """Count the tokens that somebody who has gone might have had."""
+        self.spared_tokens += self.asked[state.request_id].most_tokens - len(state.generated_tokens)
+
+    def settle(self) -> None:
+        """Tell the twin what has come of the iteration that has just ended, if one has."""
+        if self._batch is None:
+            return
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        begun_s, begun_cpu_s, twin_s = self._begun_s
+        wall_s, cpu_s = wall_s - begun_s, cpu_s - begun_cpu_s
+        started = time.perf_counter()
+        self.twin.ran(self._finished, None if self.clock == "model" else wall_s)
+        twin_s += time.perf_counter() - started
+        self.iterations.append(Iteration(*self._batch, wall_s, cpu_s, twin_s))
+        self._batch, self._finished = None, []
+
+    @property
+    def due_requests(self) -> int:
+        """Requests that wait, without those still to come."""
+        waiting = list(self.waiting_requests)
+        if self.clock == "wall":
+            return len(waiting)
+        clock_s = self.twin.clock_s
+        return sum(self._arrivals[self.ids[name]] <= clock_s for name in waiting)
+
+    @property
+    def ended_requests(self) -> int:
+        """Requests that the engine has seen and that neither wait nor run."""
+        return len(self.states) - len(self.waiting_requests) - len(self.active_requests)
+
+    def _schedule(self, token_budget: int, cache_budget: int) -> Any:
+        self.settle()
+        started = time.perf_counter()
+        work = self._next_work()
+        begun = time.perf_counter()
+        self._begun_s = (begun, time.process_time(), begun - started)
+        if work is None:
+            return [], True, 0, 0
+        states = [self.states[i] for i in work.ids]
+        waits = RequestStatus.PENDING if work.kind == "prefill" else RequestStatus.DECODING
+        for i, state in zip(work.ids, states, strict=True):
+            if state.status != waits or self.request_is_cancelled(state.request_id):
+                raise ServegymError(
+                    f"the twin wants a {work.kind} of request {i}, which is {state.status.name} in "
+                    "the engine"
+                )
+        cached = 0 if work.kind == "prefill" else sum(s.position_offset + 1 for s in states)
+        wanted = [len(s.initial_tokens) if work.kind == "prefill" else 1 for s in states]
+        removed: set[str] = set()
+        batch, failed, fast, queries, keys = self._process_candidates(
+            states, token_budget, cache_budget, removed
+        )
+        self._cleanup_waiting_queue(removed)
+        tokens = [future.query_length for future in batch]
+        if failed or tokens != wanted:
+            raise ServegymError(
+                f"the engine takes {sum(tokens)} of {sum(wanted)} tokens of a {work.kind} of "
+                f"{len(states)} requests; raise kv_tokens, batch_tokens, or lower cluster.clients"
+            )
+        ids = tuple(self.ids[future.state.request_id] for future in batch)
+        self._batch = (work.kind, ids, tuple(tokens), cached)
+        return batch, fast, queries, keys
+
+    def _next_work(self) -> Work | None:
+        """Return what is to run; where time is not the wall's, wait in no time for the next to come."""
+        if self.clock == "wall":
+            return self.twin.work(time.perf_counter() - self.started_s)
+        work = self.twin.work()
+        if work is None:
+            clock_s = self.twin.clock_s
+            coming = [self._arrivals[self.ids[name]] for name in self.waiting_requests]
+            later = [arrival_s for arrival_s in coming if arrival_s > clock_s]
+            work = self.twin.work(min(later)) if later else None
+        return work

@@ -1,0 +1,1 @@
+"""Real engines in studies: what they serve, how they are shown, calibrated and compared."""
