@@ -192,10 +192,9 @@ class ReferenceCluster(Moving):
         fetched = True
         while fetched:
             self.shed_late(replica)
-            while self.steal_waiting(replica):
+            # Who waits first; with less room another may be the first of those taken from a queue.
+            while self.steal_waiting(replica) or self.steal_running(replica):
                 self.shed_late(replica)
-            while self.steal_running(replica):
-                pass
             fetched = self.decide(replica)
 
     def decide(self, replica: Replica) -> bool:
