@@ -11,7 +11,6 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 from servegym.agents.policy import Network
 from servegym.agents.validation import Trace, Validation, ValidationResult
@@ -156,7 +155,7 @@ def _is_better(row: Mapping[Any, Any], best: Mapping[Any, Any] | None) -> bool:
 
 
 def _standard_error(values: NDArray[np.float64]) -> float:
-    return float(stats.sem(values)) if len(values) > 1 else float("nan")
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def _latency_ms(best: Any, trace: Trace) -> tuple[float, float]:

@@ -13,9 +13,10 @@ its k-th round, so in any schedule this is exactly c·Σ (d_i·p_i + d_i(d_i + 1
 **Prefill.** A stage admits at most J requests, so there are S ≥ ⌈I/J⌉ stages; under a token budget B a
 stage holds at most B tokens when each prompt is counted as min(p, B), so S ≥ ⌈Σ min(p, B)/B⌉, too.
 Affine cost max(floor, base + a·T + q·Σp²): summed over the stages it is at least S·floor, and at least
-S·base + a·ΣT + q·Σp². A term c·T² of each stage adds at least c·max(Σp², (ΣT)²/S), by Cauchy and Schwarz; as
-more stages then cost less of it, the least over all S counts. Levelled cost: let z_l be the number of stages at level l (a stage beyond the top
-level counts as several); Σ cap_l·z_l ≥ ΣT and Σ z_l ≥ S, and the linear program minimises the cost.
+S·base + a·ΣT + q·Σp². A term c·T² of each stage adds at least c·max(Σp², (ΣT)²/S), by Cauchy and
+Schwarz; as more stages then cost less of it, the least over all S counts. Levelled cost: let z_l be the
+number of stages at level l (a stage beyond the top level counts as several); Σ cap_l·z_l ≥ ΣT and
+Σ z_l ≥ S, and the linear program minimises the cost.
 
 **Arrivals.** Requests that arrive at a or later cannot start before a, so a + (the bound of these
 requests alone) holds for every a. Other requests may share their rounds and stages, which only adds to

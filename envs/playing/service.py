@@ -13,10 +13,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 from servegym.envs.errors import ServegymError
-from servegym.envs.playing.summary import CONFIDENCE, UNFINISHED, fixed, with_interval
+from servegym.envs.playing.summary import UNFINISHED, fixed, student_half, with_interval
 from servegym.envs.playing.tables import Row, Schema
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.process.service import NAN
@@ -160,9 +159,7 @@ def half_width(values: NDArray[np.float64], batches: int = BATCHES) -> float:
     """
     if len(values) < _LEAST_IN_BATCH * batches:
         return NAN
-    means = [float(batch.mean()) for batch in np.array_split(values, batches)]
-    half = stats.sem(means) * stats.t.ppf(0.5 + CONFIDENCE / 2, batches - 1)
-    return float(half)
+    return student_half(np.array([batch.mean() for batch in np.array_split(values, batches)]))
 
 
 def service_table(rows: pd.DataFrame) -> pd.DataFrame:

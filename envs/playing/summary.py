@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 from servegym.envs.errors import ServegymError
 
@@ -47,8 +47,13 @@ def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     mean = float(np.mean(values)) if len(values) else float("nan")
     if len(values) < 2:
         return mean, float("nan")
-    half = stats.sem(values) * stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
-    return mean, float(half)
+    return mean, student_half(values)
+
+
+def student_half(values: NDArray[np.float64]) -> float:
+    """Return half the width of the 95 % Student-t interval of the mean of at least two values."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(error * stdtrit(len(values) - 1, 0.5 + CONFIDENCE / 2))
 
 
 def stratified_interval(
@@ -73,6 +78,8 @@ def stratified_interval(
     mean = float(values.mean()) if values.size else float("nan")
     if len(values) < 2 or values.size == 0:
         return mean, float("nan"), float("nan")
+    from scipy import stats  # half a second, which every command would wait for
+
     found = stats.bootstrap(
         tuple(values.T),
         _mean_of_strata,
