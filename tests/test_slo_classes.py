@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from servegym.baselines import make_policy
-from servegym.envs import Requests, ServingEnv, TaskConfig, load_task, make_requests, play
+from servegym.envs import (
+    Requests,
+    ServingEnv,
+    ServingVectorEnv,
+    TaskConfig,
+    evaluate,
+    load_task,
+    make_requests,
+    play,
+)
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.lowering import bound_case, lower
@@ -125,6 +134,14 @@ def test_a_file_has_a_table_for_each_class(tmp_path: Path) -> None:
 def test_wrong_tables(classes: Any, message: str, legal: Any) -> None:
     refused(lambda: posed(classes=classes), message)
     posed(classes=legal)
+
+
+def test_a_class_of_no_workload_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    task, folder = posed(classes=[{"name": "chat"}]), tmp_path / "out"
+    refused(lambda: evaluate(task, make_policy, ["fcfs"], range(2), folder), "has no classes")
+    assert not folder.exists()
+    refused(lambda: ServingEnv(task).reset(seed=0), "has no classes")
+    refused(lambda: ServingVectorEnv(2, task), "has no classes")
 
 
 def test_classes_that_nobody_is_of() -> None:

@@ -36,7 +36,8 @@ def sample_requests(task: TaskConfig, rng: np.random.Generator) -> Requests:
     Raises
     ------
     ServegymError
-        If the workload is a file that cannot be read or lacks the predictions that the task wants.
+        If the workload is a file that cannot be read or lacks the predictions that the task wants, or has
+        no class that ``[slo]`` names.
     """
     workload = task.workload
     requests = make_workload(
@@ -50,6 +51,8 @@ def sample_requests(task: TaskConfig, rng: np.random.Generator) -> Requests:
     own = requests.predicted_spread is not None
     if own and task.information.predictor != "column":
         requests = replace(requests, predicted_spread=None)  # the file's own are not asked for
+    if task.slo.classes:
+        task.slo.limits_of(requests)  # refuses a class that the workload does not have
     return inform(task, requests, rng)
 
 
