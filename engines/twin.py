@@ -126,6 +126,11 @@ class Twin:
                 "a twin has no mixed stages; set cluster.chunk_tokens to 0, "
                 f"{task.name} has {layout.chunk_tokens}"
             )
+        if layout.shed_at > 0 or layout.class_limits:
+            key = "cluster.shed_at to 0" if layout.shed_at > 0 else "slo.classes to []"
+            raise ServegymError(
+                f"a twin turns nobody away and knows no classes of requests; set {key}"
+            )
         self._costs, self._settings = machine.costs, machine.settings
         self._state = make_state(1, capacity, layout, lengths_known=False)
         clear(self._state, 0)

@@ -15,6 +15,7 @@ from servegym.envs import Plan, Policy, ServegymError, Situation, TaskConfig, lo
 from servegym.envs.playing.policy import Briefing
 from servegym.envs.task.config import with_overrides
 from servegym.envs.workload.plan import plan_from_queues
+from tests.helpers import refused
 
 PREDICTED = {"information": {"output_lengths": "predicted"}}
 
@@ -295,12 +296,21 @@ def test_a_full_twin_says_so() -> None:
         ({"replicas": 2}, "a twin has one replica, servegym/Tiny-v0 has 2"),
         ({"kv_capacity_tokens": 5000}, "a twin has no limit of KV memory"),
         ({"chunk_tokens": 64}, "a twin has no mixed stages; set cluster.chunk_tokens to 0"),
+        ({"shed_at": 1.0}, "a twin turns nobody away .* set cluster.shed_at to 0"),
     ],
 )
-def test_a_task_that_has_more_is_refused(cluster: dict[str, int], message: str) -> None:
+def test_a_task_that_has_more_is_refused(cluster: dict[str, float], message: str) -> None:
     with pytest.raises(ServegymError, match=message) as caught:
         Twin(task(cluster=cluster), make_policy("fcfs"))
     assert "\n" not in str(caught.value)
+
+
+def test_limits_of_classes_are_refused() -> None:
+    """Nobody says what class a request is of: the limits would count for nothing."""
+    refused(
+        lambda: Twin(task(slo={"classes": [{"name": "chat"}]}), make_policy("edf")), "slo.classes"
+    )
+    Twin(task(slo={"ttft_s": 1.0}), make_policy("edf"))
 
 
 def test_a_policy_of_mixed_stages_is_refused() -> None:
