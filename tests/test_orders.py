@@ -13,7 +13,7 @@ from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import TASKS, Requests, ServingEnv, make_requests
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.process.actions import apply
-from servegym.envs.task.config import SloConfig, TaskConfig
+from servegym.envs.task.config import ClassSlo, SloConfig, TaskConfig
 from servegym.envs.task.lowering import bound_case, lower
 from servegym.envs.vocabulary import ORDERS
 from servegym.studies.checks.intervals import INTERVALS, draw_outputs, mean_latency
@@ -181,11 +181,13 @@ def test_slai_by_hand(gap: float | None, admitted: list[float], worst: float) ->
     assert log.worst_gap_s[0] == worst
 
 
-def test_slai_takes_the_limit_of_the_task_and_mixed_stages() -> None:
+@pytest.mark.parametrize("by_class", [False, True])
+def test_slai_takes_the_limit_of_the_task_and_mixed_stages(by_class: bool) -> None:
     task = changed(machine(3, 0), cluster={"chunk_tokens": 4})
-    task = replace(task, slo=SloConfig(tpot_s=1.0))
-    case = _case(task, instance((5, 6), (5, 1, 2.5)))
-    row = play(task, "slai", make_policy("slai"), case, seed=0).row
+    own = SloConfig(tpot_s=9.0, classes=(ClassSlo("a", tpot_s=1.0), ClassSlo("b")))
+    task = replace(task, slo=own if by_class else SloConfig(tpot_s=1.0))
+    requests = make_requests([5, 5], [6, 1], [0.0, 2.5], classes=["a", "b"])
+    row = play(task, "slai", make_policy("slai"), _case(task, requests), seed=0).row
     assert (row["prefill_stages"], row["mixed_stages"]) == (1, 2)
 
 

@@ -42,7 +42,8 @@ class SlaiPolicy(Policy):
     Parameters
     ----------
     gap_s
-        The limit of the gap, > 0; None: ``slo.tpot_s`` of the task, and without that no limit.
+        The limit of the gap, > 0; None: ``slo.tpot_s`` of the task or of a class, the least, and without
+        any no limit.
 
     Examples
     --------
@@ -80,7 +81,8 @@ class SlaiPolicy(Policy):
         task = briefing.task
         machine = lower(task)
         self._machine, self._tokens = (machine.costs, machine.settings), {}
-        self._limit_s = task.slo.limits[1] if self.gap_s is None else self.gap_s
+        own = [each.tpot_s for each in task.slo.classes if each.tpot_s is not None]
+        self._limit_s = min([task.slo.limits[1], *own]) if self.gap_s is None else self.gap_s
         actions = task.actions
         if "prefill:shortest" not in actions:
             raise ServegymError(
