@@ -43,8 +43,8 @@ def check_run(
     Raises
     ------
     ServegymError
-        If the folder holds a run and ``resume`` is not given, holds another run, or holds none, or if
-        the run is to imitate or to evolve for another reward than ``gap``.
+        If the folder holds a run and ``resume`` is not given, holds another run, or holds none; if the
+        run is to imitate or to evolve for another reward than ``gap``; or if the task sheds requests.
     """
     for needs, what in (
         (hyperparameters.warm, "imitation"),
@@ -54,6 +54,11 @@ def check_run(
             raise ServegymError(
                 f"{what} needs process.reward = 'gap', the task has {task.process.reward!r}"
             )
+    if task.cluster.shed_at > 0:
+        raise ServegymError(
+            "agents are chosen by the gap, which an episode with requests shed has not; set "
+            f"cluster.shed_at to 0, the task has {task.cluster.shed_at}"
+        )
     record = folder / RECORD
     if resume:
         content, wanted = read_run(folder), identity(task, hyperparameters)

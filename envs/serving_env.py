@@ -171,9 +171,10 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     ## Reward
     ``gap`` (default): the return of an episode is exactly −100 · (makespan / lower bound − 1); each
     step's reward is what it lost, in percent of the bound. ``latency``: the return is minus the mean
-    latency in seconds, over all requests; one that is rejected counts 0. ``goodput``: the return is exactly
-    the number of requests that finished within the limits of ``[slo]``. The natural discount is 1. An
-    episode that is truncated has no gap: its return is minus what was lost until then.
+    latency in seconds, over all requests; one that is rejected counts 0, one that is shed until then.
+    ``goodput``: the return is exactly the number of requests that finished within the limits of ``[slo]``.
+    The natural discount is 1. An episode that is truncated, or sheds requests, has no gap: its return is
+    minus what was lost.
 
     ## Start and end
     Every ``info`` holds ``replica``, the number of the replica that the observation is of: whose turn it is,
@@ -183,7 +184,8 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     all requests have finished; truncated at ``process.max_decisions`` or ``process.max_seconds``.
     The last ``info`` holds every metric (``servegym.envs.process.metrics.METRICS``), also where
     ``gymnasium.make(…, max_episode_steps=…)`` or a ``TimeLimit`` cuts the episode; ``makespan_s`` and
-    ``gap`` are NaN where requests are left. :meth:`metrics` returns the metrics at any time.
+    ``gap`` are NaN where requests are left, ``gap`` also where some were shed. :meth:`metrics` returns the
+    metrics at any time.
 
     ## Arguments
     ``task``: a registered id, a TOML file or a :class:`TaskConfig`; ``overrides``: keys to replace,

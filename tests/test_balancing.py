@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from servegym.agents.hyperparameters import Hyperparameters
+from servegym.agents.record import check_run
 from servegym.baselines import make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import EAGER
 from servegym.envs import TASKS, ServingEnv, TaskConfig, make_requests
+from servegym.envs.pictures import draw_makespans
 from servegym.envs.playing.evaluation import Episode, play
 from servegym.envs.playing.policy import asked_task
 from servegym.envs.task.cluster import ReplicaConfig
@@ -189,3 +194,16 @@ def test_names_that_cannot_be_are_refused(name: str, words: str, good: str) -> N
 )
 def test_a_trigger_policy_that_cannot_be_is_refused(keys: dict[str, Any], words: str) -> None:
     refused(lambda: TriggerPolicy("fcfs", EAGER, **keys), words)
+
+
+def test_an_agent_is_not_trained_where_requests_are_shed(tmp_path: Path) -> None:
+    task = changed(TINY, cluster={"shed_at": 1.0})
+    refused(lambda: check_run(task, Hyperparameters(), tmp_path, False), "set cluster.shed_at to 0")
+    check_run(TINY, Hyperparameters(), tmp_path, False)
+
+
+def test_a_picture_names_no_gap_of_who_sheds() -> None:
+    rows = {"policy": ["a", "b"], "lower_bound_s": [1.0, 1.0], "makespan_s": [2.0, 2.0]}
+    figure = draw_makespans(pd.DataFrame(rows | {"gap": [1.0, np.nan]}))
+    words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert words[:2] == ["a (mean gap 100.0 %)", "b"]

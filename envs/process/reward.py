@@ -4,10 +4,10 @@
 fixed share of the lower bound once it is served, and all shares add up to the bound. So the return is
 exactly −100 · gap, minus the gap in percent. A step loses client-time spent idle or on the fixed cost of
 stages. A truncated episode has no gap: its return is minus the loss until then and ignores the remaining
-requests.
+requests; so does one in which requests were shed, which earn nothing.
 
 ``latency``: loss = ∫ requests in the system dt / requests; the return is minus the mean latency in
-seconds, over all requests: one that is rejected has waited for nothing.
+seconds, over all requests: one that is rejected has waited for nothing, one that is shed until then.
 
 ``goodput``: loss = −(requests that have finished and met ``[slo]``); the return is their number, exactly:
 every reward is a whole number. Without limits each request counts that finishes.
