@@ -59,6 +59,18 @@ def test_a_policy_that_sheds_has_no_gap() -> None:
     assert "shed" not in summarise(rows[rows["policy"] == "a"])
 
 
+def test_the_makespan_of_who_sheds_is_not_compared() -> None:
+    rows = episodes({"a": [0.5, 0.5], "b": [math.nan, math.nan]})  # b sheds
+    rows.loc[rows["policy"] == "a", ["shed", "makespan_s"]] = 0.0, 3.0
+    optima = pd.DataFrame({"seed": [0, 1], "bound_s": 2.0, "proven": True})
+    best = pd.DataFrame({"seed": [0, 1], "best_known_s": 2.5})
+    table = summarise(rows, "a", optima, best).set_index("policy")
+    column = table["gap to optimum (%)"]
+    assert list(column) == ["", "25.00 ± 0.00", "50.00 ± 0.00", ""]
+    rows.loc[rows["policy"] == "b", "client_utilization"] = math.nan  # everybody, at once
+    assert summarise(rows)["client util. (%)"].iloc[1] == ""
+
+
 def test_differences_are_paired_by_seed() -> None:
     # The policies differ by exactly 1 point on every case, whatever the case.
     table = summarise(episodes({"a": [0.01, 0.05, 0.09], "b": [0.02, 0.06, 0.10]}), "a")

@@ -178,7 +178,7 @@ def summarise(
     cut_short = bool(episodes["makespan_s"].isna().any())
     sheds = {policy for policy, group in groups.items() if _shed(group).any()}
     rows = [_summary_row(group, cut_short, bool(sheds)) for group in groups.values()]
-    makespans = [group.set_index("seed")["makespan_s"] for group in groups.values()]
+    makespans = [_makespans_of_all(group) for group in groups.values()]
     if best_known is not None and len(known_s := best_known_by_case(episodes, best_known)):
         rows.insert(0, _floor_row(BEST_KNOWN, episodes, known_s))
         makespans.insert(0, known_s)
@@ -201,11 +201,17 @@ def summarise(
 def best_known_by_case(episodes: pd.DataFrame, best_known: pd.DataFrame) -> pd.Series:
     """Return the least makespan known of each case in both tables, seconds by seed.
 
-    It is the least of ``best_known_s`` and of every policy's makespan, so no policy is below it.
+    It is the least of ``best_known_s`` and of every policy's makespan, so no policy is below it that has
+    shed nobody.
     """
     known = _played(episodes, best_known)["best_known_s"]
-    fastest = episodes.groupby("seed")["makespan_s"].min().loc[known.index]
+    fastest = _makespans_of_all(episodes).groupby(level="seed").min().loc[known.index]
     return known.where((known <= fastest) | fastest.isna(), fastest)
+
+
+def _makespans_of_all(episodes: pd.DataFrame) -> pd.Series:
+    """Return makespans by seed; NaN where requests were shed, as others' are those of all requests."""
+    return episodes.set_index("seed")["makespan_s"].where(_shed(episodes) == 0)
 
 
 def _played(episodes: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
@@ -249,12 +255,12 @@ def _shed(group: pd.DataFrame) -> NDArray[np.float64]:
 def _summary_row(group: pd.DataFrame, cut_short: bool, sheds: bool) -> dict[str, str | int]:
     def cell(column: str, scale: float = 1.0, digits: int = 2) -> str:
         known = finished(group[column].to_numpy(float))
-        return with_interval(known, scale, digits)
+        return with_interval(known, scale, digits) if len(known) or not shed.any() else ""
 
+    shed = _shed(group)
     row: dict[str, str | int] = {"policy": str(group["policy"].iloc[0]), "n": len(group)}
     if cut_short:
         row[UNFINISHED] = str(group["makespan_s"].isna().sum())
-    shed = _shed(group)
     if sheds:
         row["shed"] = with_interval(shed, digits=1) if shed.any() else "0"
     return row | {

@@ -281,9 +281,9 @@ class ClusterConfig:
 
     @property
     def is_batch_machine(self) -> bool:
-        """Whether it is one replica without a memory limit and mixed stages, which exact methods know."""
+        """Whether it is one replica without memory limit, mixed stages and sheds: exact methods know it."""
         unlimited = all(replica.kv_capacity_tokens == 0 for replica in self.replica_tables())
-        return self.replicas == 1 and unlimited and self.chunk_tokens == 0
+        return self.replicas == 1 and unlimited and self.chunk_tokens == 0 and self.shed_at == 0
 
     def replica_tables(self) -> tuple[FullReplica, ...]:
         """Return each replica's own numbers, with the cluster's in the place of what it leaves out."""

@@ -188,8 +188,8 @@ def check(args: Args, task: TaskConfig) -> None:
         raise ServegymError(f"--time-limit must be > 0 seconds, got {args.time_limit}")
     if not load_task(args.task).cluster.is_batch_machine:
         raise ServegymError(
-            f"--task {args.task} is a cluster; best_known knows one replica without a memory limit "
-            "and mixed stages"
+            f"--task {args.task} is a cluster; best_known knows one replica without a memory limit, "
+            "mixed stages and sheds"
         )
     if task.workload.draws_arrivals:
         raise ServegymError(f"--task {args.task} has arrivals; best_known needs all at t = 0")
