@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numba
 import numpy as np
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 from servegym.baselines.lookahead.rollout import action_values
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, shown
 from servegym.envs.jit import threaded_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.policy import Briefing, Situation, asked_task
 from servegym.envs.process.actions import Settings
 from servegym.envs.process.steps import deciding
+from servegym.envs.simulator.outlook import outlook
 from servegym.envs.simulator.state import State, make_alike
 from servegym.envs.simulator.view import view
 from servegym.envs.task.config import TaskConfig
@@ -49,8 +51,8 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
     Raises
     ------
     ServegymError
-        If there is no such policy, its rule is not among the task's or ``threads`` is out of range;
-        when called, if the environment is not of the task.
+        If there is no such policy, its rule is not among the task's, it wants other keys of the scheduler
+        than the task has, or ``threads`` is out of range; when called, if the environment is not of the task.
 
     Examples
     --------
@@ -73,6 +75,12 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
     if policy.priced:
         raise ServegymError(
             "an expert's base has no prices of memory or slo: imagined episodes have no limits to miss"
+        )
+    asked = asked_task(task, policy)
+    if (asked.cluster, asked.information) != (task.cluster, task.information):
+        wanted = {**policy.cluster, **policy.comparison}
+        raise ServegymError(
+            f"an expert plays the task as it is; for {base_name} give {task.name} the keys {shown(wanted)}"
         )
     base = compile_policy(policy, task)
     scratch: State | None = None
@@ -124,10 +132,11 @@ def make_rule_expert(name: str, task: TaskConfig) -> Expert:
         _check_task(env, task)
         values = np.where(env.rows.masks, -1.0, -np.inf)
         for e in range(env.num_envs):
-            seen = view(env.state, env.costs, e, deciding(env.state, e))
-            values[e, policy.act(Situation(seen, env.rows.observations[e], env.rows.masks[e]))] = (
-                0.0
-            )
+            r = deciding(env.state, e)
+            seen = view(env.state, env.costs, e, r)
+            ahead = partial(outlook, env.state, env.costs, e, r, seen)
+            row = env.rows.observations[e], env.rows.masks[e]
+            values[e, policy.act(Situation(seen, *row, outlook=ahead))] = 0.0
         return values
 
     return value_actions

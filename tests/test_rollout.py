@@ -234,6 +234,9 @@ def test_the_expert_refuses_what_does_not_fit() -> None:
         make_rollout_expert("aligned", task)
     with pytest.raises(ServegymError, match="another task"):
         make_rollout_expert("fcfs", task)(ServingVectorEnv(1, TINY))
+    with pytest.raises(ServegymError, match="as it is; for edf give servegym/Tiny-v0"):
+        make_rollout_expert("edf", TINY)
+    make_rollout_expert("edf", with_overrides(TINY, {"cluster": {"shortest_by": "deadline"}}))
 
 
 @pytest.mark.parametrize("name", ["aligned-lookahead-0.7", "aligned", "fcfs", "hybrid", "static"])
@@ -378,11 +381,12 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
         RolloutPolicy(make_trigger_policy("fcfs"), **settings)
 
 
-def test_the_rule_as_an_expert_likes_what_the_rule_does() -> None:
+@pytest.mark.parametrize("name", ["threshold-2", "lagrangian"])
+def test_the_rule_as_an_expert_likes_what_the_rule_does(name: str) -> None:
     """Played by its values every row ends as under the rule, to the last bit."""
     env = ServingVectorEnv(3, TINY)
     env.reset(seed=0)
-    expert = make_rule_expert("threshold-2", TINY)
+    expert = make_rule_expert(name, TINY)
     gaps: dict[int, float] = {}
     while len(gaps) < 3:
         values = expert(env)
@@ -392,7 +396,7 @@ def test_the_rule_as_an_expert_likes_what_the_rule_does() -> None:
         _, _, terminated, _, info = env.step(values.argmax(axis=1))
         for e in np.flatnonzero(terminated).tolist():
             gaps.setdefault(e, float(info["final_info"]["gap"][e]))
-    policy = make_trigger_policy("threshold-2")
+    policy = make_trigger_policy(name)
     for seed, gap in gaps.items():
         assert gap == play_compiled(TINY, policy, make_case(TINY, seed))["gap"]
 
