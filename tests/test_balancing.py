@@ -205,5 +205,7 @@ def test_an_agent_is_not_trained_where_requests_are_shed(tmp_path: Path) -> None
 def test_a_picture_names_no_gap_of_who_sheds() -> None:
     rows = {"policy": ["a", "b"], "lower_bound_s": [1.0, 1.0], "makespan_s": [2.0, 2.0]}
     figure = draw_makespans(pd.DataFrame(rows | {"gap": [1.0, np.nan]}))
-    words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    words = [text.get_text() for text in legend.get_texts()]
     assert words[:2] == ["a (mean gap 100.0 %)", "b"]
