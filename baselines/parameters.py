@@ -39,10 +39,19 @@ def by_deviations(k: float) -> dict[str, str | float]:
     return {"compare_by": "mean-sd", "deviations": k}
 
 
-def _with_cluster(policy: Any, key: str, value: float) -> Policy:
-    """Return the policy with another value of a key of ``[cluster]``."""
-    changed: Policy = replace(policy, cluster={**policy.cluster, key: value})
-    return changed
+def _in_cluster(key: str, kind: type[int] | type[float] = float) -> Callable[[Any, float], Policy]:
+    """Return ``give`` of a number that stands under a key of ``[cluster]``."""
+    return lambda policy, number: replace(policy, cluster={**policy.cluster, key: kind(number)})
+
+
+def _chance(example: str) -> tuple[Callable[[float], bool], str]:
+    """Return ``fits`` and ``rule`` of a probability."""
+    return lambda q: 0 < q < 1, f"lie between 0 and 1, as in {example}"
+
+
+def _above(most: int) -> tuple[Callable[[float], bool], str]:
+    """Return ``fits`` and ``rule`` of a number above 0."""
+    return lambda number: 0 < number <= most, f"be > 0 and at most {most}"
 
 
 def _within(least: int, most: int) -> tuple[Callable[[float], bool], str]:
@@ -70,8 +79,7 @@ PARAMETERS: Final[dict[str, Parameter]] = {
     # By which lengths are compared.
     "quantile": Parameter(
         "q",
-        lambda q: 0 < q < 1,
-        "lie between 0 and 1, as in quantile-0.99",
+        *_chance("quantile-0.99"),
         lambda policy, q: replace(policy, comparison=by_quantile(q)),
     ),
     # Standard deviations above the mean by which lengths are compared.
@@ -88,55 +96,49 @@ PARAMETERS: Final[dict[str, Parameter]] = {
     "conservativeness": Parameter(
         "c",
         *_within(0, 100),
-        lambda policy, c: replace(policy, cluster={**policy.cluster, "conservativeness": c}),
+        _in_cluster("conservativeness"),
     ),
     # Seconds that a request waits before those it should wait for.
     "patience": Parameter(
         "N",
-        lambda seconds: 0 < seconds <= MAX_PATIENCE_S,
-        f"be > 0 and at most {MAX_PATIENCE_S}",
-        lambda policy, seconds: replace(policy, cluster={**policy.cluster, "patience_s": seconds}),
+        *_above(MAX_PATIENCE_S),
+        _in_cluster("patience_s"),
     ),
     # With what chance a length lies in its interval.
     "interval": Parameter(
         "q",
-        lambda q: 0 < q < 1,
-        "lie between 0 and 1, as in a-min-0.9",
+        *_chance("a-min-0.9"),
         lambda policy, q: replace(policy, comparison={**policy.comparison, "interval": q}),
     ),
     # Seconds that may pass between two tokens.
     "gap": Parameter(
         "G",
-        lambda seconds: 0 < seconds <= MAX_PATIENCE_S,
-        f"be > 0 and at most {MAX_PATIENCE_S}",
+        *_above(MAX_PATIENCE_S),
         lambda policy, seconds: replace(policy, gap_s=seconds),
     ),
     # Tokens of the first level of feedback.
     "level": Parameter(
         "Q",
         *_whole(1, MAX_NUMBER),
-        lambda policy, tokens: replace(
-            policy, cluster={**policy.cluster, "level_tokens": int(tokens)}
-        ),
+        _in_cluster("level_tokens", int),
     ),
     # Seconds between two thefts of running requests by one replica.
     "period": Parameter(
         "N",
         *_within(0, MAX_PATIENCE_S),
-        lambda policy, seconds: _with_cluster(policy, "steal_period_s", seconds),
+        _in_cluster("steal_period_s"),
     ),
     # Free blocks a request below which memory is short.
     "steps": Parameter(
         "S",
         *_within(0, MAX_PATIENCE_S),
-        lambda policy, steps: _with_cluster(policy, "freeness_steps", steps),
+        _in_cluster("freeness_steps"),
     ),
     # Of the limit of the first token, by which it must come.
     "share": Parameter(
         "x",
-        lambda share: 0 < share <= MAX_NUMBER,
-        f"be > 0 and at most {MAX_NUMBER}",
-        lambda policy, share: _with_cluster(policy, "shed_at", share),
+        *_above(MAX_NUMBER),
+        _in_cluster("shed_at"),
     ),
     # Prices of the Lagrangian rule.
     "memory": Parameter(
@@ -148,8 +150,7 @@ PARAMETERS: Final[dict[str, Parameter]] = {
     # With what chance memory suffices.
     "chance": Parameter(
         "q",
-        lambda q: 0 < q < 1,
-        "lie between 0 and 1, as in reserve-0.99",
+        *_chance("reserve-0.99"),
         lambda policy, q: replace(policy, quantile=q),
     ),
     # Sampled scenarios of the plan.
