@@ -79,8 +79,8 @@ class Twin:
     Parameters
     ----------
     task
-        One replica without a limit of memory and without mixed stages. Its workload and the limits of an
-        episode (``max_decisions``, ``max_seconds``) are without meaning here.
+        One replica without a limit of memory, mixed stages, sheds and limits of classes. Its workload and
+        the limits of an episode (``max_decisions``, ``max_seconds``) are without meaning here.
     policy
         Any policy. Its ``prepare`` is called at the first ``work`` with the requests submitted for 0 s.
     capacity
