@@ -230,7 +230,7 @@ def test_a_stage_that_would_be_split_is_refused(model: Any) -> None:
 def test_what_is_no_prompt_is_refused(model: Any, prompt: list[int]) -> None:
     with pytest.raises(ServegymError, match=r"must hold token ids 0 … 999|at least one token id"):
         new_engine(model).add(prompt, 1)
-    assert new_engine(model).add([0, np.int64(999)], 1) == 0
+    assert new_engine(model).add(list(np.array([0, 999])), 1) == 0
 
 
 @pytest.mark.parametrize(

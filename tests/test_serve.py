@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from servegym.engines.iterations import next_in_lockstep
 from servegym.envs import ServegymError
 from servegym.studies.commands import serve
 
@@ -48,14 +49,13 @@ def test_what_it_cannot_serve_is_refused_before_a_folder_is_made(
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
     """Let the given step of all engines end with an error."""
     steps = iter(range(step))
-    whole = serve.next_in_lockstep
 
     def advance(engines: Any) -> Any:
         if next(steps, None) is None:
             raise error
-        return whole(engines)
+        return next_in_lockstep(engines)
 
-    monkeypatch.setattr(serve, "next_in_lockstep", advance)
+    monkeypatch.setattr("servegym.studies.commands.serve.next_in_lockstep", advance)
 
 
 @pytest.mark.parametrize("step", [0, 1, 9])
