@@ -84,8 +84,9 @@ def table_of(
 
     Examples
     --------
-    >>> table_of([Iteration("prefill", (0, 1), (3, 4), 0, cpu_s=0.5)]).iloc[0].tolist()
-    ['prefill', 2, 7, 0, 0.5, 25]
+    >>> print(table_of([Iteration("prefill", (0, 1), (3, 4), 0, cpu_s=0.5)]).to_string(index=False))
+       kind  requests  tokens  cached_tokens  seconds  prompt_squares
+    prefill         2       7              0      0.5              25
     """
     rows = [
         (
