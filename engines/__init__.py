@@ -18,8 +18,8 @@ meanwhile, and books it as one stage.
 
 ``servegym.engines.huggingface`` lets a twin schedule transformers' continuous batching: ``Engine`` by hand,
 ``Service`` by the library's own thread, ``servegym.engines.front`` over HTTP. It needs the extra ``engine``.
-``servegym.engines.vllm`` is a scheduler of vLLM. ``servegym.engines.calibration`` fits
-costs to an engine's iterations. Commands: ``scripts/serve.py``, ``calibrate_engine.py``, ``check_engine.py``.
+``servegym.engines.vllm`` is a scheduler of vLLM. ``servegym.engines.calibration`` fits costs to an engine's
+iterations. Commands: ``scripts/serve.py``, ``calibrate_engine.py``, ``check_engine.py``.
 
 Left out: several replicas and moves between them, a limit of KV memory, mixed stages, the use of a finished
 request's place by another (``capacity`` bounds all requests of a twin). A task that has one of the first

@@ -36,6 +36,15 @@ LEAST: Final = 10
 
 _LEAST_S: Final = 1e-9
 
+_LIMITS: Final = {
+    "requests": (1.0, 1e12),
+    "tokens": (1.0, 1e12),
+    "cached_tokens": (0.0, 1e15),
+    "seconds": (_LEAST_S, 1e9),
+    "prompt_squares": (0.0, 1e24),
+}
+"""Of a log's columns; squares and sums within them are finite."""
+
 _PASSES: Final = 4
 """Errors are taken relative to the measured seconds, then to the predicted ones: the former alone would have
 the noise of measuring make all predictions too low."""
@@ -75,8 +84,9 @@ def table_of(
 
     Examples
     --------
-    >>> table_of([Iteration("prefill", (0, 1), (3, 4), 0, cpu_s=0.5)]).iloc[0].tolist()
-    ['prefill', 2, 7, 0, 0.5, 25]
+    >>> print(table_of([Iteration("prefill", (0, 1), (3, 4), 0, cpu_s=0.5)]).to_string(index=False))
+       kind  requests  tokens  cached_tokens  seconds  prompt_squares
+    prefill         2       7              0      0.5              25
     """
     rows = [
         (
@@ -113,15 +123,16 @@ def read_log(path: Path) -> pd.DataFrame:
     numbers = [name for name in (*COLUMNS[1:], "prompt_squares") if name in table]
     for name in numbers:
         values = pd.to_numeric(table[name], errors="coerce").to_numpy(dtype=float)
-        least = 1.0 if name in ("requests", "tokens") else 0.0
-        bad = ~(np.isfinite(values) & (values >= least))
-        if name == "seconds":
-            bad |= values <= 0
+        least, most = _LIMITS[name]
+        bad = ~((values >= least) & (values <= most))  # NaN, too
+        if name != "seconds":
+            bad |= values != np.floor(values)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            wanted = "> 0" if name == "seconds" else f"at least {least:g}"
+            kind = "a number" if name == "seconds" else "a whole number"
             raise ServegymError(
-                f"{path}: line {row + 2}: {name} must be a number {wanted}, got {table[name][row]}"
+                f"{path}: line {row + 2}: {name} must be {kind} in {least:g} … {most:g}, got "
+                f"{table[name][row]}"
             )
         table[name] = values
     for row, kind in enumerate(table["kind"]):

@@ -1,8 +1,8 @@
 """A front in OpenAI's form over a service: ``/v1/completions``, whole or streamed, and ``/v1/models``.
 
 For load generators and clients on the same machine; it knows no keys and no users. Tokens are always the
-likeliest: ``temperature`` and its like are taken and change nothing. A client that goes away cancels its
-request.
+likeliest: ``temperature`` and its like are taken and change nothing. What would change the answer otherwise,
+such as ``stop`` or ``echo``, is refused. A client that goes away cancels its request.
 """
 
 from __future__ import annotations
@@ -13,19 +13,36 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-
 from servegym.engines.huggingface import Service
 from servegym.envs.errors import ServegymError, shown
+
+try:
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError:
+    raise ServegymError("starlette is not installed; get it by `make engine`") from None
 
 LOOKS_S: Final = 0.005
 """How often a waiting answer looks for new tokens."""
 
 SPREAD: Final = 0.7
 """Nobody predicts lengths: half the most, give or take a factor of two."""
+
+
+ABSENT: Final[dict[str, tuple[Any, ...]]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "logprobs": (None, False, 0),
+    "stop": (None, "", []),
+    "suffix": (None, ""),
+}
+"""Parameters that are not had, and the values that ask for nothing."""
+
+_CUT: Final = "\ufffd"
+"""What a tokenizer gives for a letter of which tokens are still to come."""
 
 
 class Letters:
@@ -36,9 +53,10 @@ class Letters:
 
     def encode(self, text: str) -> list[int]:
         """Return a token id for each byte."""
-        return [1 + byte % (self._vocabulary - 1) for byte in text.encode()]
+        whole = text.encode(errors="replace")
+        return [1 + byte % (self._vocabulary - 1) for byte in whole]
 
-    def decode(self, tokens: list[int]) -> str:
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool = False) -> str:
         """Return token ids as a text."""
         return "".join(f" {token}" for token in tokens)
 
@@ -92,7 +110,7 @@ class Front:
             return Response(status_code=499)
         except ServegymError as error:
             return _refused(str(error))
-        except ValueError:
+        except (ValueError, RecursionError):
             return _refused("the body must be JSON")
         if body.get("stream"):
             options = body.get("stream_options") or {}
@@ -108,7 +126,7 @@ class Front:
         except ServegymError as error:
             return _refused(str(error), 500)
         tokens, _ = self._service.progress(name)
-        answer = self._answer(name, self._tokenizer.decode(tokens), self._why(tokens, most))
+        answer = self._answer(name, self._text(tokens), self._why(tokens, most))
         return JSONResponse(answer | {"usage": _usage(prompt, len(tokens))})
 
     def _submitted(self, body: Any) -> tuple[str, int, int]:
@@ -119,15 +137,20 @@ class Front:
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
             prompt = prompt[0]
         if isinstance(prompt, str):
-            prompt = self._tokenizer.encode(prompt)
+            # Half a letter, which JSON can hold and no tokenizer takes, becomes a question mark.
+            prompt = self._tokenizer.encode(prompt.encode(errors="replace").decode())
         whole = isinstance(prompt, list) and all(type(token) is int for token in prompt)
         if not isinstance(prompt, list) or not whole:
-            raise ServegymError("prompt must be a text or a list of token ids")
-        most = body.get("max_tokens", 16)
+            raise ServegymError("prompt must be one text or one list of token ids")
+        most = body.get("max_tokens")
+        most = 16 if most is None else most  # OpenAI's
         if type(most) is not int or not 1 <= most <= self._most:
             raise ServegymError(f"max_tokens must lie in 1 … {self._most}, got {shown(most)}")
-        if body.get("n", 1) != 1:
-            raise ServegymError("n must be 1")
+        for parameter, nothing in ABSENT.items():
+            if body.get(parameter) not in nothing:
+                raise ServegymError(
+                    f"{parameter} must be {shown(nothing[-1])}, got {shown(body[parameter])}"
+                )
         if len(prompt) + most > self._room:
             raise ServegymError(
                 f"a prompt of {len(prompt)} tokens and {most} more exceed {self._room} tokens"
@@ -146,7 +169,9 @@ class Front:
             while not ended:
                 tokens, ended = self._service.progress(name)
                 if len(tokens) > sent or ended:
-                    sent, text = len(tokens), self._tokenizer.decode(tokens)
+                    sent, text = len(tokens), self._text(tokens)
+                    if not ended:  # a letter may still change with the tokens to come
+                        text = text.rstrip(_CUT)
                     new = text[len(said) :] if text.startswith(said) else ""
                     said = said + new
                     reason = self._why(tokens, most) if ended else None
@@ -162,6 +187,9 @@ class Front:
         finally:
             if not ended:  # the client has gone
                 self._service.cancel(name)
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _why(self, tokens: list[int], most: int) -> str:
         return "length" if len(tokens) >= most and tokens[-1] not in self._ends else "stop"

@@ -173,18 +173,11 @@ class Twin:
             is full.
         """
         state = self._state
-        i, room = int(state.episodes["requests"][0]), state.requests.shape[1]
-        prompt = whole_number("prompt_tokens", prompt_tokens, 1, MAX_TOKENS)
-        expected = whole_number("expected_output_tokens", expected_output_tokens, 1, MAX_TOKENS)
-        most = whole_number("most_tokens", most_tokens, 1, MAX_TOKENS)
-        spread = _number("spread", spread, MAX_SPREAD)
-        if spread > 0 and self.task.information.output_lengths == "known":
-            raise ServegymError(
-                f"spread must be 0, got {spread:g}: lengths are known in {self.task.name}; a task "
-                "with information.output_lengths 'predicted' has uncertain ones"
-            )
-        if i == room:
-            raise ServegymError(f"the twin has had its {room} requests; make one of more capacity")
+        i = self.submitted
+        prompt, expected, spread, most = self.checked(
+            prompt_tokens, expected_output_tokens, spread, most_tokens
+        )
+        self.check_room(i)
         arrival_s = 0.0 if now_s is None else _number("now_s", now_s, MAX_ARRIVAL_S)
         if self._briefed:
             arrival_s = max(
@@ -199,6 +192,32 @@ class Twin:
             self._submitted.append((arrival_s, prompt, expected, spread))
         return i
 
+    def checked(
+        self, prompt_tokens: int, expected_output_tokens: int, spread: float, most_tokens: int
+    ) -> tuple[int, int, float, int]:
+        """Return what ``submit`` would take; refuse what it would, before anybody else has the request."""
+        prompt = whole_number("prompt_tokens", prompt_tokens, 1, MAX_TOKENS)
+        expected = whole_number("expected_output_tokens", expected_output_tokens, 1, MAX_TOKENS)
+        most = whole_number("most_tokens", most_tokens, 1, MAX_TOKENS)
+        spread = _number("spread", spread, MAX_SPREAD)
+        if spread > 0 and self.task.information.output_lengths == "known":
+            raise ServegymError(
+                f"spread must be 0, got {spread:g}: lengths are known in {self.task.name}; a task "
+                "with information.output_lengths 'predicted' has uncertain ones"
+            )
+        return prompt, expected, spread, most
+
+    def check_room(self, submitted: int) -> None:
+        """Refuse one more request than ``submitted``, if these are all that the twin can have."""
+        room = self._state.requests.shape[1]
+        if submitted >= room:
+            raise ServegymError(f"the twin has had its {room} requests; make one of more capacity")
+
+    @property
+    def submitted(self) -> int:
+        """How many requests it has been told of."""
+        return int(self._state.episodes["requests"][0])
+
     def cancel(self, request: int) -> None:
         """Let a request end here, between two iterations, whether it waits, runs or is still to come.
 
@@ -211,7 +230,7 @@ class Twin:
             If there is no such request, or an iteration is under way: then name it in ``ran``.
         """
         state = self._state
-        known = int(state.episodes["requests"][0])
+        known = self.submitted
         if known == 0:
             raise ServegymError(
                 f"nobody has been submitted, so {shown(request)} cannot be cancelled"

@@ -21,11 +21,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final, Literal
 
-from vllm.v1.core.sched.scheduler import Scheduler
-
 from servegym.engines.iterations import Iteration
 from servegym.engines.twin import Twin, Work
 from servegym.envs.errors import ServegymError
+
+try:
+    from vllm.v1.core.sched.scheduler import Scheduler
+except ImportError as error:
+    raise ServegymError(
+        f"no vLLM that works here ({error}); results/engine/vllm.md says how to get it"
+    ) from None
 
 _STUMBLED_OVER: Final = "llvmlite.binding.ffi"
 
@@ -89,7 +94,9 @@ class TwinScheduler(Scheduler):
         """Tell the twin of a request, too."""
         super().add_request(request)
         tokens, spread = self.expected(request)
-        self.ids[request.request_id] = self.twin.submit(request.num_prompt_tokens, tokens, spread)
+        self.ids[request.request_id] = self.twin.submit(
+            request.num_prompt_tokens, tokens, spread, int(request.max_tokens)
+        )
         self.known.append(request)
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:

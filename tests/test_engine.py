@@ -138,10 +138,11 @@ def test_a_cancelled_request_is_not_run_any_more(model: Any, request_: int) -> N
 
 def test_a_request_that_is_still_to_come_can_be_cancelled(model: Any) -> None:
     engine = loaded(model, Twin(task(), make_policy("fcfs")), make_requests(arriving=True))
+    engine.cancel(10)  # the engine has seen nobody yet
     engine.step()
     engine.cancel(11)
     run(engine)
-    assert all(11 not in each.ids for each in engine.iterations)
+    assert not {10, 11} & {i for each in engine.iterations for i in each.ids}
 
 
 def test_in_service_texts_end_as_they_do_and_requests_come_and_go(model: Any) -> None:
@@ -225,10 +226,83 @@ def test_a_stage_that_would_be_split_is_refused(model: Any) -> None:
         engine.step()
 
 
-@pytest.mark.parametrize("prompt", [[], [1000], [-1]])
+@pytest.mark.parametrize("prompt", [[], [1000], [-1], [1.5], "ab", None])
 def test_what_is_no_prompt_is_refused(model: Any, prompt: list[int]) -> None:
-    with pytest.raises(ServegymError, match="token ids 0 … 999, at least one"):
+    with pytest.raises(ServegymError, match=r"must hold token ids 0 … 999|at least one token id"):
         new_engine(model).add(prompt, 1)
+    assert new_engine(model).add(list(np.array([0, 999])), 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"expected_tokens": 0}, "expected_output_tokens must lie in 1 … 10000000, got 0"),
+        ({"expected_tokens": float("nan")}, "must be a whole number, got nan"),
+        ({"spread": 0.5}, "spread must be 0, got 0.5: lengths are known"),
+        ({"arrival_s": -1.0}, "arrival_s must lie in 0 … 1e\\+09, got -1"),
+        ({"ends": ["a"]}, "ends must hold token ids 0 … 999"),
+    ],
+)
+def test_what_the_twin_would_not_take_is_refused_before_the_engine_has_it(
+    model: Any, given: dict[str, Any], message: str
+) -> None:
+    engine = new_engine(model)
+    with pytest.raises(ServegymError, match=message):
+        engine.add([1], 1, **given)
+    assert engine.step() is None  # as if it had never been asked
+
+
+def test_one_request_more_than_the_twin_has_room_for_is_refused(model: Any) -> None:
+    engine = new_engine(model)
+    assert [engine.add([1], 1) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ServegymError, match="the twin has had its 5 requests"):
+        engine.add([1], 1)
+    assert len(run(engine).iterations) == 2
+
+
+def test_a_request_that_claims_to_come_before_the_last_one_comes_with_it(model: Any) -> None:
+    engine = new_engine(model)
+    for arrival_s in (1.0, 0.5):
+        engine.add([1], 1, arrival_s=arrival_s)
+    run(engine)
+    assert engine.twin.records().arrival_s.tolist() == [1.0, 1.0]
+
+
+def test_an_engine_needs_a_new_twin_and_a_clock_that_there_is(model: Any) -> None:
+    engine = new_engine(model)
+    engine.add([1], 1)
+    run(engine)
+    with pytest.raises(ServegymError, match="needs a new twin, this one has had 1 requests"):
+        Engine(model, engine.twin, **MEMORY)
+    with pytest.raises(ServegymError, match="unknown clock 'buzy'; did you mean 'busy'"):
+        new_engine(model, clock="buzy")
+
+
+def test_more_memory_than_the_machine_has_is_refused(model: Any) -> None:
+    with pytest.raises(ServegymError, match="no room for KV memory of 1099511627776 tokens"):
+        new_engine(model, kv_tokens=2**40)
+
+
+def test_whoever_has_not_ended_has_its_own_most_tokens_in_the_records(model: Any) -> None:
+    engine = new_engine(model)
+    engine.add([1], 7)
+    engine.step()
+    assert engine.twin.records().decode_rounds.tolist() == [6]
+
+
+def test_a_service_that_is_interrupted_at_its_start_leaves_no_thread(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(model, Twin(task(), make_policy("fcfs")), **MEMORY)
+
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(service, "_check", interrupted)
+    with pytest.raises(KeyboardInterrupt), service:
+        pass
+    assert not service.started
+    assert not service.manager.is_running()
 
 
 def test_fewer_tokens_in_a_batch_than_clients_are_refused(model: Any) -> None:
@@ -258,6 +332,9 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path, model: Any) -> Non
     with pytest.raises(ServegymError, match=r"holds no config\.json of a model"):
         load_model(str(tmp_path))
     model.save_pretrained(tmp_path)
+    with pytest.raises(ServegymError, match=r"holds no tokenizer, such as tokenizer\.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ServegymError, match="no tokenizer that can be read"):
         load_model(str(tmp_path))
 

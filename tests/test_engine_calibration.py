@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,18 @@ def rows(**changes: Any) -> str:
     ("changes", "message", "legal"),
     [
         ({"kind": "decod"}, "kind 'decod'; did you mean 'decode'", {"kind": "prefill"}),
-        ({"requests": 0}, "requests must be a number at least 1, got 0", {"requests": 1}),
-        ({"tokens": "x"}, "tokens must be a number at least 1, got x", {"tokens": 1}),
-        ({"cached_tokens": -1}, "cached_tokens must be a number at least 0", {"cached_tokens": 0}),
-        ({"seconds": 0}, "seconds must be a number > 0, got 0", {"seconds": 1e-9}),
-        ({"seconds": "nan"}, "seconds must be a number > 0", {"seconds": 1}),
+        ({"requests": 0}, "requests must be a whole number in 1 … 1e\\+12, got 0", {"requests": 1}),
+        ({"requests": 1.5}, "requests must be a whole number", {"requests": 2.0}),
+        ({"tokens": "x"}, "tokens must be a whole number in 1 …", {"tokens": 1}),
+        ({"tokens": "1e308"}, "tokens must be a whole number in 1 …", {"tokens": 1e12}),
+        (
+            {"cached_tokens": -1},
+            "cached_tokens must be a whole number in 0 …",
+            {"cached_tokens": 0},
+        ),
+        ({"seconds": 0}, "seconds must be a number in 1e-09 … 1e\\+09, got 0", {"seconds": 1e-9}),
+        ({"seconds": "nan"}, "seconds must be a number in", {"seconds": 1}),
+        ({"seconds": "1e-320"}, "seconds must be a number in", {"seconds": 1e9}),
     ],
 )
 def test_a_wrong_row_is_refused(
@@ -203,3 +211,9 @@ def test_without_transformers_it_is_said_how_to_get_it(monkeypatch: pytest.Monke
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ServegymError, match="transformers is not installed; get it by"):
         importlib.import_module("servegym.engines.huggingface")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_it_is_said_where_to_read_how_to_get_it() -> None:
+    with pytest.raises(ServegymError, match=r"no vLLM that works here .*vllm\.md says how"):
+        importlib.import_module("servegym.engines.vllm")

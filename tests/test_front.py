@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -65,6 +66,12 @@ def test_an_answer_is_that_of_generate(url: str) -> None:
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
     assert completion(url, prompt="ab", max_tokens=1)["usage"]["prompt_tokens"] == 2
+    nothing = {
+        "max_tokens": None,
+        "stop": None,
+        "n": None,
+    }  # as some clients send what they leave out
+    assert completion(url, prompt="\ud800", **nothing)["usage"]["total_tokens"] == 1 + 16
 
 
 def test_a_stream_says_the_same_bit_by_bit(url: str) -> None:
@@ -77,6 +84,37 @@ def test_a_stream_says_the_same_bit_by_bit(url: str) -> None:
     assert words == completion(url, prompt=[5, 6, 7], max_tokens=6)["choices"][0]["text"]
     assert said[-1]["usage"]["completion_tokens"] == 6
     assert said[-2]["choices"][0]["finish_reason"] == "length"
+
+
+class Halves:
+    """Two tokens a letter, as an emoji or a Chinese character may have; an odd one is half a letter."""
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return "é" * (len(tokens) // 2) + "\ufffd" * (len(tokens) % 2)
+
+
+class Emitting:
+    """A service in which a request has one token more whenever it is looked at."""
+
+    def __init__(self, most: int) -> None:
+        self.tokens, self.most = 0, most
+
+    def progress(self, _: str) -> tuple[list[int], bool]:
+        self.tokens += 1
+        return [1] * self.tokens, self.tokens == self.most
+
+
+@pytest.mark.parametrize(("most", "words"), [(6, "ééé"), (7, "ééé\ufffd")])
+def test_a_letter_that_is_still_to_be_completed_is_not_streamed(most: int, words: str) -> None:
+    front = Front(Emitting(most), "m", Halves(), (), 10, 10)  # type: ignore[arg-type]
+
+    async def said() -> list[str]:
+        return [event async for event in front._streamed("0", 1, most, usage=False)]
+
+    *events, _ = asyncio.run(said())
+    texts = [json.loads(event[6:])["choices"][0]["text"] for event in events]
+    assert "".join(texts) == words
 
 
 def test_a_client_that_goes_away_cancels_its_request(url: str, service: Service) -> None:
@@ -99,8 +137,12 @@ def test_a_client_that_goes_away_cancels_its_request(url: str, service: Service)
     [
         (b"x", "the body must be JSON"),
         (b"[]", "the body must be a JSON object"),
-        (b"{}", "prompt must be a text or a list of token ids"),
-        (b'{"prompt": [1.5]}', "prompt must be a text or a list of token ids"),
+        (b"{}", "prompt must be one text or one list of token ids"),
+        (b'{"prompt": [1.5]}', "prompt must be one text or one list of token ids"),
+        (b'{"prompt": ["a", "b"]}', "one text or one list of token ids"),
+        (b'{"prompt": [1], "echo": true}', "echo must be False, got True"),
+        (b'{"prompt": [1], "stop": ["x"]}', "stop must be [], got ['x']"),
+        (b"[" * 100_000, "the body must be JSON"),
         (b'{"prompt": [1000]}', "token ids 0 … 999"),
         (b'{"prompt": []}', "at least one"),
         (b'{"prompt": [1], "max_tokens": 0}', "max_tokens must lie in 1 … 2000, got 0"),

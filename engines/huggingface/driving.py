@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any, Final, Literal
+from operator import index
+from typing import Any, Final, Literal, get_args
 
 import torch
 from transformers import GenerationConfig
@@ -18,7 +19,8 @@ from servegym.engines.huggingface.scheduler import Asked, Clock, TwinScheduler
 from servegym.engines.iterations import Iteration
 from servegym.engines.twin import Twin
 from servegym.envs.arguments import whole_number
-from servegym.envs.errors import ServegymError, shown
+from servegym.envs.errors import ServegymError, shown, unknown
+from servegym.envs.workload.requests import MAX_ARRIVAL_S
 
 PAGE_TOKENS: Final = 16
 """Tokens of a page of KV memory."""
@@ -45,12 +47,19 @@ class _Driven:
             raise ServegymError(
                 f"batch_tokens must be at least the {clients} clients, got {batch_tokens}"
             )
+        if clock not in get_args(Clock):
+            raise unknown("clock", str(clock), get_args(Clock))
+        if twin.submitted:
+            raise ServegymError(
+                f"an engine needs a new twin, this one has had {twin.submitted} requests"
+            )
         self.twin, self.model, self.pages = twin, model, pages
         self.asked: dict[str, Asked] = {}
         self.made: list[TwinScheduler] = []
         self._batch_tokens = batch_tokens
         self._context = int(getattr(model.config, "max_position_embeddings", 2**31))
         self._largest: list[int] = []  # pages of the largest requests, as many as there are clients
+        self._needs = f"KV memory of {kv_tokens} tokens with batches of {batch_tokens}"
 
         def scheduler(**given: Any) -> TwinScheduler:
             self.made.append(TwinScheduler(twin, self.asked, clock, **given))
@@ -100,13 +109,17 @@ class _Driven:
         Raises
         ------
         ServegymError
-            If it exceeds the model's context or a batch, or memory might not hold as many as may run.
+            If it exceeds the model's context or a batch, memory might not hold as many as may run, or the
+            twin would not take it.
         """
-        prompt = tuple(int(token) for token in prompt)
-        most = whole_number("most_tokens", most_tokens, 1, 10_000_000)
-        vocabulary = int(self.model.config.vocab_size)
-        if not prompt or not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise ServegymError(f"a prompt holds token ids 0 … {vocabulary - 1}, at least one")
+        self.twin.check_room(len(self.asked))
+        prompt, ends = self._token_ids("a prompt", prompt), self._token_ids("ends", ends)
+        if not prompt:
+            raise ServegymError("a prompt holds at least one token id, got none")
+        expected = most_tokens if expected_tokens is None else expected_tokens
+        _, expected, spread, most = self.twin.checked(len(prompt), expected, spread, most_tokens)
+        if arrival_s is not None and not 0 <= arrival_s <= MAX_ARRIVAL_S:
+            raise ServegymError(f"arrival_s must lie in 0 … {MAX_ARRIVAL_S:g}, got {arrival_s:g}")
         if len(prompt) + most > self._context:
             raise ServegymError(
                 f"a prompt of {len(prompt)} tokens and {most} more exceed the model's context of "
@@ -119,12 +132,22 @@ class _Driven:
             )
         self._reserve(-(-(len(prompt) + most) // PAGE_TOKENS))
         name = str(len(self.asked))
-        expected = most if expected_tokens is None else int(expected_tokens)
-        self.asked[name] = Asked(prompt, most, expected, float(spread), arrival_s)
+        self.asked[name] = Asked(prompt, most, expected, spread, arrival_s)
         self.manager.add_request(
             list(prompt), request_id=name, max_new_tokens=most, eos_token_id=list(ends) or -1
         )
         return name
+
+    def _token_ids(self, what: str, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Return token ids; refuse what is not in the model's vocabulary."""
+        vocabulary = int(self.model.config.vocab_size)
+        try:
+            found = tuple(map(index, tokens))
+        except TypeError:
+            found = (-1,)
+        if found and not 0 <= min(found) <= max(found) < vocabulary:
+            raise ServegymError(f"{what} must hold token ids 0 … {vocabulary - 1}")
+        return found
 
     def _reserve(self, pages: int) -> None:
         """Refuse a request with which the largest that may run together would exceed memory."""
@@ -175,7 +198,10 @@ class Engine(_Driven):
         batch_tokens: int = 2048,
     ) -> None:
         super().__init__(model, twin, clock, kv_tokens, batch_tokens)
-        self._processor = self.manager._create_batch_processor()
+        try:
+            self._processor = self.manager._create_batch_processor()
+        except MemoryError:
+            raise ServegymError(f"this machine has no room for {self._needs}") from None
         self.scheduler = self._check(self._processor)
         self._all_tokens = self._done_tokens = 0
 
@@ -261,12 +287,18 @@ class Service(_Driven):
     def __enter__(self) -> Service:
         with torch.inference_mode():
             self.manager.start()
-        deadline = time.perf_counter() + 60.0
-        while self.manager.batch_processor is None:
-            if not self.manager.is_running() or time.perf_counter() > deadline:
-                raise ServegymError("the engine's thread has not started")
-            time.sleep(0.005)
-        self.scheduler = self._check(self.manager.batch_processor)
+        try:
+            deadline = time.perf_counter() + 60.0
+            while self.manager.batch_processor is None:
+                if not self.manager.is_running() or time.perf_counter() > deadline:
+                    raise ServegymError(
+                        f"the engine's thread has not started; it may lack room for {self._needs}"
+                    )
+                time.sleep(0.005)
+            self.scheduler = self._check(self.manager.batch_processor)
+        except BaseException:  # Ctrl-C, too: a thread that is left behind keeps the process alive
+            self.manager.stop(block=True, timeout=60.0)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -277,6 +309,11 @@ class Service(_Driven):
             raise ServegymError("the engine's thread does not stop")
         if self.scheduler.error is None:
             self.scheduler.settle()
+
+    @property
+    def started(self) -> bool:
+        """Whether it has run; then ``scheduler`` holds what has come of it."""
+        return hasattr(self, "scheduler")
 
     def submit(
         self,

@@ -41,6 +41,9 @@ SMOLLM2: Final = "smollm2"
 _SMOLLM2_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+_TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
+
 def load_model(name: str, seed: int = 0) -> tuple[Any, Any]:
     """Return a model and its tokenizer, None for ``tiny``.
 
@@ -70,11 +73,13 @@ def load_model(name: str, seed: int = 0) -> tuple[Any, Any]:
         assert spec is not None
         assert spec.origin is not None
         return _from_folder(Path(spec.origin).parent, gguf_file=_SMOLLM2_FILE)
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ServegymError(f"model {name}: no such folder; others are tiny and {SMOLLM2}")
     if not (folder / "config.json").is_file():
         raise ServegymError(f"model {name}: the folder holds no config.json of a model")
+    if not any(next(folder.glob(kind), None) for kind in _TOKENIZERS):
+        raise ServegymError(f"model {name}: the folder holds no tokenizer, such as tokenizer.json")
     return _from_folder(folder)
 
 

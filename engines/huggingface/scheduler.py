@@ -76,14 +76,19 @@ class TwinScheduler(Scheduler):
             if state.num_children:
                 raise ServegymError("several outputs of a request part the twin from the engine")
             id_ = self.twin.submit(
-                len(asked.prompt), asked.expected_tokens, asked.spread, now_s=asked.arrival_s
+                len(asked.prompt),
+                asked.expected_tokens,
+                asked.spread,
+                asked.most_tokens,
+                now_s=asked.arrival_s,
             )
         except Exception as error:
             self.error = self.error or error
             raise
+        self.states.append(state)  # first: whoever finds the id, in another thread, finds the state
         self.ids[state.request_id] = id_
-        self.states.append(state)
-        self._arrivals.append(asked.arrival_s or 0.0)
+        before_s = self._arrivals[-1] if self._arrivals else 0.0
+        self._arrivals.append(max(asked.arrival_s or 0.0, before_s))  # as the twin has it
         super().add_waiting_request(state)
 
     def finish_request(self, request_id: str) -> None:

@@ -27,6 +27,7 @@ from servegym.studies.engines.loads import (
     PAGE,
     QUESTIONS,
     Load,
+    check_unknown,
     ends_of,
     engine_policy,
     engine_task,
@@ -83,6 +84,12 @@ class Args:
         check_number("--port", self.port, 0, 65_535)
         check_number("--seed", self.seed, 0, 2**62)
         check_number("--threads", self.threads, 1, 1024)
+        if self.port > 0:
+            for name in ("compare", "workload", "requests", "rate", "prompts", "clock"):
+                if getattr(self, name) != getattr(Args, name):
+                    raise ServegymError(
+                        f"--port serves whoever asks, by --policy, on the wall's clock: leave out --{name}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,14 @@ def prepare(args: Args, task: TaskConfig) -> Stage:
     texts = read_texts(Path(args.prompts)) if args.prompts else []
     from servegym.engines.huggingface import SMOLLM2, load_model, use_threads
 
-    use_threads(args.threads)
-    model, tokenizer = load_model(args.model, args.seed)
-    if texts and tokenizer is None:
-        raise ServegymError(f"--prompts needs a model with a tokenizer, {args.model} has none")
     if args.model == SMOLLM2 and not texts:
         texts = list(QUESTIONS)
+    if texts and args.model == "tiny":
+        raise ServegymError("--prompts needs a model with a tokenizer, tiny has none")
+    if texts:
+        check_unknown(task)
+    use_threads(args.threads)
+    model, tokenizer = load_model(args.model, args.seed)
     if texts:
         load = text_load(texts, tokenizer, model, task, args.most_tokens, args.seed)
     else:
@@ -124,13 +133,8 @@ def by_hand(stage: Stage, names: Sequence[str], args: Args) -> dict[str, Served]
     total = len(stage.load.requests)
     glances = [Glance(name, engines[name].scheduler, policies[name], total) for name in names]
     screen, alive = Screen(glances), dict(engines)
-    try:
-        while alive:
-            name, iteration = next_in_lockstep(alive)
-            if iteration is None:
-                del alive[name]
-            screen.show()
-    finally:  # Ctrl-C, too
+
+    def write() -> dict[str, Served]:
         screen.show(now=True)
         served = {}
         for name, engine in engines.items():
@@ -138,6 +142,18 @@ def by_hand(stage: Stage, names: Sequence[str], args: Args) -> dict[str, Served]
             log, clock_s = engine.twin.records(), engine.twin.clock_s
             served[name] = Served(name, engine.iterations, log, clock_s, found)
             write_run(args.output, served[name], args.seed)
+        return served
+
+    try:
+        while alive:
+            name, iteration = next_in_lockstep(alive)
+            if iteration is None:
+                del alive[name]
+            screen.show()
+    except KeyboardInterrupt:
+        write()
+        raise KeyboardInterrupt(_so_far(args)) from None
+    served = write()
     if stage.tokenizer is not None:
         show_texts(stage, next(iter(engines.values())).tokens())
     return served
@@ -153,6 +169,16 @@ def in_service(stage: Stage, name: str, args: Args) -> dict[str, Served]:
     twin = load.twin(stage.task, policy, args.seed)
     known = stage.task.information.output_lengths == "known"
     service = Service(stage.model, twin, **load.memory(stage.task))
+
+    def write() -> tuple[Served, dict[int, list[int]]]:
+        states = enumerate(service.scheduler.states)
+        tokens = {i: list(state.generated_tokens) for i, state in states}
+        iterations = service.scheduler.iterations
+        found = load.revealed(tokens)
+        served = Served(name, iterations, twin.records(), twin.clock_s, found)
+        write_run(args.output, served, args.seed)
+        return served, tokens
+
     try:
         with service:
             screen = Screen([Glance(name, service.scheduler, policy, len(requests))])
@@ -173,17 +199,19 @@ def in_service(stage: Stage, name: str, args: Args) -> dict[str, Served]:
                 service.wait(0.1)
                 screen.show()
             screen.show(now=True)
-    finally:
-        tokens = {
-            i: list(state.generated_tokens) for i, state in enumerate(service.scheduler.states)
-        }
-        tokens = {i: tokens.get(i, []) for i in range(len(requests))}
-        iterations = service.scheduler.iterations
-        served = Served(name, iterations, twin.records(), twin.clock_s, load.revealed(tokens))
-        write_run(args.output, served, args.seed)
+    except KeyboardInterrupt:
+        if service.started:
+            write()
+            raise KeyboardInterrupt(_so_far(args)) from None
+        raise
+    served, tokens = write()
     if stage.tokenizer is not None:
         show_texts(stage, tokens)
     return {name: served}
+
+
+def _so_far(args: Args) -> str:
+    return f"interrupted; records so far are in {args.output}"
 
 
 def check_port(port: int) -> None:
@@ -232,13 +260,15 @@ def over_http(args: Args, task: TaskConfig, name: str) -> None:
             print(f"http://127.0.0.1:{args.port}/v1/completions, until Ctrl-C", flush=True)
             uvicorn.run(front.app(), host="127.0.0.1", port=args.port, log_level="warning")
     finally:
-        tokens = [list(state.generated_tokens) for state in service.scheduler.states]
+        states = service.scheduler.states if service.started else []
+        tokens = [list(state.generated_tokens) for state in states]
         if tokens:
             log, iterations = twin.records(), service.scheduler.iterations
             requests = make_requests(log.prompt_tokens, [max(len(each), 1) for each in tokens])
             write_run(args.output, Served(name, iterations, log, twin.clock_s, requests), args.seed)
             asked = ", ".join(f"{key} {count}" for key, count in policy.counts.most_common())
             print(f"{len(tokens)} requests, {len(iterations)} iterations; decisions: {asked}")
+            print(f"wrote records and iterations to {args.output}")
 
 
 def show_texts(stage: Stage, tokens: dict[int, list[int]], count: int = 3) -> None:
@@ -259,20 +289,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ServegymError(
             "--compare runs in lockstep, which the wall's clock cannot; take --clock busy"
         )
+    for name in names:  # refuses what no twin can do before a model is loaded
+        Twin(task, engine_policy(name, task), capacity=1)
     check_folder(args.output)
     if args.port > 0:
         over_http(args, task, names[0])
         return 0
     stage = prepare(args, task)
     make_folder(args.output)
-    try:
-        served = (
-            in_service(stage, names[0], args)
-            if args.clock == "wall"
-            else by_hand(stage, names, args)
-        )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; records so far are in {args.output}") from None
+    serving = in_service(stage, names[0], args) if args.clock == "wall" else None
+    served = serving or by_hand(stage, names, args)
     text = summary(served, task, args.seed, compares=args.clock == "model")
     print(text, end="")
     options = {key: value for key, value in vars(args).items() if value != getattr(Args, key)}

@@ -93,8 +93,8 @@ class Load:
         return engine
 
     def revealed(self, tokens: dict[int, list[int]]) -> Requests:
-        """Return the requests with the lengths that an engine has found."""
-        lengths = [max(len(tokens[i]), 1) for i in range(len(self.requests))]
+        """Return the requests with the lengths that an engine has found; 1 where it has not seen them."""
+        lengths = [max(len(tokens.get(i, ())), 1) for i in range(len(self.requests))]
         return replace(self.requests, output_tokens=np.array(lengths))
 
 
@@ -119,6 +119,15 @@ def uniform_load(
     return random_prompts(make_requests(*lengths), vocabulary, seed)
 
 
+def check_unknown(task: TaskConfig) -> None:
+    """Refuse a task that knows the lengths of texts which end by themselves."""
+    if task.information.output_lengths == "known":
+        raise ServegymError(
+            f"{task.name} knows output lengths, and a model that ends its texts itself tells nobody; "
+            "take --task GSM8KPredicted-v0"
+        )
+
+
 def text_load(
     texts: Sequence[str], tokenizer: Any, model: Any, task: TaskConfig, most_tokens: int, seed: int
 ) -> Load:
@@ -126,11 +135,7 @@ def text_load(
 
     Nobody predicts their lengths: all are expected at half the most, give or take a factor of two.
     """
-    if task.information.output_lengths == "known":
-        raise ServegymError(
-            f"{task.name} knows output lengths, and a model that ends its texts itself tells nobody; "
-            "take --task GSM8KPredicted-v0"
-        )
+    check_unknown(task)
     count = task.workload.requests
     drawn = make_case(task, seed).requests
     asked = [texts[i % len(texts)] for i in range(min(count, len(drawn)))]
