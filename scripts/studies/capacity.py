@@ -68,8 +68,8 @@ def check_task(task: TaskConfig) -> None:
         )
     if not task.slo:
         raise ServegymError(
-            f"--task {task.name} has no limits to meet; choose one that has, such as Chat-v0, or give slo.ttft_s "
-            "or slo.tpot_s"
+            f"--task {task.name} has no limits to meet; choose one that has, such as Chat-v0, or give "
+            "slo.ttft_s or slo.tpot_s"
         )
     if task.process.max_decisions > 0 or task.process.max_seconds > 0:
         raise ServegymError(
@@ -165,6 +165,17 @@ def next_rate(
 def rounded(rate: float) -> float:
     """Return a rate of four digits, as it stands in the table of rows."""
     return float(f"{rate:.4g}")
+
+
+def shown(rate: float) -> str:
+    """Format a rate with three digits.
+
+    Examples
+    --------
+    >>> shown(4.5), shown(31.53), shown(123.4)
+    ('4.50', '31.5', '123')
+    """
+    return f"{rate:#.3g}".rstrip(".")
 
 
 def looks(most: int) -> list[int]:
@@ -349,15 +360,15 @@ def table_of(
             "rate / μ": "",
         }
         if bracket.low == 0.0:
-            row["bracket"] = f"below {seen['rate_per_s'].min():.3g}"
+            row["bracket"] = f"below {shown(seen['rate_per_s'].min())}"
         elif bracket.high == inf:
-            row["bracket"] = f"above {seen['rate_per_s'].max():.3g}"
+            row["bracket"] = f"above {shown(seen['rate_per_s'].max())}"
         else:
             met = seen.set_index("rate_per_s")["attainment"]
             rate = crossing(seen, bracket, target)
             row |= {
-                "rate (1/s)": f"{rate:.3g}",
-                "bracket": f"{bracket.low:.3g} … {bracket.high:.3g}",
+                "rate (1/s)": shown(rate),
+                "bracket": f"{shown(bracket.low)} … {shown(bracket.high)}",
                 "undecided": _ends(bracket.undecided),
                 "met at the bracket's ends (%)": " / ".join(
                     fixed(100 * met[end], 1) for end in (bracket.low, bracket.high)
@@ -366,8 +377,8 @@ def table_of(
                 "rate / μ": fixed(rate / known) if known > 0 else "",
             }
         table.append(row)
-    shown = pd.DataFrame(table)
-    return shown if known > 0 else shown.drop(columns=["rate / μ"])
+    frame = pd.DataFrame(table)
+    return frame if known > 0 else frame.drop(columns=["rate / μ"])
 
 
 def crossing(seen: pd.DataFrame, bracket: Bracket, target: float) -> float:
@@ -387,7 +398,7 @@ def crossing(seen: pd.DataFrame, bracket: Bracket, target: float) -> float:
 
 def _ends(rates: Sequence[float]) -> str:
     """Format the first and the last of some rates."""
-    return " … ".join(f"{rate:.3g}" for rate in dict.fromkeys((*rates[:1], *rates[-1:])))
+    return " … ".join(shown(rate) for rate in dict.fromkeys((*rates[:1], *rates[-1:])))
 
 
 def bracket_of(seen: pd.DataFrame) -> Bracket:
@@ -404,8 +415,8 @@ def without_capacity(rates: Mapping[str, pd.DataFrame], target: float) -> Sequen
             least = seen.iloc[0]
             lines.append(
                 f"policy {name} never meets {100 * target:g} % of the limits: "
-                f"{100 * least['attainment']:.1f} % at {least['rate_per_s']:g} a second, the lowest rate; ask "
-                "for a lower --attainment"
+                f"{100 * least['attainment']:.1f} % at {least['rate_per_s']:g} a second, the lowest rate; "
+                "ask for a lower --attainment"
             )
         elif bracket.high == inf:
             most = seen.iloc[-1]

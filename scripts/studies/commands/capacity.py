@@ -40,10 +40,10 @@ TEXT = """# {task}: arrivals that are sustained
 `{command}`
 
 The highest rate at which {target:g} % of the requests meet their limits ({limits}).
-{requests} requests an episode; those count that arrive after {warmup_s:g} s, and {cooldown_s:g} s before the last
-at the latest. Episodes of seeds 1000000 and up are added to a rate, up to {episodes}, until the interval of their
-mean lies on one side of {target:g} %; it is looked at {looks} times at most, at {confidence:.2f} % each, so that
-a rate is misjudged with a chance of 5 % at most.
+{requests} requests an episode; those count that arrive after {warmup_s:g} s, and {cooldown_s:g} s before the
+last at the latest. Episodes of seeds 1000000 and up are added to a rate, up to {episodes}, until the interval
+of their mean lies on one side of {target:g} %; it is looked at {looks} times at most, at {confidence:.2f} %
+each, so that a rate is misjudged with a chance of 5 % at most.
 
 - **bracket**: the highest rate that is sustained … the lowest that is not; the capacity lies between;
 - **undecided**: the rates between them at which {episodes} episodes did not tell;
