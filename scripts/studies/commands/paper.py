@@ -138,8 +138,7 @@ def short_report(case: pd.DataFrame, study: pd.DataFrame) -> str:
     seeds, bound_s = study["seed"], case["lower_bound_s"].iloc[0]
     return f"""{to_markdown(table)}
 Makespans are those of the paper's single case, whose lower bound is {bound_s:.2f} s (paper: about 180 s).
-Gaps are means over {seeds.nunique()} held-out cases, seeds {seeds.min()} … {seeds.max()}.
-Intervals are 95 %, Student-t.
+Gaps are means over {seeds.nunique()} held-out cases, seeds {seeds.min()} … {seeds.max()}, with 95 % Student-t intervals.
 """
 
 
