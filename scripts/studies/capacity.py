@@ -2,7 +2,8 @@
 
 At a rate episodes of held-out seeds are added until the interval of their mean attainment lies on one side of
 the target, or there are as many as may be: then the rate stays undecided. Seeds are the same at every rate,
-and so are a seed's requests and gaps, these in proportion: rates are compared on the same luck.
+and so are a seed's requests and, in proportion, its gaps (bursts and days keep their seconds): rates are
+compared on the same luck.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ ROWS: Final = Schema(
     texts=("policy",),
     if_deleted="its episode is played again",
 )
-"""What ``episodes.csv`` must be: of each episode the requests that arrived in the window."""
+"""What ``rows.csv`` must be: of each episode the requests that arrived in the window."""
 
 Floats = NDArray[np.float64]
 
@@ -274,9 +275,9 @@ class Study:
     def open(self, folder: Path) -> Episodes:
         """Return the rows of a folder; refuse those of something else."""
         asked = {"task": notes_of(self.task), "window": self.window._asdict(), **hash_of(self.task)}
-        claim(folder / "task.json", asked, "rows", indent=1, tables=["episodes.csv"])
+        claim(folder / "rows.json", asked, "rows", indent=1, tables=["rows.csv"])
         table = ResumableTable(
-            folder / "episodes.csv",
+            folder / "rows.csv",
             ROWS,
             "remove the file or choose a new --output folder",
             ("policy", "rate_per_s", "seed"),

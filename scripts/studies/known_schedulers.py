@@ -24,7 +24,7 @@ ROWS: Final = Schema(
     optional=("within_limits", "gap"),
     if_deleted="its episode is played again",
 )
-"""What ``episodes.csv`` must be: a share of requests where the task has limits, else a gap."""
+"""What ``rows.csv`` must be: a share of requests where the task has limits, else a gap."""
 
 WHO: Final = {
     "vllm": "vLLM's and Sarathi-Serve's: mixed passes within a budget of tokens",
@@ -113,13 +113,18 @@ def table_of(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def cases_of(rows: pd.DataFrame) -> str:
+    """Return which cases were played, in words."""
+    seeds = rows["seed"]
+    return f"{seeds.nunique()} held-out cases, seeds {seeds.min()} … {seeds.max()}"
+
+
 def note(rows: pd.DataFrame) -> str:
     """Return what cells are."""
-    seeds = rows["seed"]
     return (
-        f"Means over {seeds.nunique()} held-out cases, seeds {seeds.min()} … {seeds.max()}, with 95 % "
-        "Student-t intervals: the share of\nrequests in steady state that meet their limits, and the gap to the bound. "
-        "An empty cell: the task cannot have\nthe policy, or it changes nothing there.\n"
+        f"Means over {cases_of(rows)}, with 95 % Student-t intervals: the share of\nrequests in steady "
+        "state that meet their limits, and the gap to the bound. An empty cell: the task cannot have\n"
+        "the policy, or it changes nothing there.\n"
     )
 
 
@@ -133,9 +138,8 @@ def report(rows: pd.DataFrame, command: str) -> str:
 
 def short_report(rows: pd.DataFrame) -> str:
     """Return short.md: some rows of table.md, for the README."""
-    seeds = rows["seed"]
     return (
-        f"{to_markdown(table_of(rows, SHORT))}\nShares of requests within their limits, in steady state, and gaps "
-        f"to the bound; {seeds.nunique()} held-out cases,\nseeds {seeds.min()} … {seeds.max()}. An empty cell: the "
-        "task cannot have the policy, or it changes nothing there.\n"
+        f"{to_markdown(table_of(rows, SHORT))}\nShares of requests within their limits, in steady state, and "
+        f"gaps to the bound: {cases_of(rows)}.\nAn empty cell: the task cannot have the policy, or it "
+        "changes nothing there.\n"
     )

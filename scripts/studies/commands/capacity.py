@@ -77,7 +77,7 @@ class Args:
     reference: str = "vllm"
     """Policy whose service of requests that are all present is the fluid capacity."""
     output: Path = Path("results/capacity")
-    """Folder for a folder a task, with episodes.csv and capacity.md."""
+    """Folder for a folder a task, with rows.csv and capacity.md."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
 

@@ -19,7 +19,7 @@ from servegym.studies.cases import held_out
 from servegym.studies.cli import command_line, parse
 from servegym.studies.known_schedulers import ENTRIES, ROWS, WHO, play_case, report, short_report
 
-FILES = ("task.json", "episodes.csv")
+FILES = ("rows.json", "rows.csv")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_file(args.output / "short.md", short_report(rows))
         anew.end(args.output)
     print(text)
-    print(f"wrote {args.output}: table.md, short.md, episodes.csv")
+    print(f"wrote {args.output}: table.md, short.md, rows.csv")
     return 0
 
 

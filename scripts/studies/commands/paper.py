@@ -136,9 +136,10 @@ def short_report(case: pd.DataFrame, study: pd.DataFrame) -> str:
     table = table.drop(columns=["client / decode util. (%)", "paper (%)"]).loc[list(SHORT)]
     table["policy"] = [f"`{name}` {text}" for name, text in SHORT.items()]
     seeds, bound_s = study["seed"], case["lower_bound_s"].iloc[0]
+    held_out = f"{seeds.nunique()} held-out cases, seeds {seeds.min()} … {seeds.max()}"
     return f"""{to_markdown(table)}
 Makespans are those of the paper's single case, whose lower bound is {bound_s:.2f} s (paper: about 180 s).
-Gaps are means over {seeds.nunique()} held-out cases, seeds {seeds.min()} … {seeds.max()}, with 95 % Student-t intervals.
+Gaps are means over {held_out}, with 95 % Student-t intervals.
 """
 
 
