@@ -14,8 +14,9 @@ from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.envs import TASKS, ServegymError, make_case, play
 from servegym.envs.playing.evaluation import HELD_OUT_SEED
 from servegym.envs.playing.service import Window, service_rows
+from servegym.envs.playing.summary import fixed
+from servegym.studies import anew
 from servegym.studies import known_schedulers as study
-from servegym.studies.anew import UNFINISHED
 from servegym.studies.commands import cluster
 from servegym.studies.known_schedulers import ENTRIES, ROWS, WHO, Entry, play_case
 from tests.test_scripts import refused
@@ -63,9 +64,8 @@ def test_tables_of_tasks_say_the_same(entry: Entry) -> None:
     compared = [name for name in entry.policies if name in told]
     assert len(compared) > 6
     for name in compared:
-        mean = means.loc[name, "gap" if entry.window is None else "within_limits"]
-        digits = 2 if entry.window is None else 1
-        assert told[name].partition(" ± ")[0] == f"{mean:.{digits}f}"
+        mean = float(means["gap" if entry.window is None else "within_limits"][name])
+        assert told[name].partition(" ± ")[0] == fixed(mean, 2 if entry.window is None else 1)
 
 
 def test_the_code_still_plays_what_is_committed() -> None:
@@ -110,9 +110,9 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_starts_anew(
     text, rows = run(tmp_path), tmp_path / "rows.csv"
     whole = rows.read_text("utf-8")
     assert len(whole.splitlines()) == 1 + 2 * 3
-    assert not (tmp_path / UNFINISHED).exists()
+    assert not (tmp_path / anew.UNFINISHED).exists()
 
-    cluster.anew.begin(tmp_path, {}, ())  # as if interrupted
+    anew.begin(tmp_path, {}, ())  # as if interrupted
     lines = whole.splitlines(keepends=True)
     marked = re.sub(r",[\d.]+,$", ",0.5,", lines[1].rstrip("\n")) + "\n"
     rows.write_text("".join([lines[0], marked, *lines[3:]]), "utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import pandas as pd
@@ -98,7 +98,7 @@ def play_case(entry: Entry, names: Sequence[str], seed: int) -> list[Row]:
 def table_of(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Return one row a policy, one column a task; empty where the task cannot have the policy."""
     table = []
-    groups: Mapping[tuple[str, str], pd.DataFrame] = dict(iter(rows.groupby(["task", "policy"])))
+    groups = dict(iter(rows.groupby(["task", "policy"])))
     for name in names:
         shown = "`vllm`, `sarathi`" if name == "vllm" else f"`{name}`"
         cells = {"policy": f"{shown} {WHO[name]}"}

@@ -91,8 +91,10 @@ class Args:
 
 def command_of(args: Args) -> str:
     """Return the command that does what ``args`` say."""
-    names = ("task", "policies", "attainment", "requests", "episodes", "narrow")
-    names += ("warmup_s", "cooldown_s", "reference", "output")
+    names = (
+        *("task", "policies", "attainment", "requests", "episodes", "narrow"),
+        *("warmup_s", "cooldown_s", "reference", "output"),
+    )
     return command_line("capacity", **{name: getattr(args, name) for name in names})
 
 
