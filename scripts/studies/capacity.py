@@ -18,7 +18,6 @@ from typing import Final
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 from tqdm import tqdm
 
 from servegym.envs.errors import ServegymError
@@ -26,7 +25,7 @@ from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.playing.identity import check_unchanged, claim, hash_of, notes_of
 from servegym.envs.playing.parallel import run_parallel
 from servegym.envs.playing.service import Window, service_rows
-from servegym.envs.playing.summary import CONFIDENCE, fixed
+from servegym.envs.playing.summary import CONFIDENCE, fixed, student_half
 from servegym.envs.playing.tables import ResumableTable, Row, Schema
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.workload.arrivals import Arrivals
@@ -195,8 +194,7 @@ def looks(most: int) -> list[int]:
 
 def interval(shares: Floats, confidence: float) -> tuple[float, float]:
     """Return mean and half the width of its Student-t interval."""
-    half = stats.sem(shares) * stats.t.ppf(0.5 + confidence / 2, len(shares) - 1)
-    return float(np.mean(shares)), float(half)
+    return float(np.mean(shares)), student_half(shares, confidence)
 
 
 def verdict_of(shares: Floats, target: float, confidence: float) -> int:
