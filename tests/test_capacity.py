@@ -135,6 +135,11 @@ def test_the_table_says_what_is_known() -> None:
         (["--policies", "vlm"], "did you mean 'vllm'"),
         (["--policies", ","], "--policies names no policy"),
         (["--reference", "vlm"], "did you mean 'vllm'"),
+        (["--requests", "800"], "800 requests are too few: at the fluid capacity, 4.98 a second"),
+        (
+            ["--policies", "vllm", "--task", "Cluster-v0", "--reference", "sglang"],
+            "--reference sglang: ",
+        ),
         (["--episodes", "1"], "--episodes must lie in 2"),
         (["--warmup-s", "-1"], "the warm-up must be ≥ 0"),
     ],

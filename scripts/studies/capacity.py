@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 from pathlib import Path
 from typing import Final
 
@@ -250,8 +250,20 @@ class Study:
     """The ratio of a bracket's ends that is narrow enough, less 1."""
     start: float
     """The first rate: the fluid capacity."""
+    requests: int
+    """Of an episode."""
     jobs: int
     weights: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        cut_s = self.window.warmup_s + self.window.cooldown_s
+        least = ceil(2.0 * cut_s * self.start)
+        if self.requests < least:
+            raise ServegymError(
+                f"{self.requests} requests are too few: at the fluid capacity, {self.start:.3g} a second, "
+                "warm-up and cool-down take more than half of their arrivals; take "
+                f"{least} --requests or a shorter --warmup-s"
+            )
 
     @property
     def confidence(self) -> float:
@@ -263,7 +275,7 @@ class Study:
         """The rate at which the window holds half of the time of arrivals."""
         cut_s = self.window.warmup_s + self.window.cooldown_s
         most = MOST * self.start
-        return rounded(min(most, self.task.workload.requests / (2.0 * cut_s)) if cut_s else most)
+        return rounded(min(most, self.requests / (2.0 * cut_s)) if cut_s else most)
 
     @property
     def lowest(self) -> float:
@@ -287,10 +299,11 @@ class Study:
         """Look at rates until the bracket is narrow; return a row a rate, with its verdict."""
         seen: dict[float, Row] = {}
         verdicts: dict[float, int] = {}
-        first = min(rounded(self.start), self.highest)
         with tqdm(desc=name, unit="episode") as bar:
             while True:
-                rate = next_rate(verdicts, first, self.lowest, self.highest, self.narrow)
+                rate = next_rate(
+                    verdicts, rounded(self.start), self.lowest, self.highest, self.narrow
+                )
                 if rate is None:
                     break
                 bar.set_postfix_str(f"{rate:g} a second")

@@ -10,11 +10,13 @@ from statistics import mean
 
 import pandas as pd
 
+from servegym.baselines.registry import make_trigger_policy
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
-from servegym.envs.playing.evaluation import check_policies
+from servegym.envs.playing.evaluation import HELD_OUT_SEED, check_policies, make_case
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import USUAL_JOBS
+from servegym.envs.playing.policy import asked_task
 from servegym.envs.playing.service import Window, check_window
 from servegym.envs.playing.summary import to_markdown
 from servegym.envs.task.config import SloConfig
@@ -104,15 +106,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = load_task(args.task)
     check_task(task)
     names, reference = parse_policies(args.policies, task.name), args.reference
-    parse_policies(reference, task.name)
     check_policies(task, partial(make_policy, task_name=task.name), names)
+    try:
+        asked_task(task, make_trigger_policy(reference))
+    except ServegymError as error:
+        raise ServegymError(f"--reference {reference}: {error}") from None
     task = with_requests(task, args.requests)
+    requests = len(make_case(task, HELD_OUT_SEED).requests)
     loads = [load_of(task, reference, LOAD_REQUESTS, seed) for seed in range(LOAD_SEEDS)]
     fluid, known = mean(load.served for load in loads), mean(load.known for load in loads)
     window, folder = Window(args.warmup_s, args.cooldown_s), args.output / short_name(task)
     study = Study(
-        *(task, args.attainment, window, args.episodes, args.narrow, fluid, args.jobs),
-        weights_of(names, task.name),
+        *(task, args.attainment, window, args.episodes, args.narrow, fluid, requests),
+        *(args.jobs, weights_of(names, task.name)),
     )
     with locked(folder):
         note_agents(names, task.name, folder)
@@ -134,7 +140,7 @@ def report(args: Args, study: Study, table: pd.DataFrame, known: float) -> str:
         command=command_of(args),
         target=100 * study.target,
         limits=limits_of(study.task.slo),
-        requests=study.task.workload.requests,
+        requests=study.requests,
         warmup_s=args.warmup_s,
         cooldown_s=args.cooldown_s,
         episodes=args.episodes,
