@@ -342,7 +342,8 @@ class Study:
         task, known = at_rate(self.task, rate), hash_of(self.task)
         missing = [seed for seed in seeds if (name, rate, seed) not in episodes.shares]
         words = [(task, name, self.window, seed, self.weights) for seed in missing]
-        with closing(run_parallel(play_episode, words, self.jobs)) as results:
+        jobs = min(self.jobs, max(1, len(words)))  # more has no meaning here: nothing is said of it
+        with closing(run_parallel(play_episode, words, jobs)) as results:
             for row in results:
                 check_unchanged(self.task, known)
                 episodes.add({"policy": name, "rate_per_s": rate} | row)
