@@ -18,7 +18,7 @@ UNFINISHED := $(VENV)/.stamp-unfinished
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup paper engine test lint format benchmark clean distclean FORCE
+.PHONY: help setup paper cluster engine test lint format benchmark clean distclean FORCE
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ setup: $(DEV) $(KERNELS) ## set up .venv for everything: run, train, test (PYTHO
 
 paper: $(KERNELS) ## run the paper's comparison, into results/paper (sets up the core only, no torch)
 	$(RUN) scripts/paper.py --output results/paper
+
+cluster: $(KERNELS) ## compare the schedulers people know on five tasks, into results/cluster (core only, no torch)
+	$(RUN) scripts/cluster.py --output results/cluster
 
 engine: $(ENGINE) $(KERNELS) ## run policies on a real engine beside the simulator, into results/engine
 	$(RUN) scripts/check_engine.py --output results/engine

@@ -28,10 +28,12 @@ from servegym.studies.commands import (
     answer_scale,
     answer_transfer,
     best_known,
+    capacity,
     check_estimates,
     check_iteration_rule,
     check_robustness,
     check_stealing,
+    cluster,
     evaluate,
     paper,
     study_agents,
@@ -100,6 +102,8 @@ def test_jobs_are_capped_at_what_is_useful(
         answer_clients.main,
         answer_scale.main,
         answer_transfer.main,
+        capacity.main,
+        cluster.main,
         evaluate.main,
         tune.main,
         paper.main,
@@ -126,7 +130,16 @@ def test_every_script_with_jobs_is_in_the_list_above() -> None:
         for path in (SCRIPTS / "studies" / "commands").glob("*.py")
         if "\n    jobs: int" in path.read_text()
     }
-    listed = {"evaluate", "tune", "paper", "study_agents", "study_uncertainty", "check_robustness"}
+    listed = {
+        "capacity",
+        "cluster",
+        "evaluate",
+        "tune",
+        "paper",
+        "study_agents",
+        "study_uncertainty",
+        "check_robustness",
+    }
     listed |= {"check_estimates", "check_iteration_rule", "check_stealing"}
     assert with_jobs == listed | {"answer_clients", "answer_scale", "answer_transfer"}
     assert "joblib" not in best_known.__dict__

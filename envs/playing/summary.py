@@ -50,10 +50,10 @@ def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     return mean, student_half(values)
 
 
-def student_half(values: NDArray[np.float64]) -> float:
-    """Return half the width of the 95 % Student-t interval of the mean of at least two values."""
+def student_half(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> float:
+    """Return half the width of the Student-t interval, 95 %, of the mean of at least two values."""
     error = np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(error * stdtrit(len(values) - 1, 0.5 + CONFIDENCE / 2))
+    return float(error * stdtrit(len(values) - 1, 0.5 + confidence / 2))
 
 
 def stratified_interval(

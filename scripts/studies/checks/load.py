@@ -29,7 +29,7 @@ class Load:
 
 
 def load_of(task: TaskConfig, policy: str, n: int, seed: int) -> Load:
-    """Serve ``n`` requests of a preset at once.
+    """Serve ``n`` requests of a preset at once, or all those of a file.
 
     Examples
     --------
@@ -42,7 +42,7 @@ def load_of(task: TaskConfig, policy: str, n: int, seed: int) -> Load:
     requests = sample_requests(at_once, np.random.default_rng(seed))
     served = serve(at_once, policy, requests.prompt_tokens, requests.output_tokens)
     finished = np.sort(served.log.finished_s)
-    first, last = int(0.2 * n), int(0.8 * n)
+    first, last = int(0.2 * len(finished)), int(0.8 * len(finished))
     tables = task.cluster.replica_tables()
     decoding = [k for k, table in enumerate(tables) if table.role != "prefill"]
     held = area(requests.prompt_tokens, requests.output_tokens, task.cluster.chunk_tokens).mean()

@@ -6,7 +6,6 @@ figures and writes tables and pictures.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from servegym.envs.playing.parallel import USUAL_JOBS
 from servegym.envs.playing.summary import fixed, summarise, to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
+from servegym.studies import anew
 from servegym.studies.cli import check_number, parse
 from servegym.studies.policies import make_policy, weights_of
 from servegym.studies.tuned import with_tuned
@@ -60,9 +60,6 @@ PUBLISHED = {
     "hybrid": ("190.58", "89.1"),
 }
 """Makespan (s) and utilisation (%) in arXiv 2502.15763; it gives no others."""
-
-UNFINISHED = ".unfinished"
-"""Stands in the output folder while a run is under way."""
 
 PUBLISHED_GAIN = "+8.0"
 """Utilisation gained on average over the paper's 100 cases, in points."""
@@ -139,10 +136,10 @@ def short_report(case: pd.DataFrame, study: pd.DataFrame) -> str:
     table = table.drop(columns=["client / decode util. (%)", "paper (%)"]).loc[list(SHORT)]
     table["policy"] = [f"`{name}` {text}" for name, text in SHORT.items()]
     seeds, bound_s = study["seed"], case["lower_bound_s"].iloc[0]
+    held_out = f"{seeds.nunique()} held-out cases, seeds {seeds.min()} … {seeds.max()}"
     return f"""{to_markdown(table)}
 Makespans are those of the paper's single case, whose lower bound is {bound_s:.2f} s (paper: about 180 s).
-Gaps are means over {seeds.nunique()} held-out cases, seeds {seeds.min()} … {seeds.max()}.
-Intervals are 95 %, Student-t.
+Gaps are means over {held_out}, with 95 % Student-t intervals.
 """
 
 
@@ -192,16 +189,13 @@ def compare(args: Args) -> str:
     write_file(args.output / "short.md", short_report(case, study))
     write_file(args.output / "study" / "summary.md", to_markdown(summarise(study, "hybrid")))
     draw(task, study, args.output)
-    (args.output / UNFINISHED).unlink()
+    anew.end(args.output)
     return f"\n{table}{latency(study)}\n"
 
 
 def begin(output: Path, weights: Mapping[str, str]) -> None:
     """Start anew, unless the last run was interrupted and of the same agents: then go on with it."""
-    note = json.dumps({"an interrupted run goes on where it stopped": weights}) + "\n"
-    unfinished = output / UNFINISHED
-    if not unfinished.is_file() or unfinished.read_text(encoding="utf-8") != note:
-        for part in ("case", "study"):
-            for name in ("episodes.csv", "task.json"):
-                (output / part / name).unlink(missing_ok=True)
-    write_file(unfinished, note)
+    files = [
+        f"{part}/{name}" for part in ("case", "study") for name in ("episodes.csv", "task.json")
+    ]
+    anew.begin(output, weights, files)
