@@ -84,14 +84,14 @@ def lower(task: TaskConfig) -> Machine:
     >>> machine.costs.decode_base_s.shape, machine.settings.every_round
     ((1, 4), False)
     """
-    cluster, process = task.cluster, task.process
+    cluster, process, admissions = task.cluster, task.process, task.admissions
     layout = lay_out(task)
     rules, mixed_rules = (
-        [ADMISSION_RULES.index(action.rule) for action in task.admissions if action.mixed == mixed]
+        [ADMISSION_RULES.index(action.rule) for action in admissions if action.mixed == mixed]
         for mixed in (False, True)
     )
-    caps = np.array([action.cap for action in task.admissions])
-    reserves = np.array([action.reserve for action in task.admissions])
+    caps = np.array([action.cap for action in admissions])
+    reserves = np.array([action.reserve for action in admissions])
     settings = Settings(
         rules=np.array(rules, np.int64),
         mixed_rules=np.array(mixed_rules, np.int64),
