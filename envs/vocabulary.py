@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Final
 
-ADMISSION_RULES: Final = ("plan", "steal", "longest", "shortest", "fcfs", "aligned")
+ADMISSION_RULES: Final = ("plan", "steal", "longest", "shortest", "fcfs", "aligned", "scored")
 """Names of the admission rules."""
+
+USUAL_RULES: Final = ADMISSION_RULES[:6]
+"""Those that a task offers unless it says otherwise; policies by ``scored`` add it."""
 
 PLAN: Final = 0
 STEAL: Final = 1
@@ -17,6 +20,7 @@ LONGEST: Final = 2
 SHORTEST: Final = 3
 FCFS: Final = 4
 ALIGNED: Final = 5
+SCORED: Final = 6
 
 REWARDS: Final = ("gap", "latency", "goodput")
 """Names of the rewards."""

@@ -336,7 +336,7 @@ def test_bad_overrides(bad: dict[str, Any], words: str, good: dict[str, Any]) ->
 
 
 def test_all_rules_are_on_offer_by_default() -> None:
-    assert ProcessConfig().rules == ADMISSION_RULES
+    assert ProcessConfig().rules == USUAL_RULES
 
 
 # Built in Python, without a file: the field, a value that is refused, a legal neighbour.

@@ -89,6 +89,11 @@ class TriggerPolicy:
         """Whether its rule has a price of memory or of missed limits."""
         return self.memory > 0 or self.slo > 0
 
+    @property
+    def needed_rules(self) -> tuple[str, ...]:
+        """``scored`` if it admits by it: few tasks offer it."""
+        return (self.rule,) if self.rule == "scored" and not self.mixed else ()
+
     def takes(self, kind: str) -> bool:
         """Return whether it steals this kind where it may."""
         return self.steals is None or kind in self.steals

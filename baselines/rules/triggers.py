@@ -20,6 +20,7 @@ MYOPIC: Final = 4
 LOOKAHEAD: Final = 5
 WAITED: Final = 6
 FEEDBACK: Final = 7
+CALENDAR: Final = 8
 
 
 @kernel
@@ -39,6 +40,8 @@ def fires(trigger: int, parameter: float, view: DecisionView) -> bool:
         return lookahead(parameter, view)
     if trigger == FEEDBACK:
         return feedback(parameter, view)
+    if trigger == CALENDAR:
+        return due(parameter, view)
     return waited(parameter, view)
 
 
@@ -132,3 +135,11 @@ def feedback(multiplier: float, view: DecisionView) -> bool:
     rounds = view.served_rounds / (view.finished * view.active)
     saved = view.active * view.prefill_fixed_s
     return view.idle * rounds * view.round_s >= multiplier * saved
+
+
+@kernel
+def due(multiplier: float, view: DecisionView) -> bool:
+    """Prefill at the first finish at or after each stage of the calendar; behind its last stage, look ahead."""
+    if view.next_stage < 0:
+        return lookahead(multiplier, view)
+    return view.next_stage <= view.round

@@ -101,6 +101,11 @@ class Policy(Protocol):
         """
         return {}
 
+    @property
+    def needed_rules(self) -> tuple[str, ...]:
+        """Admission rules that the policy needs beside those that the task offers."""
+        return ()
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Get ready for an episode; return the offline plan that the rules follow, if any."""
         return None
@@ -137,7 +142,7 @@ _DECLARED: Final = {
 
 
 def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
-    """Return the task with decisions, comparison and its scheduler's keys as the policy declares them.
+    """Return the task with decisions, rules, comparison and its scheduler's keys as the policy declares them.
 
     Nothing else of the task can be declared: all policies serve the same requests on the same machine.
 
@@ -147,8 +152,14 @@ def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
         If the policy declares what no task can have, or needs mixed stages where there are none.
     """
     sections: dict[str, Mapping[str, Any]] = {}
+    process: dict[str, Any] = {}
     if policy.decisions is not None:
-        sections["process"] = {"decisions": policy.decisions}
+        process["decisions"] = policy.decisions
+    more = tuple(rule for rule in getattr(policy, "needed_rules", ()) if rule not in task.process.rules)
+    if more:
+        process["rules"] = task.process.rules + more
+    if process:
+        sections["process"] = process
     for name, (section, keys) in _DECLARED.items():
         values = getattr(policy, name)
         if not isinstance(values, Mapping):

@@ -27,6 +27,7 @@ from servegym.envs.simulator.queues import (
     waiting_at,
 )
 from servegym.envs.simulator.ranking import first_in_order
+from servegym.envs.simulator.scored import best_scored, rank_by_score
 from servegym.envs.simulator.stages import client_work, compute, pick, sort_idle
 from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
 from servegym.envs.vocabulary import (
@@ -36,6 +37,7 @@ from servegym.envs.vocabulary import (
     GUARD_SGLANG,
     LONGEST,
     PLAN,
+    SCORED,
     SHORTEST,
     STEAL,
 )
@@ -198,6 +200,8 @@ def _begin_choosing(state: State, e: int, r: int, rule: int) -> None:
         forget_targets(state, e)
     elif rule == STEAL:
         state.keys[e, -1] = _NOT_BUILT
+    elif rule == SCORED:
+        rank_by_score(state, e, r)
 
 
 @kernel
@@ -361,6 +365,8 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
         return waiting_at(state, e, q, 0)
     if rule == FCFS:
         return first_waiting(state, e, q)
+    if rule == SCORED:
+        return best_scored(state, e, r)
     return longest_aligned(state, e, r)
 
 

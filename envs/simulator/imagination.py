@@ -40,6 +40,9 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     _copy(source.requests[e], target.requests[f], n)
     _copy(source.by_length[e], target.by_length[f], n)
     _copy(source.lengths[e], target.lengths[f], n)
+    _copy(source.weights[e], target.weights[f], source.weights.shape[1])
+    if target.episodes[f].stages > 0:
+        _copy(source.calendar[e], target.calendar[f], target.episodes[f].stages + 1)
     if source.cluster.patience_s < np.inf:  # it goes by when requests came
         for i in range(n):
             target.times[f, i].arrival_s = source.times[e, i].arrival_s

@@ -24,10 +24,12 @@ from servegym.envs.simulator.state import (
 from servegym.envs.vocabulary import ROUTE_PLAN
 from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.requests import Requests
+from servegym.envs.workload.scoring import ScoreWeights, Scoring
 
 _NO_EPISODE: Final = np.zeros((), EPISODE)
 _NO_REPLICA: Final = np.zeros((), REPLICA)
 _NO_QUEUE: Final = np.zeros((), QUEUE)
+_USUAL_WEIGHTS: Final = ScoreWeights().as_array()
 
 
 def load(
@@ -74,15 +76,24 @@ def clear(state: State, e: int, luck: int = 0) -> None:
     state.residues[e] = 0
     state.waiting_lengths[e] = 0
     state.waiting_tree[e] = 0
+    state.weights[e] = _USUAL_WEIGHTS
     _free_clients(state, e, state.expected is state.finishes, luck)
 
 
 def queue_plan(state: State, e: int, plan: Plan | None) -> None:
-    """Queue the requests present at t = 0 as the plan says, or greedily without one."""
-    if plan is not None:
+    """Queue the requests present at t = 0 as the plan says, or greedily without one; note its scoring."""
+    if plan is not None and plan.scoring is not None:
+        _write_scoring(state, e, plan.scoring)
+    if plan is not None and plan.has_queues:
         _enqueue_plan(state, e, plan.order, plan.offsets)
     elif state.queues.shape[1] == 1 or state.cluster.router == ROUTE_PLAN:
         _plan_greedily(state, e)
+
+
+def _write_scoring(state: State, e: int, scoring: Scoring) -> None:
+    state.weights[e] = scoring.weights.as_array()
+    state.calendar[e, : len(scoring.calendar)] = scoring.calendar
+    state.episodes[e].stages = scoring.stages
 
 
 def _plan_greedily(state: State, e: int) -> None:
@@ -135,6 +146,7 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
         state.replicas[e, r].most_running = state.machines[r].clients
         state.replicas[e, r].reserve_blocks = state.machines[r].watermark_blocks
         state.replicas[e, r].partial = NOBODY
+        state.replicas[e, r].stage_rounds = -1
         state.replicas[e, r].stole_s = -np.inf
         state.replicas[e, r].ratio = state.cluster.first_ratio
         for client in range(state.clients.shape[2]):

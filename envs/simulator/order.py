@@ -87,3 +87,25 @@ def select(tree: Tree, k: int) -> int:
             bit += width
         width //= 2
     return place * _BITS + bit
+
+
+@kernel
+def is_counted(tree: Tree, rank: int) -> bool:
+    """Return whether ``rank`` is counted."""
+    return (tree[_words(tree) + rank // _BITS] >> rank % _BITS) & 1 == 1
+
+
+@kernel
+def next_counted(tree: Tree, rank: int) -> int:
+    """Return the first counted rank that is ``rank`` or higher, or −1."""
+    words, place = _words(tree), rank // _BITS
+    last = tree.size - 1 - words  # the spare is no word
+    if place >= last:
+        return -1
+    word = tree[words + place] >> rank % _BITS << rank % _BITS
+    while word == 0:
+        place += 1
+        if place == last:
+            return -1
+        word = tree[words + place]
+    return place * _BITS + count_bits((word & -word) - 1)

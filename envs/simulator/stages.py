@@ -264,6 +264,7 @@ def begin_prefill(state: State, costs: CostTables, e: int, r: int) -> None:
     seconds = prefill_seconds(
         costs, r, replica.stage_tokens, replica.stage_squares, replica.stage_chunks
     )
+    replica.stage_rounds = replica.rounds
     _begin(state, e, r, PREFILL, seconds)
 
 
@@ -409,6 +410,8 @@ def begin_pass(state: State, costs: CostTables, e: int, r: int) -> None:
         stage = DECODE_RUN
     elif active == 0:
         stage = PREFILL
+    if tokens > 0:
+        replica.stage_rounds = replica.rounds
     if not state.cluster.one_pass:
         seconds = _summed_seconds(state, costs, e, r)
     elif stage == DECODE_RUN:

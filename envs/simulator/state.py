@@ -21,6 +21,7 @@ from servegym.envs.bundle import Bundle
 from servegym.envs.machine.layout import Layout
 from servegym.envs.simulator.order import tree_size
 from servegym.envs.vocabulary import BY_BATCH, BY_DEADLINE, GUARD_SGLANG, NEWEST, ROLE_BOTH
+from servegym.envs.workload.scoring import MOST_STAGES, WEIGHTS
 
 # Phases of a request. Preemption takes a running one back to waiting.
 FUTURE: Final = 0
@@ -153,6 +154,8 @@ EPISODE: Final = np.dtype(
         ("sheds", np.int64),  # 1: requests that would come too late are turned away
         ("counts_slo", np.int64),  # 1: ``met`` is counted
         ("met", np.int64),  # finished requests that met both limits
+        ("stages", np.int64),  # of the calendar; 0: there is none
+        ("ranked", np.int64),  # entries of ``State.ranked`` that the present stage reads
         ("keeps_gaps", np.int64),  # 1: the worst gap between two tokens of each request is noted
     ],
     align=True,
@@ -251,6 +254,7 @@ REPLICA: Final = np.dtype(
         # What it does now, booked at ``State.event_s``.
         ("stage", np.int64),  # IDLE, PREFILL, DECODE_RUN or MIXED
         ("stage_s", np.float64),
+        ("stage_rounds", np.int64),  # the decode clock when its last prefill began; −1: none has
         ("run_rounds", np.int64),  # of a DECODE_RUN
         ("continued_from", np.int64),  # tokens of a prefill begun before that it goes on with
         ("stage_chunks", np.int64),  # requests of whose prefill it computes something
@@ -386,6 +390,9 @@ class State(Bundle):
     beliefs: RecordArray  # (E, I) BELIEF at first, by id; (E, 0) if known
     picked: NDArray[np.int32]  # (E, R, J) the requests whose prefill ends with the present stage
     keys: NDArray[np.int64]  # (E, clients of all replicas) scratch
+    calendar: NDArray[np.int64]  # (E, MOST_STAGES + 1) [: episode.stages + 1], see workload.scoring
+    weights: NDArray[np.float64]  # (E, WEIGHTS) of the rule ``scored``
+    ranked: NDArray[np.int32]  # (E, I) scratch of that rule
     limits: NDArray[np.float64]  # (E, I, 2) by id: of ``[slo]``; (E, 0, 2): the cluster's
     priority: NDArray[np.float64]  # (E, I) by id, the least goes first; (E, 0): nobody asks for it
     gaps: RecordArray  # (E, R, 2 J) GAP_GROUP, a stack [: replica.gap_groups]; (E, R, 0): not noted
@@ -441,6 +448,9 @@ def make_state(
         beliefs=_records(e, 0 if lengths_known else i, dtype=BELIEF),
         picked=np.zeros((e, r, j), np.int32),
         keys=np.zeros((e, r * j), np.int64),
+        calendar=np.zeros((e, MOST_STAGES + 1), np.int64),
+        weights=np.zeros((e, WEIGHTS)),
+        ranked=np.zeros((e, i), np.int32),
         limits=np.zeros((e, i if layout.class_limits else 0, 2)),
         priority=np.zeros((e, i if layout.shortest_by in (BY_DEADLINE, BY_BATCH) else 0)),
         gaps=_records(e, r, 2 * j if layout.keeps_gaps else 0, dtype=GAP_GROUP),

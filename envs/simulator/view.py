@@ -8,7 +8,7 @@ from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.queues import queue_of
 from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
-from servegym.envs.simulator.state import State
+from servegym.envs.simulator.state import NOBODY, State
 
 
 class DecisionView(NamedTuple):
@@ -39,6 +39,7 @@ class DecisionView(NamedTuple):
     seconds_to_finish: float
     prefill_s: float  # a stage that fills the idle clients with waiting prompts of mean length
     prefill_fixed_s: float  # the part that grows with neither tokens nor requests
+    next_stage: int = NOBODY  # decode clock of the calendar's first stage after the last prefill; −1: none
 
 
 @kernel
@@ -87,4 +88,19 @@ def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
         decode_seconds(costs, r, active, replica.cached_tokens, rounds),
         prefill_s,
         fixed_s,
+        next_stage(state, e, r),
     )
+
+
+@kernel
+def next_stage(state: State, e: int, r: int) -> int:
+    """Return the decode clock of the first stage in the calendar after the last prefill stage, or NOBODY."""
+    low, high = 0, state.episodes[e].stages
+    last = state.replicas[e, r].stage_rounds
+    while low < high:
+        middle = (low + high) // 2
+        if state.calendar[e, middle] <= last:
+            low = middle + 1
+        else:
+            high = middle
+    return state.calendar[e, low] if low < state.episodes[e].stages else NOBODY

@@ -24,6 +24,7 @@ from servegym.envs.vocabulary import (
     OBSERVATION_BLOCKS,
     REWARDS,
     STEALS,
+    USUAL_RULES,
 )
 from servegym.envs.workload.arrivals import MAX_ARRIVAL_RATE_PER_S, Arrivals
 from servegym.envs.workload.comparison import COMPARISONS
@@ -168,7 +169,7 @@ class ProcessConfig:
     'gap'
     """
 
-    rules: tuple[str, ...] = ADMISSION_RULES
+    rules: tuple[str, ...] = USUAL_RULES
     """Admission rules on offer: action 1 + k prefills under the k-th."""
     mixed_rules: tuple[str, ...] = ("fcfs",)
     """Admission rules of mixed stages, whose actions come behind; without meaning where

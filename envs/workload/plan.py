@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from servegym.envs.arguments import whole_numbers
 from servegym.envs.errors import ServegymError, shown
+from servegym.envs.workload.scoring import Scoring
 
 _MAX_ID: Final = np.iinfo(np.int32).max  # the kernels hold request ids in 32 bits
 
@@ -37,6 +38,8 @@ class Plan:
 
     order: NDArray[np.int64]  # (planned requests,) request ids
     offsets: NDArray[np.int64]  # (clients + 1,) where each client's queue begins
+    scoring: Scoring | None = None
+    """What the rule ``scored`` goes by; None: the usual weights, without a calendar."""
 
     def __post_init__(self) -> None:
         for name in ("order", "offsets"):
@@ -51,6 +54,11 @@ class Plan:
             )
         if len(np.unique(self.order)) != len(self.order):
             raise ServegymError("a plan names each request at most once")
+
+    @property
+    def has_queues(self) -> bool:
+        """Whether it says anything about queues; a plan made for its scoring need not."""
+        return self.scoring is None or len(self.order) > 0
 
     @property
     def clients(self) -> int:
@@ -91,3 +99,14 @@ def plan_from_queues(queues: Sequence[ArrayLike] | NDArray[np.integer]) -> Plan:
     ]
     order = np.concatenate([np.zeros(0, np.int64), *checked])
     return Plan(order, np.cumsum([0, *(len(queue) for queue in checked)]))
+
+
+def plan_by_scores(scoring: Scoring) -> Plan:
+    """Return a plan that holds no queues, only what the rule ``scored`` goes by.
+
+    Examples
+    --------
+    >>> plan_by_scores(Scoring()).has_queues
+    False
+    """
+    return Plan(np.zeros(0, np.int64), np.zeros(2, np.int64), scoring)

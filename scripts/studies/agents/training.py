@@ -14,7 +14,7 @@ from servegym.envs.playing.evaluation import make_case
 from servegym.envs.process.metrics import METRICS
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig, with_overrides
-from servegym.envs.vocabulary import ADMISSION_RULES
+from servegym.envs.vocabulary import USUAL_RULES
 from servegym.studies.tuned import THRESHOLDS
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, dict[str, fl
 
     Both use their own admission rules, even where the agent is not offered these, and play to the end.
     """
-    task = with_overrides(task, {"process": {"rules": ADMISSION_RULES} | TO_THE_END})
+    task = with_overrides(task, {"process": {"rules": USUAL_RULES} | TO_THE_END})
     cases = [make_case(task, seed) for seed in seeds]
 
     def means(name: str) -> dict[str, float]:

@@ -1,0 +1,153 @@
+"""The policy ``calendar``: a calendar of prefill stages, and requests that are fitted to it.
+
+``baselines.calendar.planner`` anneals a calendar and the stage of every request for minutes. This policy
+keeps the form of such schedules and nothing else: stages at irregular intervals, so that between some two
+of them nearly every length fits, and at each stage the requests that fit best now and worst later
+(the admission rule ``scored``). Intervals and weights are learned (``learning``), for all cases of a task at
+once. Before an episode some variations of the intervals are played in imagination, which takes a
+millisecond each, and the best is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy, run_episode
+from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.baselines.rules.triggers import CALENDAR
+from servegym.envs.arguments import check_fields
+from servegym.envs.errors import ServegymError
+from servegym.envs.playing.policy import Briefing
+from servegym.envs.simulator.loading import load
+from servegym.envs.simulator.state import State, make_state
+from servegym.envs.task.lowering import lay_out, lower
+from servegym.envs.workload.plan import Plan, plan_by_scores
+from servegym.envs.workload.requests import Requests
+from servegym.envs.workload.scoring import MOST_STAGES, ScoreWeights, Scoring
+
+LOOK_AHEAD: Final = 0.5
+"""Multiplier of the lookahead trigger behind the calendar's last stage."""
+
+SPREAD: Final = 0.03
+"""Standard deviation of the logarithm of an interval in a variation."""
+
+
+@dataclass(frozen=True)
+class CalendarParameters:
+    """What is learned: intervals between stages, when the end is, and weights.
+
+    Examples
+    --------
+    >>> parameters = CalendarParameters(log_intervals=(0.0, 0.0), spare=0.1)
+    >>> parameters.scoring(100.0).calendar
+    array([  0,  55, 110])
+    """
+
+    log_intervals: tuple[float, ...]
+    """Logarithms of the intervals from each stage to the next and from the last to the end; only their
+    differences count."""
+    spare: float = 0.02
+    """The end is at the mean decode rounds of a client times 1 + this."""
+    weights: ScoreWeights = field(default_factory=ScoreWeights)
+
+    def __post_init__(self) -> None:
+        check_fields("calendar", self)
+        if not 1 <= len(self.log_intervals) <= MOST_STAGES:
+            raise ServegymError(
+                f"a calendar has 1 … {MOST_STAGES} intervals, got {len(self.log_intervals)}"
+            )
+        if not all(abs(value) <= 50 for value in self.log_intervals):
+            raise ServegymError("log_intervals must lie in -50 … 50")
+        if not -0.9 <= self.spare <= 10:
+            raise ServegymError(f"spare must lie in -0.9 … 10, got {self.spare}")
+
+    def scoring(self, mean_rounds: float, varied: NDArray[np.float64] | None = None) -> Scoring:
+        """Return the scoring of an episode.
+
+        Parameters
+        ----------
+        mean_rounds
+            Expected decode rounds of all requests per client.
+        varied
+            Added to the logarithms of the intervals.
+        """
+        logs = np.array(self.log_intervals)
+        if varied is not None:
+            logs = logs + varied
+        return Scoring(self.weights, lay_calendar(logs, self.spare, mean_rounds))
+
+
+def lay_calendar(
+    log_intervals: NDArray[np.float64], spare: float, mean_rounds: float
+) -> NDArray[np.int64]:
+    """Return the decode clocks of the stages, the first at 0, and of the end: at least a round apart."""
+    shares = np.cumsum(np.exp(log_intervals - log_intervals.max()))
+    clocks = np.rint(shares / shares[-1] * mean_rounds * (1 + spare)).astype(np.int64)
+    places = np.arange(len(clocks))
+    clocks = places + 1 + np.maximum.accumulate(clocks - places - 1).clip(min=0)
+    return np.concatenate([[0], clocks])
+
+
+@dataclass(frozen=True)
+class CalendarPlanner:
+    """Chooses the scoring of an episode: the best of some variations, by imagined makespan.
+
+    Parameters
+    ----------
+    parameters
+        What has been learned.
+    variations
+        Calendars tried, the unvaried one included, ≥ 1.
+    """
+
+    parameters: CalendarParameters
+    variations: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.variations <= 100_000:
+            raise ServegymError(f"variations must lie in 1 … 100,000, got {self.variations}")
+
+    def __call__(self, requests: Requests, briefing: Briefing) -> Plan:
+        """Return a plan that holds the scoring."""
+        layout = lay_out(briefing.task)
+        mean_rounds = float(requests.decode_rounds.sum()) / sum(layout.clients)
+        if mean_rounds == 0:
+            return plan_by_scores(Scoring(self.parameters.weights))
+        plans = [plan_by_scores(self.parameters.scoring(mean_rounds))]
+        intervals = len(self.parameters.log_intervals)
+        for _ in range(self.variations - 1):
+            varied = briefing.rng.normal(0.0, SPREAD, intervals)
+            plans.append(plan_by_scores(self.parameters.scoring(mean_rounds, varied)))
+        if len(plans) == 1:
+            return plans[0]
+        costs, state = lower(briefing.task).costs, make_state(1, len(requests), layout)
+        policy = compile_policy(calendar_policy(self.parameters), briefing.task)
+        seconds = [_imagined_seconds(state, costs, requests, plan, policy) for plan in plans]
+        return plans[int(np.argmin(seconds))]
+
+
+def _imagined_seconds(
+    state: State, costs: Any, requests: Requests, plan: Plan, policy: CompiledPolicy
+) -> float:
+    load(state, 0, requests, plan)
+    run_episode(state, costs, 0, policy)
+    return float(state.replicas["clock_s"][0].max())
+
+
+def calendar_policy(parameters: CalendarParameters, variations: int = 1) -> TriggerPolicy:
+    """Return the policy of learned parameters.
+
+    Examples
+    --------
+    >>> from servegym.envs import TASKS, make_case, play
+    >>> policy = calendar_policy(CalendarParameters((0.0,) * 4, 0.1))
+    >>> task = TASKS["servegym/Tiny-v0"]
+    >>> play(task, "calendar", policy, make_case(task, 0), seed=0).row["unfinished_requests"]
+    0
+    """
+    planner = CalendarPlanner(parameters, variations)
+    return TriggerPolicy("scored", CALENDAR, LOOK_AHEAD, planner=planner)

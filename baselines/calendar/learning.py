@@ -1,0 +1,296 @@
+"""Learn the policy ``calendar`` for a task: search by CMA-ES over whole episodes in compiled code.
+
+One generation plays each candidate on the same training cases, drawn anew each time. CMA-ES (Hansen 2016,
+arXiv 1604.00772; the package ``cmaes``) ranks candidates by their mean gap. A gap counts at most
+``CLIPPED`` times the generation's median: a request that is left to the end costs several points, and the
+policy's variations avoid just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servegym.baselines.calendar.fitted import (
+    CalendarParameters,
+    calendar_policy,
+    lay_calendar,
+)
+from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy, run_episode
+from servegym.envs.arguments import check_fields
+from servegym.envs.errors import ServegymError
+from servegym.envs.jit import threaded_kernel
+from servegym.envs.machine.costs import CostTables
+from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.policy import asked_task
+from servegym.envs.simulator.imagination import copy_row
+from servegym.envs.simulator.state import State, make_alike
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import load_case, lower, make_task_state
+from servegym.envs.workload.scoring import WEIGHTS, ScoreWeights
+
+CLIPPED: Final = 1.5
+"""A gap counts at most so many times the median of its generation."""
+
+# The first candidates: intervals around the mean by the golden ratio, so that their sums differ.
+_GOLDEN: Final = 0.6180339887
+_FIRST_SPREAD: Final = 0.8
+_FIRST_INTERVAL: Final = 2.0  # nobody has finished yet
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long and how wide the search is.
+
+    Parameters
+    ----------
+    stages
+        Prefill stages of the calendar.
+    seed
+        Of the search; cases are those of environment seeds 1000 · seed … 1000 · seed + 999.
+    generations
+        Generations.
+    population
+        Candidates of a generation.
+    cases
+        Cases that each plays.
+    spread
+        First standard deviation of the search, in logarithms of intervals.
+    """
+
+    stages: int = 36
+    seed: int = 0
+    generations: int = 2000
+    population: int = 24
+    cases: int = 12
+    spread: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields("search", self)
+        bounds = {
+            "stages": (1, 500),
+            "seed": (0, 799),
+            "generations": (1, 10**7),
+            "population": (4, 10**5),
+            "cases": (1, 1000),
+        }
+        for name, (least, most) in bounds.items():
+            if not least <= getattr(self, name) <= most:
+                value = getattr(self, name)
+                raise ServegymError(f"{name} must lie in {least} … {most:,}, got {value}")
+        if not 1e-6 <= self.spread <= 10:
+            raise ServegymError(f"spread must lie in 1e-6 … 10, got {self.spread}")
+
+
+class Generation(NamedTuple):
+    """What a generation has found."""
+
+    number: int  # from 1 on
+    gap: float  # median over the candidates of the mean over cases
+    spread: float  # of the search
+    parameters: CalendarParameters  # at the search's centre
+
+
+# Of a vector: the logarithms of the intervals, then these. Scales are logarithms.
+_NAMES: Final = (
+    "spare",
+    "length",
+    "length_slope",
+    "later",
+    "later_slope",
+    "count",
+    "urgent",
+    "urgent_slope",
+    "late",
+    "pad_scale",
+    "later_scale",
+    "urgent_scale",
+)
+_UNITS: Final = {"length": 0.01, "length_slope": 0.01, "urgent": 10.0, "urgent_slope": 10.0}
+"""A step of 1 of the vector, where it is not 1; of scales a factor e."""
+
+_START: Final = {
+    "spare": 0.02,
+    "length": 0.03,
+    "later": 1.0,
+    "urgent": 10.0,
+    "late": 3.0,
+    "pad_scale": 400.0,
+    "later_scale": 150.0,
+    "urgent_scale": 30.0,
+}
+
+
+def first_vector(stages: int) -> NDArray[np.float64]:
+    """Return the vector that a search begins at, shape (stages + 12,)."""
+    intervals = 1 + _FIRST_SPREAD * (2 * (np.arange(stages) * _GOLDEN % 1) - 1)
+    intervals[0] *= _FIRST_INTERVAL
+    return np.concatenate([np.log(intervals), _to_units(_START)])
+
+
+def _to_units(values: dict[str, float]) -> NDArray[np.float64]:
+    found = [values.get(name, 0.0) for name in _NAMES]
+    return np.array(
+        [
+            np.log(value) if name.endswith("scale") else value / _UNITS.get(name, 1.0)
+            for name, value in zip(_NAMES, found, strict=True)
+        ]
+    )
+
+
+def to_parameters(vector: NDArray[np.float64]) -> CalendarParameters:
+    """Return what a vector of the search stands for; what lies beyond its bounds is brought to them."""
+    intervals = len(vector) - len(_NAMES)
+    values = {
+        name: float(
+            np.exp(np.clip(value, -12.0, 25.0))
+            if name.endswith("scale")
+            else np.clip(value, -1e6, 1e6) * _UNITS.get(name, 1.0)
+        )
+        for name, value in zip(_NAMES, vector[intervals:], strict=True)
+    }
+    spare = float(np.clip(values.pop("spare"), -0.5, 5.0))
+    weights = ScoreWeights(pad=1.0, shortest_share=0.0, tail=0.0, **values)
+    logs = np.clip(vector[:intervals] - vector[:intervals].max(), -20.0, 0.0)
+    return CalendarParameters(tuple(logs.tolist()), spare, weights)
+
+
+class Players:
+    """Plays candidates on cases, in threads."""
+
+    def __init__(self, task: TaskConfig, cases: int, threads: int = 1) -> None:
+        if task.information.output_lengths != "known":
+            raise ServegymError(
+                f"a calendar is learned where output lengths are known, {task.name} has predicted ones"
+            )
+        if not 1 <= threads <= 64:
+            raise ServegymError(f"threads must lie in 1 … 64, got {threads}")
+        self.task = asked_task(task, calendar_policy(CalendarParameters((0.0,))))
+        self._machine = lower(self.task)
+        requests = len(make_case(self.task, 0).requests)
+        self._loaded = make_task_state(self.task, cases, requests)
+        self._policy = compile_policy(calendar_policy(CalendarParameters((0.0,))), self.task)
+        self._scratch = [make_alike(self._loaded, 1) for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def gaps(
+        self, candidates: list[CalendarParameters], seeds: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Return the gap of each candidate on each case, shape (candidates, seeds)."""
+        count = len(seeds)
+        bounds, means = np.zeros(count), np.zeros(count)
+        for m, seed in enumerate(seeds.tolist()):
+            case = make_case(self.task, seed)
+            if np.any(case.requests.arrival_s > 0):
+                raise ServegymError("a calendar is learned where all requests are present at t = 0")
+            load_case(self.task, self._loaded, m, case)
+            bounds[m] = case.bound.seconds
+            means[m] = case.requests.decode_rounds.sum() / self._machine.clients
+        stages = len(candidates[0].log_intervals)
+        calendars = np.array(
+            [
+                [lay_calendar(np.array(each.log_intervals), each.spare, mean) for mean in means]
+                for each in candidates
+            ]
+        )
+        weights = np.array([each.weights.as_array() for each in candidates])
+        seconds = np.zeros((len(candidates), count))
+        threads = len(self._scratch)
+        shares = np.array_split(np.arange(len(candidates)), threads)
+
+        def play(thread: int) -> None:
+            own = shares[thread]
+            if len(own) == 0:
+                return
+            own_seconds = np.zeros((len(own), count))
+            _play(
+                self._loaded,
+                self._scratch[thread],
+                self._machine.costs,
+                self._policy,
+                np.ascontiguousarray(calendars[own]),
+                np.ascontiguousarray(weights[own]),
+                stages,
+                own_seconds,
+            )
+            seconds[own] = own_seconds
+
+        if self._pool is None:
+            play(0)
+        else:
+            list(self._pool.map(play, range(threads)))
+        return seconds / bounds - 1
+
+
+@threaded_kernel
+def _play(
+    source: State,
+    target: State,
+    costs: CostTables,
+    policy: CompiledPolicy,
+    calendars: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    stages: int,
+    seconds: NDArray[np.float64],
+) -> None:
+    """Play each candidate on each loaded case; write when the last replica ends."""
+    for candidate in range(seconds.shape[0]):
+        for case in range(seconds.shape[1]):
+            copy_row(source, case, target, 0)
+            for k in range(weights.shape[1]):
+                target.weights[0, k] = weights[candidate, k]
+            for k in range(stages + 1):
+                target.calendar[0, k] = calendars[candidate, case, k]
+            target.episodes[0].stages = stages
+            run_episode(target, costs, 0, policy)
+            end_s = 0.0
+            for r in range(target.replicas.shape[1]):
+                end_s = max(end_s, target.replicas[0, r].clock_s)
+            seconds[candidate, case] = end_s
+
+
+def search(
+    task: TaskConfig,
+    how: Search,
+    threads: int = 1,
+    optimizer: Any = None,
+    save: Callable[[Any], None] | None = None,
+) -> Iterator[Generation]:
+    """Search for a task's parameters; yields after each generation.
+
+    Parameters
+    ----------
+    optimizer
+        A ``cmaes.CMA`` to go on with; None: a new one.
+    save
+        Called with the optimizer after each generation.
+    """
+    from cmaes import CMA
+
+    if optimizer is None:
+        optimizer = CMA(
+            mean=first_vector(how.stages),
+            sigma=how.spread,
+            population_size=how.population,
+            seed=how.seed,
+        )
+    players = Players(task, how.cases, threads)
+    for number in range(optimizer.generation + 1, how.generations + 1):
+        rng = np.random.default_rng([how.seed, number])
+        seeds = 1000 * how.seed + rng.choice(1000, how.cases, replace=False)
+        vectors = [optimizer.ask() for _ in range(how.population)]
+        gaps = players.gaps([to_parameters(vector) for vector in vectors], seeds)
+        fitness = np.minimum(gaps, CLIPPED * np.median(gaps)).mean(axis=1)
+        optimizer.tell(list(zip(vectors, fitness.tolist(), strict=True)))
+        if save is not None:
+            save(optimizer)
+        centre = to_parameters(optimizer.mean)
+        yield Generation(number, float(np.median(fitness)), float(optimizer._sigma), centre)
+
+
+assert len(fields(ScoreWeights)) == WEIGHTS
