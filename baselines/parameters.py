@@ -161,6 +161,14 @@ PARAMETERS: Final[dict[str, Parameter]] = {
             policy, planner=partial(plan_sampled, scenarios=int(number))
         ),
     ),
+    # Calendars that are played in imagination before an episode.
+    "calendars": Parameter(
+        "N",
+        *_whole(1, 100_000),
+        lambda policy, number: replace(
+            policy, planner=replace(policy.planner, variations=int(number))
+        ),
+    ),
     # Changes of the best schedule that are tried at each decision.
     "variations": Parameter(
         "N", *_whole(0, MAX_NUMBER), lambda policy, number: replace(policy, variations=int(number))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+from servegym.baselines.calendar.fitted import calendar_policy
 from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.parameters import MAX_NUMBER, PARAMETERS, by_deviations, by_quantile
 from servegym.baselines.rules import published, triggers
@@ -298,6 +299,12 @@ REGISTRY: Final[dict[str, Entry]] = {
         "(0.99; of process.reserves)",
         LimitedPolicy("reserve"),
         parameter="chance",
+    ),
+    "calendar": Entry(
+        "stages by a learned calendar, each with the requests that fit it now and would not later; the best "
+        "of N calendars in imagination (10)",
+        calendar_policy(),
+        parameter="calendars",
     ),
     # λ from 30 cases of GSM8K-v0, N for 5 ms a decision there; both on training seeds.
     "rollout": Entry(

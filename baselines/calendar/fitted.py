@@ -10,7 +10,11 @@ millisecond each, and the best is kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +24,8 @@ from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy, ru
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import CALENDAR
 from servegym.envs.arguments import check_fields
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, shown
+from servegym.envs.files import read_json, write_file
 from servegym.envs.playing.policy import Briefing
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.state import State, make_state
@@ -31,6 +36,15 @@ from servegym.envs.workload.scoring import MOST_STAGES, ScoreWeights, Scoring
 
 LOOK_AHEAD: Final = 0.5
 """Multiplier of the lookahead trigger behind the calendar's last stage."""
+
+CALENDAR_FILE: Final = "calendar.json"
+"""Name of a file of learned parameters, within an agent's folder."""
+
+FAMILY: Final = "calendar"
+
+USUAL_TASK: Final = "servegym/GSM8K-v0"
+
+_SHIPPED: Final = "learned.json"
 
 SPREAD: Final = 0.03
 """Standard deviation of the logarithm of an interval in a variation."""
@@ -99,13 +113,13 @@ class CalendarPlanner:
     Parameters
     ----------
     parameters
-        What has been learned.
+        What has been learned; None: what is shipped for the task, or for ``USUAL_TASK``.
     variations
         Calendars tried, the unvaried one included, ≥ 1.
     """
 
-    parameters: CalendarParameters
-    variations: int = 1
+    parameters: CalendarParameters | None = None
+    variations: int = 10
 
     def __post_init__(self) -> None:
         if not 1 <= self.variations <= 100_000:
@@ -114,18 +128,18 @@ class CalendarPlanner:
     def __call__(self, requests: Requests, briefing: Briefing) -> Plan:
         """Return a plan that holds the scoring."""
         layout = lay_out(briefing.task)
+        parameters = self.parameters or learned_parameters(briefing.task.name)
         mean_rounds = float(requests.decode_rounds.sum()) / sum(layout.clients)
         if mean_rounds == 0:
-            return plan_by_scores(Scoring(self.parameters.weights))
-        plans = [plan_by_scores(self.parameters.scoring(mean_rounds))]
-        intervals = len(self.parameters.log_intervals)
+            return plan_by_scores(Scoring(parameters.weights))
+        plans = [plan_by_scores(parameters.scoring(mean_rounds))]
         for _ in range(self.variations - 1):
-            varied = briefing.rng.normal(0.0, SPREAD, intervals)
-            plans.append(plan_by_scores(self.parameters.scoring(mean_rounds, varied)))
+            varied = briefing.rng.normal(0.0, SPREAD, len(parameters.log_intervals))
+            plans.append(plan_by_scores(parameters.scoring(mean_rounds, varied)))
         if len(plans) == 1:
             return plans[0]
         costs, state = lower(briefing.task).costs, make_state(1, len(requests), layout)
-        policy = compile_policy(calendar_policy(self.parameters), briefing.task)
+        policy = compile_policy(calendar_policy(), briefing.task)
         seconds = [_imagined_seconds(state, costs, requests, plan, policy) for plan in plans]
         return plans[int(np.argmin(seconds))]
 
@@ -138,8 +152,10 @@ def _imagined_seconds(
     return float(state.replicas["clock_s"][0].max())
 
 
-def calendar_policy(parameters: CalendarParameters, variations: int = 1) -> TriggerPolicy:
-    """Return the policy of learned parameters.
+def calendar_policy(
+    parameters: CalendarParameters | None = None, variations: int = 10
+) -> TriggerPolicy:
+    """Return the policy of learned parameters; see ``CalendarPlanner``.
 
     Examples
     --------
@@ -151,3 +167,54 @@ def calendar_policy(parameters: CalendarParameters, variations: int = 1) -> Trig
     """
     planner = CalendarPlanner(parameters, variations)
     return TriggerPolicy("scored", CALENDAR, LOOK_AHEAD, planner=planner)
+
+
+def learned_parameters(task_name: str) -> CalendarParameters:
+    """Return what is shipped for a task, by its id; for ``USUAL_TASK`` where nothing is.
+
+    Examples
+    --------
+    >>> learned_parameters("servegym/Tiny-v0") == learned_parameters("servegym/GSM8K-v0")
+    True
+    """
+    shipped = _shipped()
+    return shipped.get(task_name, shipped[USUAL_TASK])
+
+
+@cache
+def _shipped() -> dict[str, CalendarParameters]:
+    text = resources.files(__package__).joinpath(_SHIPPED).read_text(encoding="utf-8")
+    return {name: _from_json(values) for name, values in json.loads(text).items()}
+
+
+def _from_json(values: Any) -> CalendarParameters:
+    """Return parameters of JSON; raises what ``WRONG_VALUES`` lists if it is none."""
+    weights = ScoreWeights(**values["weights"])
+    logs = tuple(float(value) for value in values["log_intervals"])
+    return CalendarParameters(logs, float(values["spare"]), weights)
+
+
+def write_parameters(parameters: CalendarParameters, folder: Path, task_name: str) -> None:
+    """Write learned parameters into ``folder`` as ``CALENDAR_FILE``."""
+    content = {"family": FAMILY, "task": task_name, **asdict(parameters)}
+    write_file(folder / CALENDAR_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def read_parameters(path: Path) -> CalendarParameters:
+    """Read what ``write_parameters`` wrote.
+
+    Raises
+    ------
+    ServegymError
+        If the file is missing, damaged or of another family of agents.
+    """
+    try:
+        content = dict(read_json(path))
+        family = content.get("family")
+        if family == FAMILY:
+            return _from_json(content)
+    except ServegymError as error:
+        raise ServegymError(f"{path}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise ServegymError(f"{path}: damaged; train the agent again") from None
+    raise ServegymError(f"{path}: must be of family {FAMILY!r}, got {shown(family)}")

@@ -8,10 +8,9 @@ policy's variations avoid just that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,20 +21,23 @@ from servegym.baselines.calendar.fitted import (
     lay_calendar,
 )
 from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy, run_episode
-from servegym.envs.arguments import check_fields
+from servegym.envs.arguments import whole_number
 from servegym.envs.errors import ServegymError
 from servegym.envs.jit import threaded_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.policy import asked_task
-from servegym.envs.simulator.imagination import copy_row
+from servegym.envs.simulator.imagination import copy_row, forget_fits
 from servegym.envs.simulator.state import State, make_alike
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import load_case, lower, make_task_state
-from servegym.envs.workload.scoring import WEIGHTS, ScoreWeights
+from servegym.envs.workload.scoring import ScoreWeights
 
 CLIPPED: Final = 1.5
 """A gap counts at most so many times the median of its generation."""
+
+SEEDS_PER_SEARCH: Final = 1000
+"""Search seed s plays training cases of environment seeds 1000 · s … 1000 · s + 999."""
 
 # The first candidates: intervals around the mean by the golden ratio, so that their sums differ.
 _GOLDEN: Final = 0.6180339887
@@ -65,13 +67,12 @@ class Search:
 
     stages: int = 36
     seed: int = 0
-    generations: int = 2000
+    generations: int = 4000
     population: int = 24
     cases: int = 12
     spread: float = 0.1
 
     def __post_init__(self) -> None:
-        check_fields("search", self)
         bounds = {
             "stages": (1, 500),
             "seed": (0, 799),
@@ -80,20 +81,9 @@ class Search:
             "cases": (1, 1000),
         }
         for name, (least, most) in bounds.items():
-            if not least <= getattr(self, name) <= most:
-                value = getattr(self, name)
-                raise ServegymError(f"{name} must lie in {least} … {most:,}, got {value}")
+            whole_number(name, getattr(self, name), least, most)
         if not 1e-6 <= self.spread <= 10:
             raise ServegymError(f"spread must lie in 1e-6 … 10, got {self.spread}")
-
-
-class Generation(NamedTuple):
-    """What a generation has found."""
-
-    number: int  # from 1 on
-    gap: float  # median over the candidates of the mean over cases
-    spread: float  # of the search
-    parameters: CalendarParameters  # at the search's centre
 
 
 # Of a vector: the logarithms of the intervals, then these. Scales are logarithms.
@@ -170,11 +160,11 @@ class Players:
             )
         if not 1 <= threads <= 64:
             raise ServegymError(f"threads must lie in 1 … 64, got {threads}")
-        self.task = asked_task(task, calendar_policy(CalendarParameters((0.0,))))
+        self.task = asked_task(task, calendar_policy())
         self._machine = lower(self.task)
         requests = len(make_case(self.task, 0).requests)
         self._loaded = make_task_state(self.task, cases, requests)
-        self._policy = compile_policy(calendar_policy(CalendarParameters((0.0,))), self.task)
+        self._policy = compile_policy(calendar_policy(), self.task)
         self._scratch = [make_alike(self._loaded, 1) for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -247,6 +237,7 @@ def _play(
             for k in range(stages + 1):
                 target.calendar[0, k] = calendars[candidate, case, k]
             target.episodes[0].stages = stages
+            forget_fits(target, 0)
             run_episode(target, costs, 0, policy)
             end_s = 0.0
             for r in range(target.replicas.shape[1]):
@@ -254,43 +245,75 @@ def _play(
             seconds[candidate, case] = end_s
 
 
-def search(
-    task: TaskConfig,
-    how: Search,
-    threads: int = 1,
-    optimizer: Any = None,
-    save: Callable[[Any], None] | None = None,
-) -> Iterator[Generation]:
-    """Search for a task's parameters; yields after each generation.
+class CalendarSearch:
+    """A search under way.
 
     Parameters
     ----------
-    optimizer
-        A ``cmaes.CMA`` to go on with; None: a new one.
-    save
-        Called with the optimizer after each generation.
+    task
+        Its output lengths are known and all requests are present at t = 0.
+    how
+        See ``Search``.
+    threads
+        Play the candidates side by side; their number changes no result.
+
+    Raises
+    ------
+    ServegymError
+        If ``cmaes`` is not installed, or a calendar cannot be learned for the task.
     """
-    from cmaes import CMA
 
-    if optimizer is None:
-        optimizer = CMA(
-            mean=first_vector(how.stages),
-            sigma=how.spread,
-            population_size=how.population,
-            seed=how.seed,
-        )
-    players = Players(task, how.cases, threads)
-    for number in range(optimizer.generation + 1, how.generations + 1):
-        rng = np.random.default_rng([how.seed, number])
-        seeds = 1000 * how.seed + rng.choice(1000, how.cases, replace=False)
-        vectors = [optimizer.ask() for _ in range(how.population)]
-        gaps = players.gaps([to_parameters(vector) for vector in vectors], seeds)
+    def __init__(self, task: TaskConfig, how: Search, threads: int = 1) -> None:
+        self.how = how
+        self.players = Players(task, how.cases, threads)
+        self._optimizer = make_optimizer(how)
+
+    @property
+    def generation(self) -> int:
+        """How many generations are done."""
+        return int(self._optimizer.generation)
+
+    @property
+    def centre(self) -> CalendarParameters:
+        """The parameters that the search is at."""
+        return to_parameters(self._optimizer.mean)
+
+    def replay(self, fitness: NDArray[np.float64]) -> None:
+        """Do the first generations again without playing: what is known of each candidate is its fitness.
+
+        Parameters
+        ----------
+        fitness
+            What ``step`` has returned so far, shape (generations, population).
+        """
+        for row in fitness:
+            vectors = [self._optimizer.ask() for _ in range(self.how.population)]
+            self._optimizer.tell(list(zip(vectors, row.tolist(), strict=True)))
+
+    def step(self) -> NDArray[np.float64]:
+        """Do one generation; return the fitness of its candidates, shape (population,)."""
+        how = self.how
+        rng = np.random.default_rng([how.seed, self.generation + 1])
+        seeds = SEEDS_PER_SEARCH * how.seed + rng.choice(SEEDS_PER_SEARCH, how.cases, replace=False)
+        vectors = [self._optimizer.ask() for _ in range(how.population)]
+        gaps = self.players.gaps([to_parameters(vector) for vector in vectors], seeds)
         fitness = np.minimum(gaps, CLIPPED * np.median(gaps)).mean(axis=1)
-        optimizer.tell(list(zip(vectors, fitness.tolist(), strict=True)))
-        if save is not None:
-            save(optimizer)
-        centre = to_parameters(optimizer.mean)
-        yield Generation(number, float(np.median(fitness)), float(optimizer._sigma), centre)
+        self._optimizer.tell(list(zip(vectors, fitness.tolist(), strict=True)))
+        return fitness
 
 
-assert len(fields(ScoreWeights)) == WEIGHTS
+def make_optimizer(how: Search) -> Any:
+    """Return a new CMA-ES."""
+    try:
+        from cmaes import CMA
+    except ImportError:
+        raise ServegymError(
+            "learning a calendar needs the package cmaes; install it by `pip install cmaes`"
+        ) from None
+    return CMA(
+        mean=first_vector(how.stages),
+        sigma=how.spread,
+        population_size=how.population,
+        seed=how.seed,
+    )
+

@@ -43,6 +43,7 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     _copy(source.weights[e], target.weights[f], source.weights.shape[1])
     if target.episodes[f].stages > 0:
         _copy(source.calendar[e], target.calendar[f], target.episodes[f].stages + 1)
+        forget_fits(target, f)
     if source.cluster.patience_s < np.inf:  # it goes by when requests came
         for i in range(n):
             target.times[f, i].arrival_s = source.times[e, i].arrival_s
@@ -65,6 +66,14 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
         _copy(source.finishes[e, r], target.finishes[f, r], replica.active)
         _copy(source.residues[e, r], target.residues[f, r], source.residues.shape[2])
         _copy(source.picked[e, r], target.picked[f, r], replica.emitting)
+
+
+@kernel
+def forget_fits(state: State, e: int) -> None:
+    """Let the rule ``scored`` find anew how lengths fit the calendar."""
+    for rank in range(state.episodes[e].requests):
+        state.fits[e, rank].since = 1
+        state.fits[e, rank].stage = 0
 
 
 @kernel

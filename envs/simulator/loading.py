@@ -13,6 +13,7 @@ from servegym.envs.simulator.heap import deal, deal_by_time
 from servegym.envs.simulator.queues import enqueue
 from servegym.envs.simulator.state import (
     EPISODE,
+    FIT,
     FUTURE,
     LENGTH_BUCKETS,
     NOBODY,
@@ -29,6 +30,7 @@ from servegym.envs.workload.scoring import ScoreWeights, Scoring
 _NO_EPISODE: Final = np.zeros((), EPISODE)
 _NO_REPLICA: Final = np.zeros((), REPLICA)
 _NO_QUEUE: Final = np.zeros((), QUEUE)
+_NO_FIT: Final = np.array((0.0, 0, 1), FIT)
 _USUAL_WEIGHTS: Final = ScoreWeights().as_array()
 
 
@@ -94,6 +96,7 @@ def _write_scoring(state: State, e: int, scoring: Scoring) -> None:
     state.weights[e] = scoring.weights.as_array()
     state.calendar[e, : len(scoring.calendar)] = scoring.calendar
     state.episodes[e].stages = scoring.stages
+    state.fits[e] = _NO_FIT
 
 
 def _plan_greedily(state: State, e: int) -> None:

@@ -1,7 +1,7 @@
 """The admission rule ``scored``: waiting requests ranked by a weighted score (``workload.scoring``).
 
 Scores are computed once a stage, for each length that waits: what waits is read in the order of length, so
-a stage takes O(requests that wait + lengths that wait · stages to come).
+a stage takes O(requests that wait + idle clients²).
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def rank_by_score(state: State, e: int, r: int) -> None:
         _score_by_calendar(state, e, r, counts, scores)
     else:
         groups = _score_by_finishes(state, e, r, counts, scores)
-    _sort(scores, ranked, groups)
-    state.episodes[e].ranked = groups
+    all_count = state.weights[e, _SHORTEST_SHARE] > 0.0  # who is a candidate changes within the stage
+    most = groups if all_count else min(groups, state.replicas[e, r].idle)
+    state.episodes[e].ranked = _keep_best(scores, ranked, groups, most)
 
 
 @kernel
@@ -77,17 +78,9 @@ def _score_by_calendar(
     calendar, weights, stages = state.calendar[e], state.weights[e], state.episodes[e].stages
     lengths, ranked = state.lengths[e], state.ranked[e]
     clock, end = np.int64(state.replicas[e, r].rounds), np.int64(calendar[stages])
-    for group in range(scores.size):
-        scores[group] = _FAR
-    for stage in range(stages - 1, -1, -1):  # ``scores`` holds the best pad of later stages
-        if calendar[stage] <= clock:
-            break
-        target = stage
-        for group in range(scores.size):
-            finish = calendar[stage] + np.int64(lengths[ranked[group]])
-            while target < stages and calendar[target] < finish:
-                target += 1
-            scores[group] = min(scores[group], _pad(calendar[target], finish, weights[_LATE]))
+    first = 0  # of the stages to come
+    while first < stages and calendar[first] <= clock:
+        first += 1
     h = min(clock / end, 1.0)
     length = weights[_LENGTH] + weights[_LENGTH_SLOPE] * h
     later = weights[_LATER] + weights[_LATER_SLOPE] * h
@@ -102,12 +95,34 @@ def _score_by_calendar(
         score -= weights[_PAD] * _saturated(
             _pad(calendar[target], finish, weights[_LATE]), weights[_PAD_SCALE]
         )
-        score += later * _saturated(scores[group], weights[_LATER_SCALE])
+        fit = state.fits[e, ranked[group]]
+        if not fit.since <= first <= fit.stage:
+            _find_fit(state, e, ranked[group], first)
+        score += later * _saturated(fit.rounds, weights[_LATER_SCALE])
         score += weights[_COUNT] * counts[group]
         nearness = 1.0
         if finish < end:
             nearness = weights[_URGENT_SCALE] / (weights[_URGENT_SCALE] + (end - finish))
         scores[group] = score + urgent * nearness * nearness
+
+
+@kernel
+def _find_fit(state: State, e: int, rank: int, first: int) -> None:
+    """Note at which of the stages from ``first`` on a length would idle least; of equals the last.
+
+    It holds until that stage is reached, so that few are to be found anew at a stage.
+    """
+    calendar, stages, fit = state.calendar[e], state.episodes[e].stages, state.fits[e, rank]
+    rounds, late = np.int64(state.lengths[e, rank]), state.weights[e, _LATE]
+    fit.since, fit.stage, fit.rounds = first, stages, _FAR
+    target = first
+    for stage in range(first, stages):
+        finish = calendar[stage] + rounds
+        while target < stages and calendar[target] < finish:
+            target += 1
+        pad = _pad(calendar[target], finish, late)
+        if pad <= fit.rounds:
+            fit.stage, fit.rounds = stage, pad
 
 
 @kernel
@@ -146,25 +161,31 @@ def _score_by_finishes(
 
 
 @kernel
-def _sort(scores: NDArray[np.float64], ranked: NDArray[np.int32], count: int) -> None:
-    """Sort both by falling score; of equal scores the higher rank goes first (Shell 1959)."""
-    gap = 1
-    while gap < count // 3:
-        gap = 3 * gap + 1
-    while gap > 0:
-        for k in range(gap, count):
-            score, rank = scores[k], ranked[k]
-            place = k
-            while place >= gap and (
-                scores[place - gap] < score
-                or (scores[place - gap] == score and ranked[place - gap] < rank)
-            ):
-                scores[place] = scores[place - gap]
-                ranked[place] = ranked[place - gap]
-                place -= gap
-            scores[place] = score
-            ranked[place] = rank
-        gap //= 3
+def _keep_best(
+    scores: NDArray[np.float64], ranked: NDArray[np.int32], count: int, most: int
+) -> int:
+    """Bring the best ``most`` of the first entries to the front, in order; return how many there are.
+
+    Of equal scores the higher rank goes first.
+    """
+    kept = 0
+    for k in range(count):
+        score, rank = scores[k], ranked[k]
+        place = kept
+        if kept == most:
+            if scores[kept - 1] > score:
+                continue
+            place -= 1
+        elif kept < most:
+            kept += 1
+        # Ranks ascend, so that of equal scores the later entry goes first.
+        while place > 0 and scores[place - 1] <= score:
+            scores[place] = scores[place - 1]
+            ranked[place] = ranked[place - 1]
+            place -= 1
+        scores[place] = score
+        ranked[place] = rank
+    return kept
 
 
 @kernel

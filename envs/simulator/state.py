@@ -347,6 +347,16 @@ GAP_GROUP: Final = np.dtype(
 )
 """Requests of a replica that have had the same worst gap, see ``gaps``."""
 
+FIT: Final = np.dtype(
+    [
+        ("rounds", np.float64),  # that a request would idle, at least, at a later stage
+        ("stage", np.int32),  # the stage of the calendar where
+        ("since", np.int32),  # the first stage looked at; stage < since: not known
+    ],
+    align=True,
+)
+"""How well a length fits stages to come, see ``scored``."""
+
 FINISH: Final = np.dtype([("due", np.int64), ("request", np.int64)])
 
 BELIEF: Final = np.dtype([("log_median", np.float64), ("spread", np.float64)])
@@ -393,6 +403,7 @@ class State(Bundle):
     calendar: NDArray[np.int64]  # (E, MOST_STAGES + 1) [: episode.stages + 1], see workload.scoring
     weights: NDArray[np.float64]  # (E, WEIGHTS) of the rule ``scored``
     ranked: NDArray[np.int32]  # (E, I) scratch of that rule
+    fits: RecordArray  # (E, I) FIT by rank: what that rule has found; not read without a calendar
     limits: NDArray[np.float64]  # (E, I, 2) by id: of ``[slo]``; (E, 0, 2): the cluster's
     priority: NDArray[np.float64]  # (E, I) by id, the least goes first; (E, 0): nobody asks for it
     gaps: RecordArray  # (E, R, 2 J) GAP_GROUP, a stack [: replica.gap_groups]; (E, R, 0): not noted
@@ -451,6 +462,7 @@ def make_state(
         calendar=np.zeros((e, MOST_STAGES + 1), np.int64),
         weights=np.zeros((e, WEIGHTS)),
         ranked=np.zeros((e, i), np.int32),
+        fits=_records(e, i, dtype=FIT),
         limits=np.zeros((e, i if layout.class_limits else 0, 2)),
         priority=np.zeros((e, i if layout.shortest_by in (BY_DEADLINE, BY_BATCH) else 0)),
         gaps=_records(e, r, 2 * j if layout.keeps_gaps else 0, dtype=GAP_GROUP),
