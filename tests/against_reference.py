@@ -28,7 +28,8 @@ from tests.reference_beliefs import (
     expected_finishes,
     predicted,
 )
-from tests.reference_simulator import RULES, ReferenceSimulator, make_reference
+from tests.reference_scored import random_scoring
+from tests.reference_simulator import ALL_RULES, ReferenceSimulator, make_reference
 
 Times = NDArray[np.float64]
 
@@ -54,13 +55,14 @@ def random_case(
     dyadic = bool(rng.random() < 0.5)
     clients = int(rng.integers(1, 13))
     requests = random_requests(rng, dyadic=dyadic)
-    rules = [str(rule) for rule in rng.permutation(RULES)[: int(rng.integers(1, 7))]]
+    rules = [str(rule) for rule in rng.permutation(ALL_RULES)[: int(rng.integers(1, 8))]]
     if rng.random() < 0.2:
         clients, requests, rules = crowd(rng)
     costs = random_costs(rng, clients, dyadic=dyadic)
     queues = random_queues(rng, requests, clients)
     budget = int(rng.choice([0, 0, 1, 30, 100]))
     every_round = bool(rng.random() < 0.4)
+    scoring = random_scoring(rng)
     env = make_env(
         clients,
         costs,
@@ -70,14 +72,16 @@ def random_case(
         reward=str(rng.choice(["gap", "latency"])),
     )
     if information == "known":
-        start(env, requests, queues)
-        return env, make_reference(requests, clients, costs, queues, rules, budget, every_round)
+        start(env, requests, queues, scoring)
+        return env, make_reference(
+            requests, clients, costs, queues, rules, budget, every_round, scoring=scoring
+        )
     if information in ("quantile", "mean-sd"):  # aligned goes by expected rounds only
         rules = [rule for rule in rules if rule != "aligned"] or ["longest"]
     env, listed = informed(rng, env, requests, rules, information)
-    start(env, with_predictions(requests, listed), queues)
+    start(env, with_predictions(requests, listed), queues, scoring)
     reference = make_reference(
-        listed, clients, costs, queues, rules, budget, every_round, BelievingSimulator
+        listed, clients, costs, queues, rules, budget, every_round, BelievingSimulator, scoring
     )
     return env, reference
 
@@ -135,7 +139,7 @@ def crowd(rng: np.random.Generator) -> tuple[int, Requests, list[str]]:
     """Many short requests on a few clients, so that several finish together: what aligned needs."""
     rows = zip(rng.integers(1, 9, 60), rng.integers(1, 14, 60), strict=True)
     requests = instance(*((int(prompt), int(output)) for prompt, output in rows))
-    return int(rng.integers(4, 10)), requests, ["aligned", "fcfs"]
+    return int(rng.integers(4, 10)), requests, ["aligned", "scored", "fcfs"]
 
 
 def compare(env: ServingEnv, reference: ReferenceSimulator) -> None:

@@ -21,7 +21,8 @@ from servegym.envs.machine.costs import (
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.cluster import ClusterConfig
 from servegym.envs.task.config import InformationConfig, ProcessConfig, TaskConfig
-from servegym.envs.workload.plan import Plan, plan_from_queues
+from servegym.envs.workload.plan import Plan, plan_by_scores, plan_from_queues
+from servegym.envs.workload.scoring import Scoring
 
 if TYPE_CHECKING:  # the simulator's tests do without torch
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -65,10 +66,15 @@ def make_env(
 
 
 def start(
-    env: ServingEnv, requests: Requests, queues: Sequence[Sequence[int]] | None = None
+    env: ServingEnv,
+    requests: Requests,
+    queues: Sequence[Sequence[int]] | None = None,
+    scoring: Scoring | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Reset to an instance, with a plan if one is given."""
     plan: Plan | None = None if queues is None else plan_from_queues(queues)
+    if scoring is not None:
+        plan = plan_by_scores(scoring) if plan is None else replace(plan, scoring=scoring)
     return env.reset(options={"requests": requests, "plan": plan})
 
 

@@ -13,10 +13,13 @@ from itertools import combinations
 
 from servegym.envs.machine.costs import StageCosts
 from servegym.envs.workload.requests import Requests
+from servegym.envs.workload.scoring import Scoring
 from tests.reference_costs import decode_round_s, prefill_s, prefill_stage_s
 from tests.reference_requests import Request, greedy_queues, make_requests_list
+from tests.reference_scored import score
 
 __all__ = [  # also what a stage costs and its requests
+    "ALL_RULES",
     "RULES",
     "ReferenceSimulator",
     "Request",
@@ -30,6 +33,7 @@ __all__ = [  # also what a stage costs and its requests
 ]
 
 RULES = ("plan", "steal", "longest", "shortest", "fcfs", "aligned")
+ALL_RULES = (*RULES, "scored")
 
 
 @dataclass(eq=False)
@@ -51,6 +55,7 @@ class ReferenceSimulator:
     busy_decode_s: float = 0.0  # Σ over rounds of n / J · seconds
     in_system_s: float = 0.0  # Σ over finished stages and arrivals of time spent in the system
     decisions: int = 0
+    scoring: Scoring = field(default_factory=Scoring)  # of the rule scored
     log: list[tuple] = field(default_factory=list)  # what every stage did
 
     # ---- what can be seen -------------------------------------------------------------------
@@ -207,10 +212,14 @@ class ReferenceSimulator:
         """Idle clients in order take what the rule gives them, until the token budget is spent."""
         batch: list[Request] = []
         targets = self.targets()
+        waits = [request.compared_rounds for request in self.waiting()]
         for client in self.idle_clients():
             if not self.waiting():
                 break
-            request = self.candidate(rule, client, targets)
+            if rule == "scored":
+                request: Request | None = self.scored(targets, waits)
+            else:
+                request = self.candidate(rule, client, targets)
             if request is None:
                 continue
             tokens = sum(other.prompt for other in batch) + request.prompt
@@ -284,6 +293,21 @@ class ReferenceSimulator:
                 best, best_score = request, score
         return best
 
+    def scored(self, targets: list[int], waits: list[int]) -> Request:
+        """The candidate of the best score, the longer of equals; ``waits``: lengths when the stage began."""
+        order = self.by_length()
+        best, best_score = order[-1], None
+        if len(order) <= self.scoring.weights.tail * self.clients:
+            return best
+        together = [self.round + rounds for rounds in targets]
+        first = int(len(order) * self.scoring.weights.shortest_share)
+        for request in reversed(order[first:]):
+            rounds = request.compared_rounds
+            found = score(rounds, waits.count(rounds), self.round, self.scoring, together)
+            if found is not None and (best_score is None or found > best_score):
+                best, best_score = request, found
+        return best
+
 
 def make_reference(
     requests: Requests | Sequence[Request],
@@ -294,6 +318,7 @@ def make_reference(
     max_prefill_tokens: int = 0,
     every_round: bool = False,
     simulator_class: type[ReferenceSimulator] = ReferenceSimulator,
+    scoring: Scoring | None = None,
 ) -> ReferenceSimulator:
     """A simulator at its first decision point; without `queues` it follows the greedy plan."""
     listed = make_requests_list(requests) if isinstance(requests, Requests) else list(requests)
@@ -304,6 +329,7 @@ def make_reference(
     simulator = simulator_class(
         listed, clients, costs, planned, rules, max_prefill_tokens, every_round
     )
+    simulator.scoring = scoring or Scoring()
     simulator.begin()
     return simulator
 

@@ -11,7 +11,7 @@ import pytest
 
 from servegym.envs.vocabulary import ADMISSION_RULES
 from tests.against_reference import INFORMATION, Information, play_one
-from tests.reference_simulator import RULES
+from tests.reference_simulator import ALL_RULES
 
 GROUPS = 16
 CASES_PER_GROUP = 25
@@ -33,4 +33,4 @@ def test_same_episode_where_lengths_are_not_known(information: Information, grou
 
 
 def test_rules_are_those_of_the_reference() -> None:
-    assert RULES == ADMISSION_RULES
+    assert ALL_RULES == ADMISSION_RULES

@@ -46,7 +46,8 @@ class Plan:
             checked = whole_numbers(f"plan {name}", getattr(self, name), 0, _MAX_ID)
             object.__setattr__(self, name, checked)
         steps = np.diff(self.offsets)
-        if len(self.offsets) < 2 or self.offsets[0] != 0 or np.any(steps < 0):
+        least = 2 if self.scoring is None else 1
+        if len(self.offsets) < least or self.offsets[0] != 0 or np.any(steps < 0):
             raise ServegymError("plan offsets must start at 0 and not decrease")
         if self.offsets[-1] != len(self.order):
             raise ServegymError(
@@ -58,7 +59,7 @@ class Plan:
     @property
     def has_queues(self) -> bool:
         """Whether it says anything about queues; a plan made for its scoring need not."""
-        return self.scoring is None or len(self.order) > 0
+        return self.clients > 0
 
     @property
     def clients(self) -> int:
@@ -109,4 +110,4 @@ def plan_by_scores(scoring: Scoring) -> Plan:
     >>> plan_by_scores(Scoring()).has_queues
     False
     """
-    return Plan(np.zeros(0, np.int64), np.zeros(2, np.int64), scoring)
+    return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64), scoring)
