@@ -301,8 +301,8 @@ REGISTRY: Final[dict[str, Entry]] = {
         parameter="chance",
     ),
     "calendar": Entry(
-        "stages by a learned calendar, each with the requests that fit it now and would not later; the best "
-        "of N calendars in imagination (10)",
+        "stages by a learned calendar, each with the requests that fit it now and would not later; before an "
+        "episode N calendars are played in imagination (30), each a change of the best so far",
         calendar_policy(),
         parameter="calendars",
     ),

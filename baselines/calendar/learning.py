@@ -67,10 +67,10 @@ class Search:
 
     stages: int = 36
     seed: int = 0
-    generations: int = 4000
+    generations: int = 1500
     population: int = 24
     cases: int = 12
-    spread: float = 0.1
+    spread: float = 0.15
 
     def __post_init__(self) -> None:
         bounds = {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from servegym.agents.policy import CARD_FILE, load_agent, read_card
 from servegym.baselines import registry
+from servegym.baselines.calendar.fitted import CALENDAR_FILE, calendar_policy, read_parameters
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, read_json, write_file
+from servegym.envs.files import make_folder, read_bytes, read_json, write_file
 from servegym.envs.playing.policy import Policy
 from servegym.envs.task.registered import NAMESPACE
 from servegym.studies.cli import command_line
@@ -25,7 +27,8 @@ BEST = "agent"
 
 DESCRIPTIONS = {
     SHIPPED: "the trained agent that is shipped for the task, in results/agents/<task>/",
-    "FOLDER": f"a trained agent: a folder that holds {CARD_FILE}, or that of a training run",
+    "FOLDER": f"a trained agent: a folder that holds {CARD_FILE} or {CALENDAR_FILE}, or that of a training "
+    "run",
     "MODULE:CLASS": "your own policy: a class of a module in this folder, also MODULE:CLASS(key=value)",
 }
 
@@ -62,7 +65,7 @@ def agent_folder(name: str, task_name: str) -> Path | None:
     if name == SHIPPED:
         return _shipped(task_name.removeprefix(f"{NAMESPACE}/"))
     for folder in (Path(name), Path(name) / BEST):
-        if (folder / CARD_FILE).is_file():
+        if any((folder / file).is_file() for file in (CARD_FILE, CALENDAR_FILE)):
             return folder
     return Path(name) if "/" in name else None
 
@@ -77,9 +80,23 @@ def make_listed_policy(
 
 
 def _load_noted(name: str, folder: Path, weights: Mapping[str, str]) -> Policy:
-    agent = load_agent(folder)
-    _check_noted(name, str(folder), agent.card.weights_sha256, weights)
-    return agent
+    if _holds_calendar(folder):
+        policy: Policy = calendar_policy(read_parameters(folder / CALENDAR_FILE))
+    else:
+        policy = load_agent(folder)
+    _check_noted(name, str(folder), _hash(folder), weights)
+    return policy
+
+
+def _holds_calendar(folder: Path) -> bool:
+    return (folder / CALENDAR_FILE).is_file() and not (folder / CARD_FILE).exists()
+
+
+def _hash(folder: Path) -> str:
+    """Return the hash of the weights of a trained agent, or of its calendar."""
+    if _holds_calendar(folder):
+        return hashlib.sha256(read_bytes(folder / CALENDAR_FILE)).hexdigest()
+    return read_card(folder / CARD_FILE).weights_sha256
 
 
 def _check_noted(name: str, place: str, digest: str, weights: Mapping[str, str]) -> None:
@@ -109,7 +126,7 @@ def note_weights(folders: Mapping[str, Path], output: Path) -> dict[str, str]:
 
 
 def _hashes(folders: Mapping[str, Path]) -> dict[str, str]:
-    return {name: read_card(folder / CARD_FILE).weights_sha256 for name, folder in folders.items()}
+    return {name: _hash(folder) for name, folder in folders.items()}
 
 
 def _note(hashes: dict[str, str], output: Path) -> dict[str, str]:

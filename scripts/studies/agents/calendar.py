@@ -38,7 +38,7 @@ FITNESS_FILE: Final = "fitness.npy"
 
 EVALUATIONS_FILE: Final = "evaluations.csv"
 
-BOTH: Final = (1, 10)
+BOTH: Final = (1, 30)
 """Calendars tried before an episode: none but the learned one, and as the policy does by default."""
 
 _SAVED_EVERY_S: Final = 20.0
@@ -143,7 +143,7 @@ class CalendarTraining:
             return "no evaluation: nothing is known of the policy"
         rules = references(self.task, self._seeds)
         name, gap = min(((name, row["gap"]) for name, row in rules.items()), key=lambda pair: pair[1])
-        better = "ahead of" if best["gap_percent"] < 100 * gap else "behind"
+        better = "ahead of" if best["gap_percent"] < 100 * gap else "not ahead of"
         return (
             f"{self.folder / CALENDAR_FILE}: of generation {best['generation']}, "
             f"{best['gap_percent']:.2f} ± {best['gap_percent_half']:.2f} % above the lower bound on "
