@@ -30,7 +30,7 @@ from servegym.baselines.calendar.learning import (
 from servegym.baselines.rules import triggers
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
-from servegym.envs import TASKS, ServegymError, make_case, play
+from servegym.envs import TASKS, ServegymError, ServingEnv, make_case, play
 from servegym.envs.task.config import with_overrides
 from servegym.envs.workload.plan import Plan, plan_by_scores
 from servegym.envs.workload.scoring import ScoreWeights, Scoring
@@ -210,3 +210,27 @@ def test_names_of_the_policy() -> None:
             make_policy(name)
     with pytest.raises(ServegymError, match="variations must lie in 1"):
         CalendarPlanner(variations=0)
+
+
+def test_an_action_may_bring_its_weight() -> None:
+    process = {"rules": ("longest", "aligned", "scored"), "pads": (0.0, 3.0)}
+    task = with_overrides(SMALL, {"process": process})
+    assert task.actions[3:] == ("prefill:scored", "prefill:scored:pad=0", "prefill:scored:pad=3")
+    case = make_case(task, 0)
+    plan = plan_by_scores(Scoring(ScoreWeights(length=0.1, shortest_share=0.0, tail=0.0)))
+
+    def admitted(action: int) -> list[float]:
+        env = ServingEnv(task)
+        env.reset(options={"requests": case.requests, "plan": plan})
+        over = False
+        while not over:
+            mask = env.action_masks()
+            over = env.step(action if mask[action] else 0)[2]
+        return env.records().admitted_s.tolist()
+
+    assert admitted(3) == admitted(5)
+    assert admitted(4) != admitted(3)
+    with pytest.raises(ServegymError, match="belongs to the rule 'scored'"):
+        with_overrides(SMALL, {"process": {"pads": (1.0,)}})
+    with pytest.raises(ServegymError, match="process.pads must lie in 0"):
+        with_overrides(task, {"process": {"pads": (-1.0,)}})

@@ -18,6 +18,7 @@ from servegym.envs.simulator.admission import (
 )
 from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep, steal
 from servegym.envs.simulator.queues import shares_pool
+from servegym.envs.simulator.scored import PAD_WEIGHT
 from servegym.envs.simulator.state import IDLE, NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.stealing import fullest_queue, stealable
 from servegym.envs.vocabulary import GUARD_SGLANG, STEAL_WAITING
@@ -34,6 +35,7 @@ class Settings(Bundle):
     ]  # (P + M,) share of its clients that a replica may use after the action
     reserves: NDArray[np.float64]  # (P + M,) share of its memory that the action leaves free
     limits: bool  # whether any of these limits anything
+    pads: NDArray[np.float64]  # (P + M,) weight of the rule ``scored``; NaN: as it is
     steals: NDArray[np.int64]  # (S,) of action 1 + P + M + k: place in STEALS
     every_round: bool  # ask at every decode round, not only where the choice has changed
     max_prefill_tokens: int  # prompt tokens of one prefill stage, 0: no limit
@@ -171,6 +173,9 @@ def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, a
         _limit(state, settings, e, r, action - 1)
     prefills = settings.rules.size
     mixes_too = prefills + settings.mixed_rules.size
+    own_pad = state.weights[e, PAD_WEIGHT]
+    if 0 < action <= settings.pads.size and not np.isnan(settings.pads[action - 1]):
+        state.weights[e, PAD_WEIGHT] = settings.pads[action - 1]
     if action == DECODE:
         if state.replicas[e, r].active == 0:
             sleep(state, e, r)
@@ -182,5 +187,6 @@ def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, a
         mix(state, costs, e, r, settings.mixed_rules[action - 1 - prefills])
     else:
         steal(state, costs, e, r, settings.steals[action - 1 - mixes_too])
+    state.weights[e, PAD_WEIGHT] = own_pad
     if settings.limits:
         _free_of_limits(state, e, r)

@@ -19,7 +19,7 @@ from servegym.envs.simulator.state import NOBODY, State
 # Places of the weights, in the order of ScoreWeights.
 _LENGTH: Final = 0
 _LENGTH_SLOPE: Final = 1
-_PAD: Final = 2
+PAD_WEIGHT: Final = 2
 _PAD_SCALE: Final = 3
 _LATER: Final = 4
 _LATER_SLOPE: Final = 5
@@ -92,7 +92,7 @@ def _score_by_calendar(
         while target < stages and calendar[target] < finish:
             target += 1
         score = length * rounds
-        score -= weights[_PAD] * _saturated(
+        score -= weights[PAD_WEIGHT] * _saturated(
             _pad(calendar[target], finish, weights[_LATE]), weights[_PAD_SCALE]
         )
         fit = state.fits[e, ranked[group]]
@@ -154,7 +154,7 @@ def _score_by_finishes(
         if target < rounds:
             break
         score = weights[_LENGTH] * rounds
-        score -= weights[_PAD] * _saturated(float(target - rounds), weights[_PAD_SCALE])
+        score -= weights[PAD_WEIGHT] * _saturated(float(target - rounds), weights[_PAD_SCALE])
         scores[group] = score + weights[_COUNT] * counts[group]
         group += 1
     return group

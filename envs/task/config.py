@@ -180,6 +180,8 @@ class ProcessConfig:
     reserves: tuple[float, ...] = (0.0,)
     """Shares of a replica's memory that admission leaves free while others run, < 1: every rule is on
     offer with each, also with 0. The watermark is left free in any case."""
+    pads: tuple[float, ...] = ()
+    """Weights ``pad`` of the rule ``scored``, ≥ 0: it is on offer with each, and with the plan's own."""
     steals: tuple[str, ...] = ()
     """What a replica with idle clients may take from another, whose actions come last: ``waiting``
     requests, and ``running`` ones. Replicas then need queues of their own."""
@@ -212,6 +214,12 @@ class ProcessConfig:
             raise ServegymError(f"process.caps must be > 0 and at most 1, got {list(self.caps)}")
         if not all(0 <= reserve < 1 for reserve in self.reserves):
             raise ServegymError(f"process.reserves must be ≥ 0 and < 1, got {list(self.reserves)}")
+        if not all(0 <= pad <= 1e12 for pad in self.pads) or len(set(self.pads)) < len(self.pads):
+            raise ServegymError(
+                f"process.pads must lie in 0 … 1e12, each once, got {list(self.pads)}"
+            )
+        if self.pads and "scored" not in (*self.rules, *self.mixed_rules):
+            raise ServegymError("process.pads belongs to the rule 'scored'; name that in process.rules")
         if len(set(self.steals)) != len(self.steals):
             raise ServegymError("process.steals must name each kind once")
         for kind in self.steals:
@@ -337,13 +345,15 @@ class Admission(NamedTuple):
     mixed: bool
     cap: float
     reserve: float
+    pad: float | None = None  # weight of the rule ``scored`` in the place of the plan's
 
     @property
     def name(self) -> str:
         """Its name among ``TaskConfig.actions``; limits that do not limit are left out."""
         cap = "" if self.cap == 1 else f":cap={self.cap:g}"
         reserve = "" if self.reserve == 0 else f":reserve={self.reserve:g}"
-        return f"{'mixed' if self.mixed else 'prefill'}:{self.rule}{cap}{reserve}"
+        pad = "" if self.pad is None else f":pad={self.pad:g}"
+        return f"{'mixed' if self.mixed else 'prefill'}:{self.rule}{cap}{reserve}{pad}"
 
 
 @dataclass(frozen=True)
@@ -398,8 +408,8 @@ class TaskConfig:
     def actions(self) -> tuple[str, ...]:
         """What each action does: ``decode``, ``prefill:RULE``, ``mixed:RULE`` or ``steal:KIND``.
 
-        Behind a rule may stand a cap or a reserve, as in ``prefill:fcfs:cap=0.5:reserve=0.1``. Where a
-        replica has no request to decode, ``decode`` lets it wait.
+        Behind a rule may stand a cap or a reserve, as in ``prefill:fcfs:cap=0.5:reserve=0.1``, and behind
+        ``scored`` a weight, as in ``prefill:scored:pad=1``. Where a replica has no request to decode, ``decode`` lets it wait.
         """
         steals = (f"steal:{kind}" for kind in self.process.steals)
         return ("decode", *(admission.name for admission in self.admissions), *steals)
@@ -411,10 +421,11 @@ class TaskConfig:
         mixed = process.mixed_rules if self.cluster.chunk_tokens > 0 else ()
         offers = [(rule, False) for rule in process.rules] + [(rule, True) for rule in mixed]
         return tuple(
-            Admission(rule, is_mixed, cap, reserve)
+            Admission(rule, is_mixed, cap, reserve, pad)
             for rule, is_mixed in offers
             for cap in process.caps
             for reserve in process.reserves
+            for pad in (None, *(process.pads if rule == "scored" else ()))
         )
 
 

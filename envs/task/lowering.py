@@ -92,11 +92,13 @@ def lower(task: TaskConfig) -> Machine:
     )
     caps = np.array([action.cap for action in admissions])
     reserves = np.array([action.reserve for action in admissions])
+    pads = np.array([np.nan if action.pad is None else action.pad for action in admissions])
     settings = Settings(
         rules=np.array(rules, np.int64),
         mixed_rules=np.array(mixed_rules, np.int64),
         caps=caps,
         reserves=reserves,
+        pads=pads,
         limits=bool((caps < 1).any() or (reserves > 0).any()),
         steals=np.array([STEALS.index(kind) for kind in process.steals], np.int64),
         every_round=process.decisions == "rounds",
