@@ -70,7 +70,7 @@ class Search:
     generations: int = 1500
     population: int = 24
     cases: int = 12
-    spread: float = 0.15
+    spread: float = 0.2
 
     def __post_init__(self) -> None:
         bounds = {
@@ -104,15 +104,19 @@ _NAMES: Final = (
 _UNITS: Final = {"length": 0.01, "length_slope": 0.01, "urgent": 10.0, "urgent_slope": 10.0}
 """A step of 1 of the vector, where it is not 1; of scales a factor e."""
 
+# Rounded from a search that began at the weights 1 (seed 1): one begun here takes a third of the time.
 _START: Final = {
-    "spare": 0.02,
-    "length": 0.03,
-    "later": 1.0,
+    "spare": 0.0,
+    "length": 0.01,
+    "length_slope": 0.02,
+    "later": 0.7,
+    "later_slope": -0.3,
     "urgent": 10.0,
-    "late": 3.0,
-    "pad_scale": 400.0,
-    "later_scale": 150.0,
-    "urgent_scale": 30.0,
+    "urgent_slope": 10.0,
+    "late": 5.0,
+    "pad_scale": 40.0,
+    "later_scale": 1000.0,
+    "urgent_scale": 8.0,
 }
 
 
