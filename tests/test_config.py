@@ -19,7 +19,7 @@ from servegym.envs.task.config import (
     WorkloadConfig,
     with_overrides,
 )
-from servegym.envs.vocabulary import ADMISSION_RULES
+from servegym.envs.vocabulary import USUAL_RULES
 from tests.helpers import HUGE
 
 Write = Callable[[str, str], Path]

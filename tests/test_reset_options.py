@@ -85,8 +85,8 @@ BAD_PLANS = [
 @pytest.mark.parametrize(("bad", "words", "good"), BAD_PLANS)
 def test_bad_plan(bad: Any, words: str, good: Any) -> None:
     with pytest.raises(ServegymError, match=words):
-        Plan(*(np.array(part, dtype=np.int64) for part in bad))
-    Plan(*(np.array(part, dtype=np.int64) for part in good))
+        Plan(np.array(bad[0], np.int64), np.array(bad[1], np.int64))
+    Plan(np.array(good[0], np.int64), np.array(good[1], np.int64))
 
 
 def test_plan_queues_and_loads() -> None:

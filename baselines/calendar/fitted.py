@@ -145,7 +145,9 @@ class CalendarPlanner:
         kept = np.zeros(len(parameters.log_intervals))
         rng = briefing.rng
         for _ in range(self.variations - 1):
-            varied = kept + np.where(rng.random(len(kept)) < SHARE, rng.normal(0, SPREAD, len(kept)), 0)
+            varied = kept + np.where(
+                rng.random(len(kept)) < SHARE, rng.normal(0, SPREAD, len(kept)), 0
+            )
             plan = plan_by_scores(parameters.scoring(mean_rounds, varied))
             seconds = _imagined_seconds(state, costs, requests, plan, policy)
             if seconds < least_s:

@@ -320,4 +320,3 @@ def make_optimizer(how: Search) -> Any:
         population_size=how.population,
         seed=how.seed,
     )
-

@@ -193,6 +193,11 @@ class RolloutPolicy:
         """The guard that the base asks for."""
         return self.base.cluster
 
+    @property
+    def needed_rules(self) -> tuple[str, ...]:
+        """The base's rule, where few tasks offer it."""
+        return self.base.needed_rules
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode's schedule; plan if the base does."""
         self._briefing, self._search = briefing, None

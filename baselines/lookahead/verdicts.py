@@ -130,6 +130,11 @@ class VerdictPolicy:
         """The guard that the base asks for."""
         return self.policy.cluster
 
+    @property
+    def needed_rules(self) -> tuple[str, ...]:
+        """The rule's own, where few tasks offer it."""
+        return self.policy.needed_rules
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode; plan if the rule does."""
         task = briefing.task

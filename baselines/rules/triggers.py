@@ -139,7 +139,7 @@ def feedback(multiplier: float, view: DecisionView) -> bool:
 
 @kernel
 def due(multiplier: float, view: DecisionView) -> bool:
-    """Prefill at the first finish at or after each stage of the calendar; behind its last stage, look ahead."""
+    """Prefill at the first finish at or after each stage of the calendar; behind the last, look ahead."""
     if view.next_stage < 0:
         return lookahead(multiplier, view)
     return view.next_stage <= view.round

@@ -155,7 +155,9 @@ def asked_task(task: TaskConfig, policy: Policy) -> TaskConfig:
     process: dict[str, Any] = {}
     if policy.decisions is not None:
         process["decisions"] = policy.decisions
-    more = tuple(rule for rule in getattr(policy, "needed_rules", ()) if rule not in task.process.rules)
+    more = tuple(
+        rule for rule in getattr(policy, "needed_rules", ()) if rule not in task.process.rules
+    )
     if more:
         process["rules"] = task.process.rules + more
     if process:

@@ -65,7 +65,9 @@ def rank_by_score(state: State, e: int, r: int) -> None:
         _score_by_calendar(state, e, r, counts, scores)
     else:
         groups = _score_by_finishes(state, e, r, counts, scores)
-    all_count = state.weights[e, _SHORTEST_SHARE] > 0.0  # who is a candidate changes within the stage
+    all_count = (
+        state.weights[e, _SHORTEST_SHARE] > 0.0
+    )  # who is a candidate changes within the stage
     most = groups if all_count else min(groups, state.replicas[e, r].idle)
     state.episodes[e].ranked = _keep_best(scores, ranked, groups, most)
 

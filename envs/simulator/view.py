@@ -39,7 +39,9 @@ class DecisionView(NamedTuple):
     seconds_to_finish: float
     prefill_s: float  # a stage that fills the idle clients with waiting prompts of mean length
     prefill_fixed_s: float  # the part that grows with neither tokens nor requests
-    next_stage: int = NOBODY  # decode clock of the calendar's first stage after the last prefill; −1: none
+    next_stage: int = (
+        NOBODY  # decode clock of the calendar's first stage after the last prefill; −1: none
+    )
 
 
 @kernel

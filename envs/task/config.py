@@ -219,7 +219,9 @@ class ProcessConfig:
                 f"process.pads must lie in 0 … 1e12, each once, got {list(self.pads)}"
             )
         if self.pads and "scored" not in (*self.rules, *self.mixed_rules):
-            raise ServegymError("process.pads belongs to the rule 'scored'; name that in process.rules")
+            raise ServegymError(
+                "process.pads belongs to the rule 'scored'; name that in process.rules"
+            )
         if len(set(self.steals)) != len(self.steals):
             raise ServegymError("process.steals must name each kind once")
         for kind in self.steals:
@@ -409,7 +411,8 @@ class TaskConfig:
         """What each action does: ``decode``, ``prefill:RULE``, ``mixed:RULE`` or ``steal:KIND``.
 
         Behind a rule may stand a cap or a reserve, as in ``prefill:fcfs:cap=0.5:reserve=0.1``, and behind
-        ``scored`` a weight, as in ``prefill:scored:pad=1``. Where a replica has no request to decode, ``decode`` lets it wait.
+        ``scored`` a weight, as in ``prefill:scored:pad=1``. Where a replica has no request to decode,
+        ``decode`` lets it wait.
         """
         steals = (f"steal:{kind}" for kind in self.process.steals)
         return ("decode", *(admission.name for admission in self.admissions), *steals)

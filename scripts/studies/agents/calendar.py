@@ -142,7 +142,9 @@ class CalendarTraining:
         if best is None:
             return "no evaluation: nothing is known of the policy"
         rules = references(self.task, self._seeds)
-        name, gap = min(((name, row["gap"]) for name, row in rules.items()), key=lambda pair: pair[1])
+        name, gap = min(
+            ((name, row["gap"]) for name, row in rules.items()), key=lambda pair: pair[1]
+        )
         better = "ahead of" if best["gap_percent"] < 100 * gap else "not ahead of"
         return (
             f"{self.folder / CALENDAR_FILE}: of generation {best['generation']}, "
@@ -166,9 +168,7 @@ class CalendarTraining:
         self.rows.append(asdict(row))
         if best is None or row.gap_percent < best["gap_percent"]:
             write_parameters(centre, self.folder, self.task.name)
-        write_file(
-            self.folder / EVALUATIONS_FILE, pd.DataFrame(self.rows).to_csv(index=False)
-        )
+        write_file(self.folder / EVALUATIONS_FILE, pd.DataFrame(self.rows).to_csv(index=False))
 
     def _gaps_percent(self, parameters: CalendarParameters, calendars: int) -> NDArray[np.float64]:
         policy = calendar_policy(parameters, calendars)
@@ -189,7 +189,9 @@ class CalendarTraining:
                 )
             others = [path for path in self.folder.glob("*") if path.name != LOCK_FILE]
             if others:
-                raise ServegymError(f"{self.folder}: not empty and holds no run; name another folder")
+                raise ServegymError(
+                    f"{self.folder}: not empty and holds no run; name another folder"
+                )
             return
         if not record.is_file():
             raise ServegymError(f"{self.folder}: holds no run to resume")
@@ -223,7 +225,10 @@ class CalendarTraining:
             try:
                 rows = pd.read_csv(table, float_precision="round_trip")
                 rows = rows[rows["generation"] <= len(fitness)]
-                self.rows = [asdict(Evaluation(**row)) for row in rows.to_dict("records")]
+                self.rows = [
+                    asdict(Evaluation(**{str(key): value for key, value in row.items()}))
+                    for row in rows.to_dict("records")
+                ]
             except (ValueError, KeyError, TypeError):
                 raise ServegymError(f"{table}: damaged; begin a run in another folder") from None
             self._before_s = max((row["training_s"] for row in self.rows), default=0.0)
