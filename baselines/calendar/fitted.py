@@ -10,6 +10,7 @@ millisecond each, and the best is kept.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -190,6 +191,12 @@ def learned_parameters(task_name: str) -> CalendarParameters:
     """
     shipped = _shipped()
     return shipped.get(task_name, shipped[USUAL_TASK])
+
+
+def learned_hash(task_name: str) -> str:
+    """Return the SHA-256 of what is shipped for a task, so that a table of episodes can note it."""
+    content = json.dumps(asdict(learned_parameters(task_name)))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 @cache

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from servegym.agents.policy import CARD_FILE, load_agent, read_card
 from servegym.baselines import registry
-from servegym.baselines.calendar.fitted import CALENDAR_FILE, calendar_policy, read_parameters
+from servegym.baselines.calendar.fitted import (
+    CALENDAR_FILE,
+    CalendarPlanner,
+    calendar_policy,
+    learned_hash,
+    read_parameters,
+)
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_bytes, read_json, write_file
 from servegym.envs.playing.policy import Policy
@@ -108,11 +114,21 @@ def _check_noted(name: str, place: str, digest: str, weights: Mapping[str, str])
 
 
 def weights_of(names: Sequence[str], task_name: str) -> dict[str, str]:
-    """Return what may change behind a name: hashes of agents' weights, of the source of users' policies."""
+    """Return what may change behind a name: hashes of agents' weights, of the source of users' policies, of
+    what ``calendar`` has learned.
+    """
     folders = {name: agent_folder(name, task_name) for name in names}
     hashes = _hashes({name: folder for name, folder in folders.items() if folder is not None})
     own = [name for name in names if name not in hashes and is_own_policy(name)]
-    return hashes | {name: source_hash(name) for name in own}
+    hashes |= {name: source_hash(name) for name in own}
+    rest = [name for name in names if name not in hashes]
+    return hashes | {name: learned_hash(task_name) for name in rest if _is_calendar(name)}
+
+
+def _is_calendar(name: str) -> bool:
+    """Return whether a baseline plays a calendar that is shipped."""
+    policy = registry.make_policy(name)
+    return isinstance(getattr(policy, "planner", None), CalendarPlanner)
 
 
 def note_agents(names: Sequence[str], task_name: str, output: Path) -> dict[str, str]:
