@@ -114,9 +114,7 @@ def _check_noted(name: str, place: str, digest: str, weights: Mapping[str, str])
 
 
 def weights_of(names: Sequence[str], task_name: str) -> dict[str, str]:
-    """Return what may change behind a name: hashes of agents' weights, of the source of users' policies, of
-    what ``calendar`` has learned.
-    """
+    """Return what may change behind a name, as hashes: weights, users' sources, what ``calendar`` learned."""
     folders = {name: agent_folder(name, task_name) for name in names}
     hashes = _hashes({name: folder for name, folder in folders.items() if folder is not None})
     own = [name for name in names if name not in hashes and is_own_policy(name)]
