@@ -1,0 +1,6 @@
+"""Train calendars from several seeds and evaluate them on held-out cases."""
+
+from servegym.studies.start import run_command
+
+if __name__ == "__main__":
+    run_command("study_calendar")
