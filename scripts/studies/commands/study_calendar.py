@@ -206,7 +206,7 @@ def _page(
         f"Each seed is a run of `train_calendar.py`; seed {best} has the smallest gap on the validation "
         "cases. Intervals in the table are over cases. With 30 calendars the mean over "
         f"{args.seeds} training seeds is {100 * mean:.2f} ± {100 * half:.2f} % (over seeds).\n\n"
-        f"{to_markdown(pd.DataFrame(rows))}\n\n"
+        f"{to_markdown(pd.DataFrame(rows))}\n"
         "`CPU ms a decision` is the median over cases of all CPU time of an episode, planning before it "
         "included, over its decisions.\n"
     )
