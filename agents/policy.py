@@ -1,4 +1,4 @@
-"""Trained agents as policies: read from safetensors and JSON, run in plain numpy, without torch.
+"""Trained agents as policies: read from safetensors and JSON, run by kernels, without torch.
 
 An agent is a folder of two files. ``agent.safetensors`` holds the weights ``0.weight``, ``0.bias``,
 ``1.weight`` … of a tanh network, float32. ``agent.json`` names the agent's features and actions, and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,7 +24,18 @@ from servegym.envs.errors import ServegymError, shown
 from servegym.envs.files import WRONG_VALUES, make_folder, read_bytes, read_json, write_file
 from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.process.blocks import block_of, features_of
+from servegym.envs.process.network import (
+    CompiledAgent,
+    DenseLayers,
+    NetworkChoice,
+    choose,
+    make_agent,
+    make_layers,
+    score_rows,
+)
 from servegym.envs.process.observation import FEATURES, OBSERVATION_VERSION
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
 from servegym.envs.vocabulary import OBSERVATION_BLOCKS
 from servegym.envs.workload.plan import Plan
 
@@ -48,9 +59,8 @@ class Network:
 
     def __init__(self, layers: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> None:
         self.layers = list(layers)
-        # The transposed views are made once: a decision takes only a few microseconds.
-        self._hidden = [(weights.T, biases) for weights, biases in self.layers[:-1]]
-        self._output = (self.layers[-1][0].T, self.layers[-1][1])
+        self.lowered = make_layers(self.layers)
+        """The layers as kernels read them; they hold the scratch of one call at a time."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -59,15 +69,10 @@ class Network:
 
     def scores(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the score of every action, shape (…, actions), of observations (…, features)."""
-        signal = observations
-        for weights, biases in self._hidden:
-            signal = signal @ weights
-            signal += biases
-            np.tanh(signal, out=signal)
-        weights, biases = self._output
-        signal = signal @ weights
-        signal += biases
-        return signal
+        rows = np.ascontiguousarray(observations, np.float32).reshape(-1, self.sizes[0])
+        scores = np.empty((len(rows), self.sizes[-1]), np.float32)
+        score_rows(self.lowered, rows, scores)
+        return scores.reshape(*observations.shape[:-1], self.sizes[-1])
 
     def best(self, observations: NDArray[np.float32], masks: NDArray[np.bool_]) -> Any:
         """Return the legal action with the highest score, the first of equals, shape (…)."""
@@ -157,8 +162,8 @@ class LearnedPolicy(Policy):
         self.card = card
         self.blocks = _blocks_of(card.features)
         """Blocks of the observation that it reads; before ``prepare`` it expects just these."""
-        self._columns = _columns_of(card.features, features_of(self.blocks))
-        self._actions = np.arange(len(card.actions))  # the task's number of each of our actions
+        columns = _columns_of(card.features, features_of(self.blocks))
+        self._choice = NetworkChoice(network.lowered, columns, np.arange(len(card.actions)))
 
     @property
     def decisions(self) -> Literal["rounds"] | None:
@@ -171,27 +176,37 @@ class LearnedPolicy(Policy):
         Raises
         ------
         ServegymError
-            If the task lacks one of the actions, or does not observe a block that the agent reads.
+            As :meth:`compiled` does.
         """
-        observed = briefing.task.process.observe
-        if lacking := [block for block in self.blocks if block not in observed]:
-            raise ServegymError(
-                f"this agent observes {_listed(lacking)}, which process.observe of "
-                f"{briefing.task.name} leaves out; add {'it' if len(lacking) == 1 else 'them'} there"
-            )
-        self._columns = _columns_of(self.card.features, features_of(observed))
-        self._actions = places_of(self.card.actions, briefing.task)
+        self._choice = self._choice_in(briefing.task, self.network.lowered)
         return None
 
     def act(self, situation: Situation) -> int:
         """Return the best of its own actions that are legal; where none is, the first legal one."""
-        legal = situation.mask[self._actions]
-        if not legal.any():
-            return int(situation.mask.argmax())
-        observation = situation.observation
-        if self._columns is not None:
-            observation = observation[self._columns]
-        return int(self._actions[self.network.best(observation, legal)])
+        return choose(self._choice, situation.observation, situation.mask)
+
+    def compiled(self, task: TaskConfig) -> CompiledAgent:
+        """Return the agent as compiled loops play it in a task, with scratch of its own.
+
+        Raises
+        ------
+        ServegymError
+            If the task lacks one of the actions, or does not observe a block that the agent reads.
+        """
+        machine, layers = lower(task), self.network.lowered
+        layers = replace(layers, signals=np.zeros_like(layers.signals))
+        choice = self._choice_in(task, layers)
+        return make_agent(choice, machine.settings, len(machine.features), len(task.actions))
+
+    def _choice_in(self, task: TaskConfig, layers: DenseLayers) -> NetworkChoice:
+        observed = task.process.observe
+        if lacking := [block for block in self.blocks if block not in observed]:
+            raise ServegymError(
+                f"this agent observes {_listed(lacking)}, which process.observe of "
+                f"{task.name} leaves out; add {'it' if len(lacking) == 1 else 'them'} there"
+            )
+        columns = _columns_of(self.card.features, features_of(observed))
+        return NetworkChoice(layers, columns, places_of(self.card.actions, task))
 
 
 def _listed(blocks: Sequence[str]) -> str:
@@ -216,12 +231,10 @@ def _blocks_of(features: Sequence[str]) -> tuple[str, ...]:
     return tuple(block for block in OBSERVATION_BLOCKS if block in found.values())
 
 
-def _columns_of(features: Sequence[str], observed: Sequence[str]) -> NDArray[np.intp] | None:
-    """Return the place of each feature in the observation; None where the observation has just these."""
-    if tuple(features) == tuple(observed):
-        return None  # a decision then copies nothing
+def _columns_of(features: Sequence[str], observed: Sequence[str]) -> NDArray[np.int64]:
+    """Return the place of each feature in the observation."""
     place = {name: k for k, name in enumerate(observed)}
-    return np.array([place[name] for name in features], np.intp)
+    return np.array([place[name] for name in features], np.int64)
 
 
 def save_agent(

@@ -1,16 +1,17 @@
-"""A whole episode under one rule, in compiled code: for studies, tuning and speed."""
+"""A whole episode under one rule or agent, in compiled code: for searches, studies, tuning and speed."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import fires, priced
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.evaluation import brief, play
-from servegym.envs.playing.policy import asked_task
+from servegym.envs.playing.policy import Policy, asked_task
 from servegym.envs.process.metrics import METRICS, episode_metrics
+from servegym.envs.process.network import CompiledAgent, take_choice
 from servegym.envs.simulator.admission import admits, mixes
 from servegym.envs.simulator.events import advance, decode, mix, prefill, sleep, steal
 from servegym.envs.simulator.outlook import outlook
@@ -23,8 +24,20 @@ from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.vocabulary import ADMISSION_RULES, GUARD_SGLANG, STEAL_RUNNING, STEAL_WAITING
 
 
+@runtime_checkable
+class Agent(Policy, Protocol):
+    """A policy that a network decides, as ``servegym.agents.policy.LearnedPolicy``."""
+
+    def compiled(self, task: TaskConfig) -> CompiledAgent:
+        """Return what kernels read of it in a task, with scratch of its own."""
+
+
+CompilablePolicy = TriggerPolicy | Agent
+"""A policy that compiled code can play."""
+
+
 class CompiledPolicy(NamedTuple):
-    """What kernels read of a trigger policy and the task that it plays."""
+    """What kernels read of a trigger policy, or of an agent, and the task that it plays."""
 
     rule: int  # place in ADMISSION_RULES
     trigger: int
@@ -36,10 +49,21 @@ class CompiledPolicy(NamedTuple):
     steals_running: bool = True
     memory: float = 0.0  # prices of the Lagrangian rule
     slo: float = 0.0
+    # Decides in place of all that, where there is one. Its type differs from None's, so that kernels which
+    # play a rule hold no code of networks.
+    agent: CompiledAgent | None = None
 
 
-def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
-    """Lower a trigger policy to what kernels read."""
+def compile_policy(policy: CompilablePolicy, task: TaskConfig) -> CompiledPolicy:
+    """Lower a policy to what kernels read.
+
+    Raises
+    ------
+    ServegymError
+        If it is an agent that the task has not the features or the actions for.
+    """
+    if not isinstance(policy, TriggerPolicy):
+        return CompiledPolicy(0, 0, 0.0, False, 0, agent=policy.compiled(task))
     return CompiledPolicy(
         ADMISSION_RULES.index(policy.rule),
         policy.trigger,
@@ -55,8 +79,32 @@ def compile_policy(policy: TriggerPolicy, task: TaskConfig) -> CompiledPolicy:
 
 
 @kernel
-def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> None:
-    """Do what a policy says at the turn of replica ``r``: steal, admit, decode on, or sleep."""
+def take_turn(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> bool:
+    """Do what a policy says at the turn of replica ``r``: steal, admit, decode on, or sleep.
+
+    Returns False where an agent's task cuts the episode short; a rule does not look at its caps.
+    """
+    return _take_turn(state, costs, e, r, policy, policy.agent)
+
+
+@kernel
+def _take_turn(
+    state: State,
+    costs: CostTables,
+    e: int,
+    r: int,
+    policy: CompiledPolicy,
+    agent: CompiledAgent | None,
+) -> bool:
+    if agent is None:  # known from the argument's type: the other branch is not compiled
+        follow_rule(state, costs, e, r, policy)
+        return True
+    return take_choice(state, costs, e, r, agent)
+
+
+@kernel
+def follow_rule(state: State, costs: CostTables, e: int, r: int, policy: CompiledPolicy) -> None:
+    """Do what a trigger policy says at the turn of replica ``r``."""
     if state.cluster.moves and _steals(state, costs, e, r, policy):
         return
     # What another's mixed stage has begun goes on in mixed stages only, except under SGLang's guard.
@@ -100,17 +148,16 @@ def run_episode(state: State, costs: CostTables, e: int, policy: CompiledPolicy)
     """Run the loaded episode of row ``e`` to its end under a policy."""
     while True:
         r = advance(state, costs, e)
-        if r == NOBODY:
+        if r == NOBODY or not take_turn(state, costs, e, r, policy):
             break
-        take_turn(state, costs, e, r, policy)
 
 
-def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[str, float]:
-    """Return the metrics of one episode under a trigger policy, played in compiled code.
+def play_compiled(task: TaskConfig, policy: CompilablePolicy, case: Case) -> dict[str, float]:
+    """Return the metrics of one episode under a rule or an agent, played in compiled code.
 
     The numbers equal those of ``servegym.envs.playing.evaluation.play``, which also times decisions.
-    That function plays the episode if the task may cut it short: compiled code counts only the
-    decisions at which the rule has a choice.
+    That function plays a rule's episode if the task may cut it short: compiled code counts only the
+    decisions at which the rule has a choice. An agent is asked at every one.
 
     Examples
     --------
@@ -121,7 +168,8 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
     >>> round(metrics["makespan_s"], 2)
     26.0
     """
-    if task.process.max_decisions > 0 or task.process.max_seconds > 0:
+    capped = task.process.max_decisions > 0 or task.process.max_seconds > 0
+    if capped and isinstance(policy, TriggerPolicy):
         row = play(task, "compiled", policy, case, seed=0).row
         return {metric: row[metric] for metric in METRICS}
     task = asked_task(task, policy)
@@ -131,7 +179,9 @@ def play_compiled(task: TaskConfig, policy: TriggerPolicy, case: Case) -> dict[s
     return episode_metrics(state, 0)
 
 
-def play_loaded(state: State, costs: CostTables, task: TaskConfig, policy: TriggerPolicy) -> None:
+def play_loaded(
+    state: State, costs: CostTables, task: TaskConfig, policy: CompilablePolicy
+) -> None:
     """Play the episode loaded into row 0 to its end; ``costs`` are the task's tables.
 
     ``task`` must be what ``asked_task`` returns for the policy.
