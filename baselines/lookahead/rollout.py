@@ -78,6 +78,7 @@ def run_schedule(
             base.steals_running,
             0.0,
             0.0,
+            None,
         )
         take_turn(state, costs, e, r, policy)
 
