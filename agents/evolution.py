@@ -14,6 +14,7 @@ Fisher information. Each is scaled to change the policy equally. This is a natur
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -22,14 +23,17 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from servegym.agents.export import policy_network
 from servegym.agents.hyperparameters import SEEDS_PER_AGENT, Hyperparameters, linear_decay
 from servegym.agents.imitation import soft_targets
 from servegym.agents.policy import best_legal
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.side_by_side import SideBySide
-from servegym.envs.process.metrics import episode_metrics
+from servegym.envs.process.metrics import gap_of
+from servegym.envs.process.network import CompiledAgent, make_agent, make_choice, run_agent
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import load_case, lower, make_task_state
 
 STATES: Final = 8192
 """Directions are found from at most so many states."""
@@ -63,16 +67,26 @@ class Evolution:
     hyperparameters
         Those that begin with ``evolution``, and ``final_learning_rate``. Cases are those of seeds
         ``1000 · seed`` … ``1000 · seed + 999``.
+    threads
+        Threads that share the candidates. The updates do not depend on it.
     """
 
     def __init__(
-        self, model: OnPolicyAlgorithm, task: TaskConfig, hyperparameters: Hyperparameters
+        self,
+        model: OnPolicyAlgorithm,
+        task: TaskConfig,
+        hyperparameters: Hyperparameters,
+        threads: int = 1,
     ) -> None:
+        self.model = model
         self.policy: Any = model.policy
         self.task = task
         self.hyperparameters = hyperparameters
         requests = len(self._case(0).requests)
-        self._rows = SideBySide(task, 2 * _PAIRS_AT_ONCE, requests)
+        self._rows = SideBySide(task, _CASES_OF_STATES, requests)
+        self._machine = lower(task)
+        self._threads = threads
+        self._states_of = [make_task_state(task, 1, requests) for _ in range(threads)]
 
     @torch.no_grad()
     def update(self, number: int) -> Update:
@@ -134,11 +148,10 @@ class Evolution:
         flat = np.concatenate(features)[chosen].astype(np.float64)
         return flat, np.concatenate(kept)[chosen], int(met.sum())
 
-    @torch.no_grad()
     def play_pairs(
         self, candidates: NDArray[np.float32], cases: Sequence[Case]
     ) -> tuple[NDArray[np.float64], int]:
-        """Play two candidates on each case.
+        """Play two candidates on each case, in compiled code.
 
         Parameters
         ----------
@@ -152,24 +165,35 @@ class Evolution:
         decisions
             Decisions played.
         """
-        weights = torch.from_numpy(candidates)
-
-        def predict(
-            observations: NDArray[np.float32], masks: NDArray[np.bool_]
-        ) -> NDArray[np.int64]:
-            scores = torch.bmm(weights, self._features(observations).unsqueeze(2)).squeeze(2)
-            return best_legal(scores.numpy(), masks)
-
         gaps_percent = np.zeros(len(candidates))
-        decisions = 0
-        for step in self._rows.play([case for case in cases for _ in range(2)], predict):
-            decisions += int(step.played.sum())
-            for e in np.flatnonzero(step.ended).tolist():
-                gaps_percent[e] = 100.0 * episode_metrics(self._rows.state, e)["gap"]
+        decisions = np.zeros(len(candidates), np.int64)
+
+        def play_share(t: int) -> None:
+            """Play every ``threads``-th candidate, from candidate ``t`` on."""
+            state, agent = self._states_of[t], self._make_agent()
+            for k in range(t, len(candidates), self._threads):
+                _put_output_layer(agent, candidates[k])
+                load_case(self.task, state, 0, cases[k // 2])
+                run_agent(state, self._machine.costs, 0, agent)
+                gaps_percent[k] = 100.0 * gap_of(state, 0)
+                decisions[k] = state.episodes[0].decisions
+
+        if self._threads == 1:
+            play_share(0)
+        else:
+            with ThreadPoolExecutor(self._threads) as pool:
+                list(pool.map(play_share, range(self._threads)))
         # A candidate whose episode was cut short is worse than all others; clipping limits by how much.
         cut_short = np.isnan(gaps_percent)
         gaps_percent[cut_short] = 2.0 * gaps_percent[~cut_short].max(initial=100.0)
-        return gaps_percent, decisions
+        return gaps_percent, int(decisions.sum())
+
+    def _make_agent(self) -> CompiledAgent:
+        """Return the present policy as compiled code plays it, with scratch of its own."""
+        network = policy_network(self.model)
+        features, actions = len(self._machine.features), len(self.task.actions)
+        choice = make_choice(network.lowered, np.arange(features), np.arange(actions))
+        return make_agent(choice, self._machine.settings, features, actions)
 
     def _features(self, observations: NDArray[np.float32]) -> torch.Tensor:
         """Return the inputs of the output layer and, for its biases, a 1: (cases, features + 1)."""
@@ -191,6 +215,13 @@ class Evolution:
 
     def _case(self, number: int) -> Case:
         return make_case(self.task, self.hyperparameters.first_environment_seed + number)
+
+
+def _put_output_layer(agent: CompiledAgent, layer: NDArray[np.float32]) -> None:
+    """Replace an agent's output layer by weights and biases, (actions, features + 1)."""
+    layers, (actions, inputs) = agent.network.layers, layer.shape
+    layers.weights[-1, : inputs - 1, :actions] = layer[:, :-1].T
+    layers.biases[-1, :actions] = layer[:, -1]
 
 
 def leading_directions(

@@ -30,6 +30,7 @@ from servegym.envs.process.network import (
     NetworkChoice,
     choose,
     make_agent,
+    make_choice,
     make_layers,
     score_rows,
 )
@@ -163,7 +164,7 @@ class LearnedPolicy(Policy):
         self.blocks = _blocks_of(card.features)
         """Blocks of the observation that it reads; before ``prepare`` it expects just these."""
         columns = _columns_of(card.features, features_of(self.blocks))
-        self._choice = NetworkChoice(network.lowered, columns, np.arange(len(card.actions)))
+        self._choice = make_choice(network.lowered, columns, np.arange(len(card.actions)))
 
     @property
     def decisions(self) -> Literal["rounds"] | None:
@@ -183,7 +184,7 @@ class LearnedPolicy(Policy):
 
     def act(self, situation: Situation) -> int:
         """Return the best of its own actions that are legal; where none is, the first legal one."""
-        return choose(self._choice, situation.observation, situation.mask)
+        return choose(self._choice, situation.observation, situation.mask, 0)
 
     def compiled(self, task: TaskConfig) -> CompiledAgent:
         """Return the agent as compiled loops play it in a task, with scratch of its own.
@@ -206,7 +207,7 @@ class LearnedPolicy(Policy):
                 f"{task.name} leaves out; add {'it' if len(lacking) == 1 else 'them'} there"
             )
         columns = _columns_of(self.card.features, features_of(observed))
-        return NetworkChoice(layers, columns, places_of(self.card.actions, task))
+        return make_choice(layers, columns, places_of(self.card.actions, task))
 
 
 def _listed(blocks: Sequence[str]) -> str:

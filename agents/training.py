@@ -275,7 +275,7 @@ class _Run:
         model, h = self.model, self.hyperparameters
         if evolved == h.evolution_updates:
             return
-        evolution = Evolution(model, self.task, h)
+        evolution = Evolution(model, self.task, h, self.options.threads)
         with tqdm(
             total=h.evolution_updates,
             initial=evolved,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from servegym.baselines.calendar.fitted import calendar_policy
 from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.parameters import MAX_NUMBER, PARAMETERS, by_deviations, by_quantile
 from servegym.baselines.rules import published, triggers
+from servegym.baselines.rules.compiled import CompilablePolicy
 from servegym.baselines.rules.limited import LimitedPolicy
 from servegym.baselines.rules.plans import deal_in_turn, plan_at_risk, plan_expected, plan_sampled
 from servegym.baselines.rules.policies import RandomPolicy, TriggerPolicy
@@ -316,6 +318,11 @@ REGISTRY: Final[dict[str, Entry]] = {
 }
 """Policies by name."""
 
+BASED: Final = tuple(
+    name for name, entry in REGISTRY.items() if isinstance(entry.prototype, RolloutPolicy)
+)
+"""Names of the policies that improve on a base."""
+
 MIXED: Final = tuple(
     name
     for name, entry in REGISTRY.items()
@@ -389,7 +396,9 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def make_policy(name: str) -> Policy:
+def make_policy(
+    name: str, make_base: Callable[[str], CompilablePolicy] | None = None
+) -> Policy:
     """Return a new policy by name.
 
     Parameters
@@ -398,6 +407,8 @@ def make_policy(name: str) -> Policy:
         ``NAME`` or ``NAME(key=value, …)`` with the keys of ``PARAMETERS``, or the short form
         ``NAME-NUMBER``. ``rollout`` takes a policy as ``base``, too, short behind a colon, in either
         form.
+    make_base
+        Makes the base by its name; None: :func:`make_trigger_policy`, which knows no agents.
 
     Raises
     ------
@@ -424,10 +435,26 @@ def make_policy(name: str) -> Policy:
         )
     for key, text in values.items():
         if key == BASE:
-            policy = replace(policy, base=make_trigger_policy(text))
+            policy = replace(policy, base=(make_base or make_trigger_policy)(text))
         else:
             policy = PARAMETERS[key].give(policy, _number(name, key, text))
     return policy
+
+
+def base_of(name: str) -> str | None:
+    """Return the name of the base that a policy's name gives; None where it gives none.
+
+    Examples
+    --------
+    >>> base_of("rollout-6:ppo"), base_of("rollout(base=hybrid)"), base_of("rollout"), base_of("runs/1")
+    ('ppo', 'hybrid', None, None)
+    """
+    head = re.split("[(:]", name, maxsplit=1)[0].strip()
+    short = _SHORT.fullmatch(head)
+    if head == name.strip() or (short[1] if short else head) not in BASED:
+        return None
+    base = _read_name(name)[1].get(BASE)
+    return None if base is None else base.strip()
 
 
 def _read_name(name: str) -> tuple[str, dict[str, str]]:

@@ -7,7 +7,8 @@ that with known lengths an episode never ends later than under the base policy.
 
 The way to the end is a *schedule*: the base trigger with an admission rule and a parameter of its own
 for each prefill stage to come. *Variations* change one of the next stages of the kept schedule at
-random and replace it where they end earlier: a local search that each decision continues.
+random and replace it where they end earlier: a local search that each decision continues. Where the base is an
+agent, its network goes on instead, see ``agents``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy, run_episode, take_turn
+from servegym.baselines.lookahead.agents import AgentSearch, check_agent
+from servegym.baselines.rules.compiled import (
+    CompilablePolicy,
+    CompiledPolicy,
+    compile_policy,
+    run_episode,
+    take_turn,
+)
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.baselines.rules.triggers import fires
 from servegym.envs.errors import ServegymError, unknown
@@ -142,11 +150,11 @@ class RolloutPolicy:
     Parameters
     ----------
     base
-        The policy to improve on.
+        The policy to improve on: one with a trigger, or an agent.
     variations
         Random changes of the kept schedule tried at each decision; 0: first actions only.
     rules
-        Admission rules that are tried besides the base's own, where the task has them.
+        Admission rules that are tried besides the base's own, where the task, or the agent, has them.
     budget_s
         Seconds after which a decision tries nothing more, checked before each trial; what is left
         is the best so far, or the kept schedule's own action. None: no limit. Only without a limit
@@ -159,15 +167,17 @@ class RolloutPolicy:
     True
     """
 
-    base: TriggerPolicy
+    base: CompilablePolicy
     variations: int = 0
     rules: tuple[str, ...] = RULES
     budget_s: float | None = None
     _briefing: Briefing | None = field(default=None, init=False, repr=False)
-    _search: _Search | None = field(default=None, init=False, repr=False)
+    _search: _Search | AgentSearch | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.base.priced:
+        if not isinstance(self.base, TriggerPolicy):
+            check_agent(self.base)
+        elif self.base.priced:
             raise ServegymError(
                 "a rollout's base has no prices of memory or slo: imagined episodes have no limits to miss"
             )
@@ -211,8 +221,13 @@ class RolloutPolicy:
         deadline = np.inf if self.budget_s is None else perf_counter() + self.budget_s
         imagined = situation.imagine()
         if self._search is None:
-            self._search = _Search(self.base, self.rules, self._briefing, imagined)
+            self._search = self._begin_search(self._briefing, imagined)
         return self._search.act(situation, imagined, self.variations, deadline)
+
+    def _begin_search(self, briefing: Briefing, imagined: State) -> _Search | AgentSearch:
+        if isinstance(self.base, TriggerPolicy):
+            return _Search(self.base, self.rules, briefing, imagined)
+        return AgentSearch(self.base, self.rules, briefing, imagined)
 
 
 class _Search:

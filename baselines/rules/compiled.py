@@ -28,6 +28,9 @@ from servegym.envs.vocabulary import ADMISSION_RULES, GUARD_SGLANG, STEAL_RUNNIN
 class Agent(Policy, Protocol):
     """A policy that a network decides, as ``servegym.agents.policy.LearnedPolicy``."""
 
+    blocks: tuple[str, ...]
+    """Blocks of the observation that it reads."""
+
     def compiled(self, task: TaskConfig) -> CompiledAgent:
         """Return what kernels read of it in a task, with scratch of its own."""
 

@@ -245,6 +245,16 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     }
 
 
+def gap_of(state: State, e: int) -> float:
+    """Return the gap of environment ``e`` alone, as ``episode_metrics`` does."""
+    episode = state.episodes[e]
+    if episode.rejected > 0:
+        return float(episode_metrics(state, e)["gap"])
+    if episode.finished < episode.requests:
+        return NAN
+    return _gap(float(episode.now_s), float(episode.bound_s), 0)
+
+
 def _gap(makespan_s: float, bound_s: float, shed: int) -> float:
     """Return the gap; NaN where requests were shed, whose work the bound holds."""
     if shed > 0:

@@ -84,26 +84,61 @@ def _run_layer(layers: DenseLayers, k: int) -> None:
     width = layers.sizes[k + 1]
     for j in range(width):
         outputs[j] = layers.biases[k, j]
-    for i in range(layers.sizes[k]):
+    count = layers.sizes[k]
+    whole = count - count % _AT_ONCE
+    for i in range(0, whole, _AT_ONCE):
+        _add_several(outputs, weights, inputs, i, width)
+    for i in range(whole, count):
         _add_scaled(outputs, weights[i], inputs[i], width)
 
 
+_AT_ONCE: Final = 8
+"""Inputs whose shares are added to an output in one go: it is read and written once."""
+
+
 def _add_scaled(
-    outputs: NDArray[np.float32], row: NDArray[np.float32], factor: np.float32, count: int
+    outputs: NDArray[np.float32], row: NDArray[np.float32], factor: np.float32, width: int
 ) -> None:
     """Add ``factor`` times the first entries of ``row`` to those of ``outputs``, rounding twice."""
-    outputs[:count] += factor * row[:count]
+    outputs[:width] += factor * row[:width]
 
 
-if not config.DISABLE_JIT:
+def _add_several(
+    outputs: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    inputs: NDArray[np.float32],
+    i: int,
+    width: int,
+) -> None:
+    """Do so for the inputs from ``i`` on, one after another."""
+    for k in range(i, i + _AT_ONCE):
+        outputs[:width] += inputs[k] * weights[k, :width]
+
+
+if not config.DISABLE_JIT:  # the same in loops, of which LLVM makes vector instructions
 
     @kernel
     def _add_scaled(
-        outputs: NDArray[np.float32], row: NDArray[np.float32], factor: np.float32, count: int
+        outputs: NDArray[np.float32], row: NDArray[np.float32], factor: np.float32, width: int
     ) -> None:
-        """Do so in a loop, of which LLVM makes vector instructions."""
-        for j in range(count):
+        for j in range(width):
             outputs[j] += factor * row[j]
+
+    @kernel
+    def _add_several(
+        outputs: NDArray[np.float32],
+        weights: NDArray[np.float32],
+        inputs: NDArray[np.float32],
+        i: int,
+        width: int,
+    ) -> None:
+        w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
+        w4, w5, w6, w7 = weights[i + 4], weights[i + 5], weights[i + 6], weights[i + 7]
+        x0, x1, x2, x3 = inputs[i], inputs[i + 1], inputs[i + 2], inputs[i + 3]
+        x4, x5, x6, x7 = inputs[i + 4], inputs[i + 5], inputs[i + 6], inputs[i + 7]
+        for j in range(width):
+            total = outputs[j] + x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j]
+            outputs[j] = total + x4 * w4[j] + x5 * w5[j] + x6 * w6[j] + x7 * w7[j]
 
 
 @kernel
@@ -138,25 +173,37 @@ class NetworkChoice(Bundle):
     layers: DenseLayers
     columns: NDArray[np.int64]  # (inputs,) place of each input in the task's observation
     actions: NDArray[np.int64]  # (outputs,) the task's number of each action
+    bonuses: NDArray[np.float32]  # (stages, outputs) added to the scores for a replica's k-th stage;
+    # the last row goes on
+
+
+def make_choice(
+    layers: DenseLayers, columns: NDArray[np.int64], actions: NDArray[np.int64]
+) -> NetworkChoice:
+    """Return a network that chooses by its scores alone."""
+    return NetworkChoice(layers, columns, actions, np.zeros((1, len(actions)), np.float32))
 
 
 @shared_kernel
 def choose(
-    network: NetworkChoice, observation: NDArray[np.float32], mask: NDArray[np.bool_]
+    network: NetworkChoice, observation: NDArray[np.float32], mask: NDArray[np.bool_], stage: int
 ) -> int:
-    """Return the legal one of its actions with the highest score, the first of equals.
+    """Return the legal one of its actions with the highest score and bonus, the first of equals.
 
-    Where none of its own is legal, that is the first legal one.
+    Where none of its own is legal, that is the first legal one. ``stage``: how many stages that admit the
+    replica has begun so far.
     """
     layers = network.layers
     inputs, scores = layers.signals[0], layers.signals[layers.sizes.size - 1]
     for i in range(network.columns.size):
         inputs[i] = observation[network.columns[i]]
     run_layers(layers)
-    best = NOBODY
+    row = min(stage, network.bonuses.shape[0] - 1)
+    best, highest = NOBODY, np.float32(0.0)
     for k in range(network.actions.size):
-        if mask[network.actions[k]] and (best == NOBODY or scores[k] > scores[best]):
-            best = k
+        score = scores[k] + network.bonuses[row, k]
+        if mask[network.actions[k]] and (best == NOBODY or score > highest):
+            best, highest = k, score
     return int(np.argmax(mask)) if best == NOBODY else network.actions[best]
 
 
@@ -178,6 +225,12 @@ def make_agent(
     return CompiledAgent(network, settings, *scratch)
 
 
+@kernel
+def stages_of(state: State, e: int, r: int) -> int:
+    """Return how many stages that admit replica ``r`` has begun."""
+    return state.replicas[e, r].prefill_stages + state.replicas[e, r].mixed_stages
+
+
 @shared_kernel
 def take_choice(state: State, costs: CostTables, e: int, r: int, agent: CompiledAgent) -> bool:
     """Do what an agent chooses at the turn of replica ``r``; False where the task cuts the episode short.
@@ -197,7 +250,8 @@ def take_choice(state: State, costs: CostTables, e: int, r: int, agent: Compiled
             return False
         episode.decisions += 1
         observe(state, costs, settings, e, r, agent.observation)
-        action = choose(agent.network, agent.observation, agent.mask)
+        stage = stages_of(state, e, r)
+        action = choose(agent.network, agent.observation, agent.mask, stage)
     apply(state, costs, settings, e, r, action)
     return True
 

@@ -16,6 +16,7 @@ from servegym.baselines.calendar.fitted import (
     learned_hash,
     read_parameters,
 )
+from servegym.baselines.rules.compiled import CompilablePolicy
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_bytes, read_json, write_file
 from servegym.envs.playing.policy import Policy
@@ -47,6 +48,7 @@ def make_policy(name: str, task_name: str, weights: Mapping[str, str] | None = N
     name
         A baseline's name, ``ppo``, ``package.module:Class``, or a folder: anything with a ``/``, or
         what holds ``agent.json``. The folder of a training run stands for the best agent of that run.
+        The base of ``rollout`` may be an agent, too: ``rollout:ppo``, ``rollout-4:runs/mine``.
     task_name
         Of the task to be played, which decides what ``ppo`` is.
     weights
@@ -57,6 +59,17 @@ def make_policy(name: str, task_name: str, weights: Mapping[str, str] | None = N
     ServegymError
         If there is no such policy, or the agent's files are missing, refused or not those noted.
     """
+    if registry.base_of(name) is not None:
+
+        def make_base(base: str) -> CompilablePolicy:
+            folder = agent_folder(base, task_name)
+            if folder is None:
+                return registry.make_trigger_policy(base)
+            policy = _load_noted(name, folder, weights or {})
+            assert isinstance(policy, CompilablePolicy)  # an agent, or a rule with its plan
+            return policy
+
+        return registry.make_policy(name, make_base)
     folder = agent_folder(name, task_name)
     if folder is not None:
         return _load_noted(name, folder, weights or {})
@@ -115,7 +128,7 @@ def _check_noted(name: str, place: str, digest: str, weights: Mapping[str, str])
 
 def weights_of(names: Sequence[str], task_name: str) -> dict[str, str]:
     """Return what may change behind a name, as hashes: weights, users' sources, what ``calendar`` learned."""
-    folders = {name: agent_folder(name, task_name) for name in names}
+    folders = {name: agent_folder(registry.base_of(name) or name, task_name) for name in names}
     hashes = _hashes({name: folder for name, folder in folders.items() if folder is not None})
     own = [name for name in names if name not in hashes and is_own_policy(name)]
     hashes |= {name: source_hash(name) for name in own}
