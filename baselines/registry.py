@@ -396,9 +396,7 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def make_policy(
-    name: str, make_base: Callable[[str], CompilablePolicy] | None = None
-) -> Policy:
+def make_policy(name: str, make_base: Callable[[str], CompilablePolicy] | None = None) -> Policy:
     """Return a new policy by name.
 
     Parameters

@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+import numpy as np
+
 from servegym.baselines.calendar.planner import plan_jointly
 from servegym.baselines.exact.optimum import exact_optimum
 from servegym.baselines.expert import make_rollout_expert
+from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.registry import MIXED, REGISTRY, make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.playing.evaluation import brief, make_case, play
 from servegym.envs.playing.parallel import run_parallel
-from servegym.envs.task.config import with_overrides
-from servegym.envs.task.lowering import lower
+from servegym.envs.playing.policy import Policy, Situation
+from servegym.envs.process.network import (
+    CompiledAgent,
+    choose,
+    make_agent,
+    make_choice,
+    make_layers,
+    run_agent,
+    score_rows,
+)
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.task.registered import TASKS
 from servegym.envs.vector_env import ServingVectorEnv
 
@@ -23,7 +36,7 @@ TASK: Final = TASKS["servegym/Tiny-v0"]
 
 def warm_up() -> None:
     """Compile in two processes, first what has no kernel in common, then what calls all that."""
-    for works in ((play_rules, plan_and_solve), (play_searches, ask_the_expert)):
+    for works in ((play_rules, plan_and_solve), (play_searches, ask_the_expert, play_a_network)):
         for _ in run_parallel(_call, [(work,) for work in works], jobs=2):
             pass
 
@@ -53,6 +66,41 @@ def ask_the_expert() -> None:
     env.reset(seed=0)
     values = make_rollout_expert("aligned", TASK)(env)
     env.step(values.argmax(axis=1))
+
+
+def play_a_network() -> None:
+    """Play a tiny episode under an agent that has learned nothing, in Python, compiled, and in a rollout."""
+    case, untrained = make_case(TASK, seed=0), _Untrained()
+    play(TASK, "untrained", untrained, case, seed=0)
+    play_compiled(TASK, untrained, case)
+    play(TASK, "rollout", RolloutPolicy(untrained, variations=1), case, seed=0)
+    machine, state = lower(TASK), make_task_state(TASK, 1, len(case.requests))
+    load_case(TASK, state, 0, case)
+    run_agent(state, machine.costs, 0, untrained.compiled(TASK))
+    layers = untrained.network.layers
+    observations = np.zeros((1, len(machine.features)), np.float32)
+    score_rows(layers, observations, np.zeros((1, len(TASK.actions)), np.float32))
+
+
+class _Untrained(Policy):
+    """Two layers of zeros."""
+
+    blocks = ("replica",)
+
+    def __init__(self) -> None:
+        inputs, outputs = len(lower(TASK).features), len(TASK.actions)
+        hidden = np.zeros((4, inputs), np.float32), np.zeros(4, np.float32)
+        last = np.zeros((outputs, 4), np.float32), np.zeros(outputs, np.float32)
+        self.network = make_choice(
+            make_layers([hidden, last]), np.arange(inputs), np.arange(outputs)
+        )
+
+    def act(self, situation: Situation) -> int:
+        return choose(self.network, situation.observation, situation.mask, 0)
+
+    def compiled(self, task: TaskConfig) -> CompiledAgent:
+        machine = lower(task)
+        return make_agent(self.network, machine.settings, len(machine.features), len(task.actions))
 
 
 def _call(work: Callable[[], None]) -> None:

@@ -47,7 +47,9 @@ class DenseLayers(Bundle):
     weights: NDArray[np.float32]  # (layers, widest, widest) [k, i, j]: from input i to output j
     biases: NDArray[np.float32]  # (layers, widest)
     sizes: NDArray[np.int64]  # (layers + 1,) inputs, then outputs of every layer
-    signals: NDArray[np.float32]  # (layers + 1, widest) scratch: inputs, then outputs of every layer
+    signals: NDArray[
+        np.float32
+    ]  # (layers + 1, widest) scratch: inputs, then outputs of every layer
 
 
 def make_layers(
@@ -173,7 +175,9 @@ class NetworkChoice(Bundle):
     layers: DenseLayers
     columns: NDArray[np.int64]  # (inputs,) place of each input in the task's observation
     actions: NDArray[np.int64]  # (outputs,) the task's number of each action
-    bonuses: NDArray[np.float32]  # (stages, outputs) added to the scores for a replica's k-th stage;
+    bonuses: NDArray[
+        np.float32
+    ]  # (stages, outputs) added to the scores for a replica's k-th stage;
     # the last row goes on
 
 

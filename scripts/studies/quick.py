@@ -1,11 +1,10 @@
-"""One episode of a policy, in compiled code where it is a rule: for studies of many episodes."""
+"""One episode of a policy, in compiled code where it is a rule or an agent: for studies of many episodes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servegym.baselines.rules.compiled import play_loaded
-from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.baselines.rules.compiled import CompilablePolicy, play_loaded
 from servegym.envs.playing.evaluation import brief, play
 from servegym.envs.playing.policy import Policy, asked_task
 from servegym.envs.process.metrics import EpisodeLog, episode_metrics, records
@@ -26,7 +25,7 @@ class Played:
 
 
 def play_quickly(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> Played:
-    """Play one episode; only what is no rule, or may be cut short, is asked in Python.
+    """Play one episode; only what is neither, or may be cut short, is asked in Python.
 
     Examples
     --------
@@ -37,7 +36,7 @@ def play_quickly(task: TaskConfig, name: str, policy: Policy, case: Case, seed: 
     0.328
     """
     cut_short = task.process.max_decisions > 0 or task.process.max_seconds > 0
-    if cut_short or not isinstance(policy, TriggerPolicy):
+    if cut_short or not isinstance(policy, CompilablePolicy):
         episode = play(task, name, policy, case, seed)
         return Played(episode.records, episode.elapsed_s, float(episode.row["gap"]))
     asked = asked_task(task, policy)

@@ -10,9 +10,8 @@ import pandas as pd
 
 from servegym.agents.policy import load_agent
 from servegym.baselines.planning.sampled import mean_largest_load, plan_by_samples, sample_rounds
-from servegym.baselines.rules.compiled import play_compiled
+from servegym.baselines.rules.compiled import CompilablePolicy, play_compiled
 from servegym.baselines.rules.plans import plan_at_risk, plan_expected
-from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.playing.evaluation import brief, make_case, play
 from servegym.envs.playing.policy import Policy
 from servegym.envs.playing.summary import to_markdown, with_interval
@@ -72,7 +71,7 @@ def gaps_of(
     case, gaps = make_case(task, seed), {}
     for name in names:
         policy = policy_of(name, best_threshold)
-        if isinstance(policy, TriggerPolicy):
+        if isinstance(policy, CompilablePolicy):
             gaps[name] = play_compiled(task, policy, case)["gap"]
         else:
             gaps[name] = float(play(task, name, policy, case, seed).row["gap"])
