@@ -311,7 +311,7 @@ REGISTRY: Final[dict[str, Entry]] = {
     # λ from 30 cases of GSM8K-v0, N for 5 ms a decision there; both on training seeds.
     "rollout": Entry(
         "finish the episode in imagination once per action and for N changes of the best schedule "
-        "so far (6), BASE deciding (aligned-lookahead-0.7), and take the best",
+        "so far (6), BASE deciding (aligned-lookahead-0.7), and take the best; BASE may be an agent",
         RolloutPolicy(TriggerPolicy("aligned", triggers.LOOKAHEAD, 0.7), variations=6),
         parameter="variations",
     ),

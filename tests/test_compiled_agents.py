@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ TASKS_PLAYED = {
 
 
 def random_agent(task: TaskConfig, seed: int, hidden: tuple[int, ...] = (9, 17)) -> LearnedPolicy:
-    """An agent of all that a task observes and offers, with weights that make every action the best at times."""
+    """An agent of all that a task observes and offers; its weights make each action the best at times."""
     rng = np.random.default_rng(seed)
     features = features_of(task.process.observe)
     sizes = (len(features), *hidden, len(task.actions))
@@ -55,7 +56,7 @@ def random_agent(task: TaskConfig, seed: int, hidden: tuple[int, ...] = (9, 17))
             rng.normal(0, 2 / np.sqrt(n), (m, n)).astype(np.float32),
             rng.normal(0, 0.3, m).astype(np.float32),
         )
-        for n, m in zip(sizes[:-1], sizes[1:], strict=True)
+        for n, m in pairwise(sizes)
     ]
     decisions = task.process.decisions
     card = AgentCard(task.actions, decisions, sizes, "", features=features)

@@ -1,9 +1,9 @@
 """Rollouts over an agent: its network goes on in imagination, with other bonuses on its scores.
 
-The way to the end is what the agent does when at each stage every action's score gets a bonus, 0 at first: the
-first trial is the agent itself. *Variations* draw new bonuses for one of the next stages and are kept where they
-end earlier. A bonus moves the margin at which the agent begins a stage, and makes its second-best action the
-best where the margin is small, so that a variation departs from the agent where it is unsure.
+The way to the end is what the agent does when at each stage every action's score gets a bonus, 0 at first:
+the first trial is the agent itself. *Variations* draw new bonuses for one of the next stages and are kept
+where they end earlier. A bonus moves the margin at which the agent begins a stage, and makes its second-best
+action the best where the margin is small, so that a variation departs from the agent where it is unsure.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class AgentSearch:
     base
         The agent that goes on.
     rules
-        Admission rules that are tried where the agent has them, besides decoding on and stealing.
+        Admission rules that are tried where the agent has them, besides decoding on, stealing and what the
+        agent itself does until the episode's end.
     briefing
         Of the episode.
     imagined
@@ -87,11 +88,8 @@ class AgentSearch:
         self._kept = np.zeros(shape, np.float32)
         self._network = replace(agent.network, bonuses=np.zeros(shape, np.float32))
         self._policy = policy._replace(agent=replace(agent, network=self._network))
-        self._tried = [
-            k
-            for k, action in enumerate(self._network.actions.tolist())
-            if action == DECODE or _is_tried(task.actions[action], rules)
-        ]
+        self._names, self._rules = task.actions, rules
+        self._tried: list[int] = []  # of the agent's actions; found by the first trial
         self._scratch = make_alike(imagined, 1)
 
     def act(self, situation: Situation, imagined: State, variations: int, deadline: float) -> int:
@@ -101,6 +99,7 @@ class AgentSearch:
         if perf_counter() >= deadline:
             return own
         best_s = self._try(imagined, -1)
+        self._tried = self._tried or self._find_tried()
         for action in self._network.actions[self._tried].tolist():
             if action == own or not situation.mask[action]:
                 continue
@@ -121,6 +120,18 @@ class AgentSearch:
             else:
                 self._network.bonuses[first:end] = self._kept[first:end]
         return best_action
+
+    def _find_tried(self) -> list[int]:
+        """Return which of the agent's actions to try."""
+        agent = self._policy.agent
+        assert agent is not None
+        return [
+            k
+            for k, action in enumerate(self._network.actions.tolist())
+            if action == DECODE
+            or agent.taken[action] > 0
+            or _is_tried(self._names[action], self._rules)
+        ]
 
     def _try(self, imagined: State, first: int) -> float:
         costs, settings = self._costs, self._settings

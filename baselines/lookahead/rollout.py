@@ -7,8 +7,8 @@ that with known lengths an episode never ends later than under the base policy.
 
 The way to the end is a *schedule*: the base trigger with an admission rule and a parameter of its own
 for each prefill stage to come. *Variations* change one of the next stages of the kept schedule at
-random and replace it where they end earlier: a local search that each decision continues. Where the base is an
-agent, its network goes on instead, see ``agents``.
+random and replace it where they end earlier: a local search that each decision continues. Where the base
+is an agent, its network goes on instead, see ``agents``.
 """
 
 from __future__ import annotations

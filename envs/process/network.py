@@ -42,7 +42,7 @@ _Q0, _Q1, _Q2, _Q3, _Q4 = _Q
 
 @dataclass(frozen=True, eq=False)
 class DenseLayers(Bundle):
-    """Dense layers with tanh between them. Arrays are as wide as the widest layer and 0 beyond a layer's own."""
+    """Dense layers with tanh between them; arrays are as wide as the widest, and 0 beyond a layer's own."""
 
     weights: NDArray[np.float32]  # (layers, widest, widest) [k, i, j]: from input i to output j
     biases: NDArray[np.float32]  # (layers, widest)
@@ -219,6 +219,7 @@ class CompiledAgent(Bundle):
     settings: Settings
     observation: NDArray[np.float32]  # (features of the task,) scratch
     mask: NDArray[np.bool_]  # (actions of the task,) scratch
+    taken: NDArray[np.int64]  # (actions of the task,) how often it has chosen each
 
 
 def make_agent(
@@ -226,7 +227,7 @@ def make_agent(
 ) -> CompiledAgent:
     """Return an agent with scratch for an observation and a mask of so many features and actions."""
     scratch = np.zeros(features, np.float32), np.zeros(actions, np.bool_)
-    return CompiledAgent(network, settings, *scratch)
+    return CompiledAgent(network, settings, *scratch, np.zeros(actions, np.int64))
 
 
 @kernel
@@ -256,6 +257,7 @@ def take_choice(state: State, costs: CostTables, e: int, r: int, agent: Compiled
         observe(state, costs, settings, e, r, agent.observation)
         stage = stages_of(state, e, r)
         action = choose(agent.network, agent.observation, agent.mask, stage)
+        agent.taken[action] += 1
     apply(state, costs, settings, e, r, action)
     return True
 
