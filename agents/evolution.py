@@ -33,7 +33,7 @@ from servegym.envs.process.metrics import gap_of
 from servegym.envs.process.network import CompiledAgent, make_agent, make_choice, run_agent
 from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
-from servegym.envs.task.lowering import load_case, lower, make_task_state
+from servegym.envs.task.lowering import Machine, load_case, lower, make_task_state
 
 STATES: Final = 8192
 """Directions are found from at most so many states."""
@@ -84,9 +84,11 @@ class Evolution:
         self.hyperparameters = hyperparameters
         requests = len(self._case(0).requests)
         self._rows = SideBySide(task, _CASES_OF_STATES, requests)
-        self._machine = lower(task)
-        self._threads = threads
-        self._states_of = [make_task_state(task, 1, requests) for _ in range(threads)]
+        # All that a thread's kernels read is its own: bundles write their tables when they are first read.
+        self._seats = [
+            (lower(task), make_task_state(task, 1, requests))
+            for _ in range(min(threads, 2 * _PAIRS_AT_ONCE))
+        ]
 
     @torch.no_grad()
     def update(self, number: int) -> Update:
@@ -167,33 +169,35 @@ class Evolution:
         """
         gaps_percent = np.zeros(len(candidates))
         decisions = np.zeros(len(candidates), np.int64)
+        threads = len(self._seats)
 
         def play_share(t: int) -> None:
             """Play every ``threads``-th candidate, from candidate ``t`` on."""
-            state, agent = self._states_of[t], self._make_agent()
-            for k in range(t, len(candidates), self._threads):
+            machine, state = self._seats[t]
+            agent = self._make_agent(machine)
+            for k in range(t, len(candidates), threads):
                 _put_output_layer(agent, candidates[k])
                 load_case(self.task, state, 0, cases[k // 2])
-                run_agent(state, self._machine.costs, 0, agent)
+                run_agent(state, machine.costs, 0, agent)
                 gaps_percent[k] = 100.0 * gap_of(state, 0)
                 decisions[k] = state.episodes[0].decisions
 
-        if self._threads == 1:
+        if threads == 1:
             play_share(0)
         else:
-            with ThreadPoolExecutor(self._threads) as pool:
-                list(pool.map(play_share, range(self._threads)))
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(play_share, range(threads)))
         # A candidate whose episode was cut short is worse than all others; clipping limits by how much.
         cut_short = np.isnan(gaps_percent)
         gaps_percent[cut_short] = 2.0 * gaps_percent[~cut_short].max(initial=100.0)
         return gaps_percent, int(decisions.sum())
 
-    def _make_agent(self) -> CompiledAgent:
+    def _make_agent(self, machine: Machine) -> CompiledAgent:
         """Return the present policy as compiled code plays it, with scratch of its own."""
         network = policy_network(self.model)
-        features, actions = len(self._machine.features), len(self.task.actions)
+        features, actions = len(machine.features), len(self.task.actions)
         choice = make_choice(network.lowered, np.arange(features), np.arange(actions))
-        return make_agent(choice, self._machine.settings, features, actions)
+        return make_agent(choice, machine.settings, features, actions)
 
     def _features(self, observations: NDArray[np.float32]) -> torch.Tensor:
         """Return the inputs of the output layer and, for its biases, a 1: (cases, features + 1)."""

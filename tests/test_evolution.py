@@ -103,6 +103,10 @@ def test_a_pair_plays_the_same_case_as_the_exported_agent_would() -> None:
     assert gaps_percent[:4].tolist() == np.repeat(100 * played.episodes["gap"][:2], 2).tolist()
     assert gaps_percent[4] == gaps_percent[5] != pytest.approx(100 * played.episodes["gap"][2])
     assert decisions > 2 * played.episodes["decisions"][:2].sum()
+    for threads in (2, 7):  # more than one candidate each, and fewer
+        again = Evolution(model, SMALL, H, threads).play_pairs(candidates, cases)
+        assert again[0].tolist() == gaps_percent.tolist()
+        assert again[1] == decisions
 
 
 def test_an_update_plays_pairs_on_cases_of_the_agents_seeds(

@@ -35,7 +35,7 @@ BEST = "agent"
 DESCRIPTIONS = {
     SHIPPED: "the trained agent that is shipped for the task, in results/agents/<task>/",
     "FOLDER": f"a trained agent: a folder that holds {CARD_FILE} or {CALENDAR_FILE}, or that of a training "
-    "run",
+    "run; a base of rollout, too, as ppo is: rollout:ppo",
     "MODULE:CLASS": "your own policy: a class of a module in this folder, also MODULE:CLASS(key=value)",
 }
 

@@ -58,7 +58,7 @@ class Args(Hyperparameters):
     checkpoint_every: int = 10
     """Rollouts between two checkpoints."""
     threads: int = 1
-    """Threads of torch and of the imitated expert."""
+    """Threads of torch, of the imitated expert and of evolution's episodes."""
 
 
 def read_args(argv: Sequence[str] | None) -> Args:
