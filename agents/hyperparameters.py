@@ -156,7 +156,7 @@ class Options:
     """Minutes of training, without callbacks and imitation, since this start or resume, after which the
     rollout under way is the last; 0: no limit. The learning rate still follows the timesteps."""
     threads: int = 1
-    """Threads of evolution's episodes and of torch, where another number may change the weights' last bits."""
+    """Threads of evolution's episodes and of torch, where another number may change the last bits."""
     tensorboard: bool = True
     """Write stable-baselines3's own scalars to ``tensorboard/``."""
     progress: bool = True

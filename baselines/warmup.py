@@ -85,7 +85,7 @@ def play_a_network() -> None:
 class _Untrained(Policy):
     """Two layers of zeros."""
 
-    blocks = ("replica",)
+    blocks: tuple[str, ...] = ("replica",)
 
     def __init__(self) -> None:
         inputs, outputs = len(lower(TASK).features), len(TASK.actions)
