@@ -72,13 +72,13 @@ def run_all(parts: Mapping[str, Stepping]) -> None:
 def order_of(count: int, run: int) -> list[int]:
     """Return the order in which a run's parts are advanced where they are equally far.
 
-    Another part is first in each run, and each stands behind another one: what an iteration costs depends
-    on what has run before it. Of an even number of parts each follows each other once in so many runs.
+    What an iteration costs depends on what has run before it. Of ten parts each is first once in ten runs,
+    and stands behind each other once.
 
     Examples
     --------
-    >>> order_of(6, 0), order_of(6, 1)
-    ([0, 1, 5, 2, 4, 3], [3, 4, 2, 5, 1, 0])
+    >>> order_of(10, 0), order_of(10, 1)
+    ([0, 1, 9, 2, 8, 3, 7, 4, 6, 5], [3, 4, 2, 5, 1, 6, 0, 7, 9, 8])
     """
     zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]
     return [(place + 3 * run) % count for place in zigzag]
