@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from servegym.engines.calibration import table_of
 from servegym.envs import ServegymError
 from servegym.studies.commands import check_engine
 from servegym.studies.engines import equality, makespans
@@ -122,7 +123,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         log.append(f"run {run}")
         if len(log) == 3:
             raise KeyboardInterrupt
-        return None, held(), check_engine.table_of([])
+        return None, held(), table_of([])
 
     monkeypatch.setattr(check_engine, "run_setting", run_setting)
     monkeypatch.setattr(check_engine, "in_one_lockstep", in_one_lockstep)

@@ -46,10 +46,10 @@ def test_whoever_is_forgotten_changes_nothing_for_the_others(name: str, seed: in
     for now_s in np.arange(0.0, 15.0, 0.25):
         happening = luck.randrange(6)
         if happening <= 2 and whole.submitted < 40:
-            numbers = [luck.randint(1, 9) for _ in range(3)]
+            prompt, expected, most = (luck.randint(1, 9) for _ in range(3))
             late = luck.choice([None, now_s + 1.5])
             for each in (whole, other):
-                each.submit(*numbers[:2], 0.5, numbers[2], late)
+                each.submit(prompt, expected, 0.5, most, late)
         elif happening == 3 and whole.submitted:
             gone = luck.randrange(whole.submitted)
             whole.cancel(gone)

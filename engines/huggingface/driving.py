@@ -35,7 +35,7 @@ _TAKEN: Final = frozenset(signature(ContinuousBatchingConfig).parameters)
 class Driven:
     """What engine and service share: a manager of the library with our scheduler, and its requests."""
 
-    _made = 0
+    _count = 0
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Driven:
             )
         self.twin, self.model, self.pages = twin, model, pages
         self.asked: dict[str, Asked] = {}
-        self.made: list[TwinScheduler] = []
+        self._schedulers: list[TwinScheduler] = []  # that the library has made
         self._batch_tokens = batch_tokens
         self._context = int(getattr(model.config, "max_position_embeddings", 2**31))
         self._names = itertools.count()
@@ -70,11 +70,13 @@ class Driven:
         self._needs = f"KV memory of {kv_tokens} tokens with batches of {batch_tokens}"
 
         def scheduler(**given: Any) -> TwinScheduler:
-            self.made.append(TwinScheduler(twin, self.asked, clock, lasting=lasting, **given))
-            return self.made[-1]
+            self._schedulers.append(
+                TwinScheduler(twin, self.asked, clock, lasting=lasting, **given)
+            )
+            return self._schedulers[-1]
 
-        Driven._made += 1
-        self._name = f"servegym-{Driven._made}"
+        Driven._count += 1
+        self._name = f"servegym-{Driven._count}"
         SCHEDULER_MAPPING[self._name] = scheduler
         config = ContinuousBatchingConfig(
             **{"page_size" if "page_size" in _TAKEN else "block_size": PAGE_TOKENS},
@@ -193,14 +195,14 @@ class Driven:
     def _check(self, processor: Any) -> TwinScheduler:
         """Return our scheduler; refuse an engine that would go its own way."""
         SCHEDULER_MAPPING.pop(self._name, None)
-        if not self.made or processor.scheduler is not self.made[0]:
+        if not self._schedulers or processor.scheduler is not self._schedulers[0]:
             raise ServegymError(
                 "transformers has not taken the twin's scheduler but "
                 f"{type(processor.scheduler).__name__}"
             )
         if processor.use_async_batching:
             raise ServegymError("batches in flight part the twin from the engine")
-        return self.made[0]
+        return self._schedulers[0]
 
 
 class Engine(Driven):

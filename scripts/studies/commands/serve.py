@@ -176,7 +176,10 @@ def in_service(stage: Stage, name: str, args: Args) -> dict[str, Served]:
     requests, most = load.requests, load.requests.output_tokens.tolist()
     policy = Noted(engine_policy(name, stage.task), stage.task.actions)
     twin = load.twin(stage.task, policy, args.seed)
-    service = Service(stage.model, twin, **load.memory(stage.task))
+    memory = load.memory(stage.task)
+    service = Service(
+        stage.model, twin, kv_tokens=memory["kv_tokens"], batch_tokens=memory["batch_tokens"]
+    )
     told = [expectation(stage.task, requests, i) for i in range(len(requests))]
     for prompt, count, expected in zip(load.prompts, most, told, strict=True):
         service.check_request(prompt, count, *expected)  # all before the first is served
@@ -252,15 +255,13 @@ def over_http(args: Args, task: TaskConfig, name: str) -> None:
     if task.cluster.max_prefill_tokens == 0:  # a batch of prompts has a mask as wide as memory
         task = with_overrides(task, {"cluster": {"max_prefill_tokens": HTTP_BATCH}})
     room = min(HTTP_ROOM + args.most_tokens, int(model.config.max_position_embeddings))
-    memory = {
-        "kv_tokens": (room + PAGE) * args.clients,
-        "batch_tokens": max(task.cluster.max_prefill_tokens, room, args.clients),
-    }
+    kv = (room + PAGE) * args.clients
+    batch = max(task.cluster.max_prefill_tokens, room, args.clients)
     policy = Noted(engine_policy(name, task), task.actions)
     twin = Twin(task, policy, capacity=HTTP_REQUESTS, seed=args.seed)
     ends = () if tokenizer is None else ends_of(tokenizer, model)
     coder = tokenizer or Letters(int(model.config.vocab_size))
-    service = Service(model, twin, **memory, lasting=True)
+    service = Service(model, twin, kv_tokens=kv, batch_tokens=batch, lasting=True)
     try:
         with service:
 

@@ -127,7 +127,7 @@ def verdict(errors: Errors) -> str:
 def medians_table(rows: pd.DataFrame) -> str:
     """Return a row a policy, as a table in Markdown: medians over runs, and their range."""
     by_cpu, by_wall = errors_of(rows), errors_of(rows, "wall")
-    names = list(by_cpu.makespan)
+    names = [str(name) for name in by_cpu.makespan]
     first = names[0]
     named = "policy | iterations | simulator's | CPU (s) | makespan, error (%) | by wall"
     lines = [
