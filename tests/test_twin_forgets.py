@@ -42,7 +42,7 @@ def sums(twin: Twin) -> tuple[Any, ...]:
 def test_whoever_is_forgotten_changes_nothing_for_the_others(name: str, seed: int) -> None:
     """All but the rules that go by how many have finished so far, as `feedback` does."""
     luck, config = Random(seed), task(1 + seed)
-    whole, other = Twin(config, make_policy(name)), Twin(config, make_policy(name), capacity=40)
+    whole, other = (Twin(config, make_policy(name), capacity=40) for _ in range(2))
     for now_s in np.arange(0.0, 15.0, 0.25):
         happening = luck.randrange(6)
         if happening <= 2 and whole.submitted < 40:
