@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Final
 
 import numpy as np
@@ -63,7 +64,7 @@ SLOTS: Final = 16
 PROMPTS, OUTPUTS = (20, 120), (20, 200)
 """Tokens of their requests: from, to."""
 
-RUNS, LOG, MAKESPANS = "equality.csv", "iterations.csv", "makespans.csv"
+EQUALITY, LOG, MAKESPANS = "equality.csv", "iterations.csv", "makespans.csv"
 """What an interrupted run goes on with."""
 
 
@@ -94,7 +95,7 @@ class Args:
 
 def compare_iterations(model: Any, args: Args, settings: Sequence[Any] = SETTINGS) -> list[Row]:
     """Serve under all settings and policies that have not been served yet; return all rows."""
-    with open_rows(args.output / RUNS) as table:
+    with open_rows(args.output / EQUALITY) as table:
         for setting in settings:
             left = table.missing([(setting.name, policy) for policy in setting.policies])
             todo = replace(setting, policies=tuple(policy for _, policy in left))
@@ -168,6 +169,17 @@ def report(args: Args, rows: Sequence[Row], runs: pd.DataFrame, parts: dict[str,
     seeds, loads = sorted(set(runs["seed"])), runs["load"]
     count = "one run" if len(seeds) == 1 else f"each of {len(seeds)} runs"
     drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} … {seeds[-1]}"
+    intro = (
+        f"In {count}, costs are fitted to a grid of iterations (batches of equal prompts, a few rounds each) and "
+        f"to other requests under {' and '.join(FITTED)}, all in the same lockstep; no iteration of a row is "
+        "fitted. Policies go by costs of a grid before. Predicted are the simulator's own iterations on the true "
+        f"lengths: {args.held_out_requests} requests on {SLOTS} slots, prompts of {PROMPTS[0]} … {PROMPTS[1]}, "
+        f"outputs of {OUTPUTS[0]} … {OUTPUTS[1]} tokens, fresh ones in each run ({drawn}), as is the order in "
+        "which all go on that are equally far. Measured is CPU time of the process, without the twin; wall "
+        "time, beside it, meets whatever else runs on the machine, whose load was "
+        f"{loads.min():.1f} … {loads.max():.1f}, this process included. Errors are predicted less measured: the "
+        "median over runs, and the least and the largest."
+    )
     options = {key: value for key, value in vars(args).items() if value != getattr(Args, key)}
     return f"""# A real engine runs the policies
 
@@ -188,19 +200,12 @@ the engine's: the twin is told who has finished. Decisions: how often the policy
 
 ## Makespans
 
-In {count}, costs are fitted to a grid of iterations (batches of equal prompts, a few rounds each) and to
-other requests under {" and ".join(FITTED)}, all in the same lockstep; no iteration of a row is fitted.
-Policies go by costs of a grid before. Predicted are the simulator's own iterations on the true lengths:
-{args.held_out_requests} requests on {SLOTS} slots, prompts of {PROMPTS[0]} … {PROMPTS[1]}, outputs of
-{OUTPUTS[0]} … {OUTPUTS[1]} tokens, fresh ones in each run ({drawn}). Measured is CPU time of the process,
-without the twin; wall time, beside it, meets whatever else runs on the machine, whose load was
-{loads.min():.1f} … {loads.max():.1f}, this process included. Errors are predicted less measured: the median
-over runs, and the least and the largest.
+{fill(intro, 110)}
 
 **Blind.** What is fitted and in which form was settled on other requests (seed 1), in sight of their errors;
 none of these requests had a part in it.
 
-{verdict(errors_of(runs))}
+{fill(verdict(errors_of(runs)), 110)}
 
 {medians_table(runs)}
 
@@ -252,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with locked(args.output):
         depends = {name: value for name, value in vars(args).items() if name != "output"}
         depends |= {"transformers": transformers, "commit": commit()}
-        anew.begin(args.output, depends, (RUNS, LOG, MAKESPANS))
+        anew.begin(args.output, depends, (EQUALITY, LOG, MAKESPANS))
         use_threads(1)
         model = tiny_llama(args.seed)
         rows = compare_iterations(model, args)
