@@ -170,15 +170,15 @@ def report(args: Args, rows: Sequence[Row], runs: pd.DataFrame, parts: dict[str,
     count = "one run" if len(seeds) == 1 else f"each of {len(seeds)} runs"
     drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} … {seeds[-1]}"
     intro = (
-        f"In {count}, costs are fitted to a grid of iterations (batches of equal prompts, a few rounds each) and "
-        f"to other requests under {' and '.join(FITTED)}, all in the same lockstep; no iteration of a row is "
-        "fitted. Policies go by costs of a grid before. Predicted are the simulator's own iterations on the true "
-        f"lengths: {args.held_out_requests} requests on {SLOTS} slots, prompts of {PROMPTS[0]} … {PROMPTS[1]}, "
-        f"outputs of {OUTPUTS[0]} … {OUTPUTS[1]} tokens, fresh ones in each run ({drawn}), as is the order in "
-        "which all go on that are equally far. Measured is CPU time of the process, without the twin; wall "
-        "time, beside it, meets whatever else runs on the machine, whose load was "
-        f"{loads.min():.1f} … {loads.max():.1f}, this process included. Errors are predicted less measured: the "
-        "median over runs, and the least and the largest."
+        f"In {count}, costs are fitted to a grid of iterations (batches of equal prompts, a few rounds "
+        f"each) and to other requests under {' and '.join(FITTED)}, all in the same lockstep; no iteration "
+        "of a row is fitted. Policies go by costs of a grid before. Predicted are the simulator's own "
+        f"iterations on the true lengths: {args.held_out_requests} requests on {SLOTS} slots, prompts of "
+        f"{PROMPTS[0]} … {PROMPTS[1]}, outputs of {OUTPUTS[0]} … {OUTPUTS[1]} tokens, fresh ones in each "
+        f"run ({drawn}), as is the order in which those go on who are equally far. Measured is CPU time "
+        "of the process, without the twin; wall time, beside it, meets whatever else runs on the machine, "
+        f"whose load was {loads.min():.1f} … {loads.max():.1f}, this process included. Errors are "
+        "predicted less measured: the median over runs, and the least and the largest."
     )
     options = {key: value for key, value in vars(args).items() if value != getattr(Args, key)}
     return f"""# A real engine runs the policies
