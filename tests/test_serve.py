@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -143,6 +147,9 @@ def test_a_note_of_other_files_is_refused(tmp_path: Path, note: str) -> None:
 # ---- over HTTP ----------------------------------------------------------------------------------
 
 
+FAULT = "the engine has failed: ZeroDivisionError: no idea"
+
+
 class Faulty(Policy):
     """A policy that fails at its second decision; it waits until somebody is decoding."""
 
@@ -155,8 +162,8 @@ class Faulty(Policy):
         return int(situation.mask.argmax())
 
 
-def post(port: int, **body: Any) -> tuple[int, str]:
-    """Ask for a completion; return the answer's status and text."""
+def post(port: int, first: Callable[[], None] = lambda: None, **body: Any) -> tuple[int, str]:
+    """Ask for a completion; return the answer's status and text. ``first`` is called at its first line."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode()
     )
@@ -164,7 +171,9 @@ def post(port: int, **body: Any) -> tuple[int, str]:
     while time.perf_counter() < until:
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read().decode()
+                line = answer.readline()
+                first()
+                return answer.status, (line + answer.read()).decode()
         except urllib.error.HTTPError as refused:
             return refused.code, refused.read().decode()
         except urllib.error.URLError:  # it starts
@@ -180,26 +189,25 @@ def test_a_fault_of_the_engine_ends_the_server_in_one_line(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    answers: list[Any] = []
+    with ThreadPoolExecutor(2) as clients:
+        answers: list[Future[tuple[int, str]]] = []
 
-    def ask() -> None:
-        """The first runs when the second comes, at whose sight the policy fails."""
-        asked = [{"prompt": [1, 2], "max_tokens": 2000, "stream": True}, {"prompt": [3]}]
-        for body in asked:
-            client = Thread(target=lambda body=body: answers.append(post(port, **body)))
-            client.start()
-            clients.append(client)
-            time.sleep(0.3)
+        def ask_again() -> None:
+            """While the first decodes another comes, at whose sight the policy fails."""
+            answers.append(clients.submit(post, port, prompt=[3]))
 
-    clients: list[Thread] = [Thread(target=ask)]
-    clients[0].start()
-    options = ["--port", str(port), "--task", "GSM8KPredicted-v0", "--output", str(tmp_path)]
-    with pytest.raises(ServegymError, match=r"^the engine has failed: ZeroDivisionError: no idea$"):
-        serve.main([*options, "--most-tokens", "2000", "--clients", "2"])
-    for client in clients:
-        client.join()
-    codes, texts = zip(*sorted(answers), strict=True)
+        body = {"prompt": [1, 2], "max_tokens": 2000, "stream": True}
+        answers.append(clients.submit(post, port, ask_again, **body))
+        options = ["--port", str(port), "--task", "GSM8KPredicted-v0", "--output", str(tmp_path)]
+        limit = Timer(120, os.kill, (os.getpid(), signal.SIGINT))
+        limit.start()
+        try:
+            with pytest.raises(ServegymError, match=rf"^{FAULT}$"):
+                serve.main([*options, "--most-tokens", "2000", "--clients", "2"])
+        finally:
+            limit.cancel()
+    codes, texts = zip(*(answer.result() for answer in answers), strict=True)
     assert codes == (200, 500)  # the head of a stream is sent before
-    assert all("the engine has failed: ZeroDivisionError: no idea" in text for text in texts)
+    assert all(FAULT in text for text in texts)
     assert "[DONE]" not in texts[0]
     assert files(tmp_path)[0].startswith("iterations/")

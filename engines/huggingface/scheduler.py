@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
-from servegym.engines.iterations import Iteration
+from servegym.engines.iterations import Iteration, Timed
 from servegym.engines.twin import Twin, Work
 from servegym.envs.errors import ServegymError
 
@@ -68,15 +68,14 @@ class TwinScheduler(Scheduler):
         self._arrivals: dict[int, float] = {}
         self._last_arrival_s = 0.0
         self._lock = Lock()  # while the twin has forgotten somebody and ``asked`` has not
-        self._batch: tuple[str, tuple[int, ...], tuple[int, ...], int] | None = None
+        self._timed = Timed()
         self._finished: list[int] = []
-        self._begun_s = (0.0, 0.0, 0.0)  # wall and CPU time when it began, seconds of the twin
         super().__init__(cache, 0.0, max_requests_per_batch)
 
     # ---- what the library calls -------------------------------------------------------------
 
     def reset(self) -> None:
-        """Make ready for requests; once only, as a twin does not forget."""
+        """Make ready for requests; once only, as the twin would still have those before."""
         if self.ids:
             raise ServegymError("a twin's scheduler is not used twice; make a new engine")
         super().reset()
@@ -104,9 +103,8 @@ class TwinScheduler(Scheduler):
             raise
         self.states[id_] = state  # first: whoever finds the id, in another thread, finds the state
         self.ids[state.request_id] = id_
-        self._last_arrival_s = max(
-            asked.arrival_s or 0.0, self._last_arrival_s
-        )  # as the twin has it
+        # No earlier than the one before it, as the twin has it.
+        self._last_arrival_s = max(asked.arrival_s or 0.0, self._last_arrival_s)
         self._arrivals[id_] = self._last_arrival_s
         super().add_waiting_request(state)
 
@@ -142,16 +140,12 @@ class TwinScheduler(Scheduler):
 
     def settle(self) -> None:
         """Tell the twin what has come of the iteration that has just ended, if one has."""
-        if self._batch is None:
-            return
-        wall_s, cpu_s = time.perf_counter(), time.process_time()
-        begun_s, begun_cpu_s, twin_s = self._begun_s
-        wall_s, cpu_s = wall_s - begun_s, cpu_s - begun_cpu_s
-        started = time.perf_counter()
+        if self._timed.under_way:
+            self.iterations.append(self._timed.end(self._tell))
+            self._finished = []
+
+    def _tell(self, wall_s: float) -> None:
         self.twin.ran(self._finished, None if self.clock == "model" else wall_s)
-        twin_s += time.perf_counter() - started
-        self.iterations.append(Iteration(*self._batch, wall_s, cpu_s, twin_s))
-        self._batch, self._finished = None, []
 
     def tokens(self) -> dict[int, list[int]]:
         """Return the output tokens so far, by the twin's id."""
@@ -190,10 +184,7 @@ class TwinScheduler(Scheduler):
 
     def _schedule(self, token_budget: int, cache_budget: int) -> Any:
         self.settle()
-        started = time.perf_counter()
-        work = self._next_work()
-        begun = time.perf_counter()
-        self._begun_s = (begun, time.process_time(), begun - started)
+        work = self._timed.ask(self._next_work)
         if work is None:
             return [], True, 0, 0
         states = [self.states[i] for i in work.ids]
@@ -218,7 +209,7 @@ class TwinScheduler(Scheduler):
                 f"{len(states)} requests; raise kv_tokens, batch_tokens, or lower cluster.clients"
             )
         ids = tuple(self.ids[future.state.request_id] for future in batch)
-        self._batch = (work.kind, ids, tuple(tokens), cached)
+        self._timed.begin(work.kind, ids, tuple(tokens), cached)
         return batch, fast, queries, keys
 
     def _next_work(self) -> Work | None:
