@@ -21,9 +21,9 @@ meanwhile, and books it as one stage.
 ``servegym.engines.vllm`` is a scheduler of vLLM. ``servegym.engines.calibration`` fits costs to an engine's
 iterations. Commands: ``scripts/serve.py``, ``calibrate_engine.py``, ``check_engine.py``.
 
-Left out: several replicas and moves between them, a limit of KV memory, mixed stages, the use of a finished
-request's place by another (``capacity`` bounds all requests of a twin). A task that has one of the first
-three is refused.
+``Twin.forget`` makes room: an engine may serve more requests than a twin holds. Left out: several replicas
+and moves between them, a limit of KV memory, mixed stages, sheds, limits of classes. A task that has one of
+these is refused.
 
 Examples
 --------

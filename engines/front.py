@@ -2,7 +2,8 @@
 
 For load generators and clients on the same machine; it knows no keys and no users. Tokens are always the
 likeliest: ``temperature`` and its like are taken and change nothing. What would change the answer otherwise,
-such as ``stop`` or ``echo``, is refused. A client that goes away cancels its request.
+such as ``stop`` or ``echo``, is refused. A client that goes away cancels its request. When the engine fails
+whoever waits is told so at once, and ``on_fault`` is called, which should end the server.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from servegym.engines.huggingface import Service
+from servegym.engines.huggingface import FullError, Service
 from servegym.envs.errors import ServegymError, shown
 
 try:
@@ -26,6 +28,9 @@ except ImportError:
 
 LOOKS_S: Final = 0.005
 """How often a waiting answer looks for new tokens."""
+
+COLLECTS_S: Final = 0.1
+"""How often what has been answered is collected, and a fault of the engine noticed where nobody waits."""
 
 SPREAD: Final = 0.7
 """Nobody predicts lengths: half the most, give or take a factor of two."""
@@ -72,6 +77,8 @@ class Front:
         ``encode`` and ``decode``, and the token ids that end a text.
     most_tokens, room_tokens
         The most output tokens of a request, and the most with its prompt.
+    on_fault
+        Called once, when the engine has failed; ``fault`` says then why.
     """
 
     def __init__(
@@ -82,7 +89,11 @@ class Front:
         ends: tuple[int, ...],
         most_tokens: int,
         room_tokens: int,
+        on_fault: Callable[[], None] = lambda: None,
     ) -> None:
+        self.fault = ""
+        """Why the engine has failed, in one line; empty: it has not."""
+        self._on_fault = on_fault
         self._service, self._model, self._tokenizer = service, model, tokenizer
         self._ends, self._most, self._room = ends, most_tokens, room_tokens
         self._started = int(time.time())
@@ -93,8 +104,45 @@ class Front:
             routes=[
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/models", self.models),
-            ]
+            ],
+            lifespan=self._lifespan,
         )
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        watch = asyncio.create_task(self._watch())
+        yield
+        watch.cancel()
+
+    async def _watch(self) -> None:
+        """Collect what has been answered, until the engine fails."""
+        while not self.fault:
+            try:
+                self._service.collect()
+            except Exception as error:  # whatever twin, policy and engine may raise
+                self._note(error)
+            await asyncio.sleep(COLLECTS_S)
+
+    def _note(self, error: Exception) -> None:
+        """Note a fault of the engine."""
+        if not self.fault:
+            words = " ".join(str(error).split())
+            known = isinstance(error, ServegymError)
+            self.fault = (
+                words if known else f"the engine has failed: {type(error).__name__}: {words}"
+            )
+            self._on_fault()
+
+    def _progress(self, name: str) -> tuple[list[int], bool]:
+        """Return the output tokens of a request so far, and whether it has ended; refuse after a fault."""
+        try:
+            return self._service.progress(name)
+        except Exception as error:
+            fault = self._service.fault
+            if fault is None:
+                raise
+            self._note(fault)
+            raise ServegymError(self.fault) from error
 
     async def models(self, _: Request) -> Response:
         """List the one model."""
@@ -103,11 +151,15 @@ class Front:
 
     async def completions(self, request: Request) -> Response:
         """Answer a prompt."""
+        if self.fault:
+            return _refused(self.fault, 500)
         try:
             body = await request.json()
             name, prompt, most = self._submitted(body)
         except ClientDisconnect:
             return Response(status_code=499)
+        except FullError as error:
+            return _refused(str(error), 503)
         except ServegymError as error:
             return _refused(str(error))
         except (ValueError, RecursionError):
@@ -118,14 +170,14 @@ class Front:
             stream = self._streamed(name, prompt, most, usage=usage)
             return StreamingResponse(stream, media_type="text/event-stream")
         try:
-            while not self._service.progress(name)[1]:
+            while not (seen := self._progress(name))[1]:
                 if await request.is_disconnected():
                     self._service.cancel(name)
                     return Response(status_code=499)
                 await asyncio.sleep(LOOKS_S)
         except ServegymError as error:
             return _refused(str(error), 500)
-        tokens, _ = self._service.progress(name)
+        tokens, _ = seen
         answer = self._answer(name, self._text(tokens), self._why(tokens, most))
         return JSONResponse(answer | {"usage": _usage(prompt, len(tokens))})
 
@@ -167,7 +219,7 @@ class Front:
         sent, said, ended = 0, "", False
         try:
             while not ended:
-                tokens, ended = self._service.progress(name)
+                tokens, ended = self._progress(name)
                 if len(tokens) > sent or ended:
                     sent, text = len(tokens), self._text(tokens)
                     if not ended:  # a letter may still change with the tokens to come

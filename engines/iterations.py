@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from servegym.engines.twin import Twin
+from servegym.engines.twin import Twin, Work
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.policy import Policy
 from servegym.envs.task.config import TaskConfig
@@ -36,6 +37,55 @@ class Iteration(NamedTuple):
     def key(self) -> tuple[str, tuple[int, ...], int]:
         """What is compared between engine and simulator: kind, who, how many tokens."""
         return self.kind, tuple(sorted(self.ids)), sum(self.tokens)
+
+
+class Timed:
+    """The iteration that an engine has under way: what it is, and since when.
+
+    Examples
+    --------
+    >>> timed = Timed()
+    >>> timed.ask(lambda: None), timed.under_way
+    (None, False)
+    >>> timed.begin("decode", (0,), (1,), 71)
+    >>> timed.under_way, timed.end(lambda wall_s: None).key, timed.under_way
+    (True, ('decode', (0,), 1), False)
+    """
+
+    def __init__(self) -> None:
+        self._batch: tuple[str, tuple[int, ...], tuple[int, ...], int] | None = None
+        self._begun_s = self._begun_cpu_s = self._twin_s = 0.0
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one has begun and not ended."""
+        return self._batch is not None
+
+    def ask(self, work: Callable[[], Work | None]) -> Work | None:
+        """Return the twin's next work; from here on the time is the engine's."""
+        started_s = time.perf_counter()
+        found = work()
+        self._begun_s, self._begun_cpu_s = time.perf_counter(), time.process_time()
+        self._twin_s = self._begun_s - started_s
+        return found
+
+    def begin(
+        self, kind: str, ids: tuple[int, ...], tokens: tuple[int, ...], cached_tokens: int
+    ) -> None:
+        """Note what the engine runs; as in ``Iteration``."""
+        self._batch = (kind, ids, tokens, cached_tokens)
+
+    def end(self, tell: Callable[[float], None]) -> Iteration:
+        """Tell the twin, by its wall seconds, that the engine has run it; return it."""
+        if self._batch is None:
+            raise ServegymError("no iteration is under way")
+        ended_s, cpu_s = time.perf_counter(), time.process_time() - self._begun_cpu_s
+        wall_s = ended_s - self._begun_s
+        tell(wall_s)
+        twin_s = self._twin_s + time.perf_counter() - ended_s
+        iteration = Iteration(*self._batch, wall_s, cpu_s, twin_s)
+        self._batch = None
+        return iteration
 
 
 def submit(twin: Twin, requests: Requests, i: int) -> int:

@@ -9,7 +9,15 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.arguments import as_annotated, whole_number
+from servegym.engines.told import (
+    Told,
+    believed,
+    check_task,
+    checked_request,
+    number,
+    requests_of,
+)
+from servegym.envs.arguments import whole_number
 from servegym.envs.errors import ServegymError, shown
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.policy import Briefing, Policy, Situation, asked_task
@@ -18,6 +26,7 @@ from servegym.envs.process.blocks import observe
 from servegym.envs.process.metrics import EpisodeLog, records
 from servegym.envs.process.serving import CHOOSES, WORKS, begin_work, choose
 from servegym.envs.serving_env import check_plan
+from servegym.envs.simulator.forgetting import forget, has_finished
 from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.loading import clear, queue_plan
 from servegym.envs.simulator.outlook import outlook
@@ -34,6 +43,7 @@ from servegym.envs.simulator.serving import (
 from servegym.envs.simulator.stages import see_arrivals
 from servegym.envs.simulator.state import (
     FUTURE,
+    NOBODY,
     PREFILL,
     RUNNING,
     WAITING,
@@ -45,15 +55,8 @@ from servegym.envs.simulator.state import (
 from servegym.envs.simulator.view import view
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
-from servegym.envs.workload.comparison import compared_tokens, expected_at_end
 from servegym.envs.workload.plan import Plan
-from servegym.envs.workload.requests import (
-    MAX_ARRIVAL_S,
-    MAX_REQUESTS,
-    MAX_SPREAD,
-    MAX_TOKENS,
-    Requests,
-)
+from servegym.envs.workload.requests import MAX_ARRIVAL_S, MAX_REQUESTS, MAX_TOKENS
 
 _ANY_SECONDS: Final = -1.0
 """Stands for the cost model's seconds, and for no time of the caller's."""
@@ -84,7 +87,7 @@ class Twin:
     policy
         Any policy. Its ``prepare`` is called at the first ``work`` with the requests submitted for 0 s.
     capacity
-        How many requests can be submitted in all.
+        How many requests it can hold: all that are submitted, less those it is told to ``forget``.
     seed
         Of the policy's random generator, as in ``play``.
 
@@ -108,29 +111,13 @@ class Twin:
     def __init__(
         self, task: TaskConfig, policy: Policy, *, capacity: int = 10_000, seed: int = 0
     ) -> None:
-        capacity = whole_number("capacity", capacity, 1, MAX_REQUESTS)
+        self.capacity = capacity = whole_number("capacity", capacity, 1, MAX_REQUESTS)
         self._seed = whole_number("seed", seed, 0)
         self.policy = policy
         self.task = task = asked_task(task, policy)
         machine = lower(task)
         layout = machine.layout
-        if len(layout.clients) > 1 or layout.moves:
-            raise ServegymError(f"a twin has one replica, {task.name} has {len(layout.clients)}")
-        if layout.kv_capacity_tokens[0] > 0:
-            raise ServegymError(
-                "a twin has no limit of KV memory, as it preempts nobody; set "
-                f"cluster.kv_capacity_tokens to 0, {task.name} has {layout.kv_capacity_tokens[0]}"
-            )
-        if layout.chunk_tokens > 0:
-            raise ServegymError(
-                "a twin has no mixed stages; set cluster.chunk_tokens to 0, "
-                f"{task.name} has {layout.chunk_tokens}"
-            )
-        if layout.shed_at > 0 or layout.class_limits:
-            key = "cluster.shed_at to 0" if layout.shed_at > 0 else "slo.classes to []"
-            raise ServegymError(
-                f"a twin turns nobody away and knows no classes of requests; set {key}"
-            )
+        check_task(task, layout)
         self._costs, self._settings = machine.costs, machine.settings
         self._state = make_state(1, capacity, layout, lengths_known=False)
         clear(self._state, 0)
@@ -138,9 +125,12 @@ class Twin:
         self._mask = np.zeros(len(task.actions), np.bool_)
         self._features = len(machine.features)
         self._imagined: State | None = None
-        self._submitted: list[tuple[float, int, int, float]] = []  # until the policy is briefed
+        self._told: list[Told] = []  # of requests, until the policy is briefed
         self._briefed = False
-        self._leaving: set[int] = set()
+        self.submitted = 0
+        """How many requests it has been told of."""
+        self._ids = np.zeros(capacity, np.int64)  # by the request's place in the state, ascending
+        self._leaving: set[int] = set()  # places of those who are cancelled and do not run
         self._work: Work | None = None
         self._under_way = False
 
@@ -172,51 +162,61 @@ class Twin:
             If a number is out of its range, an uncertain length meets a task of known ones, or the twin
             is full.
         """
-        state = self._state
-        i = self.submitted
-        prompt, expected, spread, most = self.checked(
-            prompt_tokens, expected_output_tokens, spread, most_tokens
+        state, i = self._state, self.held
+        prompt, expected, spread, most = checked_request(
+            self.task, prompt_tokens, expected_output_tokens, spread, most_tokens
         )
         self.check_room(i)
-        arrival_s = 0.0 if now_s is None else _number("now_s", now_s, MAX_ARRIVAL_S)
+        arrival_s = 0.0 if now_s is None else number("now_s", now_s, MAX_ARRIVAL_S)
         if self._briefed:
             arrival_s = max(
                 arrival_s, self.clock_s if now_s is None else float(state.episodes["now_s"][0])
             )
         if i > 0:
             arrival_s = max(arrival_s, float(state.times["arrival_s"][0, i - 1]))
-        believed, doubt, compared = self._believed(prompt, expected, spread)
-        state.beliefs[0, i] = (np.log(believed) - doubt**2 / 2, doubt)
-        append_request(state, 0, arrival_s, prompt, most - 1, believed - 1, compared - 1)
+        mean, doubt, compared = believed(self.task, prompt, expected, spread)
+        state.beliefs[0, i] = (np.log(mean) - doubt**2 / 2, doubt)
+        append_request(state, 0, arrival_s, prompt, most - 1, mean - 1, compared - 1)
         if not self._briefed:
-            self._submitted.append((arrival_s, prompt, expected, spread))
-        return i
+            self._told.append((arrival_s, prompt, expected, spread))
+        self._ids[i] = self.submitted
+        self.submitted += 1
+        return self.submitted - 1
 
-    def checked(
-        self, prompt_tokens: int, expected_output_tokens: int, spread: float, most_tokens: int
-    ) -> tuple[int, int, float, int]:
-        """Return what ``submit`` would take; refuse what it would, before anybody else has the request."""
-        prompt = whole_number("prompt_tokens", prompt_tokens, 1, MAX_TOKENS)
-        expected = whole_number("expected_output_tokens", expected_output_tokens, 1, MAX_TOKENS)
-        most = whole_number("most_tokens", most_tokens, 1, MAX_TOKENS)
-        spread = _number("spread", spread, MAX_SPREAD)
-        if spread > 0 and self.task.information.output_lengths == "known":
+    def check_room(self, held: int) -> None:
+        """Refuse one more request than ``held``, if these are all that the twin can hold."""
+        if held >= self.capacity:
             raise ServegymError(
-                f"spread must be 0, got {spread:g}: lengths are known in {self.task.name}; a task "
-                "with information.output_lengths 'predicted' has uncertain ones"
+                f"the twin holds {self.capacity} requests, which is its capacity; make one of more, or let "
+                "it forget() those who have finished"
             )
-        return prompt, expected, spread, most
 
-    def check_room(self, submitted: int) -> None:
-        """Refuse one more request than ``submitted``, if these are all that the twin can have."""
-        room = self._state.requests.shape[1]
-        if submitted >= room:
-            raise ServegymError(f"the twin has had its {room} requests; make one of more capacity")
+    def forget(self, most: int) -> tuple[int, ...]:
+        """Forget who has finished, the oldest first, until ``most`` requests are left; return their ids.
+
+        Fewer if not so many have finished. Ids do not change; ``records`` has no rows of those forgotten, and
+        what the policy is told of the requests so far is of those that are left.
+        """
+        finished = np.flatnonzero(has_finished(self._state, 0))
+        gone = np.zeros(self.held, np.bool_)
+        gone[finished[: max(self.held - whole_number("most", most, 0), 0)]] = True
+        if not gone.any():
+            return ()
+        ids = self._ids[: self.held].copy()
+        places = forget(self._state, 0, gone)
+        self._leaving = {int(places[place]) for place in self._leaving}
+        self._ids[: self.held] = ids[~gone]
+        return tuple(ids[gone].tolist())
 
     @property
-    def submitted(self) -> int:
-        """How many requests it has been told of."""
+    def held(self) -> int:
+        """How many requests it holds: all that were submitted, less those forgotten."""
         return int(self._state.episodes["requests"][0])
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The requests that it holds, as the rows of ``records`` are."""
+        return tuple(self._ids[: self.held].tolist())
 
     def cancel(self, request: int) -> None:
         """Let a request end here, between two iterations, whether it waits, runs or is still to come.
@@ -235,8 +235,11 @@ class Twin:
             raise ServegymError(
                 f"nobody has been submitted, so {shown(request)} cannot be cancelled"
             )
-        i = whole_number("request", request, 0, known - 1)
+        id_ = whole_number("request", request, 0, known - 1)
         self._check_between("cancel")
+        i = self._place(id_)
+        if i == NOBODY:
+            return
         phase = state.requests["phase"][0, i]
         if phase == RUNNING and not has_ended(state, self._progress, 0, i):
             end_request(state, self._progress, 0, i)
@@ -259,7 +262,7 @@ class Twin:
             If ``ran`` has not been called for the last work, or the policy chooses what is not legal.
         """
         self._check_between("work")
-        until_s = _ANY_SECONDS if now_s is None else _number("now_s", now_s, MAX_ARRIVAL_S)
+        until_s = _ANY_SECONDS if now_s is None else number("now_s", now_s, MAX_ARRIVAL_S)
         state, costs, progress = self._state, self._costs, self._progress
         if not self._briefed:
             self._brief()
@@ -289,7 +292,7 @@ class Twin:
         """
         if not self._under_way or self._work is None:
             raise ServegymError("no iteration is under way; call work() before ran()")
-        taken_s = _ANY_SECONDS if seconds is None else _number("seconds", seconds, MAX_ARRIVAL_S)
+        taken_s = _ANY_SECONDS if seconds is None else number("seconds", seconds, MAX_ARRIVAL_S)
         if not isinstance(finished, Iterable):
             raise ServegymError(f"finished must be a list of requests, got {shown(finished)}")
         ended = set()
@@ -302,8 +305,8 @@ class Twin:
                 )
             ended.add(i)
         note_iteration(self._state, self._costs, self._progress, 0, taken_s)
-        for i in sorted(ended):
-            end_request(self._state, self._progress, 0, i)
+        for id_ in sorted(ended):
+            end_request(self._state, self._progress, 0, self._place(id_))
         self._under_way = False
 
     # ---- what there is to see ---------------------------------------------------------------
@@ -316,10 +319,12 @@ class Twin:
         state = self._as_of_now()
         mask = np.zeros_like(self._mask)
         legal_actions(state, self._costs, self._settings, 0, 0, mask)
-        return self._told(state, mask, lambda: _imagined(state, self._costs, make_alike(state, 1)))
+        return self._situation(
+            state, mask, lambda: _imagined(state, self._costs, make_alike(state, 1))
+        )
 
     def records(self) -> EpisodeLog:
-        """Return a copy of the per-request records so far, as ``ServingEnv.records``.
+        """Return a copy of the records so far, a row of each of ``ids``, as ``ServingEnv.records``.
 
         The ``decode_rounds`` of a request that runs are the most it may take, less its first token; −1
         where it was cancelled before it ran.
@@ -337,10 +342,15 @@ class Twin:
         if self._under_way:
             raise ServegymError(f"an iteration is under way; call ran() before {what}()")
 
+    def _place(self, id_: int) -> int:
+        """Return where the state has a request; ``NOBODY`` if it has been forgotten."""
+        place = int(np.searchsorted(self._ids[: self.held], id_))
+        return place if place < self.held and self._ids[place] == id_ else NOBODY
+
     def _brief(self) -> None:
         """Let the policy get ready, with the requests that are present at t = 0; queue them."""
-        present = [row for row in self._submitted if row[0] == 0.0]
-        requests = _requests(present, self.task) if present else None
+        present = [row for row in self._told if row[0] == 0.0]
+        requests = requests_of(present, self.task) if present else None
         rng = np.random.default_rng([self._seed, 1])  # as ``play`` has it
         plan = self.policy.prepare(Briefing(self.task, requests, rng))
         if plan is not None and not isinstance(plan, Plan):
@@ -350,33 +360,18 @@ class Twin:
         if requests is not None:
             check_plan(plan, requests, self.task.cluster.all_clients)
         queue_plan(self._state, 0, plan)
-        self._briefed, self._submitted = True, []
-
-    def _believed(self, prompt: int, expected: int, spread: float) -> tuple[int, float, int]:
-        """Return the output that is expected, its spread, and the tokens by which it is the longer one."""
-        information = self.task.information
-        by, expect = information.compare_by, information.expect
-        if information.output_lengths == "known" or (by, expect) == ("mean", "mean"):
-            return expected, spread, expected
-        requests = _requests([(0.0, prompt, expected, spread)], self.task)
-        if expect != "mean":
-            told = expected_at_end(requests, expect, information.interval)
-            expected, spread = int(told.predicted_output_tokens[0]), 0.0
-        if by == "mean":
-            return expected, spread, expected
-        quantile, deviations = information.quantile, information.deviations
-        return expected, spread, int(compared_tokens(requests, by, quantile, deviations)[0])
+        self._briefed, self._told = True, []
 
     def _choice(self) -> int:
         """Ask the policy."""
-        told = self._told(self._state, self._mask.copy(), self._imagine)
+        told = self._situation(self._state, self._mask.copy(), self._imagine)
         action = whole_number("the policy's action", self.policy.act(told), 0, len(self._mask) - 1)
         if not self._mask[action]:
             legal = ", ".join(map(str, np.flatnonzero(self._mask)))
             raise ServegymError(f"the policy chose illegal action {action}; legal are {legal}")
         return action
 
-    def _told(
+    def _situation(
         self, state: State, mask: NDArray[np.bool_], imagine: Callable[[], State]
     ) -> Situation:
         observation = np.zeros(self._features, np.float32)
@@ -395,9 +390,10 @@ class Twin:
         """Return the work of the stage that has begun."""
         state, replica = self._state, self._state.replicas[0, 0]
         if replica["stage"] == PREFILL:
-            return Work("prefill", tuple(state.picked[0, 0, : replica["emitting"]].tolist()))
+            picked = state.picked[0, 0, : replica["emitting"]]
+            return Work("prefill", tuple(self._ids[picked].tolist()))
         decoding = state.finishes["request"][0, 0, : replica["active"]]
-        return Work("decode", tuple(np.sort(decoding).tolist()))
+        return Work("decode", tuple(self._ids[np.sort(decoding)].tolist()))
 
     def _withdraw(self, state: State) -> None:
         """Take out whoever was cancelled and waits by now; the replica is at a boundary."""
@@ -420,22 +416,7 @@ class Twin:
         return state
 
 
-def _requests(rows: list[tuple[float, int, int, float]], task: TaskConfig) -> Requests:
-    """Return rows of arrival, prompt, expected output and spread as the scheduler of a task knows them."""
-    arrivals, prompts, outputs, spreads = (np.array(column) for column in zip(*rows, strict=True))
-    known = task.information.output_lengths == "known"
-    return Requests(arrivals, prompts, outputs, outputs, None if known else spreads)
-
-
 def _imagined(state: State, costs: CostTables, target: State) -> State:
     """Write the episode as its scheduler believes it to be into ``target``, which is returned."""
     imagine_row(state, costs, 0, target, 0)
     return target
-
-
-def _number(name: str, value: float, most: float) -> float:
-    """Return a number that lies in 0 … ``most``."""
-    number = float(as_annotated(name, value, float))
-    if not 0 <= number <= most:
-        raise ServegymError(f"{name} must lie in 0 … {most:g}, got {number:g}")
-    return number

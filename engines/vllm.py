@@ -16,12 +16,11 @@ Whatever else would part the twin from the engine, preemption above all, is refu
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final, Literal
 
-from servegym.engines.iterations import Iteration
+from servegym.engines.iterations import Iteration, Timed
 from servegym.engines.twin import Twin, Work
 from servegym.envs.errors import ServegymError
 
@@ -87,8 +86,8 @@ class TwinScheduler(Scheduler):
         self.iterations: list[Iteration] = []
         self.ids: dict[str, int] = {}
         self.known: list[Any] = []  # by the twin's id
-        self._batch: tuple[str, tuple[int, ...], tuple[int, ...], int] | None = None
-        self._begun_s = (0.0, 0.0, 0.0)
+        self._timed = Timed()
+        self._served: tuple[int, ...] = ()
 
     def add_request(self, request: Any) -> None:
         """Tell the twin of a request, too."""
@@ -108,10 +107,7 @@ class TwinScheduler(Scheduler):
 
     def schedule(self, *args: Any, **given: Any) -> Any:
         """Return the batch of the twin's next work; an empty one if there is none."""
-        started = time.perf_counter()
-        work = self.twin.work()
-        begun = time.perf_counter()
-        self._begun_s = (begun, time.process_time(), begun - started)
+        work = self._timed.ask(self.twin.work)
         requests = [] if work is None else [self.known[i] for i in work.ids]
         prefills = work is not None and work.kind == "prefill"
         decoding, waiting = self.running, self.waiting
@@ -136,14 +132,13 @@ class TwinScheduler(Scheduler):
     def update_from_output(self, *args: Any, **given: Any) -> Any:
         """Tell the twin what has come of the iteration."""
         outputs = super().update_from_output(*args, **given)
-        if self._batch is not None:
-            begun, begun_cpu, twin_s = self._begun_s
-            wall_s, cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
-            ended = [i for i in self._batch[1] if self.known[i].is_finished()]
-            self.twin.ran(ended, wall_s if self.clock == "busy" else None)
-            self.iterations.append(Iteration(*self._batch, wall_s, cpu_s, twin_s))
-            self._batch = None
+        if self._timed.under_way:
+            self.iterations.append(self._timed.end(self._tell))
         return outputs
+
+    def _tell(self, wall_s: float) -> None:
+        ended = [i for i in self._served if self.known[i].is_finished()]
+        self.twin.ran(ended, wall_s if self.clock == "busy" else None)
 
     def _check(self, work: Work, requests: list[Any], scheduled: dict[str, int], held: int) -> None:
         prefills = work.kind == "prefill"
@@ -154,7 +149,8 @@ class TwinScheduler(Scheduler):
                 f"{work.kind} of {len(wanted)} requests; raise max_num_batched_tokens, or lower "
                 "cluster.clients"
             )
-        self._batch = (work.kind, work.ids, tuple(wanted.values()), held)
+        self._served = work.ids
+        self._timed.begin(work.kind, work.ids, tuple(wanted.values()), held)
 
     def _preempt_request(self, *_: Any, **__: Any) -> None:
         raise ServegymError(

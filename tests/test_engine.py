@@ -255,7 +255,7 @@ def test_what_the_twin_would_not_take_is_refused_before_the_engine_has_it(
 def test_one_request_more_than_the_twin_has_room_for_is_refused(model: Any) -> None:
     engine = new_engine(model)
     assert [engine.add([1], 1) for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(ServegymError, match="the twin has had its 5 requests"):
+    with pytest.raises(ServegymError, match="the twin holds 5 requests, which is its capacity"):
         engine.add([1], 1)
     assert len(run(engine).iterations) == 2
 

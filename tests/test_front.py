@@ -16,7 +16,7 @@ import pytest
 
 from servegym.baselines.registry import make_policy
 from servegym.engines.twin import Twin
-from servegym.envs import load_task
+from servegym.envs import Policy, ServegymError, load_task
 from servegym.envs.task.config import with_overrides
 
 pytest.importorskip("transformers")
@@ -29,11 +29,16 @@ from servegym.engines.huggingface import Service, generate, tiny_llama  # noqa: 
 MODEL = tiny_llama()
 
 
+def new_service(capacity: int, policy: Policy | None = None) -> Service:
+    task = with_overrides(load_task("GSM8KPredicted-v0"), {"cluster": {"clients": 2}})
+    twin = Twin(task, policy or make_policy("hybrid"), capacity=capacity)
+    return Service(MODEL, twin, kv_tokens=8192, batch_tokens=256, lasting=True)
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    task = with_overrides(load_task("GSM8KPredicted-v0"), {"cluster": {"clients": 2}})
-    twin = Twin(task, make_policy("hybrid"), capacity=50)
-    with Service(MODEL, twin, kv_tokens=8192, batch_tokens=256) as service:
+    """One that holds eight requests, of which four may be there at once."""
+    with new_service(8) as service:
         yield service
 
 
@@ -122,14 +127,14 @@ def test_a_client_that_goes_away_cancels_its_request(url: str, service: Service)
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=60) as answer:
         answer.readline()
-    name = str(len(service.asked) - 1)
+    name = max(service.asked, key=int)
     until = time.perf_counter() + 30
     while name not in service.cancelled and time.perf_counter() < until:
         time.sleep(0.02)
     completion(url, prompt=[1], max_tokens=1)  # an iteration later it has gone
-    log = service.twin.records()
-    assert 0 < log.decode_rounds[int(name)] < 1999
-    assert np.isfinite(log.finished_s[int(name)])
+    log, row = service.twin.records(), service.twin.ids.index(int(name))
+    assert 0 < log.decode_rounds[row] < 1999
+    assert np.isfinite(log.finished_s[row])
 
 
 @pytest.mark.parametrize(
@@ -162,3 +167,73 @@ def test_a_prompt_without_room_is_refused(url: str) -> None:
         completion(url, prompt=[1] * 101, max_tokens=2000)
     assert "101 tokens and 2000 more exceed 2100" in refused.value.read().decode()
     assert completion(url, prompt=[1] * 100, max_tokens=1)["usage"]["total_tokens"] == 101
+
+
+# ---- a server that runs for days ----------------------------------------------------------------
+
+
+def test_more_requests_than_there_is_room_for_are_served(url: str, service: Service) -> None:
+    for number in range(20):
+        answer = completion(url, prompt=[5, 6, 7], max_tokens=1 + number % 3)
+        assert answer["usage"]["completion_tokens"] == 1 + number % 3
+    scheduler, twin = service.scheduler, service.twin
+    assert twin.submitted > 20
+    assert len(twin.ids) == len(twin.records().finished_s) <= 8
+    assert len(service.asked) == len(scheduler.ids) == len(scheduler.states) == len(twin.ids)
+    assert scheduler.present_requests == 0
+    served = {i for each in scheduler.iterations for i in each.ids}
+    assert served <= set(range(twin.ids[0] - 2, twin.submitted))
+    service.collect()
+    assert service.answers.keys() <= service.asked.keys()
+    assert service.cancelled <= service.asked.keys()
+    assert service.manager.output_router.output_queue.empty()
+    with pytest.raises(ServegymError, match="request 0 has been forgotten"):
+        service.progress("0")
+    service.cancel("0")
+    assert "0" not in service.cancelled
+
+
+def test_who_finds_no_room_is_told_to_come_again(url: str, service: Service) -> None:
+    names = [service.submit([1, 2], 500) for _ in range(4)]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        completion(url, prompt=[1], max_tokens=1)
+    assert refused.value.code == 503
+    assert "4 requests are there, which is the most" in refused.value.read().decode()
+    for name in names:
+        service.cancel(name)
+    until = time.perf_counter() + 30
+    while service.scheduler.present_requests and time.perf_counter() < until:
+        time.sleep(0.02)
+    assert completion(url, prompt=[1], max_tokens=1)["usage"]["completion_tokens"] == 1
+
+
+def test_a_service_that_lasts_needs_room_for_two() -> None:
+    with pytest.raises(ServegymError, match="needs a twin with a capacity of 2 or more, got 1"):
+        new_service(1)
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+def test_a_fault_of_the_model_is_told_at_once_with_its_cause() -> None:
+    faults: list[str] = []
+
+    async def answers(service: Service) -> list[str]:
+        front = Front(service, "m", Letters(1000), (), 2000, 2100, lambda: faults.append("ended"))
+        async with front._lifespan(front.app()):
+            name = service.submit([1, 2], 2000)
+            events = [event async for event in front._streamed(name, 2, 2000, usage=False)]
+            while not front.fault:
+                await asyncio.sleep(0.01)
+        return events
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    with new_service(8) as service:
+        service.manager.batch_processor._generation_step = fails
+        events = asyncio.run(answers(service))
+    told = {"message": "the engine's thread has ended: RuntimeError: out of memory"}
+    assert json.loads(events[-1][6:])["error"] == told | {"type": "server_error"}
+    assert faults == ["ended"]
+    assert service.twin.records().decode_rounds.tolist() == [1999]  # nothing was run

@@ -286,7 +286,7 @@ def test_an_uncertain_length_is_refused_where_lengths_are_known() -> None:
 def test_a_full_twin_says_so() -> None:
     twin = make_twin(capacity=1)
     twin.submit(5, 5)
-    with pytest.raises(ServegymError, match=r"the twin has had its 1 requests; make one of more"):
+    with pytest.raises(ServegymError, match=r"the twin holds 1 requests, which is its capacity; "):
         twin.submit(5, 5)
 
 

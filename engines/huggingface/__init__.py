@@ -11,7 +11,7 @@ from servegym.engines.huggingface.installed import check_installed
 
 check_installed()
 
-from servegym.engines.huggingface.driving import Engine, Service  # noqa: E402
+from servegym.engines.huggingface.driving import Engine  # noqa: E402
 from servegym.engines.huggingface.models import (  # noqa: E402
     SMOLLM2,
     generate,
@@ -20,10 +20,12 @@ from servegym.engines.huggingface.models import (  # noqa: E402
     use_threads,
 )
 from servegym.engines.huggingface.scheduler import TwinScheduler  # noqa: E402
+from servegym.engines.huggingface.service import FullError, Service  # noqa: E402
 
 __all__ = [
     "SMOLLM2",
     "Engine",
+    "FullError",
     "Service",
     "TwinScheduler",
     "check_installed",

@@ -1,9 +1,9 @@
-"""Engines: a manager of transformers with our scheduler, driven by hand or by the library's thread."""
+"""Engines by hand: a manager of transformers with our scheduler, advanced one iteration at a time."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-import time
 from collections.abc import Sequence
 from inspect import signature
 from operator import index
@@ -12,11 +12,11 @@ from typing import Any, Final, Literal, get_args
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
 from servegym.engines.huggingface.scheduler import Asked, Clock, TwinScheduler
 from servegym.engines.iterations import Iteration
+from servegym.engines.told import checked_request
 from servegym.engines.twin import Twin
 from servegym.envs.arguments import whole_number
 from servegym.envs.errors import ServegymError, shown, unknown
@@ -32,13 +32,20 @@ _TAKEN: Final = frozenset(signature(ContinuousBatchingConfig).parameters)
 """Names differ within the versions that work here."""
 
 
-class _Driven:
+class Driven:
     """What engine and service share: a manager of the library with our scheduler, and its requests."""
 
-    _made = 0
+    _count = 0
 
     def __init__(
-        self, model: Any, twin: Twin, clock: Clock, kv_tokens: int, batch_tokens: int
+        self,
+        model: Any,
+        twin: Twin,
+        clock: Clock,
+        kv_tokens: int,
+        batch_tokens: int,
+        *,
+        lasting: bool = False,
     ) -> None:
         pages = -(-whole_number("kv_tokens", kv_tokens, 1, 2**40) // PAGE_TOKENS)
         batch_tokens = whole_number("batch_tokens", batch_tokens, 1, 2**24)
@@ -55,18 +62,21 @@ class _Driven:
             )
         self.twin, self.model, self.pages = twin, model, pages
         self.asked: dict[str, Asked] = {}
-        self.made: list[TwinScheduler] = []
+        self._schedulers: list[TwinScheduler] = []  # that the library has made
         self._batch_tokens = batch_tokens
         self._context = int(getattr(model.config, "max_position_embeddings", 2**31))
+        self._names = itertools.count()
         self._largest: list[int] = []  # pages of the largest requests, as many as there are clients
         self._needs = f"KV memory of {kv_tokens} tokens with batches of {batch_tokens}"
 
         def scheduler(**given: Any) -> TwinScheduler:
-            self.made.append(TwinScheduler(twin, self.asked, clock, **given))
-            return self.made[-1]
+            self._schedulers.append(
+                TwinScheduler(twin, self.asked, clock, lasting=lasting, **given)
+            )
+            return self._schedulers[-1]
 
-        _Driven._made += 1
-        self._name = f"servegym-{_Driven._made}"
+        Driven._count += 1
+        self._name = f"servegym-{Driven._count}"
         SCHEDULER_MAPPING[self._name] = scheduler
         config = ContinuousBatchingConfig(
             **{"page_size" if "page_size" in _TAKEN else "block_size": PAGE_TOKENS},
@@ -112,12 +122,36 @@ class _Driven:
             If it exceeds the model's context or a batch, memory might not hold as many as may run, or the
             twin would not take it.
         """
-        self.twin.check_room(len(self.asked))
+        self._check_room()
+        asked = self.check_request(prompt, most_tokens, expected_tokens, spread, arrival_s, ends)
+        self._reserve(-(-(len(asked.prompt) + asked.most_tokens) // PAGE_TOKENS))
+        name = str(next(self._names))
+        self.asked[name] = asked
+        self.manager.add_request(
+            list(asked.prompt),
+            request_id=name,
+            max_new_tokens=asked.most_tokens,
+            eos_token_id=list(asked.ends) or -1,
+        )
+        return name
+
+    def check_request(
+        self,
+        prompt: Sequence[int],
+        most_tokens: int,
+        expected_tokens: int | None = None,
+        spread: float = 0.0,
+        arrival_s: float | None = None,
+        ends: Sequence[int] = (),
+    ) -> Asked:
+        """Return a request as ``ask`` would take it; refuse what it would, but for room and memory."""
         prompt, ends = self._token_ids("a prompt", prompt), self._token_ids("ends", ends)
         if not prompt:
             raise ServegymError("a prompt holds at least one token id, got none")
         expected = most_tokens if expected_tokens is None else expected_tokens
-        _, expected, spread, most = self.twin.checked(len(prompt), expected, spread, most_tokens)
+        _, expected, spread, most = checked_request(
+            self.twin.task, len(prompt), expected, spread, most_tokens
+        )
         if arrival_s is not None and not 0 <= arrival_s <= MAX_ARRIVAL_S:
             raise ServegymError(f"arrival_s must lie in 0 … {MAX_ARRIVAL_S:g}, got {arrival_s:g}")
         if len(prompt) + most > self._context:
@@ -130,13 +164,11 @@ class _Driven:
                 f"a prompt of {len(prompt)} tokens exceeds a batch of {self._batch_tokens}; raise "
                 "batch_tokens"
             )
-        self._reserve(-(-(len(prompt) + most) // PAGE_TOKENS))
-        name = str(len(self.asked))
-        self.asked[name] = Asked(prompt, most, expected, spread, arrival_s)
-        self.manager.add_request(
-            list(prompt), request_id=name, max_new_tokens=most, eos_token_id=list(ends) or -1
-        )
-        return name
+        return Asked(prompt, most, expected, spread, arrival_s, ends)
+
+    def _check_room(self) -> None:
+        """Refuse one more request than the twin can hold."""
+        self.twin.check_room(len(self.asked))
 
     def _token_ids(self, what: str, tokens: Sequence[int]) -> tuple[int, ...]:
         """Return token ids; refuse what is not in the model's vocabulary."""
@@ -163,17 +195,17 @@ class _Driven:
     def _check(self, processor: Any) -> TwinScheduler:
         """Return our scheduler; refuse an engine that would go its own way."""
         SCHEDULER_MAPPING.pop(self._name, None)
-        if not self.made or processor.scheduler is not self.made[0]:
+        if not self._schedulers or processor.scheduler is not self._schedulers[0]:
             raise ServegymError(
                 "transformers has not taken the twin's scheduler but "
                 f"{type(processor.scheduler).__name__}"
             )
         if processor.use_async_batching:
             raise ServegymError("batches in flight part the twin from the engine")
-        return self.made[0]
+        return self._schedulers[0]
 
 
-class Engine(_Driven):
+class Engine(Driven):
     """An engine that is advanced by hand, one iteration at a time.
 
     Parameters
@@ -266,113 +298,4 @@ class Engine(_Driven):
 
     def tokens(self) -> dict[int, list[int]]:
         """Return the output tokens so far, by request."""
-        states = enumerate(self.scheduler.states)
-        return {i: list(state.generated_tokens) for i, state in states}
-
-
-class Service(_Driven):
-    """The library's own threaded engine, on the wall's clock: requests come and go while it runs.
-
-    Use it as a context; at its end whoever is still there is cancelled, so that ``twin.records()`` holds
-    everybody. Parameters as of ``Engine``.
-    """
-
-    def __init__(
-        self, model: Any, twin: Twin, *, kv_tokens: int = 8192, batch_tokens: int = 2048
-    ) -> None:
-        super().__init__(model, twin, "wall", kv_tokens, batch_tokens)
-        self.answers: dict[str, list[int]] = {}
-        self.cancelled: set[str] = set()
-
-    def __enter__(self) -> Service:
-        with torch.inference_mode():
-            self.manager.start()
-        try:
-            deadline = time.perf_counter() + 60.0
-            while self.manager.batch_processor is None:
-                if not self.manager.is_running() or time.perf_counter() > deadline:
-                    raise ServegymError(
-                        f"the engine's thread has not started; it may lack room for {self._needs}"
-                    )
-                time.sleep(0.005)
-            self.scheduler = self._check(self.manager.batch_processor)
-        except BaseException:  # Ctrl-C, too: a thread that is left behind keeps the process alive
-            self.manager.stop(block=True, timeout=60.0)
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in self.asked.keys() - self.answers.keys():
-            self.cancel(name)
-        self.manager.stop(block=True, timeout=60.0)
-        if self.manager.is_running():
-            raise ServegymError("the engine's thread does not stop")
-        if self.scheduler.error is None:
-            self.scheduler.settle()
-
-    @property
-    def started(self) -> bool:
-        """Whether it has run; then ``scheduler`` holds what has come of it."""
-        return hasattr(self, "scheduler")
-
-    def submit(
-        self,
-        prompt: Sequence[int],
-        most_tokens: int,
-        expected_tokens: int | None = None,
-        spread: float = 0.0,
-        *,
-        ends: Sequence[int] = (),
-    ) -> str:
-        """Hand a request over now and return its name. See ``ask``."""
-        now_s = time.perf_counter() - self.scheduler.started_s
-        return self.ask(prompt, most_tokens, expected_tokens, spread, arrival_s=now_s, ends=ends)
-
-    def cancel(self, name: str) -> None:
-        """Let a request end, whether it waits or runs; whoever has been answered stays so."""
-        self.cancelled.add(name)
-        self.manager.cancel_request(name)
-
-    def progress(self, name: str) -> tuple[list[int], bool]:
-        """Return the output tokens of a request so far, and whether it has ended.
-
-        Raises
-        ------
-        ServegymError
-            If twin and engine would part, or the engine has failed.
-        """
-        id_ = self.scheduler.ids.get(name)
-        if id_ is None:  # not seen yet
-            self._refuse_failure()
-            return [], name in self.cancelled
-        state = self.scheduler.states[id_]
-        ended = state.status >= RequestStatus.FINISHED or name in self.cancelled
-        if not ended:
-            self._refuse_failure()
-        return list(state.generated_tokens), ended
-
-    def wait(self, seconds: float) -> None:
-        """Collect what has been answered within some time; ``answers`` holds it.
-
-        Raises
-        ------
-        ServegymError
-            If twin and engine would part, or the engine has failed.
-        """
-        until = time.perf_counter() + seconds
-        while (left := until - time.perf_counter()) > 0:
-            self._refuse_failure()
-            try:
-                output = self.manager.get_result(timeout=min(left, 0.1))
-            except RuntimeError:
-                self._refuse_failure()
-                raise
-            if output is not None and output.is_finished() and output.error is None:
-                self.answers[output.request_id] = list(output.generated_tokens)
-
-    def _refuse_failure(self) -> None:
-        error = self.scheduler.error
-        if error is not None:
-            raise error
-        if not self.manager.is_running():
-            raise ServegymError("the engine's thread has ended")
+        return self.scheduler.tokens()

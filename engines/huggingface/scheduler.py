@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
-from servegym.engines.iterations import Iteration
+from servegym.engines.iterations import Iteration, Timed
 from servegym.engines.twin import Twin, Work
 from servegym.envs.errors import ServegymError
 
@@ -24,6 +25,8 @@ class Asked(NamedTuple):
     expected_tokens: int
     spread: float
     arrival_s: float | None
+    ends: tuple[int, ...] = ()
+    """Token ids that end the text."""
 
 
 class TwinScheduler(Scheduler):
@@ -31,6 +34,15 @@ class TwinScheduler(Scheduler):
 
     The engine's thread alone calls it, and it alone calls the twin. A request becomes known to the twin
     when the engine sees it; what has come of an iteration is told before the next thing happens.
+
+    Parameters
+    ----------
+    twin, asked, clock
+        The twin, what has been asked for by name, and whose seconds the twin gets.
+    lasting
+        Whether a twin that is full forgets those who have finished, and the scheduler and ``asked`` with it.
+    cache, safety_margin, max_requests_per_batch
+        The library's own.
     """
 
     def __init__(
@@ -39,29 +51,31 @@ class TwinScheduler(Scheduler):
         asked: dict[str, Asked],
         clock: Clock,
         *,
+        lasting: bool = False,
         cache: Any,
         safety_margin: float | None,
         max_requests_per_batch: int,
     ) -> None:
         if cache.use_prefix_sharing:
             raise ServegymError("requests that share prefixes part the twin from the engine")
-        self.twin, self.asked, self.clock = twin, asked, clock
+        self.twin, self.asked, self.clock, self.lasting = twin, asked, clock, lasting
         self.iterations: list[Iteration] = []
-        self.states: list[Any] = []  # by the twin's id
+        self.states: dict[int, Any] = {}  # by the twin's id
         self.ids: dict[str, int] = {}
         self.error: Exception | None = None
         self.started_s = time.perf_counter()
         self.spared_tokens = 0
-        self._arrivals: list[float] = []
-        self._batch: tuple[str, tuple[int, ...], tuple[int, ...], int] | None = None
+        self._arrivals: dict[int, float] = {}
+        self._last_arrival_s = 0.0
+        self._lock = Lock()  # while the twin has forgotten somebody and ``asked`` has not
+        self._timed = Timed()
         self._finished: list[int] = []
-        self._begun_s = (0.0, 0.0, 0.0)  # wall and CPU time when it began, seconds of the twin
         super().__init__(cache, 0.0, max_requests_per_batch)
 
     # ---- what the library calls -------------------------------------------------------------
 
     def reset(self) -> None:
-        """Make ready for requests; once only, as a twin does not forget."""
+        """Make ready for requests; once only, as the twin would still have those before."""
         if self.ids:
             raise ServegymError("a twin's scheduler is not used twice; make a new engine")
         super().reset()
@@ -75,6 +89,8 @@ class TwinScheduler(Scheduler):
                 raise ServegymError(f"request {state.request_id} was not added by its engine")
             if state.num_children:
                 raise ServegymError("several outputs of a request part the twin from the engine")
+            if self.lasting and self.twin.held == self.twin.capacity:
+                self._forget()
             id_ = self.twin.submit(
                 len(asked.prompt),
                 asked.expected_tokens,
@@ -85,10 +101,11 @@ class TwinScheduler(Scheduler):
         except Exception as error:
             self.error = self.error or error
             raise
-        self.states.append(state)  # first: whoever finds the id, in another thread, finds the state
+        self.states[id_] = state  # first: whoever finds the id, in another thread, finds the state
         self.ids[state.request_id] = id_
-        before_s = self._arrivals[-1] if self._arrivals else 0.0
-        self._arrivals.append(max(asked.arrival_s or 0.0, before_s))  # as the twin has it
+        # No earlier than the one before it, as the twin has it.
+        self._last_arrival_s = max(asked.arrival_s or 0.0, self._last_arrival_s)
+        self._arrivals[id_] = self._last_arrival_s
         super().add_waiting_request(state)
 
     def finish_request(self, request_id: str) -> None:
@@ -123,16 +140,16 @@ class TwinScheduler(Scheduler):
 
     def settle(self) -> None:
         """Tell the twin what has come of the iteration that has just ended, if one has."""
-        if self._batch is None:
-            return
-        wall_s, cpu_s = time.perf_counter(), time.process_time()
-        begun_s, begun_cpu_s, twin_s = self._begun_s
-        wall_s, cpu_s = wall_s - begun_s, cpu_s - begun_cpu_s
-        started = time.perf_counter()
+        if self._timed.under_way:
+            self.iterations.append(self._timed.end(self._tell))
+            self._finished = []
+
+    def _tell(self, wall_s: float) -> None:
         self.twin.ran(self._finished, None if self.clock == "model" else wall_s)
-        twin_s += time.perf_counter() - started
-        self.iterations.append(Iteration(*self._batch, wall_s, cpu_s, twin_s))
-        self._batch, self._finished = None, []
+
+    def tokens(self) -> dict[int, list[int]]:
+        """Return the output tokens so far, by the twin's id."""
+        return {id_: list(state.generated_tokens) for id_, state in list(self.states.items())}
 
     @property
     def due_requests(self) -> int:
@@ -146,14 +163,28 @@ class TwinScheduler(Scheduler):
     @property
     def ended_requests(self) -> int:
         """Requests that the engine has seen and that neither wait nor run."""
-        return len(self.states) - len(self.waiting_requests) - len(self.active_requests)
+        return self.twin.submitted - len(self.waiting_requests) - len(self.active_requests)
+
+    @property
+    def present_requests(self) -> int:
+        """Requests that have been asked for, also by another thread, and have not ended."""
+        with self._lock:
+            ended = self.twin.held - len(self.waiting_requests) - len(self.active_requests)
+            return len(self.asked) - ended
+
+    def _forget(self) -> None:
+        """Forget the older half of those it holds, but whoever is still there, and their iterations."""
+        with self._lock:
+            for id_ in self.twin.forget(self.twin.capacity // 2):
+                name = self.states[id_].request_id
+                del self.ids[name], self.asked[name], self.states[id_], self._arrivals[id_]
+        left = frozenset(self.states)
+        served = (k for k, each in enumerate(self.iterations) if not left.isdisjoint(each.ids))
+        del self.iterations[: next(served, len(self.iterations))]
 
     def _schedule(self, token_budget: int, cache_budget: int) -> Any:
         self.settle()
-        started = time.perf_counter()
-        work = self._next_work()
-        begun = time.perf_counter()
-        self._begun_s = (begun, time.process_time(), begun - started)
+        work = self._timed.ask(self._next_work)
         if work is None:
             return [], True, 0, 0
         states = [self.states[i] for i in work.ids]
@@ -178,7 +209,7 @@ class TwinScheduler(Scheduler):
                 f"{len(states)} requests; raise kv_tokens, batch_tokens, or lower cluster.clients"
             )
         ids = tuple(self.ids[future.state.request_id] for future in batch)
-        self._batch = (work.kind, ids, tuple(tokens), cached)
+        self._timed.begin(work.kind, ids, tuple(tokens), cached)
         return batch, fast, queries, keys
 
     def _next_work(self) -> Work | None:

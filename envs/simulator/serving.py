@@ -85,11 +85,11 @@ def append_request(
     state.requests[e, i].bucket = bucket
     episode.requests += 1
     if place < i and state.queues[e, 0].waiting > 0:
-        _count_ranks(state, e)
+        count_ranks(state, e)
 
 
 @kernel
-def _count_ranks(state: State, e: int) -> None:
+def count_ranks(state: State, e: int) -> None:
     """Count anew which ranks wait, of those that have been seen."""
     for k in range(state.waiting_tree.shape[2]):
         state.waiting_tree[e, 0, k] = 0

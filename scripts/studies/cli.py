@@ -178,8 +178,8 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     Everything that is not the script's own fault is one line on stderr: bad input, and files that
     cannot be read or written, leave with status 2; an output that is closed or full with 74; Ctrl-C
     and the signals of ``kill`` and of a closed terminal with 130, 143 and 129, after all ``finally``
-    (a ``KeyboardInterrupt`` may bring its own line). A reader that closes the pipe early (``| head``)
-    ends the script silently with 141.
+    (a ``KeyboardInterrupt`` may bring what is to be said behind "interrupted" or "terminated"). A reader
+    that closes the pipe early (``| head``) ends the script silently with 141.
     """
     with _stopping() as stopped_by:
         try:
@@ -190,7 +190,8 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
             status = BAD_INPUT
         except KeyboardInterrupt as stop:
             number = stopped_by[-1] if stopped_by else signal.SIGINT
-            say(str(stop) or ("interrupted" if number == signal.SIGINT else "terminated"))
+            word = "interrupted" if number == signal.SIGINT else "terminated"
+            say(f"{word}; {stop}" if str(stop) else word)
             status = 128 + number
         except BrokenPipeError:
             _give_up_stdout()

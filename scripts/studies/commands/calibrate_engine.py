@@ -15,7 +15,8 @@ import pandas as pd
 
 from servegym.engines.calibration import Fit, cost_section, fit_costs, predicted_seconds, read_log
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import write_file
+from servegym.envs.playing.locks import locked
 from servegym.envs.task.config import TaskConfig
 from servegym.studies.cases import parse_policies
 from servegym.studies.cli import check_folder, check_number, command_line, parse
@@ -102,8 +103,6 @@ def from_engine(args: Args, names: Sequence[str]) -> tuple[Fit, str, pd.DataFram
     use_threads(args.threads)
     model, _ = load_model(args.model, args.seed)
     task = engine_task("GSM8K-v0", args.clients, args.requests)
-    make_folder(args.output)
-
     shortest = max(1, args.prompt_tokens // 6), max(1, args.output_tokens // 10)
 
     def requests(seed: int) -> Load:
@@ -147,18 +146,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_folder(args.output)
     options = {key: value for key, value in vars(args).items() if value != getattr(Args, key)}
     command = command_line("calibrate_engine", **options)
-    if args.log:
-        fit, text = from_log(args)
-        make_folder(args.output)
-    else:
-        fit, text, log = from_engine(args, names)
-        write_file(args.output / "iterations.csv", log.to_csv(index=False))
-    words = "seconds as logged" if args.log else f"CPU seconds of {args.model}"
-    toml = (
-        f"# {command}\n# {words}\n[cluster]\nclients = {args.clients}\n\n{cost_section(fit.costs)}"
-    )
-    write_file(args.output / "engine.toml", toml)
-    write_file(args.output / "calibration.md", f"# Costs of an engine\n\n`{command}`\n\n{text}\n")
+    with locked(args.output):
+        if args.log:
+            fit, text = from_log(args)
+        else:
+            fit, text, log = from_engine(args, names)
+            write_file(args.output / "iterations.csv", log.to_csv(index=False))
+        words = "seconds as logged" if args.log else f"CPU seconds of {args.model}"
+        head = f"# {command}\n# {words}\n[cluster]\nclients = {args.clients}\n\n"
+        write_file(args.output / "engine.toml", head + cost_section(fit.costs))
+        page = f"# Costs of an engine\n\n`{command}`\n\n{text}\n"
+        write_file(args.output / "calibration.md", page)
     print(text)
     print(f"wrote {args.output / 'engine.toml'}, which --task takes, and calibration.md beside it")
     return 0

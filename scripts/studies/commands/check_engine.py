@@ -2,47 +2,75 @@
 
 On the clock of the cost model the engine must run what the simulator runs by itself; that is the check.
 Makespans are predicted from a grid of iterations in the same lockstep; they are reported, as is the twin's
-time, and depend on the machine.
+time, and depend on the machine. Lockstep runs are repeated, each with requests of its own.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 
-from servegym.engines.calibration import cost_section, fit_costs, table_of
+from servegym.engines.calibration import cost_section, fit_costs, read_log, table_of
 from servegym.engines.iterations import simulate
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import write_file
+from servegym.envs.playing.locks import locked
 from servegym.envs.task.config import TaskConfig
-from servegym.studies.cli import check_folder, check_number, command_line, parse
-from servegym.studies.engines.equality import SETTINGS, Row, equality_table, run_setting
+from servegym.studies import anew
+from servegym.studies.cli import check_number, command_line, parse
+from servegym.studies.engines.equality import (
+    SETTINGS,
+    Row,
+    equality_table,
+    from_table,
+    open_rows,
+    run_setting,
+    to_table,
+)
 from servegym.studies.engines.grid import Grid
 from servegym.studies.engines.held_out import (
     FITTED,
     Calibration,
-    HeldOut,
     costs_line,
-    held_out_table,
     in_one_lockstep,
     quality_table,
     run_all,
     with_costs,
 )
 from servegym.studies.engines.loads import engine_policy, engine_task, uniform_load
+from servegym.studies.engines.makespans import (
+    MOST_RUNS,
+    errors_of,
+    medians_table,
+    open_runs,
+    request_seed,
+    run_rows,
+    verdict,
+)
 from servegym.studies.speed import commit, machine
 
-HELD_OUT = ("fcfs", "threshold-4", "lookahead", "aligned", "hybrid", "ppo", "static")
-TIMED = ("fcfs", "hybrid", "ppo")
+HELD_OUT: Final = ("fcfs", "threshold-4", "lookahead", "aligned", "hybrid", "ppo", "static")
+TIMED: Final = ("fcfs", "hybrid", "ppo")
+SLOTS: Final = 16
+"""Of the engines whose makespans are predicted."""
+
+PROMPTS, OUTPUTS = (20, 120), (20, 200)
+"""Tokens of their requests: from, to."""
+
+EQUALITY, LOG, MAKESPANS = "equality.csv", "iterations.csv", "makespans.csv"
+"""What an interrupted run goes on with."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Check that engine and simulator agree; writes engine.md, engine.toml and the grid's iterations."""
+    """Check that engine and simulator agree; writes engine.md, engine.toml and the rows behind them."""
 
     requests: int = 32
     """Requests of each run whose iterations are compared."""
@@ -50,28 +78,70 @@ class Args:
     """Slots of those engines."""
     held_out_requests: int = 64
     """Requests of each run whose makespan is predicted, on 16 slots."""
+    repeats: int = 3
+    """Lockstep runs of these, each with fresh requests; pages show medians over them."""
     seed: int = 0
     """Of all draws."""
     output: Path = Path("results/engine")
-    """Folder for the results."""
+    """Folder for the results. An interrupted run goes on, a finished one starts anew."""
 
     def __post_init__(self) -> None:
         check_number("--requests", self.requests, 2, 1000)
         check_number("--clients", self.clients, 2, 256)
-        check_number("--held-out-requests", self.held_out_requests, 16, 1000)
+        check_number("--held-out-requests", self.held_out_requests, 2, 1000)
+        check_number("--repeats", self.repeats, 1, MOST_RUNS)
         check_number("--seed", self.seed, 0, 2**32)
 
 
-def calibration(model: Any, task: TaskConfig, args: Args, seed: int) -> Calibration:
+def compare_iterations(model: Any, args: Args, settings: Sequence[Any] = SETTINGS) -> list[Row]:
+    """Serve under all settings and policies that have not been served yet; return all rows."""
+    with open_rows(args.output / EQUALITY) as table:
+        for setting in settings:
+            left = table.missing([(setting.name, policy) for policy in setting.policies])
+            todo = replace(setting, policies=tuple(policy for _, policy in left))
+            for row in run_setting(model, todo, args.requests, args.clients, args.seed):
+                table.add([to_table(row)])
+                print(
+                    f"{row.setting}, {row.policy}: {'equal' if row.same else 'DIFFERS'}", flush=True
+                )
+    return [from_table(row) for row in table.rows]
+
+
+def calibration(model: Any, task: TaskConfig, args: Args, run: int) -> Calibration:
     """Return a new grid, and requests like those held out, but other ones."""
-    load = uniform_load(args.held_out_requests, 1000, seed + 7, (20, 120), (20, 200))
-    return Calibration(model, task, Grid(model, task, 16, 120, seed=seed), load)
+    seed = args.seed + 2 + 10 * run
+    load = uniform_load(args.held_out_requests, 1000, seed + 7, PROMPTS, OUTPUTS)
+    return Calibration(model, task, Grid(model, task, SLOTS, PROMPTS[1], seed=seed), load)
+
+
+def predict_makespans(model: Any, args: Args) -> pd.DataFrame:
+    """Make the lockstep runs that have not been made yet; return the rows of all."""
+    with open_runs(args.output / MAKESPANS) as table:
+        left = table.missing(range(args.repeats))
+        if left:
+            task = engine_task("GSM8K-v0", SLOTS, args.held_out_requests)
+            print("running the grid", flush=True)
+            before = Grid(model, task, SLOTS, PROMPTS[1], repeats=1, seed=args.seed)
+            run_all({"the grid": before})
+            seen = with_costs(task, fit_costs(table_of(before.iterations)))
+        for run in left:
+            print(f"policies and grid in lockstep, {run + 1} of {args.repeats}", flush=True)
+            seed = request_seed(args.seed, run)
+            load = uniform_load(args.held_out_requests, 1000, seed, PROMPTS, OUTPUTS)
+            again = calibration(model, seen, args, run)
+            _, held, log = in_one_lockstep(model, seen, again, load, HELD_OUT, args.seed, run)
+            if run == 0:
+                write_file(args.output / LOG, log.round(6).to_csv(index=False))
+            table.add(run_rows(run, seed, os.getloadavg()[0], held))
+            table.save()
+    # From the file: the same after any number of interruptions.
+    return open_runs(args.output / MAKESPANS).frame()
 
 
 def twin_milliseconds(repeats: int = 5) -> dict[str, float]:
     """Return the CPU time of twin and policy in an iteration, the engine a loop that does nothing."""
-    task = engine_task("GSM8K-v0", 16, 64)
-    load = uniform_load(64, 1000, 0, (20, 120), (20, 200))
+    task = engine_task("GSM8K-v0", SLOTS, 64)
+    load = uniform_load(64, 1000, 0, PROMPTS, OUTPUTS)
     found = {}
     for name in TIMED:
         times = []
@@ -89,18 +159,27 @@ def machine_line(transformers: str) -> str:
     return f"transformers {transformers}, {machine()}, one thread; commit {commit()}."
 
 
-def report(args: Args, rows: Sequence[Row], held: Sequence[HeldOut], parts: dict[str, str]) -> str:
+def report(args: Args, rows: Sequence[Row], runs: pd.DataFrame, parts: dict[str, str]) -> str:
     """Return engine.md."""
     equal = sum(row.difference is None for row in rows)
     bits = sum(not row.unequal for row in rows)
     iterations = sum(row.iterations for row in rows)
     tokens, asked = sum(row.tokens_equal for row in rows), sum(row.requests for row in rows)
     policies = len({row.policy for row in rows})
-    errors = [row.predicted_cpu_s / row.cpu_s - 1 for row in held]
-    first = held[0]
-    ratios = [
-        row.predicted_cpu_s / first.predicted_cpu_s - row.cpu_s / first.cpu_s for row in held[1:]
-    ]
+    seeds, loads = sorted(set(runs["seed"])), runs["load"]
+    count = "one run" if len(seeds) == 1 else f"each of {len(seeds)} runs"
+    drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} … {seeds[-1]}"
+    intro = (
+        f"In {count}, costs are fitted to a grid of iterations (batches of equal prompts, a few rounds "
+        f"each) and to other requests under {' and '.join(FITTED)}, all in the same lockstep; no iteration "
+        "of a row is fitted. Policies go by costs of a grid before. Predicted are the simulator's own "
+        f"iterations on the true lengths: {args.held_out_requests} requests on {SLOTS} slots, prompts of "
+        f"{PROMPTS[0]} … {PROMPTS[1]}, outputs of {OUTPUTS[0]} … {OUTPUTS[1]} tokens, fresh ones in each "
+        f"run ({drawn}), as is the order in which those go on who are equally far. Measured is CPU time "
+        "of the process, without the twin; wall time, beside it, meets whatever else runs on the machine, "
+        f"whose load was {loads.min():.1f} … {loads.max():.1f}, this process included. Errors are "
+        "predicted less measured: the median over runs, and the least and the largest."
+    )
     options = {key: value for key, value in vars(args).items() if value != getattr(Args, key)}
     return f"""# A real engine runs the policies
 
@@ -121,16 +200,16 @@ the engine's: the twin is told who has finished. Decisions: how often the policy
 
 ## Makespans
 
-Costs are fitted to a grid of iterations (batches of equal prompts, a few rounds each) and to other requests
-under {" and ".join(FITTED)}, all in the same lockstep; no iteration of a row is fitted. Policies go by costs
-of a grid before. Predicted are the simulator's own iterations on the true lengths: {args.held_out_requests}
-requests on 16 slots, prompts of 20 … 120, outputs of 20 … 200 tokens. CPU time of the process, without the
-twin: its errors are {min(errors):+.1%} … {max(errors):+.1%}, those of the ratios to {first.policy}
-{100 * min(ratios):+.1f} … {100 * max(ratios):+.1f} points. Wall time meets whatever else runs on the machine.
+{fill(intro, 110)}
 
-{held_out_table(held)}
+**Blind.** What is fitted and in which form was settled on other requests (seed 1), in sight of their errors;
+none of these requests had a part in it.
 
-The fit, by CPU time: {parts["costs"]}
+{fill(verdict(errors_of(runs)), 110)}
+
+{medians_table(runs)}
+
+The fit of the first run, by CPU time: {parts["costs"]}
 
 {parts["quality"]}
 
@@ -144,36 +223,15 @@ B · kv, which affine costs have no term for.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run, compare and write; 1 if an iteration, a record or a token differs."""
-    args = parse(Args, argv)
-    check_folder(args.output)
-    from servegym.engines.huggingface import check_installed, tiny_llama, use_threads
-
-    use_threads(1)
-    model = tiny_llama(args.seed)
-    make_folder(args.output)
-    rows: list[Row] = []
-    for setting in SETTINGS:
-        for row in run_setting(model, setting, args.requests, args.clients, args.seed):
-            same = row.difference is None and not row.unequal
-            rows.append(row)
-            print(f"{row.setting}, {row.policy}: {'equal' if same else 'DIFFERS'}", flush=True)
-    task = engine_task("GSM8K-v0", 16, args.held_out_requests)
-    print("running the grid", flush=True)
-    before = Grid(model, task, 16, 120, repeats=1, seed=args.seed)
-    run_all({"the grid": before})
-
-    print("running it again, in lockstep with the policies", flush=True)
-    load = uniform_load(args.held_out_requests, 1000, args.seed + 1, (20, 120), (20, 200))
-    seen = with_costs(task, fit_costs(table_of(before.iterations)))
-    again = calibration(model, seen, args, seed=args.seed + 2)
-    fit, held, log = in_one_lockstep(model, seen, again, load, HELD_OUT, args.seed)
-    twin = twin_milliseconds()
+def write_page(args: Args, rows: Sequence[Row], runs: pd.DataFrame, transformers: str) -> None:
+    """Write what is made from the rows, engine.md at last."""
+    log = read_log(args.output / LOG)
+    fit, twin = fit_costs(log), twin_milliseconds()
     alone = ", ".join(f"{name} {value:.3f}" for name, value in twin.items())
-    beside = ", ".join(f"{row.policy} {row.twin_ms:.3f}" for row in held)
+    medians = runs.groupby("policy", sort=False)["twin_ms"].median()
+    beside = ", ".join(f"{name} {value:.3f}" for name, value in medians.items())
     parts = {
-        "machine": machine_line(check_installed()),
+        "machine": machine_line(transformers),
         "costs": costs_line(fit),
         "quality": quality_table(log),
         "twin": (
@@ -182,13 +240,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"caches: {beside}."
         ),
     }
-    write_file(args.output / "engine.md", report(args, rows, held, parts))
-    write_file(args.output / "iterations.csv", log.round(6).to_csv(index=False))
-    toml = f"# scripts/check_engine.py\n[cluster]\nclients = 16\n\n{cost_section(fit.costs)}"
+    toml = f"# scripts/check_engine.py\n[cluster]\nclients = {SLOTS}\n\n{cost_section(fit.costs)}"
     write_file(args.output / "engine.toml", toml)
-    print(report(args, rows, held, parts))
+    text = report(args, rows, runs, parts)
+    write_file(args.output / "engine.md", text)
+    print(text)
     print(f"wrote {args.output / 'engine.md'}")
-    same = all(
-        r.difference is None and not r.unequal and r.tokens_equal == r.requests for r in rows
-    )
-    return 0 if same else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, compare and write; 1 if an iteration, a record or a token differs."""
+    args = parse(Args, argv)
+    from servegym.engines.huggingface import check_installed, tiny_llama, use_threads
+
+    transformers = check_installed()
+    with locked(args.output):
+        depends = {name: value for name, value in vars(args).items() if name != "output"}
+        depends |= {"transformers": transformers, "commit": commit()}
+        anew.begin(args.output, depends, (EQUALITY, LOG, MAKESPANS))
+        use_threads(1)
+        model = tiny_llama(args.seed)
+        rows = compare_iterations(model, args)
+        runs = predict_makespans(model, args)
+        write_page(args, rows, runs, transformers)
+        anew.end(args.output)
+    return 0 if all(row.same for row in rows) else 1

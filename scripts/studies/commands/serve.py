@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from servegym.engines.iterations import next_in_lockstep
+from servegym.engines.iterations import expectation, next_in_lockstep
 from servegym.engines.twin import Twin
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.playing.locks import locked
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.workload.requests import make_requests
 from servegym.studies.cases import parse_policies
@@ -35,10 +35,22 @@ from servegym.studies.engines.loads import (
     task_load,
     text_load,
 )
-from servegym.studies.engines.report import Served, summary, write_run
+from servegym.studies.engines.report import (
+    Served,
+    check_own,
+    replace_run,
+    run_files,
+    summary,
+)
 
-HTTP_BATCH, HTTP_ROOM, HTTP_REQUESTS = 2048, 1024, 100_000
-"""Tokens of a batch of prompts, of one prompt at least, and requests until a service is full."""
+HTTP_BATCH, HTTP_ROOM = 2048, 1024
+"""Tokens of a batch of prompts, and of one prompt at least."""
+
+HTTP_REQUESTS: Final = 20_000
+"""Requests that a server holds, those of its records included; half as many may be there at once."""
+
+HTTP_ENDS_S: Final = 10
+"""How long answers under way may take when a server is stopped."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ def prepare(args: Args, task: TaskConfig) -> Stage:
 
 
 def by_hand(stage: Stage, names: Sequence[str], args: Args) -> dict[str, Served]:
-    """Serve in lockstep, one engine a policy, by hand."""
+    """Serve in lockstep, one engine a policy, by hand. Interrupted it writes what there is so far."""
     policies = {name: Noted(engine_policy(name, stage.task), stage.task.actions) for name in names}
     clock: Literal["model", "busy"] = "busy" if args.clock == "busy" else "model"
     engines = {
@@ -134,15 +146,14 @@ def by_hand(stage: Stage, names: Sequence[str], args: Args) -> dict[str, Served]
     glances = [Glance(name, engines[name].scheduler, policies[name], total) for name in names]
     screen, alive = Screen(glances), dict(engines)
 
-    def write() -> dict[str, Served]:
+    def served() -> dict[str, Served]:
         screen.show(now=True)
-        served = {}
+        found = {}
         for name, engine in engines.items():
-            found = stage.load.revealed(engine.tokens())
+            requests = stage.load.revealed(engine.tokens())
             log, clock_s = engine.twin.records(), engine.twin.clock_s
-            served[name] = Served(name, engine.iterations, log, clock_s, found)
-            write_run(args.output, served[name], args.seed)
-        return served
+            found[name] = Served(name, engine.iterations, log, clock_s, requests)
+        return found
 
     try:
         while alive:
@@ -151,33 +162,32 @@ def by_hand(stage: Stage, names: Sequence[str], args: Args) -> dict[str, Served]
                 del alive[name]
             screen.show()
     except KeyboardInterrupt:
-        write()
-        raise KeyboardInterrupt(_so_far(args)) from None
-    served = write()
+        raise _stopped(args, served()) from None
     if stage.tokenizer is not None:
         show_texts(stage, next(iter(engines.values())).tokens())
-    return served
+    return served()
 
 
 def in_service(stage: Stage, name: str, args: Args) -> dict[str, Served]:
-    """Serve on the wall's clock by the library's own thread."""
+    """Serve on the wall's clock by the library's own thread. Interrupted it writes what there is so far."""
     from servegym.engines.huggingface import Service
 
     load = stage.load
-    requests = load.requests
+    requests, most = load.requests, load.requests.output_tokens.tolist()
     policy = Noted(engine_policy(name, stage.task), stage.task.actions)
     twin = load.twin(stage.task, policy, args.seed)
-    known = stage.task.information.output_lengths == "known"
-    service = Service(stage.model, twin, **load.memory(stage.task))
+    memory = load.memory(stage.task)
+    service = Service(
+        stage.model, twin, kv_tokens=memory["kv_tokens"], batch_tokens=memory["batch_tokens"]
+    )
+    told = [expectation(stage.task, requests, i) for i in range(len(requests))]
+    for prompt, count, expected in zip(load.prompts, most, told, strict=True):
+        service.check_request(prompt, count, *expected)  # all before the first is served
 
-    def write() -> tuple[Served, dict[int, list[int]]]:
-        states = enumerate(service.scheduler.states)
-        tokens = {i: list(state.generated_tokens) for i, state in states}
+    def served() -> dict[str, Served]:
+        found = load.revealed(service.scheduler.tokens())
         iterations = service.scheduler.iterations
-        found = load.revealed(tokens)
-        served = Served(name, iterations, twin.records(), twin.clock_s, found)
-        write_run(args.output, served, args.seed)
-        return served, tokens
+        return {name: Served(name, iterations, twin.records(), twin.clock_s, found)}
 
     try:
         with service:
@@ -187,31 +197,32 @@ def in_service(stage: Stage, name: str, args: Args) -> dict[str, Served]:
                 while (left := started + requests.arrival_s[i] - time.perf_counter()) > 0:
                     service.wait(min(float(left), 0.1))
                     screen.show()
-                most = int(requests.output_tokens[i])
-                expected = most if known else int(requests.predicted_output_tokens[i])
-                spread = (
-                    0.0
-                    if known or requests.predicted_spread is None
-                    else requests.predicted_spread[i]
-                )
-                service.submit(prompt, most, expected, float(spread), ends=load.ends)
+                service.submit(prompt, most[i], *told[i], ends=load.ends)
             while len(service.answers) < len(requests):
                 service.wait(0.1)
                 screen.show()
             screen.show(now=True)
     except KeyboardInterrupt:
         if service.started:
-            write()
-            raise KeyboardInterrupt(_so_far(args)) from None
+            raise _stopped(args, served()) from None
         raise
-    served, tokens = write()
     if stage.tokenizer is not None:
-        show_texts(stage, tokens)
-    return {name: served}
+        show_texts(stage, service.scheduler.tokens())
+    return served()
 
 
-def _so_far(args: Args) -> str:
-    return f"interrupted; records so far are in {args.output}"
+def files_of(args: Args, served: Mapping[str, Served]) -> dict[Path, str]:
+    """Return records and iterations of all policies."""
+    files: dict[Path, str] = {}
+    for each in served.values():
+        files |= run_files(each, args.seed)
+    return files
+
+
+def _stopped(args: Args, served: Mapping[str, Served]) -> KeyboardInterrupt:
+    """Write what there is so far; return what is raised then."""
+    replace_run(args.output, files_of(args, served))
+    return KeyboardInterrupt(f"records so far are in {args.output}")
 
 
 def check_port(port: int) -> None:
@@ -225,7 +236,7 @@ def check_port(port: int) -> None:
 
 
 def over_http(args: Args, task: TaskConfig, name: str) -> None:
-    """Serve whoever asks at the port, until Ctrl-C; write records."""
+    """Serve whoever asks at the port, until Ctrl-C or a fault of the engine; write records."""
     if task.information.output_lengths == "known":
         raise ServegymError(
             f"{task.name} knows output lengths, and clients tell nobody; take --task GSM8KPredicted-v0"
@@ -241,34 +252,48 @@ def over_http(args: Args, task: TaskConfig, name: str) -> None:
         raise ServegymError(f"{error.name} is not installed; get it by `make engine`") from None
     use_threads(args.threads)
     model, tokenizer = load_model(args.model, args.seed)
-    make_folder(args.output)
     if task.cluster.max_prefill_tokens == 0:  # a batch of prompts has a mask as wide as memory
         task = with_overrides(task, {"cluster": {"max_prefill_tokens": HTTP_BATCH}})
     room = min(HTTP_ROOM + args.most_tokens, int(model.config.max_position_embeddings))
-    memory = {
-        "kv_tokens": (room + PAGE) * args.clients,
-        "batch_tokens": max(task.cluster.max_prefill_tokens, room, args.clients),
-    }
+    kv = (room + PAGE) * args.clients
+    batch = max(task.cluster.max_prefill_tokens, room, args.clients)
     policy = Noted(engine_policy(name, task), task.actions)
     twin = Twin(task, policy, capacity=HTTP_REQUESTS, seed=args.seed)
     ends = () if tokenizer is None else ends_of(tokenizer, model)
     coder = tokenizer or Letters(int(model.config.vocab_size))
-    service = Service(model, twin, **memory)
+    service = Service(model, twin, kv_tokens=kv, batch_tokens=batch, lasting=True)
     try:
         with service:
-            front = Front(service, args.model, coder, ends, args.most_tokens, room)
+
+            def end() -> None:
+                server.should_exit = True
+
+            front = Front(service, args.model, coder, ends, args.most_tokens, room, end)
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    front.app(),
+                    host="127.0.0.1",
+                    port=args.port,
+                    log_level="warning",
+                    timeout_graceful_shutdown=HTTP_ENDS_S,
+                )
+            )
             print(f"http://127.0.0.1:{args.port}/v1/completions, until Ctrl-C", flush=True)
-            uvicorn.run(front.app(), host="127.0.0.1", port=args.port, log_level="warning")
+            server.run()
+            if front.fault:
+                raise ServegymError(front.fault)
     finally:
-        states = service.scheduler.states if service.started else []
-        tokens = [list(state.generated_tokens) for state in states]
-        if tokens:
+        if twin.submitted:
             log, iterations = twin.records(), service.scheduler.iterations
-            requests = make_requests(log.prompt_tokens, [max(len(each), 1) for each in tokens])
-            write_run(args.output, Served(name, iterations, log, twin.clock_s, requests), args.seed)
+            tokens = service.scheduler.tokens()
+            lengths = [max(len(tokens.get(i, ())), 1) for i in twin.ids]
+            requests = make_requests(log.prompt_tokens, lengths)
+            served = Served(name, iterations, log, twin.clock_s, requests)
+            replace_run(args.output, run_files(served, args.seed))
             asked = ", ".join(f"{key} {count}" for key, count in policy.counts.most_common())
-            print(f"{len(tokens)} requests, {len(iterations)} iterations; decisions: {asked}")
-            print(f"wrote records and iterations to {args.output}")
+            print(f"{twin.submitted} requests; decisions: {asked}")
+            last = f" of the last {twin.held}" if twin.held < twin.submitted else ""
+            print(f"wrote records and iterations{last} to {args.output}")
 
 
 def show_texts(stage: Stage, tokens: dict[int, list[int]], count: int = 3) -> None:
@@ -292,17 +317,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:  # refuses what no twin can do before a model is loaded
         Twin(task, engine_policy(name, task), capacity=1)
     check_folder(args.output)
-    if args.port > 0:
-        over_http(args, task, names[0])
-        return 0
-    stage = prepare(args, task)
-    make_folder(args.output)
-    serving = in_service(stage, names[0], args) if args.clock == "wall" else None
-    served = serving or by_hand(stage, names, args)
-    text = summary(served, task, args.seed, compares=args.clock == "model")
-    print(text, end="")
-    options = {key: value for key, value in vars(args).items() if value != getattr(Args, key)}
-    command = command_line("serve", **options)
-    write_file(args.output / "serve.md", f"# An engine at work\n\n`{command}`\n\n```\n{text}```\n")
+    with locked(args.output):
+        check_own(args.output)
+        if args.port > 0:
+            over_http(args, task, names[0])
+            return 0
+        stage = prepare(args, task)
+        served = (
+            in_service(stage, names[0], args)
+            if args.clock == "wall"
+            else by_hand(stage, names, args)
+        )
+        text = summary(served, task, args.seed, compares=args.clock == "model")
+        print(text, end="")
+        options = {key: value for key, value in vars(args).items() if value != getattr(Args, key)}
+        command = command_line("serve", **options)
+        page = f"# An engine at work\n\n`{command}`\n\n```\n{text}```\n"
+        replace_run(args.output, files_of(args, served) | {Path("serve.md"): page})
     print(f"wrote {args.output / 'serve.md'}, records and iterations beside it")
     return 0

@@ -149,7 +149,7 @@ def train_agent(
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"interrupted; go on from the last checkpoint with --output {args.output} --resume"
+            f"go on from the last checkpoint with --output {args.output} --resume"
         ) from None
     print(f"{args.output}: {model.num_timesteps} timesteps")
     for callback in callbacks:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from servegym.engines.twin import Twin
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.playing.evaluation import play
 from servegym.envs.playing.policy import Policy
+from servegym.envs.playing.tables import ResumableTable, Schema
+from servegym.envs.playing.tables import Row as TableRow
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, lower
@@ -65,6 +68,40 @@ class Row:
     """Requests whose tokens are those of ``generate``."""
     requests: int
     asked: int
+
+    @property
+    def same(self) -> bool:
+        """Whether iterations, records and tokens are all as they are to be."""
+        return self.difference is None and not self.unequal and self.tokens_equal == self.requests
+
+
+_NONE: Final = "none"
+_SCHEMA: Final = Schema(
+    columns=tuple(item.name for item in fields(Row)),
+    key=("setting", "policy"),
+    whole=("iterations", "tokens_equal", "requests", "asked"),
+    texts=("setting", "policy", "unequal"),
+    optional=("difference",),
+    if_deleted="its run is made again",
+)
+
+
+def open_rows(path: Path) -> ResumableTable:
+    """Return the engine runs that a folder has."""
+    return ResumableTable(path, _SCHEMA, "remove the file", ("setting", "policy"))
+
+
+def to_table(row: Row) -> TableRow:
+    """Return a row as it stands in a table."""
+    difference = np.nan if row.difference is None else row.difference
+    return asdict(row) | {"unequal": " ".join(row.unequal) or _NONE, "difference": difference}
+
+
+def from_table(row: TableRow) -> Row:
+    """Return a row of a table."""
+    unequal = () if row["unequal"] == _NONE else tuple(str(row["unequal"]).split())
+    difference = None if np.isnan(row["difference"]) else int(row["difference"])
+    return Row(**row | {"unequal": unequal, "difference": difference})
 
 
 def setting_task(setting: Setting, clients: int) -> TaskConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pandas as pd
 from servegym.engines.calibration import Fit, fit_costs, predicted_seconds, table_of
 from servegym.engines.iterations import Iteration, first_difference, simulate
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
+from servegym.envs.files import WRONG_VALUES, make_folder, read_json, write_file
 from servegym.envs.playing.records import records_path, records_table
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.config import TaskConfig
@@ -137,12 +138,63 @@ def summary(
     return text
 
 
-def write_run(output: Path, served: Served, seed: int) -> None:
-    """Write records and iterations of a run."""
-    records = records_path(output, served.policy, seed)
-    make_folder(records.parent)
-    write_file(records, records_table(served.log).to_csv(index=False))
-    folder = output / "iterations"
-    make_folder(folder)
-    table = table_of(served.iterations)
-    write_file(folder / records.name, table.to_csv(index=False))
+def run_files(served: Served, seed: int) -> dict[Path, str]:
+    """Return records and iterations of a run, by where they stand in the output folder."""
+    records = records_path(Path(), served.policy, seed)
+    iterations = table_of(served.iterations)
+    return {
+        records: records_table(served.log).to_csv(index=False),
+        Path("iterations") / records.name: iterations.to_csv(index=False),
+    }
+
+
+NOTE: Final = "serve.json"
+"""In the output folder: which files in it are of the last run, and go with it."""
+
+_OWN: Final = ("records", "iterations", "serve.md")
+"""What a run may leave there besides."""
+
+
+def check_own(output: Path) -> None:
+    """Refuse a folder with such files that no run has noted as its own."""
+    noted = {path.parts[0] for path in _noted(output)}
+    for name in _OWN:
+        if (output / name).exists() and name not in noted:
+            raise ServegymError(
+                f"{output}: holds {name} that serve.py has not written; choose another --output"
+            )
+
+
+def replace_run(output: Path, files: Mapping[Path, str]) -> None:
+    """Write the files of a run in place of those of the last one in the same folder."""
+    before = _noted(output)
+    make_folder(output)
+    _write_note(output, before | files.keys())  # whoever comes after a sudden end finds all of them
+    for path in before - files.keys():
+        (output / path).unlink(missing_ok=True)
+    for path, text in files.items():
+        make_folder((output / path).parent)
+        write_file(output / path, text)
+    _write_note(output, files.keys())
+
+
+def _write_note(output: Path, files: Iterable[Path]) -> None:
+    names = sorted(path.as_posix() for path in files)
+    write_file(output / NOTE, json.dumps({"files": names}, indent=1) + "\n")
+
+
+def _noted(output: Path) -> set[Path]:
+    """Return the files of the last run; refuse a note of others."""
+    note = output / NOTE
+    if not note.exists():
+        return set()
+    try:
+        files = {Path(name) for name in read_json(note)["files"]}
+        known = all(path.parts[0] in _OWN and ".." not in path.parts for path in files)
+    except WRONG_VALUES as error:
+        if isinstance(error, ServegymError):
+            raise
+        known = False
+    if not known:
+        raise ServegymError(f"{note}: not a list of what serve.py has written; remove the file")
+    return files
