@@ -192,10 +192,10 @@ FLOORS = {
         "warmup",
     ],
     "agents": [
-        "actions",
+        "actions early_stopping progress",
         "hyperparameters policy sb3_vec_env validation",
         "evaluations export imitation record",
-        "charts checkpoints dashboard evolution",
+        "charts checkpoints dashboard evolution outcome",
         "callbacks",
         "training",
         "speed",
