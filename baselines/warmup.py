@@ -11,6 +11,7 @@ from servegym.baselines.expert import make_rollout_expert
 from servegym.baselines.registry import MIXED, REGISTRY, make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.envs.compilation import NOTICE
 from servegym.envs.playing.evaluation import brief, make_case, play
 from servegym.envs.playing.parallel import run_parallel
 from servegym.envs.task.config import with_overrides
@@ -24,7 +25,8 @@ TASK: Final = TASKS["servegym/Tiny-v0"]
 def warm_up() -> None:
     """Compile in two processes, first what has no kernel in common, then what calls all that."""
     for works in ((play_rules, plan_and_solve), (play_searches, ask_the_expert)):
-        for _ in run_parallel(_call, [(work,) for work in works], jobs=2):
+        # One of the two tells of the work.
+        for _ in run_parallel(_call, [(work, work is works[0]) for work in works], jobs=2):
             pass
 
 
@@ -55,8 +57,10 @@ def ask_the_expert() -> None:
     env.step(values.argmax(axis=1))
 
 
-def _call(work: Callable[[], None]) -> None:
+def _call(work: Callable[[], None], tells: bool) -> None:
+    NOTICE.silent = not tells
     work()
+    NOTICE.silent = False
 
 
 def _play_all(*, rules: bool) -> None:

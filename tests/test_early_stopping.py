@@ -24,7 +24,7 @@ from servegym.agents.validation import Validation
 from servegym.envs import ServegymError
 from servegym.studies.agents import training as studies
 from servegym.studies.commands import train as script
-from tests.helpers import weights
+from tests.helpers import Terminal, weights
 from tests.training_helpers import QUIET, SMALL, TINY
 
 SEEDS = (900_000, 900_001, 900_002)
@@ -212,24 +212,6 @@ def test_verdicts(gaps: list[float], rule: list[float], verdict: str, words: str
 
 
 # The line of progress
-
-
-class Terminal:
-    """A stream that says it is a terminal and keeps what it gets."""
-
-    encoding = "utf-8"
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        """Nothing waits."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_terminal_gets_a_bar_with_gap_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ import tyro
 from servegym.envs.errors import ServegymError, nearest, shown, unknown
 from servegym.envs.files import shortened
 from servegym.envs.playing.parallel import check_jobs
-from servegym.studies.terminal import BAD_INPUT, STOP_SIGNALS, leave, say
+from servegym.studies.terminal import BAD_INPUT, STOP_SIGNALS, called, leave, say
 
 CANNOT_WRITE: Final = 74  # EX_IOERR of sysexits.h
 BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
@@ -162,14 +162,27 @@ def check_output(path: Path) -> None:
 def command_line(script: str, *words: str, **options: object) -> str:
     """Return the command that runs a script with words and options, quoted as a shell needs it.
 
+    It is called as this process was: ``python scripts/NAME.py`` or ``servegym NAME``.
     ``time_limit=0.5`` becomes ``--time-limit 0.5``; an option whose value is an empty text is left out.
     """
-    command = ["python", f"scripts/{script}.py", *words]
+    command = [*called(script), *words]
     for name, value in options.items():
         if value != "":
             text = f"{value:g}" if isinstance(value, float) else str(value)
             command += [f"--{name.replace('_', '-')}", text]
     return shlex.join(command)
+
+
+def options_of(command: str) -> list[str]:
+    """Return the options of a command that ``command_line`` has made; ValueError if a quote is missing.
+
+    Examples
+    --------
+    >>> options_of("python -m servegym train --seed 3"), options_of("servegym train --seed 3")
+    (['--seed', '3'], ['--seed', '3'])
+    """
+    words = shlex.split(command)
+    return words[4 if words[1:2] == ["-m"] else 2 :]
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:

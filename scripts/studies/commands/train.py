@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,7 +29,7 @@ from servegym.studies.agents.training import (
     train_watched,
     usual_evaluations,
 )
-from servegym.studies.cli import check_number, command_line, parse
+from servegym.studies.cli import check_number, command_line, options_of, parse
 
 MAX_VALIDATION_CASES: Final = 100_000  # held-out seeds begin there
 
@@ -79,7 +78,7 @@ def read_args(argv: Sequence[str] | None) -> Args:
     try:
         usual = Hyperparameters(**recorded)
         usual_args = replace(anything, **recorded, **usual_evaluations(usual))
-        begun = parse(Args, shlex.split(record["command"])[2:], usual_args)
+        begun = parse(Args, options_of(record["command"]), usual_args)
         first = replace(begun, **recorded)
     except ValueError as error:  # an option, a number or a quote that is none
         place = args.output / RECORD
