@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from servegym.engines.huggingface import Service
-from servegym.envs.errors import ServegymError, shown
+from servegym.envs.errors import ServegymError, not_installed, shown
 
 try:
     from starlette.applications import Starlette
@@ -22,7 +22,7 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError:
-    raise ServegymError("starlette is not installed; get it by `make engine`") from None
+    raise not_installed("starlette", "engine") from None
 
 LOOKS_S: Final = 0.005
 """How often a waiting answer looks for new tokens."""

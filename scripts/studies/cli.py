@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from servegym.envs.errors import ServegymError, nearest, shown, unknown
+from servegym.envs.errors import ServegymError, nearest, not_installed, shown, unknown
 from servegym.envs.files import shortened
 from servegym.envs.playing.parallel import check_jobs
 from servegym.studies.terminal import BAD_INPUT, STOP_SIGNALS, called, leave, say
@@ -27,6 +27,9 @@ from servegym.studies.terminal import BAD_INPUT, STOP_SIGNALS, called, leave, sa
 CANNOT_WRITE: Final = 74  # EX_IOERR of sysexits.h
 BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
 _WRITING: Final = (errno.EBADF, errno.EFBIG, errno.EIO, errno.ENOSPC)
+
+EXTRAS: Final = dict.fromkeys(("sb3_contrib", "stable_baselines3", "tensorboard", "torch"), "train")
+"""By module, the extra that brings it, where no room says so itself."""
 
 SCRIPTS: Final = Path(__file__).resolve().parents[1]
 """The scripts of the checkout."""
@@ -210,6 +213,12 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
             status = BROKEN_PIPE
         except OSError as error:
             status = _refuse(error)
+        except ModuleNotFoundError as error:
+            module = str(error.name).partition(".")[0]
+            if module not in EXTRAS:
+                raise
+            say(str(not_installed(module, EXTRAS[module])))
+            status = BAD_INPUT
         except MemoryError as error:
             say(f"not enough memory {error}")
             status = BAD_INPUT

@@ -90,7 +90,7 @@ def print_completion(shell: str) -> None:
 def _run(name: str) -> NoReturn:
     from servegym.studies.cli import run  # takes long to import, as does the command
 
-    run(_module(name).main)
+    run(lambda argv: int(_module(name).main(argv)))
 
 
 def _refuse(word: str, program: str) -> NoReturn:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from servegym.engines.iterations import next_in_lockstep
 from servegym.engines.twin import Twin
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, not_installed
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.workload.requests import make_requests
@@ -238,7 +238,7 @@ def over_http(args: Args, task: TaskConfig, name: str) -> None:
 
         from servegym.engines.front import Front, Letters
     except ImportError as error:
-        raise ServegymError(f"{error.name} is not installed; get it by `make engine`") from None
+        raise not_installed(str(error.name), "engine") from None
     use_threads(args.threads)
     model, tokenizer = load_model(args.model, args.seed)
     make_folder(args.output)
