@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_number("--seed", args.seed, 0, 2**62)
     if not (SCRIPTS / "check_robustness.py").is_file():
         raise ServegymError(
-            "it tries scripts, which an installed package has not; run scripts/check_robustness.py in a checkout"
+            "an installed package has no scripts to try; run scripts/check_robustness.py in a checkout"
         )
     make_folder(args.output)
     outcomes: list[Outcome] = []
