@@ -13,7 +13,13 @@ from servegym.envs.errors import ServegymError
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The state of a training run at one evaluation; gaps are in percent."""
+    """The state of a training run at one evaluation; gaps are in percent.
+
+    Examples
+    --------
+    >>> def far_behind_is_hopeless(evaluation: Evaluation) -> bool:
+    ...     return evaluation.gap_percent < 2 * evaluation.references["hybrid"]
+    """
 
     number: int
     """0 for the run's first, of what was imitated or of the untrained network; a resumed run counts on."""
