@@ -25,6 +25,7 @@ from servegym.envs import ServegymError
 from servegym.studies.agents import training as studies
 from servegym.studies.commands import train as script
 from tests.helpers import Terminal, weights
+from tests.test_documents import ROOT, blocks
 from tests.training_helpers import QUIET, SMALL, TINY
 
 SEEDS = (900_000, 900_001, 900_002)
@@ -142,6 +143,18 @@ def test_a_hook_stops_an_evolution_before_its_next_update(tmp_path: Path) -> Non
     assert stopped.num_timesteps == 128
     resumed = train(TINY, EVOLVING, folder, resume=True, options=QUIET)
     assert weights(resumed) == weights(train(TINY, EVOLVING, tmp_path / "whole", options=QUIET))
+
+
+def test_the_hook_of_the_page_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = blocks(ROOT / "results" / "agents" / "README.md", "python")
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    exec(code.replace("4096", "2048"), {})
+    lines = capsys.readouterr().out.splitlines()
+    table = pd.read_csv(tmp_path / "evaluations.csv")
+    assert [int(line.split()[0]) for line in lines] == list(table["timesteps"])
+    assert len(lines) <= 3
 
 
 def test_patience_ends_a_run_from_the_command_line(
