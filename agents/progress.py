@@ -10,6 +10,8 @@ from typing import Final, Self
 
 from tqdm import tqdm
 
+from servegym.envs.compilation import is_terminal
+
 _BAR: Final = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 _LINES: Final = 10  # plain lines of a run that is never evaluated
 
@@ -39,7 +41,7 @@ class ProgressLine:
         self._done, self._said = initial, initial
         self._status = ""
         self._started = perf_counter()
-        self._plain = shown and not _is_terminal()
+        self._plain = shown and not is_terminal()
         # Smoothing 0: the rate of all steps so far, since evaluations come seldom and take long.
         self._bar = tqdm(
             total=total,
@@ -94,10 +96,3 @@ class ProgressLine:
             line += f", {tqdm.format_interval(left_s)} left"
         with contextlib.suppress(OSError, ValueError):  # nowhere to print to
             print(f"{line}: {words}" if words else line, file=sys.stderr, flush=True)
-
-
-def _is_terminal() -> bool:
-    try:
-        return sys.stderr.isatty()
-    except (AttributeError, ValueError):  # there is none, or it is closed
-        return False

@@ -66,7 +66,7 @@ class Notice:
         taken_s = self._before_s + perf_counter() - self._since
         if self.silent or taken_s < self._quiet_s:
             return
-        if _is_terminal():
+        if is_terminal():
             minutes, seconds = divmod(int(taken_s), 60)
             line = f"compiling kernels, on the first run only: {self._ready} ready, {minutes}:{seconds:02}"
             self._width = max(self._width, len(line))
@@ -112,7 +112,8 @@ class Turn:
             self._lock = None
 
 
-def _is_terminal() -> bool:
+def is_terminal() -> bool:
+    """Return whether standard error is a terminal."""
     try:
         return sys.stderr.isatty()
     except (AttributeError, ValueError):  # there is none, or it is closed

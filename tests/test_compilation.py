@@ -85,7 +85,7 @@ def tell(notice: Notice) -> None:
 
 def test_a_terminal_gets_a_line_that_counts_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
-    monkeypatch.setattr(compilation.sys, "stderr", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
     notice = Notice(quiet_s=0)
     tell(notice)
     lines = terminal.text.split("\r")

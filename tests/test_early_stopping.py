@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from servegym.agents import Evaluation, Patience, ServingCallback, charts, progress
+from servegym.agents import Evaluation, Patience, ServingCallback, charts
 from servegym.agents.checkpoints import checkpoints
 from servegym.agents.early_stopping import says_stop
 from servegym.agents.hyperparameters import Options
@@ -184,8 +184,8 @@ def test_a_resumed_run_is_evaluated_as_its_command_asked(tmp_path: Path) -> None
         h = replace(SMALL, timesteps=timesteps)
         assert studies.usual_evaluations(h)["evaluate_every"] == wanted
     record = {"task": {}, "observation_version": 1, "command": "servegym train --task Tiny-v0"}
-    h = {"evolution_updates": 1, "timesteps": 4000, "batch_size": 64}
-    (tmp_path / "run.json").write_text(json.dumps(record | {"hyperparameters": h}))
+    recorded = {"evolution_updates": 1, "timesteps": 4000, "batch_size": 64}
+    (tmp_path / "run.json").write_text(json.dumps(record | {"hyperparameters": recorded}))
     args = script.read_args(["--output", str(tmp_path), "--resume"])
     assert (args.validation_cases, args.evaluate_every) == (300, 500)
 
@@ -229,7 +229,7 @@ def test_verdicts(gaps: list[float], rule: list[float], verdict: str, words: str
 
 def test_a_terminal_gets_a_bar_with_gap_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
-    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
     with ProgressLine(1000, 0, "timesteps", "gap 60.00 %") as line:
         line.update(500, "gap 2.31 %, best 2.10 %, hybrid 6.70 %")
     assert "gap 60.00 %" in terminal.text

@@ -56,7 +56,8 @@ def names() -> list[str]:
 def overview(program: str) -> str:
     """Return what there is: a line a command, from its docstring."""
     width = max(map(len, names()))
-    usual, studies = [], []
+    usual: list[str] = []
+    studies: list[str] = []
     for name in names():
         line = f"  {name.replace('_', '-'):{width}}  {_first_line(name)}"
         (studies if name.partition("_")[0] in STUDIES else usual).append(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ TO_THE_END: Final = {"max_decisions": 0, "max_seconds": 0.0}
 """The rules that an agent is compared with play to the end, however short its episodes are cut."""
 
 
-def usual_evaluations(hyperparameters: Hyperparameters) -> dict[str, int]:
+def usual_evaluations(hyperparameters: Hyperparameters) -> dict[str, Any]:
     """Return the usual ``validation_cases`` and ``evaluate_every`` of a run."""
     every = min(EVALUATE_EVERY, hyperparameters.timesteps // EVALUATIONS)
     return {
