@@ -1,3 +1,6 @@
+from .callbacks import ServingCallback as ServingCallback
+from .early_stopping import Evaluation as Evaluation
+from .early_stopping import Patience as Patience
 from .hyperparameters import Hyperparameters as Hyperparameters
 from .hyperparameters import default_hyperparameters as default_hyperparameters
 from .policy import AgentCard as AgentCard

@@ -94,18 +94,23 @@ class Charts:
             charts["serving/gap_sampled"] = row["gap_percent_sampled"]
         if self._may_cut_short:
             charts["serving/unfinished"] = row["unfinished"] / row["cases"]
-        for tag, value in charts.items():
+        for tag, value in (charts | _first_page(charts)).items():
             self.logger.record(tag, value)
         for action, share in zip(self._actions, result.action_shares, strict=True):
             self.logger.record(f"shares/{action}", float(share))
         for percentile in (50, 99):
             name = f"decision_ms_p{percentile}"
             self.logger.record(f"serving/{name}", row[name])
+        # What EvalCallback of stable-baselines3 logs; its tools look for these names.
+        for name in ("mean_reward", "mean_ep_length"):
+            self.logger.record(f"eval/{name}", row[name])
+        self.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
         for tag, image in self._draw(result, model).items():
             self.logger.record(tag, Image(image, "HWC"), exclude=_NOT_TEXT)
         self.logger.dump(model.num_timesteps)
         for policy, values in self.references.items():
-            for tag, value in _charts(values).items():
+            lines = _charts(values)
+            for tag, value in (lines | _first_page(lines)).items():
                 self._writers[policy].add_scalar(tag, value, model.num_timesteps)
             self._writers[policy].flush()
 
@@ -164,6 +169,15 @@ def _charts(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
         f"serving/{prefix}{name}": metrics[name] * (100.0 if name == "gap" else 1.0)
         for name in CHARTED
         if np.isfinite(metrics.get(name, np.nan))
+    }
+
+
+def _first_page(charts: Mapping[str, float]) -> dict[str, float]:
+    """Return the gaps once more as ``eval/…``: TensorBoard opens the first two groups of tags only."""
+    return {
+        tag.replace("serving/", "eval/"): value
+        for tag, value in charts.items()
+        if tag in ("serving/gap", "serving/gap_sampled")
     }
 
 

@@ -42,13 +42,22 @@ EVALUATION_COLUMNS: Final = (
     "decision_ms_p99",
     "gap_percent_sampled",
     "unfinished",
+    "mean_reward",
+    "mean_ep_length",
 )
 """Columns of ``evaluations.csv``: means over the validation cases, with the gap's standard error.
 ``training_s`` is ``wall_s`` without the seconds that evaluations took. ``gap_percent`` is of the most
 probable actions, as an exported agent plays; ``gap_percent_sampled`` of actions drawn as in training.
-``unfinished`` counts the cases that were cut short; if there are any, gap and makespan are empty."""
+``unfinished`` counts the cases that were cut short; if there are any, gap and makespan are empty.
+``mean_reward`` and ``mean_ep_length`` are the mean return and the mean number of steps of the most
+probable actions, under the names that stable-baselines3 gives them."""
 
-_LATER_COLUMNS: Final = {"gap_percent_sampled": np.nan, "unfinished": 0}
+_LATER_COLUMNS: Final = {
+    "gap_percent_sampled": np.nan,
+    "unfinished": 0,
+    "mean_reward": np.nan,
+    "mean_ep_length": np.nan,
+}
 """Columns that a table of an earlier version lacks, with the values that they have there."""
 
 _TIMED_DECISIONS: Final = 200
@@ -80,6 +89,14 @@ class Evaluations:
             if self._may_be_best(row) and _is_better(row, best):
                 best = row
         return best
+
+    @property
+    def since_best(self) -> int:
+        """Evaluations since that of the best; 0 where there is no best."""
+        best = self.best
+        if best is None:
+            return 0
+        return int((self.rows["timesteps"] > best["timesteps"]).sum())
 
     @property
     def last_timesteps(self) -> int:
@@ -125,6 +142,8 @@ def measure(network: Network, validation: Validation) -> tuple[ValidationResult,
         "decision_ms_p50": latency_ms[0],
         "decision_ms_p99": latency_ms[1],
         "gap_percent_sampled": 100.0 * means(sampled.episodes)["gap"],
+        "mean_reward": float(result.returns.mean()),
+        "mean_ep_length": float(result.lengths.mean()),
     }
 
 

@@ -39,11 +39,11 @@ class Hyperparameters:
     """Decisions to train on, over all environments; rounded up to whole rollouts."""
     environments: int = 64
     """Environments that step together, 1 … 1000. With fewer timesteps than the task's default,
-    scripts/train.py takes proportionally fewer."""
+    the command ``train`` takes proportionally fewer."""
     steps: int = 256
     """Steps of each environment in one rollout."""
     batch_size: int = 4096
-    """Decisions in one gradient step. scripts/train.py takes a quarter of a rollout."""
+    """Decisions in one gradient step. The command ``train`` takes a quarter of a rollout."""
     epochs: int = 4
     """Passes over a rollout."""
     learning_rate: float = 1e-3

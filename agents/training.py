@@ -18,8 +18,8 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
-from tqdm import tqdm
 
+from servegym.agents.callbacks import ServingCallback
 from servegym.agents.checkpoints import (
     Progress,
     Snapshot,
@@ -31,6 +31,7 @@ from servegym.agents.checkpoints import (
 from servegym.agents.evolution import Evolution
 from servegym.agents.hyperparameters import Hyperparameters, Options, linear_decay
 from servegym.agents.imitation import Expert, imitate
+from servegym.agents.progress import ProgressLine
 from servegym.agents.record import begin_run, check_run, identity
 from servegym.agents.sb3_vec_env import Reference, ServingSB3VecEnv
 from servegym.envs.errors import ServegymError
@@ -109,7 +110,9 @@ def train(
         Called as by ``model.learn``; they must not draw from the global generators. One that returns
         False ends training as it ends ``model.learn``: the rollout under way teaches nothing, an
         evolution does not follow, and ``on_training_end`` is called. The checkpoint is of the
-        rollout's beginning; a resume goes on from there.
+        rollout's beginning; a resume goes on from there. A
+        :class:`~servegym.agents.callbacks.ServingCallback` evaluates the agent, and its
+        ``on_evaluation`` is the hook for pruning and early stopping.
     expert
         Is imitated first, where ``imitation_rounds`` is not 0.
     reference
@@ -247,20 +250,20 @@ class _Run:
     def _learn_by_ppo(self, callback: BaseCallback, total: int, clock: _Clock) -> bool:
         """Alternate rollouts and updates; return whether nothing has stopped it."""
         model, h = self.model, self.hyperparameters
-        with tqdm(
-            total=-(-total // h.rollout) * h.rollout,
-            initial=model.num_timesteps,
-            unit="step",
-            unit_scale=True,
-            disable=not self.options.progress or model.num_timesteps >= total,
-        ) as bar:
+        with ProgressLine(
+            -(-total // h.rollout) * h.rollout,
+            model.num_timesteps,
+            "timesteps",
+            clock.callbacks.status,
+            shown=self.options.progress and model.num_timesteps < total,
+        ) as line:
             while model.num_timesteps < total:
                 before = take_snapshot(model)
                 if not self._learn_from_one_rollout(callback, total):
                     self._save(Progress(clock.training_s), before)
                     return False
-                bar.set_postfix_str(_recent_return(model), refresh=False)
-                bar.update(h.rollout)
+                status = clock.callbacks.status
+                line.update(h.rollout, status, "" if status else _recent_return(model))
                 rollouts = model.num_timesteps // h.rollout
                 late = clock.late
                 done = late or model.num_timesteps >= total
@@ -276,15 +279,18 @@ class _Run:
         if evolved == h.evolution_updates:
             return
         evolution = Evolution(model, self.task, h, self.options.threads)
-        with tqdm(
-            total=h.evolution_updates,
-            initial=evolved,
-            desc="evolution",
-            unit="update",
-            disable=not self.options.progress,
-        ) as bar:
+        callbacks = clock.callbacks
+        with ProgressLine(
+            h.evolution_updates,
+            evolved,
+            "updates of evolution",
+            callbacks.status,
+            shown=self.options.progress,
+        ) as line:
             for number in range(evolved, h.evolution_updates):
                 callback.on_rollout_start()
+                if callbacks.stopped:
+                    break
                 update = evolution.update(number)
                 model.num_timesteps += update.decisions
                 model.logger.record("train/evolution_gap", update.gap_percent)
@@ -293,8 +299,7 @@ class _Run:
                 # No environment was stepped, but callbacks learn the time by it.
                 callback.update_locals({"dones": np.zeros(0, np.bool_), "infos": []})
                 goes_on = callback.on_step()
-                bar.set_postfix_str(f"gap {update.gap_percent:.3f} %", refresh=False)
-                bar.update()
+                line.update(1, callbacks.status, f"in training {update.gap_percent:.3f} %")
                 late = clock.late
                 self._refuse_infinite()
                 self._save(Progress(clock.training_s, number + 1))
@@ -363,6 +368,17 @@ class _TimedCallbacks(CallbackList):
     def __init__(self, callbacks: CallbackList) -> None:
         super().__init__(callbacks.callbacks)
         self.seconds = 0.0
+        self._watching = [each for each in self.callbacks if isinstance(each, ServingCallback)]
+
+    @property
+    def status(self) -> str:
+        """What the last evaluation has found, in a few words; empty where nothing is evaluated."""
+        return "; ".join(filter(None, (each.status for each in self._watching)))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a hook has asked to stop."""
+        return any(each.stopped for each in self._watching)
 
     def _on_step(self) -> bool:
         return self._timed(super()._on_step)

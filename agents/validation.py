@@ -33,6 +33,8 @@ class ValidationResult:
 
     episodes: pd.DataFrame
     """One row a case: ``seed`` and the METRICS, in the order of the seeds."""
+    returns: NDArray[np.float64]  # (cases,) sum of rewards
+    lengths: NDArray[np.int64]  # (cases,) steps
     action_shares: NDArray[np.float64]  # (actions,) of all decisions
     trace: Trace
 
@@ -57,6 +59,7 @@ class Validation:
         state = self._rows.state
         metrics: list[dict[str, float]] = [{} for _ in self._cases]
         counts = np.zeros(len(self.task.actions), np.int64)
+        returns, lengths = np.zeros(len(self._cases)), np.zeros(len(self._cases), np.int64)
         seen: list[tuple[NDArray[np.float32], NDArray[np.bool_], float]] = []
         rewards: list[float] = []
         first: EpisodeLog | None = None
@@ -71,6 +74,8 @@ class Validation:
 
         for step in self._rows.play(self._cases, watched):
             counts += np.bincount(step.actions[step.played], minlength=len(counts))
+            returns[step.played] += step.rewards[step.played]
+            lengths += step.played
             if step.played[0]:
                 rewards.append(float(step.rewards[0]))
             for e in np.flatnonzero(step.ended).tolist():
@@ -82,4 +87,5 @@ class Validation:
         trace = Trace(
             np.stack(observations), np.stack(masks), np.array(rewards), np.array(clocks_s), first
         )
-        return ValidationResult(pd.DataFrame(metrics), counts / counts.sum(), trace)
+        shares = counts / counts.sum()
+        return ValidationResult(pd.DataFrame(metrics), returns, lengths, shares, trace)

@@ -14,6 +14,7 @@ from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.registry import MIXED, REGISTRY, make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.envs.compilation import NOTICE
 from servegym.envs.playing.evaluation import brief, make_case, play
 from servegym.envs.playing.parallel import run_parallel
 from servegym.envs.playing.policy import Policy, Situation
@@ -37,7 +38,8 @@ TASK: Final = TASKS["servegym/Tiny-v0"]
 def warm_up() -> None:
     """Compile in two processes, first what has no kernel in common, then what calls all that."""
     for works in ((play_rules, plan_and_solve), (play_searches, ask_the_expert, play_a_network)):
-        for _ in run_parallel(_call, [(work,) for work in works], jobs=2):
+        # One of the two tells of the work.
+        for _ in run_parallel(_call, [(work, work is works[0]) for work in works], jobs=2):
             pass
 
 
@@ -103,8 +105,10 @@ class _Untrained(Policy):
         return make_agent(self.network, machine.settings, len(machine.features), len(task.actions))
 
 
-def _call(work: Callable[[], None]) -> None:
+def _call(work: Callable[[], None], tells: bool) -> None:
+    NOTICE.silent = not tells
     work()
+    NOTICE.silent = False
 
 
 def _play_all(*, rules: bool) -> None:

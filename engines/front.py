@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from servegym.engines.huggingface import FullError, Service
-from servegym.envs.errors import ServegymError, shown
+from servegym.envs.errors import ServegymError, not_installed, shown
 
 try:
     from starlette.applications import Starlette
@@ -24,7 +24,7 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError:
-    raise ServegymError("starlette is not installed; get it by `make engine`") from None
+    raise not_installed("starlette", "engine") from None
 
 LOOKS_S: Final = 0.005
 """How often a waiting answer looks for new tokens."""

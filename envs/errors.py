@@ -55,3 +55,14 @@ def nearest(name: str, options: Iterable[str]) -> str:
 def unknown(kind: str, name: object, options: Iterable[str]) -> ServegymError:
     """Build the error for a name that is not among ``options``."""
     return ServegymError(f"unknown {kind} {shown(str(name))}{nearest(str(name), options)}")
+
+
+_IN_A_CHECKOUT = {"train": "make setup", "engine": "make engine"}
+
+
+def not_installed(module: str, extra: str) -> ServegymError:
+    """Build the error for a package of an extra that is not there."""
+    how = f"`pip install 'servegym[{extra}]'`"
+    if extra in _IN_A_CHECKOUT:
+        how += f", in a checkout by `{_IN_A_CHECKOUT[extra]}`"
+    return ServegymError(f"{module} is not installed; get it by {how}")

@@ -11,6 +11,7 @@ its content fits the hash in front of it; a damaged file is compiled anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -18,7 +19,7 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 from numba.misc.appdirs import AppDirs
 
+from servegym.envs.compilation import NOTICE, Turn
 from servegym.envs.linked_code import (
     from_payload,
     prepare_callees,
@@ -69,7 +71,36 @@ class KernelCache(FunctionCache):
         base += "-linked" if linked else ""
         self._cache_file = _Files(folders, source, f"{base}.{version}")
         self._cache_path = str(folders[0])
+        self._turn: Turn | None = None
         self.enable()
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return what is kept of a signature; None where this process is to compile it now.
+
+        Another process that compiles the same kernel is waited for.
+        """
+        found = super().load_overload(sig, target_context)
+        if found is not None or not self._enabled or self._turn is not None:
+            return found
+        turn = Turn(self._cache_file.lock_paths())
+        if turn.take():
+            found = super().load_overload(sig, target_context)  # who had the turn may have made it
+        if found is None:
+            self._turn = turn
+            NOTICE.begin()
+        else:
+            turn.give_back()
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep what was compiled."""
+        try:
+            super().save_overload(sig, data)
+        finally:
+            turn, self._turn = self._turn, None
+            if turn is not None:
+                turn.give_back()
+                NOTICE.end()
 
 
 class _Implementation(CompileResultCacheImpl):
@@ -111,7 +142,7 @@ class _Files:
     """The files of one kernel in several folders; folders that cannot be used are skipped."""
 
     def __init__(self, folders: Iterable[Path], source: Path, base: str) -> None:
-        self._source = source
+        self._source, self._base = source, base
         self._places = [(folder, _CheckedFiles(str(folder), base, None)) for folder in folders]
 
     def load(self, key: Any) -> Any:
@@ -134,6 +165,14 @@ class _Files:
             except OSError:
                 continue
         _warn_of_no_folder(self._places[-1][0].parent)
+
+    def lock_paths(self) -> Iterator[Path]:
+        """Yield where a lock may lie: in the folders that can be used, which are made."""
+        for folder, _ in self._places:
+            with contextlib.suppress(OSError):
+                make_private_folder(folder, _mode_of_new(folder, self._source))
+                if is_trusted(folder, self._source):
+                    yield folder / f"{self._base}.lock"
 
     def flush(self) -> None:
         """Empty the index in every trusted folder."""

@@ -216,3 +216,21 @@ def refused(call: Callable[[], Any], words: str) -> None:
     assert words in message
     assert "\n" not in message
     assert len(message) < 300  # with the path of a temporary folder
+
+
+class Terminal:
+    """A stream that says it is a terminal and keeps what it gets."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def isatty(self) -> bool:
+        return True

@@ -24,7 +24,6 @@ from servegym.agents.validation import Validation
 from servegym.envs import make_case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import TASKS
-from servegym.studies.agents.training import outcome
 from servegym.studies.commands import train as script
 from tests.helpers import changed
 
@@ -93,9 +92,30 @@ def test_the_gap_is_on_the_first_page_of_tensorboard(trained: Path) -> None:
     cards = sorted([*tags["scalars"], *tags["images"]])
     assert any(tag.startswith("train/evolution") for tag in cards)
     groups = list(dict.fromkeys(tag.partition("/")[0] for tag in cards))
-    assert "serving" in groups[:2]
-    page = [tag for tag in cards if tag.startswith("serving/")][:12]
-    assert {"serving/gap", "serving/gap_sampled", "serving/gantt"} <= set(page)
+    assert groups[0] == "eval"
+    page = [tag for tag in cards if tag.startswith("eval/")][:12]
+    assert set(page) == {f"eval/{name}" for name in EVAL}
+    events = read(trained)
+    for name in ("gap", "gap_sampled"):
+        shown = [
+            [e.value for e in events.Scalars(f"{group}/{name}")] for group in ("eval", "serving")
+        ]
+        assert shown[0] == shown[1]
+
+
+EVAL = ("gap", "gap_sampled", "mean_reward", "mean_ep_length")
+
+
+def test_tools_of_stable_baselines3_find_the_mean_reward(trained: Path) -> None:
+    """What ``EvalCallback`` logs under these names; of Tiny-v0 the return is minus the gap in percent."""
+    table = pd.read_csv(trained / "evaluations.csv")
+    assert np.allclose(table["mean_reward"], -table["gap_percent"], rtol=1e-12)
+    assert (table["mean_ep_length"] == table["decisions"]).all()
+    events = read(trained)
+    for name in ("mean_reward", "mean_ep_length"):
+        shown = events.Scalars(f"eval/{name}")
+        assert [event.step for event in shown] == list(table["timesteps"])
+        assert [event.value for event in shown] == pytest.approx(list(table[name]))
 
 
 def test_a_table_of_an_earlier_version_is_gone_on_from(tmp_path: Path) -> None:
@@ -104,7 +124,8 @@ def test_a_table_of_an_earlier_version_is_gone_on_from(tmp_path: Path) -> None:
     train(TINY, h, folder, callbacks=[watcher(folder)], options=LOGGED)
     path = folder / "evaluations.csv"
     table = pd.read_csv(path)
-    earlier = table.drop(columns=["gap_percent_sampled", "unfinished"])
+    later = ["gap_percent_sampled", "unfinished", "mean_reward", "mean_ep_length"]
+    earlier = table.drop(columns=later)
     earlier.to_csv(path, index=False)
     callback = watcher(folder)
     train(TINY, h, folder, callbacks=[callback], resume=True, options=LOGGED)
@@ -231,7 +252,7 @@ def test_which_evaluation_is_the_best_and_what_is_said_of_it(
     callback.evaluations.rows = pd.DataFrame([evaluation(*row) for row in rows])
     best_evaluation = callback.best
     assert (None if best_evaluation is None else best_evaluation["timesteps"]) == best
-    assert words in outcome(callback)
+    assert words in callback.outcome[0]
 
 
 @pytest.mark.parametrize(("gap_percent", "advised"), [(0.0, False), (0.004, False), (0.01, True)])
@@ -241,7 +262,7 @@ def test_nothing_is_advised_at_the_lower_bound(
     callback = watcher(tmp_path, imitation_rounds=0)
     rows = [(0, 0.0), (9, gap_percent)]
     callback.evaluations.rows = pd.DataFrame([evaluation(*row) for row in rows])
-    assert ("train for longer" in outcome(callback)) == advised
+    assert ("train for longer" in callback.outcome[0]) == advised
 
 
 def test_the_untrained_network_is_not_kept(tmp_path: Path) -> None:
@@ -250,7 +271,7 @@ def test_the_untrained_network_is_not_kept(tmp_path: Path) -> None:
     callback = watcher(folder)
     train(TINY, replace(SMALL, learning_rate=0.0), folder, callbacks=[callback], options=LOGGED)
     assert load_agent(folder / "agent").card.training["timesteps"] == 128
-    assert "the untrained network has" in outcome(callback)
+    assert "the untrained network has" in callback.outcome[0]
 
 
 # Defaults of a run
@@ -309,4 +330,6 @@ def test_a_run_of_one_environment_is_resumed(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("run: 64 timesteps")
     assert "on 1 validation cases" in lines[1]
-    assert lines[2:] == lines[:2]
+    assert "hybrid" in lines[2]
+    assert lines[2].endswith("1 validation cases, one case gives no interval")
+    assert lines[3:] == lines[:3]

@@ -56,7 +56,7 @@ def test_run_as_a_command(tmp_path: Path) -> None:
 def test_no_module_imports_a_command() -> None:
     """What two commands need stands in a module beside them; these two load one by its script's name."""
     found = offences(python_files("scripts/studies"), {"servegym.studies.commands"})
-    assert found == [
+    assert list(dict.fromkeys(found)) == [
         f"scripts/studies/{name}.py imports servegym.studies.commands"
         for name in ("robustness/outcomes", "start")
     ]

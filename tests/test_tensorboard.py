@@ -149,7 +149,9 @@ def test_the_gap_is_in_percent_and_what_the_agent_does(trained: Path) -> None:
 def test_references_are_constant_in_the_same_charts(trained: Path) -> None:
     for policy, values in REFERENCES.items():
         events = read(trained, f"reference-{policy}")
-        assert set(events.Tags()["scalars"]) == {f"serving/{name}" for name in values}
+        assert set(events.Tags()["scalars"]) == {f"serving/{name}" for name in values} | {
+            "eval/gap"
+        }
         for name, value in values.items():
             lines = events.Scalars(f"serving/{name}")
             assert [event.step for event in lines] == STEPS
@@ -327,6 +329,7 @@ def test_a_damaged_table_is_refused_on_resume(tmp_path: Path) -> None:
         ({"every_timesteps": 0}, "every_timesteps must be"),
         ({"validation_seeds": []}, "at least one seed"),
         ({"references": {"hybrid": {"gpa": 0.1}}}, "did you mean 'gap'"),
+        ({"rule_gaps": {"hybrid": [0.1]}}, "a gap for each of 3 validation seeds, got 1"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, change: dict[str, Any], message: str) -> None:

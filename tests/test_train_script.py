@@ -66,6 +66,7 @@ def test_train_and_resume_from_the_command_line(
         (("--timesteps", "0"), "timesteps must be a whole number in 1", ("--timesteps", "1")),
         (("--seed", "800"), "seed must be a whole number in 0 … 799", ("--seed", "799")),
         (("--evaluate-every", "0"), "--evaluate-every must be", ("--evaluate-every", "1")),
+        (("--patience", "-1"), "--patience must be ≥ 0", ("--patience", "1")),
         (("--validation-cases", "-1"), "--validation-cases must", ("--validation-cases", "0")),
         (("--checkpoint-every", "0"), "checkpoint_every must be", ("--checkpoint-every", "1")),
         (("--max-minutes", "nan"), "--max-minutes must be a finite number", ("--max-minutes", "0")),
@@ -97,7 +98,7 @@ def test_ctrl_c_leaves_with_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupt = StopAt(20)
-    monkeypatch.setattr(script, "make_callbacks", lambda *_: [interrupt])
+    monkeypatch.setattr(script, "make_callbacks", lambda *_, **__: [interrupt])
     with pytest.raises(SystemExit) as caught:
         run_script(script.main, arguments(tmp_path / "run"))
     assert caught.value.code == 130

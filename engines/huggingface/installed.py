@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, not_installed
 
 TESTED: Final = ((5, 17), (5, 25))
 """Versions of transformers: from, and before."""
@@ -21,13 +21,14 @@ def check_installed() -> str:
     """
     first, after = (".".join(map(str, each)) for each in TESTED)
     wanted = f"transformers>={first},<{after}"
-    how = "`pip install -c constraints.txt -e .[engine]`, which `make engine` does"
     try:
         found = version("transformers")
         version("torch")
     except PackageNotFoundError as error:
-        raise ServegymError(f"{error.name} is not installed; get it by {how}") from None
+        raise not_installed(str(error.name), "engine") from None
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     if not TESTED[0] <= numbers < TESTED[1]:
-        raise ServegymError(f"transformers is {found}, the engine needs {wanted}; get it by {how}")
+        raise ServegymError(
+            f"transformers is {found}, the engine needs {wanted}; get it by `pip install '{wanted}'`"
+        )
     return found

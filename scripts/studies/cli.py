@@ -19,14 +19,17 @@ from typing import Any, Final, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from servegym.envs.errors import ServegymError, nearest, shown, unknown
+from servegym.envs.errors import ServegymError, nearest, not_installed, shown, unknown
 from servegym.envs.files import shortened
 from servegym.envs.playing.parallel import check_jobs
-from servegym.studies.terminal import BAD_INPUT, STOP_SIGNALS, leave, say
+from servegym.studies.terminal import BAD_INPUT, STOP_SIGNALS, called, leave, say
 
 CANNOT_WRITE: Final = 74  # EX_IOERR of sysexits.h
 BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
 _WRITING: Final = (errno.EBADF, errno.EFBIG, errno.EIO, errno.ENOSPC)
+
+EXTRAS: Final = dict.fromkeys(("sb3_contrib", "stable_baselines3", "tensorboard", "torch"), "train")
+"""By module, the extra that brings it, where no room says so itself."""
 
 SCRIPTS: Final = Path(__file__).resolve().parents[1]
 """The scripts of the checkout."""
@@ -162,14 +165,27 @@ def check_output(path: Path) -> None:
 def command_line(script: str, *words: str, **options: object) -> str:
     """Return the command that runs a script with words and options, quoted as a shell needs it.
 
+    It is called as this process was: ``python scripts/NAME.py`` or ``servegym NAME``.
     ``time_limit=0.5`` becomes ``--time-limit 0.5``; an option whose value is an empty text is left out.
     """
-    command = ["python", f"scripts/{script}.py", *words]
+    command = [*called(script), *words]
     for name, value in options.items():
         if value != "":
             text = f"{value:g}" if isinstance(value, float) else str(value)
             command += [f"--{name.replace('_', '-')}", text]
     return shlex.join(command)
+
+
+def options_of(command: str) -> list[str]:
+    """Return the options of a command that ``command_line`` has made; ValueError if a quote is missing.
+
+    Examples
+    --------
+    >>> options_of("python -m servegym train --seed 3"), options_of("servegym train --seed 3")
+    (['--seed', '3'], ['--seed', '3'])
+    """
+    words = shlex.split(command)
+    return words[4 if words[1:2] == ["-m"] else 2 :]
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
@@ -198,6 +214,12 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
             status = BROKEN_PIPE
         except OSError as error:
             status = _refuse(error)
+        except ModuleNotFoundError as error:
+            module = str(error.name).partition(".")[0]
+            if module not in EXTRAS:
+                raise
+            say(str(not_installed(module, EXTRAS[module])))
+            status = BAD_INPUT
         except MemoryError as error:
             say(f"not enough memory {error}")
             status = BAD_INPUT

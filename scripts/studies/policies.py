@@ -27,13 +27,26 @@ from servegym.studies.own_policies import is_own_policy, make_own_policy, source
 SHIPPED = "ppo"
 """The agent that is shipped for the task."""
 
-AGENTS = Path(__file__).resolve().parents[2] / "results" / "agents"
+_INSTALLED = Path(__file__).resolve().parents[1] / "shipped"
+
+AGENTS = (
+    _INSTALLED
+    if _INSTALLED.is_dir()
+    else Path(__file__).resolve().parents[2] / "results" / "agents"
+)
+"""The shipped agents, a folder a task: where the wheel has put them, or in the checkout's results."""
 
 BEST = "agent"
 """Where a training run keeps its best agent, within its folder."""
 
+
+def shipped() -> list[str]:
+    """Return the tasks that an agent is shipped for, without the namespace."""
+    return sorted(card.parent.name for card in AGENTS.glob(f"*/{CARD_FILE}"))
+
+
 DESCRIPTIONS = {
-    SHIPPED: "the trained agent that is shipped for the task, in results/agents/<task>/",
+    SHIPPED: f"the trained agent that is shipped for the task, of {', '.join(shipped())}",
     "FOLDER": f"a trained agent: a folder that holds {CARD_FILE} or {CALENDAR_FILE}, or that of a training "
     "run; a base of rollout, too, as ppo is: rollout:ppo",
     "MODULE:CLASS": "your own policy: a class of a module in this folder, also MODULE:CLASS(key=value)",

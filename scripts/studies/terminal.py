@@ -22,6 +22,9 @@ STOP_SIGNALS: Final = tuple(
 )
 """Ctrl-C, a plain kill, a terminal that is closed; Windows lacks the last."""
 
+PROGRAMS: Final = ("servegym", "python -m servegym")
+"""How the command line is called where it is not a script; ``sys.argv[0]`` is then ``PROGRAM COMMAND``."""
+
 _NARROWEST, _WIDEST = 20, 1000  # columns; tyro never ends below 6 and fills all that it is promised
 
 _PLAIN: Final = str.maketrans(
@@ -69,6 +72,20 @@ def say(message: str) -> None:
     )
     with contextlib.suppress(OSError, ValueError):  # a stderr that is full or closed: nowhere to go
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)  # noqa: PTH119
+
+
+def called(command: str) -> list[str]:
+    """Return the words that run a command in the way in which this one was run.
+
+    Examples
+    --------
+    >>> called("best_known")
+    ['python', 'scripts/best_known.py']
+    """
+    program = sys.argv[0].rpartition(" ")[0]
+    if program in PROGRAMS:
+        return [*program.split(), command.replace("_", "-")]
+    return ["python", f"scripts/{command}.py"]
 
 
 def plainly(error: UnicodeError) -> tuple[str, int]:

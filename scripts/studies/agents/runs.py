@@ -22,6 +22,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.playing.parallel import PARENT, useful_jobs
 from servegym.envs.task.registered import load_task
+from servegym.studies.agents.training import EVALUATE_EVERY
 from servegym.studies.cli import SCRIPTS
 
 MAIN: Final = "main"
@@ -131,6 +132,7 @@ def arguments(run: Run, runs: Path) -> list[str]:
         options["task"] = str(_task_file(run, runs))
     options |= variant.options
     options |= {"seed": str(run.seed), "timesteps": str(run.timesteps)}
+    options["evaluate-every"] = str(EVALUATE_EVERY)  # also of short runs: curves are of equal steps
     options["output"] = str(runs / run.name)
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     return [*words, "--resume"] if (runs / run.name / "run.json").is_file() else words

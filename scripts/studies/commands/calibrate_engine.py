@@ -39,7 +39,7 @@ class Args:
     """Fit a cost model to an engine; writes engine.toml, iterations.csv and calibration.md."""
 
     model: str = "tiny"
-    """tiny, smollm2 or a model's folder, as in serve.py."""
+    """tiny, smollm2 or a model's folder, as in the command serve."""
     log: str = ""
     """A CSV of iterations to fit, in place of an engine: kind, requests, tokens, cached_tokens, seconds."""
     held_out_log: str = ""

@@ -17,10 +17,11 @@ from typing import Any, Final
 import pandas as pd
 from tqdm import tqdm
 
+from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.playing.parallel import USUAL_JOBS, run_parallel
 from servegym.envs.playing.summary import to_markdown
-from servegym.studies.cli import check_number, command_line, parse, read_list
+from servegym.studies.cli import SCRIPTS, check_number, command_line, parse, read_list
 from servegym.studies.robustness import damaged_files, odd_terminals, wrong_arguments
 from servegym.studies.robustness.kills import run_kills
 from servegym.studies.robustness.outcomes import FINE, ONE_LINE, STATUS, VERDICTS, Outcome
@@ -101,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in PARTS:
         check_number(f"--{name}", getattr(args, name), 1, MAX_TRIALS)
     check_number("--seed", args.seed, 0, 2**62)
+    if not (SCRIPTS / "check_robustness.py").is_file():
+        raise ServegymError(
+            "an installed package has no scripts to try; run scripts/check_robustness.py in a checkout"
+        )
     make_folder(args.output)
     outcomes: list[Outcome] = []
     faults = args.output / "robustness.csv"

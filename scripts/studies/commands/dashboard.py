@@ -18,7 +18,7 @@ class Args:
     """Draw a training run as one picture, from its event files."""
 
     run: Path = Path("runs/agent")
-    """Folder of the run, as scripts/train.py was given; it may still be training."""
+    """Folder of the run, as train was given it; it may still be training."""
     output: Path = Path("dashboard.png")
     """The picture, a PNG file."""
 

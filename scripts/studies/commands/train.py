@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from servegym.agents.early_stopping import Patience
 from servegym.agents.hyperparameters import (
     Hyperparameters,
     Options,
@@ -23,24 +23,20 @@ from servegym.envs.playing.parallel import end_with_parent
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.training import (
-    VALIDATION_SEED,
-    make_expert,
+    EVALUATE_EVERY,
+    make_callbacks,
     make_reference,
-    outcome,
-    references,
-    usual_validation_cases,
+    train_watched,
+    usual_evaluations,
 )
-from servegym.studies.cli import check_number, command_line, parse
-
-if TYPE_CHECKING:
-    from servegym.agents.callbacks import ServingCallback
+from servegym.studies.cli import check_number, command_line, options_of, parse
 
 MAX_VALIDATION_CASES: Final = 100_000  # held-out seeds begin there
 
 
 @dataclass(frozen=True)
 class Args(Hyperparameters):
-    """Train an agent; writes run.json, checkpoints/, evaluations.csv, tensorboard/, agent/, final/."""
+    """Train an agent; writes checkpoints/, evaluations.csv, tensorboard/, agent/, final/, summary.json."""
 
     task: str = "GSM8K-v0"
     """A registered task or a task TOML."""
@@ -53,8 +49,10 @@ class Args(Hyperparameters):
     resume; 0: never. The learning rate still decays over the timesteps."""
     validation_cases: int = 20
     """Validation cases, seeds 900000 …; 0: no evaluations. 300 by default for a task whose agents evolve."""
-    evaluate_every: int = 250_000
-    """Timesteps between two evaluations."""
+    evaluate_every: int = EVALUATE_EVERY
+    """Timesteps between two evaluations; by default an eighth of all, where that is less."""
+    patience: int = 0
+    """Stop once so many evaluations in a row have brought no better agent; 0: never."""
     checkpoint_every: int = 10
     """Rollouts between two checkpoints."""
     threads: int = 1
@@ -72,37 +70,20 @@ def read_args(argv: Sequence[str] | None) -> Args:
         usual = default_hyperparameters(name)
         timesteps = parse(Args, argv, replace(anything, timesteps=usual.timesteps)).timesteps
         usual = replace(default_hyperparameters(name, timesteps), batch_size=2)
-        cases = usual_validation_cases(usual)
-        args = parse(Args, argv, replace(anything, **asdict(usual), validation_cases=cases))
+        args = parse(Args, argv, replace(anything, **asdict(usual), **usual_evaluations(usual)))
         return parse(Args, argv, replace(args, batch_size=usual_batch_size(args.rollout)))
     record = read_run(args.output)
     names = {item.name for item in fields(Hyperparameters)}
     recorded = {key: value for key, value in record["hyperparameters"].items() if key in names}
     try:
-        begun = parse(Args, shlex.split(record["command"])[2:], replace(anything, **recorded))
+        usual = Hyperparameters(**recorded)
+        usual_args = replace(anything, **recorded, **usual_evaluations(usual))
+        begun = parse(Args, options_of(record["command"]), usual_args)
         first = replace(begun, **recorded)
     except ValueError as error:  # an option, a number or a quote that is none
         place = args.output / RECORD
         raise ServegymError(f"{place}: damaged ({error}); begin a run in another folder") from None
     return parse(Args, argv, first)
-
-
-def make_callbacks(
-    args: Args, task: TaskConfig, hyperparameters: Hyperparameters, command: str
-) -> list[ServingCallback]:
-    """Return what evaluates the agent while it is trained."""
-    if args.validation_cases == 0:
-        return []
-    from servegym.agents import callbacks
-
-    seeds = range(VALIDATION_SEED, VALIDATION_SEED + args.validation_cases)
-    lines: Mapping[str, Mapping[str, float]] = references(task, seeds)
-    logged = asdict(hyperparameters)
-    return [
-        callbacks.ServingCallback(
-            task, seeds, args.evaluate_every, lines, logged, args.output, command=command
-        )
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_number("--validation-cases", args.validation_cases, 0, MAX_VALIDATION_CASES)
     if args.evaluate_every < 1:
         raise ServegymError(f"--evaluate-every must be ≥ 1, got {args.evaluate_every}")
+    if args.patience < 0:
+        raise ServegymError(f"--patience must be ≥ 0, got {args.patience}")
     task = load_task(args.task)
     hyperparameters = Hyperparameters(
         **{item.name: getattr(args, item.name) for item in fields(Hyperparameters)}
@@ -130,18 +113,21 @@ def train_agent(
     args: Args, task: TaskConfig, hyperparameters: Hyperparameters, options: Options, command: str
 ) -> None:
     """Train in a folder that is locked and that ``check_run`` has found fit."""
-    # Imported late: torch takes seconds, and what can be refused should be refused before.
-    from servegym.agents.training import train
-
-    callbacks = make_callbacks(args, task, hyperparameters, command)
+    callbacks = make_callbacks(
+        task,
+        hyperparameters,
+        args.output,
+        cases=args.validation_cases,
+        every=args.evaluate_every,
+        command=command,
+        on_evaluation=Patience(args.patience) if args.patience else None,
+    )
     try:
-        model = train(
+        timesteps = train_watched(
             task,
             hyperparameters,
             args.output,
-            callbacks=callbacks,
-            expert=make_expert(hyperparameters, task, args.threads),
-            reference=make_reference(hyperparameters, task),
+            callbacks,
             resume=args.resume,
             command=command,
             options=options,
@@ -151,6 +137,6 @@ def train_agent(
         raise KeyboardInterrupt(
             f"go on from the last checkpoint with --output {args.output} --resume"
         ) from None
-    print(f"{args.output}: {model.num_timesteps} timesteps")
+    print(f"{args.output}: {timesteps} timesteps")
     for callback in callbacks:
-        print(outcome(callback))
+        print("\n".join(callback.outcome))
