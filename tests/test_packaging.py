@@ -204,7 +204,7 @@ FLOORS = {
     "studies": [
         "terminal",
         "cli own_policies",
-        "policies start",
+        "policies start workers",
         "anew cases quick robustness serving speed",
         "capacity known_schedulers tuned",
         "agents answers checks engines",
