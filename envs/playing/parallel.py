@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -106,7 +107,15 @@ def run_parallel(
     )
     try:
         with pool as parallel:
-            yield from parallel(delayed(function)(*words) for words in arguments)
+            results = parallel(delayed(function)(*words) for words in arguments)
+            try:
+                for result in results:  # not yield from, which would close them
+                    yield result
+            except GeneratorExit:  # closed half-way, which joblib would advise against
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    results.close()
+                raise
     except BrokenProcessPool:
         raise ServegymError(
             "a worker process was ended from outside, as by a system out of memory; what is finished is "

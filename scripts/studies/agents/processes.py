@@ -102,26 +102,33 @@ def train_slice(part: Slice) -> Trained:
             make_folder((root / name).parent)
             write_file(root / name, content)
         folder, log = root / part.folder, root / "log"
+        begun_with = _checkpoints(folder)
         with (
             log.open("wb") as output,
             _training([*part.command, *part.words], output, root) as process,
         ):
-            status = _wait(process, folder / _CHECKPOINTS, part.seconds)
+            status = _wait(process, folder, begun_with, part.seconds)
         return Trained(part.number, status, files_in(folder), read_bytes(log))
 
 
-def _wait(process: subprocess.Popen[bytes], checkpoints: Path, seconds: float) -> int | None:
+def _checkpoints(folder: Path) -> set[Path]:
+    return set((folder / _CHECKPOINTS).glob("[0-9]*.safetensors"))
+
+
+def _wait(
+    process: subprocess.Popen[bytes], folder: Path, known: set[Path], seconds: float
+) -> int | None:
     """Wait for the end of a run; None if its time is over and it has just kept a checkpoint."""
     from servegym.envs.playing.nodes.worker import is_wanted
 
-    deadline, old = time.monotonic() + seconds, set[Path]()
+    deadline = time.monotonic() + seconds
     while process.poll() is None:
         if not is_wanted():
             return None
-        saved = set(checkpoints.glob("[0-9]*"))
+        saved = _checkpoints(folder)
         if time.monotonic() < deadline:
-            old = saved
-        elif saved - old:
+            known = saved
+        elif saved - known:
             return None
         time.sleep(_LOOK_EVERY_S)
     return process.returncode
