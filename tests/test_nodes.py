@@ -89,12 +89,13 @@ def test_small_calls_go_in_batches_and_long_ones_alone() -> None:
     assert backend.sizes[:2] == [1, 1]  # nothing is known of the first calls
     assert max(backend.sizes) == driver.MAX_BATCH
     assert len(backend.sizes) < 12
-    pace = driver._Pace()
+    pace = driver.Pace()
     pace.note(10, 10 * driver.LONG_S)
     assert (pace.depth, pace.batch(100, 2)) == (1, 1)
     pace.note(990, 0.0)  # 0.05 s a call from here on
     assert (pace.depth, pace.batch(100, 2)) == (2, 10)
     assert pace.batch(7, 2) == 2  # towards the end all workers get a share
+    assert pace.batch(10**6, 600) == 120  # 6 s: the driver serves 600 workers
 
 
 def test_arguments_may_be_added_while_results_come() -> None:

@@ -109,7 +109,7 @@ def run_parallel(
         with pool as parallel:
             results = parallel(delayed(function)(*words) for words in arguments)
             try:
-                for result in results:  # not yield from, which would close them
+                for result in results:  # noqa: UP028 (which would close them)
                     yield result
             except GeneratorExit:  # closed half-way, which joblib would advise against
                 with warnings.catch_warnings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import threading
 from typing import Final, NamedTuple
 
 from servegym.envs.errors import ServegymError, shown
@@ -16,6 +17,9 @@ FORMS: Final = (
 
 ANSWER_S: Final = 5.0
 """How long a port may take to answer."""
+
+LIMITS_S: Final = {"dask": 9.0, "ray": 30.0}
+"""How long it may take to join a cluster."""
 
 _EXTRAS: Final = {"dask": ("distributed", "cluster"), "ray": ("ray", "ray")}
 
@@ -82,7 +86,31 @@ def connect(text: str, warm_up: str = "") -> Nodes:
         )
     if address.host:
         _check_answer(text, address)
-    return Nodes(_backend(text, address), warm_up)
+    return Nodes(_in_time(text, address), warm_up)
+
+
+def _in_time(text: str, address: Address) -> Backend:
+    """Connect; refuse what takes a connection and then says nothing, as a server of another kind does.
+
+    In a thread, which is left behind then, and so that the libraries leave the handlers of signals alone.
+    """
+    came: list[Backend | BaseException] = []
+
+    def begin() -> None:
+        try:
+            came.append(_backend(text, address))
+        except BaseException as error:
+            came.append(error)
+
+    thread = threading.Thread(target=begin, daemon=True)
+    thread.start()
+    thread.join(LIMITS_S[address.kind])
+    if not came:
+        name = {"dask": "a dask scheduler", "ray": "a Ray cluster"}[address.kind]
+        raise ServegymError(f"--cluster {text}: what listens there does not answer as {name}")
+    if isinstance(came[0], BaseException):
+        raise came[0]
+    return came[0]
 
 
 def _backend(text: str, address: Address) -> Backend:

@@ -17,7 +17,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.playing.nodes.driver import WorkerLostError
 from servegym.envs.playing.nodes.worker import work
 
-ANSWER_S: Final = 8.0
+ANSWER_S: Final = 4.0
 """How long a scheduler, and then its first worker, may take to answer."""
 
 

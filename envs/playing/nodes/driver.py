@@ -22,6 +22,10 @@ from servegym.envs.playing.policy import Policy
 BATCH_S: Final = 0.5
 """Seconds of work that a batch is to be."""
 
+DRIVER_S: Final = 0.01
+"""Seconds of work that a batch is to be for each slot, where that is more: a driver that needs a few
+milliseconds a batch keeps up with any number of workers."""
+
 LEAST_S: Final = 0.05
 """Seconds of work below which no batch is made smaller for all workers to end together."""
 
@@ -165,7 +169,7 @@ class Nodes:
         shared = self._backend.share(pack_job(function, self._warm_up))
         waiting = arguments if isinstance(arguments, deque) else deque(arguments)
         running = set[Hashable]()
-        pace, census = _Pace(), _Census(self._backend)
+        pace, census = Pace(), _Census(self._backend)
         try:
             while waiting or running:
                 slots = census.slots()
@@ -184,13 +188,14 @@ class Nodes:
             self._backend.cancel(running)
 
 
-class _Pace:
+class Pace:
     """How many calls go in a batch, by the seconds that calls have taken."""
 
     def __init__(self) -> None:
         self._calls, self._seconds = 0, 0.0
 
     def note(self, calls: int, seconds: float) -> None:
+        """Count calls of a batch and their seconds."""
         self._calls, self._seconds = self._calls + calls, self._seconds + seconds
 
     @property
@@ -206,7 +211,8 @@ class _Pace:
         """Return the number of calls of the next batch: fewer towards the end, for all to end together."""
         mean_s = max(self._mean_s, 1e-6)
         share = max(round(LEAST_S / mean_s), -(-waiting // (2 * slots)))
-        return max(1, min(waiting, MAX_BATCH, share, round(BATCH_S / mean_s)))
+        usual = round(max(BATCH_S, slots * DRIVER_S) / mean_s)
+        return max(1, min(waiting, MAX_BATCH, share, usual))
 
 
 class _Census:
