@@ -104,8 +104,9 @@ def as_rows(table: pd.DataFrame) -> list[Row]:
 class ResumableTable:
     """Rows of a CSV file that an interrupted run goes on with.
 
-    Rows that are added are saved every ``SAVE_EVERY_S`` seconds, less often where that would take more than
-    ``SAVE_SHARE`` of the time, and when the ``with`` block ends, also by an exception. The file is always whole: it is written under another name, then renamed.
+    Rows that are added are saved every ``SAVE_EVERY_S`` seconds, less often where that would take more
+    than ``SAVE_SHARE`` of the time, and when the ``with`` block ends, also by an exception. The file is
+    always whole: it is written under another name, then renamed.
 
     Parameters
     ----------

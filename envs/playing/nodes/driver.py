@@ -127,7 +127,15 @@ class Nodes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the cluster."""
         self._backend.close()
+
+    def slots(self) -> int:
+        """Return how many batches can run at a time now."""
+        return self._backend.slots()
 
     @property
     def address(self) -> str:
