@@ -21,6 +21,9 @@ from servegym.envs.playing.tables import SAVE_EVERY_S, SAVE_SHARE
 
 DAY_S: Final = 86_400.0
 
+NODES: Final = (1, 10, 100)
+"""Sizes of clusters that are simulated."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -176,12 +179,19 @@ def plan(
     return pd.DataFrame(table)
 
 
-def saturation(work: Work, costs: Costs, cores: int, efficiency: float, most: int) -> int:
-    """Return the most nodes on which a study of a million calls, or an hour, stays so efficient."""
-    best = 0
-    count = 1
-    while count <= most:
-        calls = calls_in(work, 3600, count, cores, 1_000_000)
+def saturation(
+    work: Work,
+    cores: int,
+    hours: float,
+    costs: Costs,
+    most_calls: int,
+    efficiency: float,
+    most_nodes: int,
+) -> int:
+    """Return the most nodes, a power of two, on which a study stays so efficient; 0 if not even on one."""
+    best, count = 0, 1
+    while count <= most_nodes:
+        calls = calls_in(work, 3600 * hours, count, cores, most_calls)
         if simulate(work, calls, count, cores, costs).speed_up < efficiency * count * cores:
             break
         best, count = count, 2 * count
