@@ -32,8 +32,10 @@ class DaskBackend:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        # Its notes of lost connections; what they mean for a run is said in one line.
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        # What lost connections mean for a run is said in one line.
+        for name in [*logging.root.manager.loggerDict, "asyncio"]:
+            if name.split(".")[0] in ("asyncio", "distributed", "tornado"):
+                logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 GiB"})
         try:
             self._client = distributed.Client(address, timeout=ANSWER_S, set_as_default=False)
