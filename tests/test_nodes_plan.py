@@ -48,9 +48,9 @@ def test_small_calls_share_a_batch_and_rows_cost_the_driver() -> None:
 def test_saturation_is_where_efficiency_falls() -> None:
     assert calls_in(LONG, 50.0, nodes=2, cores=1, most=100) == 20
     assert calls_in(LONG, 50.0, nodes=2, cores=1, most=7) == 7
-    costs = replace(FREE, result_s=1.0)  # five workers keep the driver busy
-    assert saturation(LONG, 1, 1.0, costs, 10**4, 0.9, 64) == 4
-    assert saturation(LONG, 8, 1.0, costs, 10**4, 0.9, 64) == 0
+    costs = replace(FREE, result_s=0.1)  # fifty workers keep the driver busy
+    assert saturation(LONG, 1, 1.0, costs, 2000, 0.9, 64) == 32
+    assert saturation(LONG, 64, 1.0, costs, 2000, 0.9, 64) == 0
     assert saturation(LONG, 1, 1.0, FREE, 10**4, 0.9, 8) == 8
 
 

@@ -128,8 +128,9 @@ def simulate(work: Work, calls: int, nodes: int, cores: int, costs: Costs) -> Ou
             begin(scheduler.serve(now_s, costs.schedule_s / 2))
         at_s, worker, size = heapq.heappop(ended)
         idle.append(worker)
-        begin(scheduler.serve(at_s, costs.schedule_s / 2))
-        now_s = driver.serve(max(now_s, at_s), costs.result_s + size * work.rows * costs.row_s)
+        told_s = scheduler.serve(at_s, costs.schedule_s / 2)
+        begin(told_s)
+        now_s = driver.serve(max(now_s, told_s), costs.result_s + size * work.rows * costs.row_s)
         running, rows = running - 1, rows + size * work.rows
         pace.note(size, size * work.call_s)
         if rows and now_s - saved_s > max(SAVE_EVERY_S, save_s / SAVE_SHARE):

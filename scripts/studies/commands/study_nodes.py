@@ -27,7 +27,7 @@ RUNS: Final = "speed_up.csv"
 EFFICIENT: Final = 0.9
 """Share of all workers' time that is to be spent on calls."""
 
-MOST_NODES: Final = 512
+MOST_NODES: Final = 128
 
 _RUNS: Final = Schema(
     ("repeat", "workers", "seconds", "load_before"), key=("repeat", "workers"),
