@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import suppress
 from typing import Any, Final
@@ -96,6 +97,7 @@ class RayBackend:
     def finished(self, timeout_s: float) -> Collection[Hashable]:
         """Return the batches that have ended."""
         if not self._refs:
+            time.sleep(timeout_s)
             return []
         refs = list(self._refs)
         ended, _ = ray.wait(refs, num_returns=1, timeout=timeout_s)
