@@ -111,7 +111,7 @@ def test_arguments_may_be_added_while_results_come() -> None:
 def test_an_error_keeps_what_came_before_and_gives_up_the_rest() -> None:
     backend = HereBackend()
     results = Nodes(backend).run(operator.truediv, [(1, 1), (1, 0), (1, 2), (1, 4)])
-    seen = []
+    seen: list[float] = []
     with pytest.raises(ZeroDivisionError) as raised:
         seen.extend(results)
     assert "on worker" in raised.value.__notes__[0]

@@ -78,22 +78,24 @@ def _say(line: str) -> None:
 
 
 def run_parallel(
-    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], workers: Workers
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], jobs: Workers
 ) -> Generator[Result]:
     """Call a picklable function once for each of ``arguments``; yield the results as they come.
 
     Works in this process if more than one would be idle. The processes end when this process does,
     however it ends. Close the generator where an exception may leave it half-way: that stops the workers.
 
+    ``jobs`` is the number of processes here, or a cluster.
+
     Raises
     ------
     ServegymError
         If the number of processes is out of range, one was killed, or a cluster is gone.
     """
-    if not isinstance(workers, int):
-        yield from workers.run(function, arguments)
+    if not isinstance(jobs, int):
+        yield from jobs.run(function, arguments)
         return
-    jobs = useful_jobs(workers, len(arguments))
+    jobs = useful_jobs(jobs, len(arguments))
     if jobs == 1:
         for words in arguments:
             yield function(*words)
