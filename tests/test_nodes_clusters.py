@@ -116,7 +116,8 @@ def test_training_gives_the_files_of_a_local_run(
     monkeypatch.setattr(Slice.__init__, "__defaults__", (0.0,))
     training = Run("Tiny-v0", "main", 0, 20_000)
     kept = {}
-    for place, crew in {"here": 1, "there": nodes}.items():
+    crews: dict[str, Any] = {"here": 1, "there": nodes}
+    for place, crew in crews.items():
         folder = tmp_path / place
         folder.mkdir()
         monkeypatch.chdir(folder)
@@ -127,8 +128,8 @@ def test_training_gives_the_files_of_a_local_run(
     for name, content in kept["here"].items():
         if not name.startswith(timed):
             assert content == kept["there"][name], name
-    untimed = [
+    here, there = (
         pd.read_csv(io.BytesIO(files["evaluations.csv"])).drop(columns=["wall_s", "training_s"])
         for files in kept.values()
-    ]
-    pd.testing.assert_frame_equal(*untimed, check_exact=True)
+    )
+    pd.testing.assert_frame_equal(here, there, check_exact=True)

@@ -197,7 +197,7 @@ def test_a_run_on_a_cluster_goes_from_slice_to_slice(
 
 def test_a_worker_that_cannot_train_is_refused(stub: Path, tmp_path: Path) -> None:
     part = runs._slice(0, Run("Tiny-v0", "main", 0, 100), tmp_path)
-    part = replace(part, versions=part.versions | {"torch": "0.1"})
+    part = replace(part, versions={**part.versions, "torch": "0.1"})
     with pytest.raises(ServegymError, match=r"worker .* has torch .*, here 0.1; install the same"):
         list(Nodes(HereBackend()).run(processes.train_slice, [(part,)]))
 
