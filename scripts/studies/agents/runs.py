@@ -40,6 +40,7 @@ TASK_FILE: Final = "task.toml"
 
 TRAIN: Sequence[str] = (
     "-c",
+    "import sys; sys.argv[0] = 'train.py'\n"
     "from servegym.studies.start import run_command; run_command('train')",
 )
 """What Python runs to train one agent: ``scripts/train.py``, in an installed package, too."""
