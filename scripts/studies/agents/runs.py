@@ -38,11 +38,12 @@ ABLATED: Final = "GSM8K-v0"
 
 TASK_FILE: Final = "task.toml"
 
-TRAIN: Sequence[str] = (
-    "-c",
+_START: Final = (
     "import sys; sys.argv[0] = 'train.py'\n"
-    "from servegym.studies.start import run_command; run_command('train')",
+    "from servegym.studies.start import run_command; run_command('train')"
 )
+
+TRAIN: Sequence[str] = ("-c", _START)
 """What Python runs to train one agent: ``scripts/train.py``, in an installed package, too."""
 
 
