@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from servegym.baselines.registry import make_policy
 from servegym.envs import TASKS, ServegymError, make_case, with_overrides
 from servegym.envs.playing.service import Window
 from servegym.studies import capacity as study
@@ -184,7 +185,7 @@ def test_an_interrupted_search_comes_to_the_same(
 
 def test_what_is_no_rule_is_played_too() -> None:
     task = study.at_rate(study.with_requests(CHAT, 30), 3.0)
-    rows = [study.play_episode(task, name, Window(), 5, {}) for name in ("vllm", "random")]
+    rows = [study.play_episode(task, name, Window(), make_policy, 5) for name in ("vllm", "random")]
     assert [row["requests"] for row in rows] == [30, 30]
 
 

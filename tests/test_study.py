@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr
+from contextlib import closing, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ import pytest
 
 from servegym.agents.policy import Network, load_agent, save_agent
 from servegym.envs import ServegymError, load_task
+from servegym.envs.playing.nodes.driver import Nodes
 from servegym.envs.process.observation import FEATURES
-from servegym.studies.agents import runs
+from servegym.studies.agents import processes, runs
 from servegym.studies.agents.play import CURVE_COLUMNS, evaluate_agents, settings
 from servegym.studies.agents.report import (
     ablation_table,
@@ -32,6 +33,7 @@ from servegym.studies.agents.runs import Run, arguments, grid, train_all
 from servegym.studies.cli import run
 from servegym.studies.commands import study_agents, train
 from servegym.studies.tuned import tuned_threshold
+from tests.test_nodes import HereBackend
 from tests.test_summary import episodes
 
 TINY = load_task("Tiny-v0")
@@ -104,23 +106,34 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "if words[words.index('--seed') + 1] == '1': sys.exit('no luck')\n"
         "(folder / 'final' / 'agent.json').write_text('')\n"
     )
-    monkeypatch.setattr(runs, "TRAIN", script)
+    monkeypatch.setattr(runs, "TRAIN", (str(script),))
     return script
 
 
-def test_a_stop_ends_what_runs_and_starts_no_more(stub: Path, tmp_path: Path) -> None:
-    stub.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
-    training = Run("Tiny-v0", "main", 0, 100)
-    processes = runs.TrainingProcesses(tmp_path)
-    log = tmp_path / "Tiny-v0" / "main" / "0.log"
-    with ThreadPoolExecutor(1) as executor:
-        status = executor.submit(processes.train, training)
-        while not (log.is_file() and log.read_text()) and not status.done():
-            time.sleep(0.01)
-        processes.stop()
-        assert status.result(timeout=20) < 0  # ended by a signal
-    assert processes.train(training) == 1
-    assert log.read_text() == "begun\n"
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_stop_ends_what_runs(jobs: int, stub: Path, tmp_path: Path) -> None:
+    """Closing the runs, as Ctrl-C does, leaves no training behind."""
+    stub.write_text(
+        "import os, pathlib, sys, time\n"
+        "words = sys.argv[1:]\n"
+        "if words[words.index('--seed') + 1] == '0': sys.exit()\n"
+        "pathlib.Path(__file__).with_name('pid').write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    waiting = [Run("Tiny-v0", "main", seed, 100) for seed in range(2)]
+    pid = tmp_path / "pid"
+    with closing(runs._train_here(waiting, tmp_path / "runs", jobs)) as ended:
+        assert next(ended) == (waiting[0], 0)
+        if jobs == 2:
+            while not (pid.is_file() and pid.read_text()):
+                time.sleep(0.01)
+    if jobs == 2:
+        deadline = time.monotonic() + 20
+        while Path("/proc", pid.read_text()).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not Path("/proc", pid.read_text()).exists()
+    else:
+        assert not pid.exists()  # no more are started
 
 
 @pytest.mark.usefixtures("stub")
@@ -139,6 +152,54 @@ def test_runs_are_resumed_or_skipped_and_failures_named(tmp_path: Path) -> None:
     assert [resumed(seed) for seed in range(3)] == [False, True, False]
     with pytest.raises(ServegymError, match="a run of 100 timesteps, not 200"):
         train_all([Run("Tiny-v0", "main", 0, 200)], tmp_path, 1)
+
+
+SLICED = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+assert not folder.is_absolute()
+begun = folder / "run.json"
+print("resumed" if "--resume" in sys.argv else "begun", flush=True)
+assert begun.is_file() == ("--resume" in sys.argv)
+old = sorted(folder.glob("checkpoints/*"))
+(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+(folder / ".x.tmp").write_text("")
+begun.write_text("{}")
+if len(old) < 2:
+    (folder / "checkpoints" / f"{len(old)}.safetensors").write_text("")
+    time.sleep(60)
+old[0].unlink()
+(folder / "final").mkdir()
+(folder / "final" / "agent.json").write_text(folder.as_posix())
+"""
+"""Stands for train.py: keeps a checkpoint a slice and is finished with the third."""
+
+
+def test_a_run_on_a_cluster_goes_from_slice_to_slice(
+    stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files go along and come back; the driver's folder is that of a local run in the end."""
+    stub.write_text(SLICED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes.Slice.__init__, "__defaults__", (0.0,))
+    for folder in (Path("runs"), tmp_path / "more"):
+        training = Run("Tiny-v0", "main", 0, 100)
+        assert train_all([training], folder, Nodes(HereBackend())) == []
+        kept = sorted(processes.files_in(folder / training.name))
+        assert kept == [
+            *("checkpoints/1.safetensors", "final/agent.json", "run.json"),
+        ]
+        noted = (folder / training.name / "final" / "agent.json").read_text()
+        assert noted == processes.without_root(folder / training.name).as_posix()
+        log = (folder / "Tiny-v0" / "main" / "0.log").read_text()
+        assert log == "begun\nresumed\nresumed\n"
+
+
+def test_a_worker_that_cannot_train_is_refused(stub: Path, tmp_path: Path) -> None:
+    part = runs._slice(0, Run("Tiny-v0", "main", 0, 100), tmp_path)
+    part = replace(part, versions={**part.versions, "torch": "0.1"})
+    with pytest.raises(ServegymError, match=r"worker .* has torch .*, here 0.1; install the same"):
+        list(Nodes(HereBackend()).run(processes.train_slice, [(part,)]))
 
 
 def make_run(training: Run, runs: Path, gap_percent: float) -> None:

@@ -6,9 +6,10 @@ finished episodes are never run again, so an interrupted evaluation goes on wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Final
@@ -21,9 +22,9 @@ from tqdm import tqdm
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.identity import check_unchanged, claim_task, hash_of
 from servegym.envs.playing.locks import locked
-from servegym.envs.playing.parallel import run_parallel
+from servegym.envs.playing.parallel import Workers, run_parallel
 from servegym.envs.playing.policy import Briefing, Policy, Situation, asked_task
-from servegym.envs.playing.records import records_path, write_records
+from servegym.envs.playing.records import records_path, records_text, write_records
 from servegym.envs.playing.service import SERVICE, Window, check_window, service_rows
 from servegym.envs.playing.tables import ResumableTable, Row, Schema, read_rows
 from servegym.envs.process.metrics import METRIC_DEFAULTS, METRICS, EpisodeLog
@@ -212,7 +213,7 @@ def evaluate(
     seeds: Iterable[int],
     output: Path,
     *,
-    jobs: int = 1,
+    jobs: Workers = 1,
     progress: bool = True,
     records: bool = False,
     window: Window = NO_CUT,
@@ -229,7 +230,7 @@ def evaluate(
         Folder for ``episodes.csv`` and ``task.json``; made if missing. Episodes that stand in it are
         kept there, also those of policies and seeds not asked for now.
     jobs
-        Worker processes; no more are started than can be busy.
+        Worker processes, of which no more are started than can be busy; or the workers of a cluster.
     progress
         Whether to show a bar on stderr.
     records
@@ -283,7 +284,7 @@ def _evaluate(
     names: Sequence[str],
     seeds: Sequence[int],
     output: Path,
-    jobs: int,
+    workers: Workers,
     progress: bool,
     records: bool,
     window: Window | None,
@@ -298,66 +299,75 @@ def _evaluate(
     table = ResumableTable(path, EPISODES, _REMEDY, ("policy", "seed"), order=order)
     _check_episodes(path, table.frame())
     service = read_service(output, order)
-    missing: dict[int, list[str]] = {}
+    cases: list[tuple[int, list[str], set[str]]] = []
+    any_records = records_path(output, "", 0).parent.is_dir()
     for seed in seeds:
         unplayed = set(table.missing((name, seed) for name in names))
+        recorded = {x for x in names if any_records and records_path(output, x, seed).exists()}
         pending = [
             name
             for name in names
             if (name, seed) in unplayed
-            or (records and not records_path(output, name, seed).exists())
+            or (records and name not in recorded)
             or (window is not None and service.missing([(name, seed, *window)]))
         ]
         if pending:
-            missing[seed] = pending
-    known = hash_of(task)
-    cases = [
-        (task, known, make_policy, seed, pending, output, records, window)
-        for seed, pending in missing.items()
-    ]
-    results = run_parallel(_play_case, cases, jobs)
-    bar = tqdm(total=sum(map(len, missing.values())), disable=not progress)
+            cases.append((seed, pending, set(names) if records else recorded))
+    if not isinstance(workers, int):
+        make_policy = workers.carried(make_policy, names)
+    play_case = partial(_play_case, task, hash_of(task), make_policy, window)
+    results = run_parallel(play_case, cases, workers)
+    bar = tqdm(total=sum(len(pending) for _, pending, _ in cases), disable=not progress)
     with bar, closing(results), table, service:  # saved first: to stop the workers may take a while
-        for rows, served in results:
-            if served:
-                service.add(served)
-            table.add(rows)
-            bar.update(len(rows))
+        for played in results:
+            for name, text in played.records.items():
+                write_records(records_path(output, name, played.seed), text)
+            if played.served:
+                service.add(played.served)
+            table.add(played.rows)
+            bar.update(len(played.rows))
     asked = {(name, seed) for name in names for seed in seeds}
     rows = [row for row in table.rows if (row["policy"], row["seed"]) in asked]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+@dataclass
+class _Played:
+    """What came of a case: a row a policy, its rows of ``service.csv``, the content of its records."""
+
+    seed: int
+    rows: list[Row] = field(default_factory=list)
+    served: list[Row] = field(default_factory=list)
+    records: dict[str, str] = field(default_factory=dict)
 
 
 def _play_case(
     task: TaskConfig,
     known: Mapping[str, str],
     make_policy: Callable[[str], Policy],
+    window: Window | None,
     seed: int,
     names: Sequence[str],
-    output: Path,
-    records: bool,
-    window: Window | None,
-) -> tuple[list[Row], list[Row]]:
-    """Return a row a policy, and rows of ``service.csv`` for a window; refuse another workload file.
+    recorded: Collection[str],
+) -> _Played:
+    """Play a case under each policy; refuse another workload file.
 
-    Records are written before the row is: an episode with a row has its records. Those that stand
-    there are written again with their row, also where none were asked for.
+    Rows of ``service.csv`` are made for a window, records for the policies in ``recorded``. They are written
+    before the rows are: an episode with a row has its records. Those that stand in the folder are written
+    again with their row, also where none were asked for.
     """
     check_unchanged(task, known)
     case = make_case(task, seed)
     episodes = [play(task, name, make_policy(name), case, seed) for name in names]
     check_unchanged(task, known)
+    played = _Played(seed, [episode.row for episode in episodes])
     for name, episode in zip(names, episodes, strict=True):
-        path = records_path(output, name, seed)
-        if records or path.exists():
-            write_records(path, episode.records, case.requests)
-    served = []
-    for name, episode in zip(names, episodes, strict=True):
+        if name in recorded:
+            played.records[name] = records_text(episode.records, case.requests)
         if window is not None:
-            of = {"policy": name, "seed": seed}
             rows = service_rows(episode.records, case.requests, window, episode.elapsed_s)
-            served += [of | row for row in rows]
-    return [episode.row for episode in episodes], served
+            played.served += [{"policy": name, "seed": seed} | row for row in rows]
+    return played
 
 
 def read_service(

@@ -1,4 +1,7 @@
-"""Worker processes: no more than there is work and processors for, and none that outlives its parent."""
+"""Worker processes: no more than there is work and processors for, and none that outlives its parent.
+
+A cluster's workers may take their place; see ``servegym.envs.playing.nodes``.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,17 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 from joblib import Parallel, cpu_count, delayed
 
 from servegym.envs.errors import ServegymError
+from servegym.envs.playing.policy import Policy
 
 MAX_JOBS: Final = 1024
 USUAL_JOBS: Final = 2
@@ -28,6 +33,24 @@ PARENT: Final = "SERVEGYM_PARENT"
 _LOOK_EVERY_S: Final = 0.25
 
 Result = TypeVar("Result")
+
+
+class Elsewhere(Protocol):
+    """Workers on other machines, as ``nodes.driver.Nodes``."""
+
+    def run(
+        self, function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]
+    ) -> Generator[Result]:
+        """Call a function once for each of ``arguments``; yield the results as they come."""
+
+    def carried(
+        self, make_policy: Callable[[str], Policy], names: Sequence[str]
+    ) -> Callable[[str], Policy]:
+        """Return a function that makes these policies there, without the files they are read from."""
+
+
+Workers: TypeAlias = int | Elsewhere
+"""Who does the work: so many processes of this machine, or the workers of a cluster."""
 
 
 def check_jobs(jobs: int) -> None:
@@ -55,18 +78,23 @@ def _say(line: str) -> None:
 
 
 def run_parallel(
-    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], jobs: int
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], jobs: Workers
 ) -> Generator[Result]:
     """Call a picklable function once for each of ``arguments``; yield the results as they come.
 
-    Works in this process if more than one would be idle. The workers end when this process does,
+    Works in this process if more than one would be idle. The processes end when this process does,
     however it ends. Close the generator where an exception may leave it half-way: that stops the workers.
+
+    ``jobs`` is the number of processes here, or a cluster.
 
     Raises
     ------
     ServegymError
-        If ``jobs`` is out of range, or a worker was killed.
+        If the number of processes is out of range, one was killed, or a cluster is gone.
     """
+    if not isinstance(jobs, int):
+        yield from jobs.run(function, arguments)
+        return
     jobs = useful_jobs(jobs, len(arguments))
     if jobs == 1:
         for words in arguments:
@@ -81,7 +109,15 @@ def run_parallel(
     )
     try:
         with pool as parallel:
-            yield from parallel(delayed(function)(*words) for words in arguments)
+            results = parallel(delayed(function)(*words) for words in arguments)
+            try:
+                for result in results:  # noqa: UP028 (which would close them)
+                    yield result
+            except GeneratorExit:  # closed half-way, which joblib would advise against
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    results.close()
+                raise
     except BrokenProcessPool:
         raise ServegymError(
             "a worker process was ended from outside, as by a system out of memory; what is finished is "

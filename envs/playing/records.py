@@ -113,8 +113,13 @@ def _known(values: NDArray[np.integer] | NDArray[np.bool_], there: NDArray[np.bo
     return pd.Series(values.astype(np.int64)).astype("Int64").where(there)
 
 
-def write_records(path: Path, log: EpisodeLog, requests: Requests | None) -> None:
-    """Write :func:`records_table` to a file, whole or not at all.
+def records_text(log: EpisodeLog, requests: Requests | None) -> str:
+    """Return the content of a file of records: :func:`records_table` as CSV."""
+    return records_table(log, requests).to_csv(index=False, lineterminator="\n")
+
+
+def write_records(path: Path, text: str) -> None:
+    """Write the content of a file of records, whole or not at all.
 
     Raises
     ------
@@ -122,4 +127,4 @@ def write_records(path: Path, log: EpisodeLog, requests: Requests | None) -> Non
         If the file cannot be written.
     """
     make_folder(path.parent)
-    write_file(path, records_table(log, requests).to_csv(index=False, lineterminator="\n"))
+    write_file(path, text)

@@ -20,6 +20,9 @@ from servegym.envs.files import decode_text, read_bytes, write_file
 SAVE_EVERY_S: Final = 2.0
 """Seconds between two writes of a :class:`ResumableTable` that rows are added to."""
 
+SAVE_SHARE: Final = 0.05
+"""Share of the time that writing takes at most: a table of a million rows takes half a minute each time."""
+
 Row = dict[str, Any]
 """One row of a table: cells by column."""
 
@@ -101,8 +104,9 @@ def as_rows(table: pd.DataFrame) -> list[Row]:
 class ResumableTable:
     """Rows of a CSV file that an interrupted run goes on with.
 
-    Rows that are added are saved every ``SAVE_EVERY_S`` seconds and when the ``with`` block ends, also
-    by an exception. The file is always whole: it is written under another name, then renamed.
+    Rows that are added are saved every ``SAVE_EVERY_S`` seconds, less often where that would take more
+    than ``SAVE_SHARE`` of the time, and when the ``with`` block ends, also by an exception. The file is
+    always whole: it is written under another name, then renamed.
 
     Parameters
     ----------
@@ -136,7 +140,7 @@ class ResumableTable:
         self._order, self._float_format = order, float_format
         self._rows: dict[Hashable, list[Row]] = {}
         self._take(as_rows(read_rows(path, schema, remedy)))
-        self._saved, self._changed = monotonic(), False
+        self._saved, self._changed, self._wait_s = monotonic(), False, SAVE_EVERY_S
 
     def __enter__(self) -> Self:
         return self
@@ -164,14 +168,16 @@ class ResumableTable:
         """Add all rows of one or several keys; earlier rows of these keys are dropped."""
         self._take(rows)
         self._changed = True
-        if monotonic() - self._saved > SAVE_EVERY_S:
+        if monotonic() - self._saved > self._wait_s:
             self.save()
 
     def save(self) -> None:
         """Write the file."""
+        started = monotonic()
         text = self.frame().to_csv(index=False, float_format=self._float_format)
         write_file(self._path, text)
         self._saved, self._changed = monotonic(), False
+        self._wait_s = max(SAVE_EVERY_S, (self._saved - started) / SAVE_SHARE)
 
     def frame(self) -> pd.DataFrame:
         """Return all rows in the order of the file."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, inf, sqrt
 from pathlib import Path
 from typing import Final
@@ -23,14 +24,14 @@ from tqdm import tqdm
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.playing.identity import check_unchanged, claim, hash_of, notes_of
-from servegym.envs.playing.parallel import run_parallel
+from servegym.envs.playing.parallel import Workers, run_parallel
+from servegym.envs.playing.policy import Policy
 from servegym.envs.playing.service import Window, service_rows
 from servegym.envs.playing.summary import CONFIDENCE, fixed, student_half
 from servegym.envs.playing.tables import ResumableTable, Row, Schema
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.workload.arrivals import Arrivals
 from servegym.envs.workload.presets import WORKLOAD_PRESETS
-from servegym.studies.policies import make_policy
 from servegym.studies.quick import play_quickly
 
 STEP: Final = 1.5
@@ -209,11 +210,11 @@ def verdict_of(shares: Floats, target: float, confidence: float) -> int:
 
 
 def play_episode(
-    task: TaskConfig, name: str, window: Window, seed: int, weights: Mapping[str, str]
+    task: TaskConfig, name: str, window: Window, policy_of: Callable[[str], Policy], seed: int
 ) -> Row:
     """Return the row of one episode of a task at its rate."""
     case = make_case(task, seed)
-    played = play_quickly(task, name, make_policy(name, task.name, weights), case, seed)
+    played = play_quickly(task, name, policy_of(name), case, seed)
     figures = service_rows(played.log, case.requests, window, played.elapsed_s)[0]
     return {"seed": seed, "requests": figures["requests"], "met_slo": figures["met_slo"]}
 
@@ -252,8 +253,9 @@ class Study:
     """The first rate: the fluid capacity."""
     requests: int
     """Of an episode."""
-    jobs: int
-    weights: Mapping[str, str]
+    workers: Workers
+    policy_of: Callable[[str], Policy]
+    """Makes a policy by its name; picklable."""
 
     def __post_init__(self) -> None:
         cut_s = self.window.warmup_s + self.window.cooldown_s
@@ -341,9 +343,11 @@ class Study:
     ) -> Floats:
         task, known = at_rate(self.task, rate), hash_of(self.task)
         missing = [seed for seed in seeds if (name, rate, seed) not in episodes.shares]
-        words = [(task, name, self.window, seed, self.weights) for seed in missing]
-        jobs = min(self.jobs, max(1, len(words)))  # more has no meaning here: nothing is said of it
-        with closing(run_parallel(play_episode, words, jobs)) as results:
+        play = partial(play_episode, task, name, self.window, self.policy_of)
+        workers = self.workers
+        if isinstance(workers, int):  # more has no meaning here: nothing is said of it
+            workers = min(workers, max(1, len(missing)))
+        with closing(run_parallel(play, [(seed,) for seed in missing], workers)) as results:
             for row in results:
                 check_unchanged(self.task, known)
                 episodes.add({"policy": name, "rate_per_s": rate} | row)

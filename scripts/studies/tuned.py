@@ -17,7 +17,7 @@ from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import make_case
-from servegym.envs.playing.parallel import run_parallel
+from servegym.envs.playing.parallel import Workers, run_parallel
 from servegym.envs.playing.summary import mean_gaps
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
@@ -91,7 +91,7 @@ def gaps(task: TaskConfig, seed: int, names: Sequence[str]) -> list[dict[str, An
     ]
 
 
-def tuned_threshold(task: TaskConfig, cases: int, jobs: int) -> str:
+def tuned_threshold(task: TaskConfig, cases: int, jobs: Workers) -> str:
     """Return the ``threshold-K`` of the smallest mean gap on the first training cases.
 
     Raises

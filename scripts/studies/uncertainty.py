@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -52,25 +53,35 @@ FRESH: Final = 1000
 """Scenarios that plans are judged by; no plan was made with them."""
 
 
+NONE_LEARNED: Final[Mapping[str, Policy]] = MappingProxyType({})
+
+
 def with_tau(task: TaskConfig, tau: float) -> TaskConfig:
     """Return the task at a prediction quality."""
     return with_overrides(task, {"information": {"kendall_tau": tau}})
 
 
-def policy_of(name: str, best_threshold: str = "") -> Policy:
-    """Return a policy of the tables."""
-    if name == CLAIRVOYANT:
-        return load_agent(AGENTS / CLAIRVOYANT_OF)
-    return make_policy(best_threshold if name == TUNED_THRESHOLD else name, PREDICTED)
+def agents() -> dict[str, Policy]:
+    """Return the agents of the tables, which a worker elsewhere may not have."""
+    return {
+        SHIPPED: make_policy(SHIPPED, PREDICTED),
+        CLAIRVOYANT: load_agent(AGENTS / CLAIRVOYANT_OF),
+    }
 
 
 def gaps_of(
-    task: TaskConfig, seed: int, names: Sequence[str], best_threshold: str = ""
+    task: TaskConfig,
+    seed: int,
+    names: Sequence[str],
+    best_threshold: str = "",
+    learned: Mapping[str, Policy] = NONE_LEARNED,
 ) -> dict[str, float]:
     """Return each policy's gap on one case."""
     case, gaps = make_case(task, seed), {}
     for name in names:
-        policy = policy_of(name, best_threshold)
+        policy = learned.get(name)
+        if policy is None:
+            policy = make_policy(best_threshold if name == TUNED_THRESHOLD else name, PREDICTED)
         if isinstance(policy, CompilablePolicy):
             gaps[name] = play_compiled(task, policy, case)["gap"]
         else:
@@ -79,11 +90,16 @@ def gaps_of(
 
 
 def play_quality(
-    task: TaskConfig, seed: int, names: Sequence[str], thresholds: dict[float, str]
+    task: TaskConfig,
+    seed: int,
+    names: Sequence[str],
+    thresholds: Mapping[float, str],
+    learned: Mapping[str, Policy],
 ) -> list[dict[str, Any]]:
-    """Return one row a τ: each policy's gap on the same requests."""
+    """Return one row a τ: each policy's gap on the same requests. ``learned`` are :func:`agents`."""
     return [
-        {"seed": seed, "tau": tau} | gaps_of(with_tau(task, tau), seed, names, thresholds[tau])
+        {"seed": seed, "tau": tau}
+        | gaps_of(with_tau(task, tau), seed, names, thresholds[tau], learned)
         for tau in TAUS
     ]
 

@@ -15,6 +15,7 @@ from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, evaluate
+from servegym.envs.playing.parallel import Workers
 from servegym.envs.playing.tables import ResumableTable, Schema, as_rows, read_rows
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
@@ -81,7 +82,7 @@ def baselines(task: str) -> tuple[str, ...]:
 
 
 def evaluate_agents(
-    task: str, grid: Sequence[Run], runs: Path, output: Path, cases: int, jobs: int
+    task: str, grid: Sequence[Run], runs: Path, output: Path, cases: int, jobs: Workers
 ) -> None:
     """Copy a task's finished agents and learning curves; play them and the baselines.
 
@@ -170,7 +171,7 @@ def settings() -> dict[str, TaskConfig]:
     }
 
 
-def play_transfer(output: Path, cases: int, jobs: int) -> None:
+def play_transfer(output: Path, cases: int, jobs: Workers) -> None:
     """Play the shipped agent of ``ABLATED`` and rules in every setting.
 
     Writes ``output/transfer/<setting>/episodes.csv``.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from threading import Lock
 from typing import Any, Final
 
 from tqdm import tqdm
@@ -19,19 +17,35 @@ from servegym.agents.hyperparameters import Hyperparameters, default_hyperparame
 from servegym.agents.policy import CARD_FILE
 from servegym.agents.record import read_run
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import make_folder, write_file
-from servegym.envs.playing.parallel import PARENT, useful_jobs
+from servegym.envs.files import make_folder, read_bytes, write_file
+from servegym.envs.playing.nodes.identity import versions
+from servegym.envs.playing.parallel import Elsewhere, Workers, run_parallel
 from servegym.envs.task.registered import load_task
+from servegym.studies.agents.processes import (
+    LIBRARIES,
+    Slice,
+    files_in,
+    keep_files,
+    train_here,
+    train_slice,
+    without_root,
+)
 from servegym.studies.agents.training import EVALUATE_EVERY
-from servegym.studies.cli import SCRIPTS
 
 MAIN: Final = "main"
 SHORT: Final = "short"
 ABLATED: Final = "GSM8K-v0"
 """The task of the ablations; a task file starts from it, so each says only what is different."""
 
-TRAIN: Final = SCRIPTS / "train.py"
-"""The script that trains one agent."""
+TASK_FILE: Final = "task.toml"
+
+_START: Final = (
+    "import sys; sys.argv[0] = 'train.py'\n"
+    "from servegym.studies.start import run_command; run_command('train')"
+)
+
+TRAIN: Sequence[str] = ("-c", _START)
+"""What Python runs to train one agent: ``scripts/train.py``, in an installed package, too."""
 
 
 @dataclass(frozen=True)
@@ -138,31 +152,28 @@ def arguments(run: Run, runs: Path) -> list[str]:
     return [*words, "--resume"] if (runs / run.name / "run.json").is_file() else words
 
 
-def train_all(grid: Sequence[Run], runs: Path, jobs: int) -> list[str]:
-    """Train what is not finished, ``jobs`` runs at a time; return one line per run that failed."""
+def train_all(grid: Sequence[Run], runs: Path, workers: Workers) -> list[str]:
+    """Train what is not finished, a run a worker at a time; return one line per run that failed.
+
+    On a cluster no folder is shared: a run's files travel with each of its slices, and come back.
+    """
     for run in grid:
         _check_timesteps(run, runs)
     waiting = [run for run in grid if not is_finished(run, runs)]
-    jobs = useful_jobs(jobs, len(waiting))
-    processes = TrainingProcesses(runs)
     failed = []
+    ended = (
+        _train_here(waiting, runs, workers)
+        if isinstance(workers, int)
+        else _train_elsewhere(waiting, runs, workers)
+    )
     with (
-        ThreadPoolExecutor(jobs) as executor,
+        closing(ended),
         tqdm(total=len(grid), initial=len(grid) - len(waiting), unit="run") as bar,
     ):
-        futures: dict[Future[int], Run] = {
-            executor.submit(processes.train, run): run for run in waiting
-        }
-        try:
-            for future in as_completed(futures):
-                run = futures[future]
-                bar.update()
-                if future.result() != 0:
-                    failed.append(f"{run.name} failed; see {log_file(run, runs)}")
-        except BaseException:
-            processes.stop()
-            executor.shutdown(cancel_futures=True)
-            raise
+        for run, status in ended:
+            bar.update()
+            if status != 0:
+                failed.append(f"{run.name} failed; see {log_file(run, runs)}")
     return failed
 
 
@@ -171,43 +182,47 @@ def log_file(run: Run, runs: Path) -> Path:
     return runs / f"{run.name}.log"
 
 
-class TrainingProcesses:
-    """The training processes under way."""
+def _train_here(waiting: Sequence[Run], runs: Path, jobs: int) -> Generator[tuple[Run, int]]:
+    """Train in processes of this machine; yield runs with their exit status."""
+    words = [
+        (number, TRAIN, arguments(run, runs), log_file(run, runs))
+        for number, run in enumerate(waiting)
+    ]
+    with closing(run_parallel(train_here, words, jobs)) as results:
+        for number, status in results:
+            yield waiting[number], status
 
-    def __init__(self, runs: Path) -> None:
-        self.runs = runs
-        self._lock = Lock()
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._stopped = False
 
-    def train(self, run: Run) -> int:
-        """Train one agent in a new process; return the process's exit status."""
-        log = log_file(run, self.runs)
-        make_folder(log.parent)
-        command = [sys.executable, str(TRAIN), *arguments(run, self.runs)]
-        # As many runs as cores share the machine; a log needs no bar ten times a second.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"}
-        # A run ends when this process does, even by a kill.
-        environment[PARENT] = str(os.getpid())
-        with log.open("ab") as output:
-            with self._lock:
-                if self._stopped:
-                    return 1
-                process = subprocess.Popen(
-                    command, stdout=output, stderr=subprocess.STDOUT, env=environment
-                )
-                self._processes.add(process)
-            status = process.wait()
-        with self._lock:
-            self._processes.remove(process)
-        return status
+def _train_elsewhere(
+    waiting: Sequence[Run], runs: Path, nodes: Elsewhere
+) -> Generator[tuple[Run, int]]:
+    """Train on a cluster's workers; yield runs with their exit status."""
+    slices = deque((_slice(number, run, runs),) for number, run in enumerate(waiting))
+    with closing(nodes.run(train_slice, slices)) as results:
+        for came in results:
+            run = waiting[came.number]
+            keep_files(runs / run.name, came.files)
+            make_folder(log_file(run, runs).parent)
+            with log_file(run, runs).open("ab") as log:
+                log.write(came.log)
+            if came.status is None:
+                slices.append((_slice(came.number, run, runs),))
+            else:
+                yield run, came.status
 
-    def stop(self) -> None:
-        """End the processes under way and start no more."""
-        with self._lock:
-            self._stopped = True
-            for process in self._processes:
-                process.terminate()
+
+def _slice(number: int, run: Run, runs: Path) -> Slice:
+    """Return the next slice of a run, with the files that there are of it."""
+    here, there = str(runs), without_root(runs)
+    words = [
+        str(there / Path(word).relative_to(runs)) if word.startswith(f"{here}{os.sep}") else word
+        for word in arguments(run, runs)
+    ]
+    files = {str(there / run.name / name): data for name, data in files_in(runs / run.name).items()}
+    task = runs / run.task / run.variant / TASK_FILE
+    if task.is_file():
+        files[str(there / task.relative_to(runs))] = read_bytes(task)
+    return Slice(number, TRAIN, words, str(there / run.name), files, versions(LIBRARIES))
 
 
 def _task_defaults(task: str) -> dict[str, str]:
@@ -222,7 +237,7 @@ def _task_defaults(task: str) -> dict[str, str]:
 
 def _task_file(run: Run, runs: Path) -> Path:
     """Write the task of an ablation and return its path."""
-    path = runs / run.task / run.variant / "task.toml"
+    path = runs / run.task / run.variant / TASK_FILE
     make_folder(path.parent)
     keys = ablations()[run.variant].process
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in keys.items()]

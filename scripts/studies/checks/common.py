@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,7 +21,7 @@ from servegym.envs.pictures import to_png
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.identity import check_unchanged, claim, hash_of, notes_of
 from servegym.envs.playing.locks import locked
-from servegym.envs.playing.parallel import run_parallel
+from servegym.envs.playing.parallel import Workers, run_parallel
 from servegym.envs.playing.summary import mean_interval
 from servegym.envs.playing.tables import ResumableTable, Schema
 from servegym.envs.task.config import TaskConfig
@@ -69,7 +70,7 @@ class Collection:
         claim(self.output / f"{short_name(task)}.json", asked, "rows", indent=1, tables=tables)
 
     def rows(
-        self, task: TaskConfig, seeds: range, play_case: PlayCase, jobs: int, part: str = ""
+        self, task: TaskConfig, seeds: range, play_case: PlayCase, jobs: Workers, part: str = ""
     ) -> pd.DataFrame:
         """Play the cases that are missing and return the rows of all, by seed.
 
@@ -82,7 +83,8 @@ class Collection:
             self._claim(task)
             known, table = hash_of(task), self._open(path)
             missing = table.missing(seeds)
-            results = run_parallel(play_case, [(task, seed) for seed in missing], jobs)
+            of_task = partial(play_case, task)
+            results = run_parallel(of_task, [(seed,) for seed in missing], jobs)
             with closing(results), table:
                 for rows in tqdm(results, total=len(missing), desc=path.stem, unit="case"):
                     check_unchanged(task, known)

@@ -23,6 +23,7 @@ from servegym.studies.answers.clients import (
 from servegym.studies.cases import held_out
 from servegym.studies.checks.common import Collection
 from servegym.studies.cli import command_line, parse, read_list
+from servegym.studies.workers import open_workers
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Args:
     """Folder for a CSV file a memory, clients.md and clients.png."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
 def command_of(args: Args) -> str:
@@ -50,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     memories = read_list("--memories", args.memories, [str(memory) for memory in MEMORIES])
     tasks, seeds = [clients_task(int(memory)) for memory in memories], held_out(args.cases)
-    with locked(args.output):
+    with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
         collection = Collection(args.output, {}, texts=TEXTS)
         collection.open(tasks)
-        tables = [collection.rows(task, seeds, play_case, args.jobs) for task in tasks]
+        tables = [collection.rows(task, seeds, play_case, crew) for task in tasks]
         rows = Rows(pd.concat(tables, ignore_index=True))
         text = report(rows, command_of(args))
         write_file(args.output / "clients.md", text)

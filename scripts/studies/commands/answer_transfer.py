@@ -22,6 +22,7 @@ from servegym.studies.answers.transfer import (
 from servegym.studies.cases import held_out
 from servegym.studies.checks.common import Collection
 from servegym.studies.cli import command_line, parse, read_list
+from servegym.studies.workers import open_workers
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Args:
     """Folder for a CSV file a preset, transfer.md and transfer.png."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
 def command_of(args: Args) -> str:
@@ -49,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     names, seeds = read_list("--lengths", args.lengths, tuple(LENGTHS)), held_out(args.cases)
     tasks = {name: transfer_task(name) for name in names}
-    with locked(args.output):
+    with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
         collection = Collection(args.output, {}, texts=TEXTS)
         collection.open(list(tasks.values()))
         tables = {
-            name: Rows(collection.rows(task, seeds, play_case, args.jobs))
+            name: Rows(collection.rows(task, seeds, play_case, crew))
             for name, task in tasks.items()
         }
         text = report(tables, measured_links.report(), command_of(args))

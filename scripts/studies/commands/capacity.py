@@ -33,6 +33,7 @@ from servegym.studies.cases import parse_policies, short_name
 from servegym.studies.checks.load import load_of
 from servegym.studies.cli import check_number, command_line, parse
 from servegym.studies.policies import make_policy, note_agents, weights_of
+from servegym.studies.workers import open_workers
 
 LOAD_REQUESTS, LOAD_SEEDS = 3000, 5
 """Of the fluid capacity, as ``scripts/check_load.py`` takes them."""
@@ -82,6 +83,8 @@ class Args:
     """Folder for a folder a task, with rows.csv and capacity.md."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
     def __post_init__(self) -> None:
         check_number("--attainment", self.attainment, 0, 1)
@@ -116,17 +119,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     loads = [load_of(task, reference, LOAD_REQUESTS, seed) for seed in range(LOAD_SEEDS)]
     fluid, known = mean(load.served for load in loads), mean(load.known for load in loads)
     window, folder = Window(args.warmup_s, args.cooldown_s), args.output / short_name(task)
-    study = Study(
-        *(task, args.attainment, window, args.episodes, args.narrow, fluid, requests),
-        *(args.jobs, weights_of(names, task.name)),
-    )
-    with locked(folder):
-        note_agents(names, task.name, folder)
-        episodes = study.open(folder)
-        with episodes.table:
-            rates = {name: study.search(episodes, name) for name in names}
-        text = report(args, study, table_of(rates, args.attainment, fluid, known), known)
-        write_file(folder / "capacity.md", text)
+    weights = weights_of(names, task.name)
+    policy_of = partial(make_policy, task_name=task.name, weights=weights)
+    with open_workers(args.jobs, args.cluster) as crew:
+        study = Study(
+            *(task, args.attainment, window, args.episodes, args.narrow, fluid, requests, crew),
+            policy_of if isinstance(crew, int) else crew.carried(policy_of, names),
+        )
+        with locked(folder):
+            note_agents(names, task.name, folder)
+            episodes = study.open(folder)
+            with episodes.table:
+                rates = {name: study.search(episodes, name) for name in names}
+            text = report(args, study, table_of(rates, args.attainment, fluid, known), known)
+            write_file(folder / "capacity.md", text)
     print(text)
     for line in without_capacity(rates, args.attainment):
         raise ServegymError(line)

@@ -14,6 +14,7 @@ from servegym.studies.cases import held_out, load_tasks, short_name
 from servegym.studies.checks.common import Collection, noted_multipliers
 from servegym.studies.checks.estimates import play_case, report
 from servegym.studies.cli import command_line, parse
+from servegym.studies.workers import open_workers
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Args:
     """Folder for a CSV file a task and estimates.md."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
 def command_of(args: Args) -> str:
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play and tabulate."""
     args = parse(Args, argv)
     tasks, seeds = load_tasks(args.tasks), held_out(args.cases)
-    with locked(args.output):
+    with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
         collection = Collection(
             args.output,
             {"estimates": list(ESTIMATES), "tuned": noted_multipliers()},
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         collection.open(tasks)
         tables = {
-            short_name(task): (task, collection.rows(task, seeds, play_case, args.jobs))
+            short_name(task): (task, collection.rows(task, seeds, play_case, crew))
             for task in tasks
         }
         text = report(tables, command_of(args))

@@ -28,6 +28,7 @@ from servegym.studies.checks.iteration_rule import (
     report,
 )
 from servegym.studies.cli import check_number, command_line, parse
+from servegym.studies.workers import open_workers
 
 MAX_SAMPLES: Final = 1_000_000
 
@@ -48,6 +49,8 @@ class Args:
     """Folder for a CSV file a task, iteration_rule.md and iteration_rule.png."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
 def command_of(args: Args) -> str:
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_number("--samples", args.samples, 1, MAX_SAMPLES)
     asked = {"samples": args.samples, "errors": ERRORS, "noises": NOISES}
     asked |= {"judges": [FIXED_JUDGE, *PANEL], "tuned": noted_multipliers()}
-    with locked(args.output):
+    with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
         collection = Collection(
             args.output, asked, texts=("family",), parts=(*OUTPUTS, *WORKLOAD_PRESETS)
         )
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts = []
             for outputs in all_outputs:
                 play = partial(play_case, outputs=outputs, samples=args.samples)
-                rows = collection.rows(task, seeds, play, args.jobs, outputs)
+                rows = collection.rows(task, seeds, play, crew, outputs)
                 parts.append(rows.assign(outputs=outputs))
             tables[short_name(task)] = task, pd.concat(parts, ignore_index=True)
         text = report(tables, all_outputs, args.samples, command_of(args))

@@ -13,6 +13,7 @@ from servegym.studies.cases import held_out, load_tasks, short_name
 from servegym.studies.checks.common import TAUS, Collection, noted_multipliers, picture
 from servegym.studies.checks.stealing import lines, play_case, report
 from servegym.studies.cli import command_line, parse
+from servegym.studies.workers import open_workers
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Args:
     """Folder for a CSV file a task, stealing.md and stealing.png."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
 def command_of(args: Args) -> str:
@@ -39,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play, tabulate and draw."""
     args = parse(Args, argv)
     tasks, seeds = load_tasks(args.tasks), held_out(args.cases)
-    with locked(args.output):
+    with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
         collection = Collection(
             args.output, {"taus": TAUS, "tuned": noted_multipliers()}, texts=("tau",)
         )
         collection.open(tasks)
         tables = {
-            short_name(task): (task, collection.rows(task, seeds, play_case, args.jobs))
+            short_name(task): (task, collection.rows(task, seeds, play_case, crew))
             for task in tasks
         }
         text = report(tables, command_of(args))

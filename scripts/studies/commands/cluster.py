@@ -12,12 +12,13 @@ from tqdm import tqdm
 from servegym.envs.files import write_file
 from servegym.envs.playing.identity import claim, hash_of, notes_of
 from servegym.envs.playing.locks import locked
-from servegym.envs.playing.parallel import USUAL_JOBS, run_parallel
+from servegym.envs.playing.parallel import USUAL_JOBS, Workers, run_parallel
 from servegym.envs.playing.tables import ResumableTable, Row
 from servegym.studies import anew
 from servegym.studies.cases import held_out
 from servegym.studies.cli import command_line, parse
 from servegym.studies.known_schedulers import ENTRIES, ROWS, WHO, play_case, report, short_report
+from servegym.studies.workers import open_workers
 
 FILES = ("rows.json", "rows.csv")
 
@@ -32,16 +33,18 @@ class Args:
     """Held-out cases of each task, seeds 1000000 and up."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Play and tabulate."""
     args = parse(Args, argv)
     seeds = held_out(args.cases)
-    with locked(args.output):
+    with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
         anew.begin(args.output, {}, FILES)
         table = open_rows(args.output)
-        fill(table, seeds, args.jobs)
+        fill(table, seeds, crew)
         # From the file: the same after any number of interruptions.
         rows = open_rows(args.output).frame()
         rows = rows[rows["seed"].isin(seeds)]
@@ -76,7 +79,7 @@ def open_rows(folder: Path) -> ResumableTable:
     )
 
 
-def fill(table: ResumableTable, seeds: Sequence[int], jobs: int) -> None:
+def fill(table: ResumableTable, seeds: Sequence[int], jobs: Workers) -> None:
     """Play what is missing."""
     works = []
     for entry in ENTRIES:

@@ -24,7 +24,7 @@ from servegym.envs.playing.evaluation import (
 )
 from servegym.envs.playing.identity import claim_task
 from servegym.envs.playing.locks import locked
-from servegym.envs.playing.parallel import USUAL_JOBS
+from servegym.envs.playing.parallel import USUAL_JOBS, Workers
 from servegym.envs.playing.service import Window, chosen_rows, service_table
 from servegym.envs.playing.signatures import warnings
 from servegym.envs.playing.summary import summarise, to_markdown
@@ -39,6 +39,7 @@ from servegym.envs.workload.sources import describe_file
 from servegym.studies.cases import parse_policies, parse_seeds
 from servegym.studies.cli import command_line, parse
 from servegym.studies.policies import DESCRIPTIONS, make_policy, note_agents
+from servegym.studies.workers import open_workers
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Args:
     """Seconds to look for the exact optimum of a case, where a task is small; 0: not at all."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
     records: bool = False
     """Also write when and where each request was served, to records/POLICY-SEED.csv in the folder."""
     warmup_s: float = 0.0
@@ -212,8 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_case(task, seeds[0])
     if note := describe_file(task.workload.source, task.workload.trace):
         print(note)
-    with locked(args.output):
-        text = play_and_tabulate(task, names, seeds, args)
+    with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
+        text = play_and_tabulate(task, names, seeds, args, crew)
     print(text)
     print(f"wrote {args.output / 'episodes.csv'} and {args.output / 'summary.md'}")
     if args.records:
@@ -221,7 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def play_and_tabulate(task: TaskConfig, names: Sequence[str], seeds: range, args: Args) -> str:
+def play_and_tabulate(
+    task: TaskConfig, names: Sequence[str], seeds: range, args: Args, crew: Workers
+) -> str:
     """Play what is missing, write summary.md and return its table."""
     task = claim_task(task, args.output)
     weights = note_agents(names, task.name, args.output)
@@ -233,7 +238,7 @@ def play_and_tabulate(task: TaskConfig, names: Sequence[str], seeds: range, args
         names,
         seeds,
         args.output,
-        jobs=args.jobs,
+        jobs=crew,
         records=args.records,
         window=window,
     )

@@ -18,7 +18,7 @@ from servegym.envs.files import write_file
 from servegym.envs.pictures import draw_gantts, draw_makespans, to_png
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, evaluate, make_case, play
 from servegym.envs.playing.locks import locked
-from servegym.envs.playing.parallel import USUAL_JOBS
+from servegym.envs.playing.parallel import USUAL_JOBS, Workers
 from servegym.envs.playing.summary import fixed, summarise, to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
@@ -26,6 +26,7 @@ from servegym.studies import anew
 from servegym.studies.cli import check_number, parse
 from servegym.studies.policies import make_policy, weights_of
 from servegym.studies.tuned import with_tuned
+from servegym.studies.workers import open_workers
 
 STEPS = {
     "fcfs": "baseline: first come, first served",
@@ -75,6 +76,8 @@ class Args:
     """Held-out cases of the study, seeds 1000000 and up."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
 def comparison(case: pd.DataFrame, study: pd.DataFrame) -> pd.DataFrame:
@@ -164,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play, tabulate and draw."""
     args = parse(Args, argv)
     check_number("--cases", args.cases, 2, HELD_OUT_SEED)
-    with locked(args.output):
-        text = compare(args)
+    with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
+        text = compare(args, crew)
     print(text)
     print(
         f"wrote {args.output}: table.md, short.md, study/summary.md, two episodes.csv, two pictures"
@@ -173,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(args: Args) -> str:
+def compare(args: Args, crew: Workers) -> str:
     """Play what is missing and write all results; return the table and the decision latency."""
     task, names = TASKS["servegym/Paper-v0"], [*STEPS, *OTHERS, *LEARNED]
     weights = weights_of(names, task.name)
@@ -183,7 +186,7 @@ def compare(args: Args) -> str:
     print(f"the paper's single case (training seed {PAPER_CASE_SEED}), {len(names)} policies")
     case = evaluate(task, policy_of, names, [PAPER_CASE_SEED], args.output / "case")
     print(f"{args.cases} held-out cases")
-    study = evaluate(task, policy_of, names, seeds, args.output / "study", jobs=args.jobs)
+    study = evaluate(task, policy_of, names, seeds, args.output / "study", jobs=crew)
     table = report(case, study)
     write_file(args.output / "table.md", table)
     write_file(args.output / "short.md", short_report(case, study))

@@ -10,12 +10,13 @@ from pathlib import Path
 from servegym.agents.hyperparameters import MAX_SEED
 from servegym.envs.playing.evaluation import HELD_OUT_SEED
 from servegym.envs.playing.locks import locked
-from servegym.envs.playing.parallel import USUAL_JOBS
+from servegym.envs.playing.parallel import USUAL_JOBS, Workers
 from servegym.envs.task.registered import NAMESPACE, TASKS
 from servegym.studies.agents.play import evaluate_agents, play_transfer
 from servegym.studies.agents.report import write_task, write_transfer
 from servegym.studies.agents.runs import ABLATED, MAIN, Run, ablations, grid, train_all
 from servegym.studies.cli import check_folder, check_number, command_line, parse, read_list
+from servegym.studies.workers import open_workers
 
 PAPER = "Paper-v0"
 TINY = "Tiny-v0"
@@ -60,6 +61,8 @@ class Args:
     """Folder for agents, episodes, tables and pictures."""
     jobs: int = USUAL_JOBS
     """Training runs, or worker processes, at a time."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
 def read_tasks(text: str) -> list[str]:
@@ -108,30 +111,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = make_grid(args, tasks)
     check_folder(args.runs)
     check_folder(args.output)
-    if "train" in parts:
-        with locked(args.runs):
-            failed = train_all(runs, args.runs, args.jobs)
-        if failed:
-            print("\n".join(failed), file=sys.stderr)
-            return 1
-    if parts != ["train"]:
-        command = command_line("study_agents", *(sys.argv[1:] if argv is None else argv))
-        with locked(args.output):
-            play_and_report(args, parts, tasks, runs, command)
+    with open_workers(args.jobs, args.cluster) as crew:
+        if "train" in parts:
+            with locked(args.runs):
+                failed = train_all(runs, args.runs, crew)
+            if failed:
+                print("\n".join(failed), file=sys.stderr)
+                return 1
+        if parts != ["train"]:
+            command = command_line("study_agents", *(sys.argv[1:] if argv is None else argv))
+            with locked(args.output):
+                play_and_report(args, parts, tasks, runs, command, crew)
     return 0
 
 
 def play_and_report(
-    args: Args, parts: Sequence[str], tasks: Sequence[str], runs: Sequence[Run], command: str
+    args: Args,
+    parts: Sequence[str],
+    tasks: Sequence[str],
+    runs: Sequence[Run],
+    command: str,
+    crew: Workers,
 ) -> None:
     """Do the parts that come after training."""
     if "evaluate" in parts:
         for task in tasks:
             print(f"{task}: {args.cases} held-out cases")
             with locked(args.output / task):
-                evaluate_agents(task, runs, args.runs, args.output, args.cases, args.jobs)
+                evaluate_agents(task, runs, args.runs, args.output, args.cases, crew)
     if "transfer" in parts:
-        play_transfer(args.output, args.transfer_cases, args.jobs)
+        play_transfer(args.output, args.transfer_cases, crew)
     if "report" in parts:
         written = [path for task in tasks for path in write_task(task, args.output, command)]
         written += write_transfer(args.output, command)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from servegym.agents.policy import CARD_FILE, read_card
 from servegym.envs.files import write_file
 from servegym.envs.playing.locks import locked
-from servegym.envs.playing.parallel import USUAL_JOBS
+from servegym.envs.playing.parallel import USUAL_JOBS, Workers
 from servegym.envs.task.registered import load_task
 from servegym.studies.cases import held_out
 from servegym.studies.checks.common import TAUS, Collection
@@ -27,6 +27,7 @@ from servegym.studies.uncertainty import (
     RISKS,
     SCENARIOS,
     SLOW,
+    agents,
     draw_quality,
     judge_plans,
     play_mixed,
@@ -36,6 +37,7 @@ from servegym.studies.uncertainty import (
     report_quality,
     with_tau,
 )
+from servegym.studies.workers import open_workers
 
 PARTS: Final = ("quality", "mixed", "plans")
 
@@ -55,43 +57,42 @@ class Args:
     """Folder for CSV files, a table a part and quality.png."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
-def study_quality(args: Args, seeds: range, slow: range) -> str:
+def study_quality(args: Args, seeds: range, slow: range, crew: Workers) -> str:
     """Play every policy at every τ and draw the picture; return the report."""
     task = load_task(PREDICTED)
-    thresholds = {
-        tau: tuned_threshold(with_tau(task, tau), TUNING_CASES, args.jobs) for tau in TAUS
-    }
+    thresholds = {tau: tuned_threshold(with_tau(task, tau), TUNING_CASES, crew) for tau in TAUS}
     asked: dict[str, Any] = {"thresholds": thresholds}
     for key, agent in {"agent": PREDICTED, "known_agent": CLAIRVOYANT_OF}.items():
         asked[key] = read_card(AGENTS / agent / CARD_FILE).weights_sha256
     collection = Collection(args.output, asked, parts=("quality", "slow"))
     collection.open([task])
-    fast_play = partial(play_quality, names=QUALITY, thresholds=thresholds)
-    slow_play = partial(play_quality, names=SLOW, thresholds=thresholds)
-    rows = collection.rows(task, seeds, fast_play, args.jobs, "quality")
-    slow_rows = collection.rows(task, slow, slow_play, args.jobs, "slow")
+    play = partial(play_quality, thresholds=thresholds, learned=agents())
+    rows = collection.rows(task, seeds, partial(play, names=QUALITY), crew, "quality")
+    slow_rows = collection.rows(task, slow, partial(play, names=SLOW), crew, "slow")
     write_file(args.output / "quality.png", draw_quality(rows))
     return report_quality(rows, slow_rows)
 
 
-def study_mixed(args: Args, seeds: range) -> str:
+def study_mixed(args: Args, seeds: range, crew: Workers) -> str:
     """Play the pulls where some predictions are guesses; return the report."""
     task = load_task(MIXED)
     collection = Collection(args.output, {"policies": PULLS})
     collection.open([task])
-    return report_mixed(collection.rows(task, seeds, play_mixed, args.jobs))
+    return report_mixed(collection.rows(task, seeds, play_mixed, crew))
 
 
-def study_plans(args: Args, seeds: range) -> str:
+def study_plans(args: Args, seeds: range, crew: Workers) -> str:
     """Judge plans by scenarios they have not seen; return the report."""
     tables = {}
     for name in (PREDICTED, MIXED):
         task = load_task(name)
         collection = Collection(args.output / "plans", {"scenarios": SCENARIOS, "risks": RISKS})
         collection.open([task])
-        tables[name] = collection.rows(task, seeds, judge_plans, args.jobs)
+        tables[name] = collection.rows(task, seeds, judge_plans, crew)
     return report_plans(tables)
 
 
@@ -120,13 +121,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_folder(args.output)
     if "quality" in parts:
         make_policy(SHIPPED, PREDICTED)  # refuse before hours of play
-    for part in parts:
-        with locked(args.output):
-            if part == "quality":
-                body = study_quality(args, seeds, slow)
-            else:
-                body = study_mixed(args, seeds) if part == "mixed" else study_plans(args, slow)
-            text = f"# {TITLES[part]}\n\n`{command_of(args, part)}`\n\n{body}"
-            write_file(args.output / f"{part}.md", text)
-        print(text)
+    with open_workers(args.jobs, args.cluster) as crew:
+        for part in parts:
+            with locked(args.output):
+                if part == "quality":
+                    body = study_quality(args, seeds, slow, crew)
+                elif part == "mixed":
+                    body = study_mixed(args, seeds, crew)
+                else:
+                    body = study_plans(args, slow, crew)
+                text = f"# {TITLES[part]}\n\n`{command_of(args, part)}`\n\n{body}"
+                write_file(args.output / f"{part}.md", text)
+            print(text)
     return 0

@@ -15,12 +15,13 @@ from servegym.envs.files import write_file
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.playing.identity import check_unchanged, hash_of
 from servegym.envs.playing.locks import locked
-from servegym.envs.playing.parallel import USUAL_JOBS, run_parallel
+from servegym.envs.playing.parallel import USUAL_JOBS, Workers, run_parallel
 from servegym.envs.playing.summary import UNFINISHED, mean_gaps, to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
 from servegym.studies.cli import check_number, command_line, parse
 from servegym.studies.tuned import MULTIPLIERS, THRESHOLDS, gaps
+from servegym.studies.workers import open_workers
 
 MULTIPLIED = ("hybrid", "lpt", "lookahead", "aligned", "aligned-lookahead", "feedback")
 
@@ -37,6 +38,8 @@ class Args:
     """Folder for the results."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
+    cluster: str = ""
+    """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
 def candidates() -> list[str]:
@@ -65,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_number("--cases", args.cases, 1, HELD_OUT_SEED)
     task = load_task(args.task)
     make_case(task, 0)  # refuse a workload file before anything is written
-    with locked(args.output):
-        table = play(task, args)
+    with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
+        table = play(task, args, crew)
         best = best_of_families(table)
         means = table.groupby("policy", sort=False)["gap"].agg(["count", "mean", "std"])
         write_file(args.output / "tuning.csv", means.astype({"count": np.int64}).to_csv())
@@ -77,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def play(task: TaskConfig, args: Args) -> pd.DataFrame:
+def play(task: TaskConfig, args: Args, crew: Workers) -> pd.DataFrame:
     """Return one row per policy and training case, by case."""
     known, names = hash_of(task), candidates()
     arguments = [(task, seed, names) for seed in range(args.cases)]
-    rounds = run_parallel(gaps, arguments, args.jobs)
+    rounds = run_parallel(gaps, arguments, crew)
     with closing(rounds), tqdm(rounds, total=args.cases, unit="case") as bar:
         cases = sorted(bar, key=lambda rows: int(rows[0]["seed"]))
     check_unchanged(task, known)
