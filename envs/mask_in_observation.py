@@ -91,10 +91,8 @@ class MaskInObservation(
         return _masked(self._keys, observation, self._masks())
 
 
-class VectorMaskInObservation(
-    VectorWrapper[Masked, NDArray[np.int64], NDArray[np.float32], NDArray[np.int64], NDArray[Any]],
-    RecordConstructorArgs,
-):
+# Without type arguments: VectorWrapper takes none before gymnasium 1.4.
+class VectorMaskInObservation(VectorWrapper, RecordConstructorArgs):
     """:class:`MaskInObservation` of every row of a :class:`ServingVectorEnv`.
 
     Observations, infos and, in same-step mode, each dict in ``infos["final_obs"]`` are those of a
@@ -150,12 +148,17 @@ class VectorMaskInObservation(
     ) -> tuple[Masked, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Step as the environment does."""
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
-        if "final_obs" in infos and self._rows.autoreset_mode == AutoresetMode.SAME_STEP:
+        if "final_obs" in infos and self.autoreset_mode == AutoresetMode.SAME_STEP:
             final = infos["final_obs"]
             for e in np.flatnonzero(infos["_final_obs"]):
                 final[e] = self._masked(final[e], self._rows.final_masks[e])
         masked = self._masked(observations, self._rows.action_masks())
         return masked, rewards, terminated, truncated, infos
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        """The environment's; TorchRL asks the outermost wrapper for it."""
+        return self._rows.autoreset_mode
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return which actions are legal now, shape (num_envs, actions)."""
