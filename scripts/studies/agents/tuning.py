@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from servegym.agents.hyperparameters import Hyperparameters, Options
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, not_installed
 from servegym.envs.files import check_readable
 from servegym.envs.playing.identity import compare, hash_of, notes_of
 from servegym.envs.process.observation import OBSERVATION_VERSION
@@ -149,9 +149,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ModuleNotFoundError as error:
-        raise ServegymError(
-            f"{error.name} is not installed; get it by `pip install -c constraints.txt -e .[tune]`"
-        ) from None
+        raise not_installed(error.name or "optuna", "tune") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -149,7 +149,7 @@ def write_results(args: Args, search: Search, study: Any) -> str:
         args.output / "best.toml",
         {key: value for key, value in asdict(found).items() if key != "seed"},
         f"Trial {best.number}, the best of {len(rows)} on {name}: {best.value:.3f} % on {cases}.\n"
-        f"Use it by: train.py --task {args.task} --hyperparameters FILE",
+        "`train --hyperparameters` takes this file.",
     )
     words = {
         item.name: getattr(args, item.name)
@@ -166,9 +166,10 @@ def write_results(args: Args, search: Search, study: Any) -> str:
         + f".\n\n{to_markdown(ranked(rows))}"
     )
     write_file(args.output / "tuning.md", report)
+    train = command_line("train", task=args.task, hyperparameters=args.output / "best.toml")
     return (
         f"{args.output / 'best.toml'}: trial {best.number}, {best.value:.2f} % on {cases}; "
-        f"train by: train.py --task {args.task} --hyperparameters {args.output / 'best.toml'}"
+        f"train by `{train}`"
     )
 
 
