@@ -80,7 +80,7 @@ class MaskInObservation(
         super().__init__(env)
         self.observation_key, self.mask_key = observation_key, mask_key
         self._masks = env.get_wrapper_attr("action_masks")
-        self.observation_space = _masked_space(env.observation_space, actions, self._keys)
+        self.observation_space: Any = _masked_space(env.observation_space, actions, self._keys)
 
     @property
     def _keys(self) -> tuple[str, str]:
@@ -120,7 +120,7 @@ class VectorMaskInObservation(VectorWrapper, RecordConstructorArgs):
     ) -> None:
         RecordConstructorArgs.__init__(self, observation_key=observation_key, mask_key=mask_key)
         _check_keys(observation_key, mask_key)
-        if not (isinstance(env, VectorEnv) and isinstance(env.unwrapped, ServingVectorEnv)):
+        if not isinstance(getattr(env, "unwrapped", None), ServingVectorEnv):
             raise ServegymError(
                 f"VectorMaskInObservation needs a ServingVectorEnv, got {shown(env)}; "
                 "put MaskInObservation around each single environment"

@@ -17,7 +17,9 @@ from servegym.agents.hyperparameter_files import read_hyperparameters
 from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
 from servegym.envs import TASKS, ServegymError
 from servegym.studies.agents import tuning
+from servegym.studies.agents.training import train_watched
 from servegym.studies.agents.tuning import SPACE, hyperparameters_of, numbers_of
+from servegym.studies.cli import parse
 from servegym.studies.commands import tune_agent as script
 
 USUAL = default_hyperparameters("servegym/GSM8K-v0", 300_000)
@@ -107,7 +109,7 @@ def test_bad_options(
         script.main([*arguments(tmp_path / "out"), *bad])
     assert words in str(error.value)
     assert not (tmp_path / "out").exists()
-    script.read_search(script.parse(script.Args, [*arguments(tmp_path / "out"), *good]))
+    script.read_search(parse(script.Args, [*arguments(tmp_path / "out"), *good]))
 
 
 # ---- studies -----------------------------------------------------------------------------------
@@ -136,12 +138,13 @@ def test_a_study_is_gone_on_with_as_if_it_had_not_been_left(
     script.main(arguments(parts, "--trials", "3"))
     tables = [pd.read_csv(folder / "trials.csv") for folder in (whole, parts)]
     unlike = ["trial", "seconds"]  # the interrupted trial has a number, too
-    pd.testing.assert_frame_equal(*(table.drop(columns=unlike) for table in tables))
+    one, other = (table.drop(columns=unlike) for table in tables)
+    pd.testing.assert_frame_equal(one, other)
     assert tables[0]["gap_percent"].notna().all()
 
     first = tables[0].iloc[0]
     assert (first["learning_rate"], first["steps"]) == (1e-3, 16)  # the defaults
-    best = tables[0].loc[tables[0]["gap_percent"].idxmin()]
+    best = tables[0].sort_values("gap_percent").iloc[0]
     found = read_hyperparameters(whole / "best.toml")
     assert (found["learning_rate"], found["steps"]) == (best["learning_rate"], best["steps"])
     assert "seed" not in found
@@ -172,7 +175,7 @@ def test_trials_are_pruned_and_weights_may_become_infinite(
             raise optuna.TrialPruned
         return original(task, hyperparameters, folder, callbacks, **_)
 
-    original = tuning.train_watched
+    original = train_watched
     monkeypatch.setattr(tuning, "train_watched", train)
     script.main(arguments(tmp_path, "--trials", "3"))
     assert states(tmp_path) == ["complete", "pruned", "pruned"]
@@ -188,7 +191,7 @@ def test_a_trial_whose_process_was_killed_is_tried_again(
     monkeypatch.setattr(tuning, "train_watched", lambda *_, **__: 0)
     tmp_path.joinpath("trials").mkdir()
     options = arguments(tmp_path, "--trials", "1")
-    study: Any = tuning.open_study(script.read_search(script.parse(script.Args, options)))
+    study: Any = tuning.open_study(script.read_search(parse(script.Args, options)))
     trial = study.ask()
     assert trial.suggest_float("learning_rate", 1e-4, 5e-3, log=True) > 0
     study._storage.record_heartbeat(trial._trial_id)
