@@ -120,13 +120,14 @@ class VectorMaskInObservation(VectorWrapper, RecordConstructorArgs):
     ) -> None:
         RecordConstructorArgs.__init__(self, observation_key=observation_key, mask_key=mask_key)
         _check_keys(observation_key, mask_key)
-        if not isinstance(getattr(env, "unwrapped", None), ServingVectorEnv):
+        rows: Any = getattr(env, "unwrapped", None)
+        if not isinstance(rows, ServingVectorEnv):
             raise ServegymError(
                 f"VectorMaskInObservation needs a ServingVectorEnv, got {shown(env)}; "
                 "put MaskInObservation around each single environment"
             )
         super().__init__(env)
-        self._rows = env.unwrapped
+        self._rows = rows
         self.observation_key, self.mask_key = observation_key, mask_key
         single = _masked_space(
             env.single_observation_space, env.single_action_space, (observation_key, mask_key)

@@ -173,7 +173,8 @@ def test_the_last_info_of_a_cut_episode_holds_every_metric(make: Callable[[], gy
         assert info["unfinished_requests"] > 0
         assert np.isnan(info["gap"])
         assert np.isnan(info["makespan_s"])
-        assert np.array_equal(list(info.values()), list(inner.metrics().values()), equal_nan=True)
+        told = [info[name] for name in METRICS]
+        assert np.array_equal(told, list(inner.metrics().values()), equal_nan=True)
 
 
 def test_a_limit_is_forgotten_with_its_wrapper() -> None:
@@ -186,7 +187,7 @@ def test_a_limit_is_forgotten_with_its_wrapper() -> None:
             return super().reset(**words)
 
     TimeLimit(ResetsAnother(env), 1).reset(seed=0)
-    assert tuple(env.step(3)[4]) == ("replica", *METRICS)
+    assert env.step(3)[4].keys() == COMMON | set(METRICS)
     assert other.step(3)[4].keys() == COMMON
     env.reset(seed=0)
     assert env.step(3)[4].keys() == COMMON
