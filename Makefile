@@ -85,7 +85,7 @@ $(DEV): $(CORE)
 	@echo "servegym: installing torch (the largest part, a few minutes)"
 	@$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	@echo "servegym: installing what training and testing need (about a minute)"
-	@$(PIP) --no-build-isolation -e '.[train,dev]'
+	@$(PIP) --no-build-isolation -e '.[train,tune,dev]'
 	@rm $(UNFINISHED)
 	@touch $@
 

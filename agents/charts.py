@@ -105,7 +105,8 @@ class Charts:
         for name in ("mean_reward", "mean_ep_length"):
             self.logger.record(f"eval/{name}", row[name])
         self.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
-        for tag, image in self._draw(result, model).items():
+        drawn = self._draw(result, model) if self.logger.output_formats else {}  # for somebody
+        for tag, image in drawn.items():
             self.logger.record(tag, Image(image, "HWC"), exclude=_NOT_TEXT)
         self.logger.dump(model.num_timesteps)
         for policy, values in self.references.items():

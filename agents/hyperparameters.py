@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
@@ -210,11 +209,24 @@ _BOUNDS: Final[dict[str, tuple[float, float]]] = {
 """Least and greatest valid value of each number."""
 
 
+def check_value(name: str, value: Any) -> None:
+    """Refuse a value of a hyper-parameter that could never be one, whatever the others are."""
+    kind = next(type(item.default) for item in fields(Hyperparameters) if item.name == name)
+    if kind is str:
+        if not isinstance(value, str):
+            raise ServegymError(f"{name} must be a text, got {value!r}")
+        known = {"algorithm": ALGORITHMS, "imitate": IMITATED}.get(name)
+        if known is not None and value not in known:
+            raise unknown(f"value of {name}:", value, known)
+    else:
+        _check(name, value, kind)
+
+
 def _check(name: str, value: Any, kind: type) -> None:
     least, most = _BOUNDS[name]
     words = "a whole number" if kind is int else "a number"
     fits = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or not least <= value <= most:
+    if not fits or not least <= value <= most:  # no NaN, nothing infinite
         raise ServegymError(f"{name} must be {words} in {least:g} … {most:g}, got {value!r}")
 
 

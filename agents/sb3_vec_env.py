@@ -93,7 +93,7 @@ class ServingSB3VecEnv(VecEnv):
         # What would have followed on an episode that was cut short holds its reference's gap already.
         rewards[terminated] += reference_gaps_percent[terminated]
         infos: Infos = [{"replica": replica} for replica in all_infos["replica"].tolist()]
-        for e in np.flatnonzero(all_infos["illegal_action"]):
+        for e in np.flatnonzero(self.env.rows.illegal):
             infos[e]["illegal_action"] = True
         for e in np.flatnonzero(dones):
             infos[e]["terminal_observation"] = all_infos["final_obs"][e]

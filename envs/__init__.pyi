@@ -10,6 +10,8 @@ from .machine.costs import LevelledPrefill as LevelledPrefill
 from .machine.costs import StageCosts as StageCosts
 from .machine.costs import TableDecode as TableDecode
 from .machine.presets import cost_preset as cost_preset
+from .mask_in_observation import MaskInObservation as MaskInObservation
+from .mask_in_observation import VectorMaskInObservation as VectorMaskInObservation
 from .playing.evaluation import Episode as Episode
 from .playing.evaluation import evaluate as evaluate
 from .playing.evaluation import make_case as make_case

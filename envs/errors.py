@@ -57,7 +57,7 @@ def unknown(kind: str, name: object, options: Iterable[str]) -> ServegymError:
     return ServegymError(f"unknown {kind} {shown(str(name))}{nearest(str(name), options)}")
 
 
-_IN_A_CHECKOUT = {"train": "make setup", "engine": "make engine"}
+_IN_A_CHECKOUT = {"train": "make setup", "tune": "make setup", "engine": "make engine"}
 
 
 def not_installed(module: str, extra: str) -> ServegymError:

@@ -58,7 +58,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     | 6 | prefill, ``aligned``: requests that finish together with running ones |
 
     ``action_masks()`` tells which are legal; at least one always is. An illegal action is replaced by
-    the first legal one, and ``info["illegal_action"]`` says so.
+    the first legal one, and ``info["illegal_action"]`` says whether it was.
 
     ## Observation space
     ``Box(0, 1, (65,), float32)``, already scaled and independent of J: the block ``replica`` of the
@@ -177,8 +177,9 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
     minus what was lost.
 
     ## Start and end
-    Every ``info`` holds ``replica``, the number of the replica that the observation is of: whose turn it is,
-    0 at the end. ``reset(seed=…)`` samples the task's workload; ``options`` may hold ``requests`` (a
+    Every ``info``, of a reset and of a step, holds ``lower_bound_s``; ``replica``, the number of the replica
+    that the observation is of: whose turn it is, 0 at the end; and ``illegal_action``.
+    ``reset(seed=…)`` samples the task's workload; ``options`` may hold ``requests`` (a
     :class:`Requests`), its ``bound`` where that is already known, and ``plan`` (a :class:`Plan` of
     the requests present at t = 0; without it the greedy longest-first plan is used). Terminated when
     all requests have finished; truncated at ``process.max_decisions`` or ``process.max_seconds``.
@@ -230,6 +231,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         self.rows = make_rows(1, 1 + self._last_action, len(self.features))
         self._many_replicas = len(self.machine.layout.clients) > 1
         self._over = True
+        self._bound_s = float("nan")  # of the episode
         self._steps_left = float("inf")  # until a wrapper cuts the episode
 
     def reset(
@@ -247,10 +249,8 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         begin_row(self._state, self.costs, self.settings, self.rows, 0)
         self._over = False
         self._steps_left = _steps_until_cut(self)
-        return self.rows.observations[0].copy(), {
-            "lower_bound_s": float(self._state.episodes[0].bound_s),
-            "replica": self._replica() if self._many_replicas else 0,
-        }
+        self._bound_s = float(self._state.episodes[0].bound_s)
+        return self.rows.observations[0].copy(), self._info(illegal=False)
 
     def step(
         self, action: SupportsIndex
@@ -261,9 +261,7 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         rows = self.rows
         chosen = whole_number("action", action, 0, self._last_action)
         step_row(self._state, self.costs, self.settings, rows, 0, chosen)
-        info: dict[str, Any] = {"replica": self._replica() if self._many_replicas else 0}
-        if rows.illegal[0]:
-            info["illegal_action"] = True
+        info = self._info(illegal=bool(rows.illegal[0]))
         terminated, truncated = bool(rows.terminated[0]), bool(rows.truncated[0])
         self._over = terminated or truncated
         self._steps_left -= 1
@@ -332,6 +330,13 @@ class ServingEnv(gym.Env[NDArray[np.float32], np.int64]):
         if self.state is None:
             raise ServegymError("call reset() first")
         return self.state
+
+    def _info(self, *, illegal: bool) -> dict[str, Any]:
+        return {
+            "lower_bound_s": self._bound_s,
+            "replica": self._replica() if self._many_replicas else 0,
+            "illegal_action": illegal,
+        }
 
     def _replica(self) -> int:
         """Return the replica that the observation is of: whose turn it is, the first one at the end.

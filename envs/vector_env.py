@@ -24,6 +24,7 @@ from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, make_task_state
 
 MAX_ENVIRONMENTS = 1_000_000
+_EVERY_INFO = ("_lower_bound_s", "_replica", "_illegal_action")
 
 
 class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
@@ -40,10 +41,10 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     | ``DISABLED`` | ``reset(options={"reset_mask": …})`` begins it; a step before is refused |
 
     In same-step the observation is the first of the next episode; ``infos["final_obs"]`` and
-    ``infos["final_info"]`` hold the last one and the metrics. In the other modes the metrics stand in
-    ``infos`` itself. Unlike those of ``SyncVectorEnv``, every step's ``infos`` hold
-    ``illegal_action``, shape (num_envs,), also where no action was illegal and of the rows that ended.
-    ``replica`` is the replica that each row's observation is of, as in the infos of single environments.
+    ``infos["final_info"]`` hold the last one and the info of the step that ended the row, with the metrics.
+    In the other modes the metrics stand in ``infos`` itself. The ``infos`` of every reset and every step hold
+    ``lower_bound_s``, ``replica`` and ``illegal_action``, of shape (num_envs,), as those of single
+    environments do.
 
     ## Arguments
     ``num_envs``; ``task``, ``overrides`` and ``render_mode`` as for :class:`ServingEnv`; ``threads``:
@@ -94,6 +95,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.observation_space = batch_space(single.observation_space, self.num_envs)
         self.action_space = batch_space(single.action_space, self.num_envs)
         self.rows = make_rows(self.num_envs, len(self.task.actions), len(self.features))
+        self.final_masks = np.zeros_like(self.rows.masks)  # where rows ended last, in same-step
         self.on_case: Callable[[int, Case], object] | None = None
         self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
@@ -126,9 +128,12 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
                     self.rngs[e] = seeding.np_random(row_seed)[0]
                 self._begin_episode(e)
         self._started = True
-        replicas = np.where(chosen, self.replicas(), 0)
-        infos = self._bounds(chosen) | {"replica": replicas, "_replica": chosen.copy()}
-        return self._observations(), infos
+        infos = {
+            "lower_bound_s": np.where(chosen, self.state.episodes["bound_s"], 0.0),
+            "replica": np.where(chosen, self.replicas(), 0),
+            "illegal_action": np.zeros(self.num_envs, np.bool_),
+        }
+        return self._observations(), infos | {f"_{name}": chosen.copy() for name in infos}
 
     def step(
         self, actions: ArrayLike
@@ -146,20 +151,23 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         if self.max_episode_steps:
             self.steps += 1
         if not same_step and self._over.any():  # their step changed nothing that is returned
-            infos = self._begin_instead_of_step(self._over.copy())
+            self._begin_instead_of_step(self._over.copy())
         if self.max_episode_steps:
             rows.truncated[self.steps >= self.max_episode_steps] = True
         over = rows.terminated | rows.truncated
         ended = np.flatnonzero(over)
-        infos["illegal_action"], infos["_illegal_action"] = rows.illegal.copy(), rows.illegal.copy()
-        infos["replica"], infos["_replica"] = self.replicas(), self._every_row
+        illegal = rows.illegal.copy()
         if same_step and len(ended):
-            infos |= self._begin_next(over)
-            infos["replica"] = self.replicas()
+            infos = self._begin_next(over)
+            illegal[over] = False  # of the resets
         if not same_step:
             self._over = over
             for e in ended:
                 infos = self._add_info(infos, episode_metrics(self.state, int(e)), int(e))
+        infos["lower_bound_s"] = self.state.episodes["bound_s"].copy()
+        infos["replica"], infos["illegal_action"] = self.replicas(), illegal
+        for name in _EVERY_INFO:
+            infos[name] = self._every_row
         rewards, terminated, truncated = rows.rewards, rows.terminated, rows.truncated
         if self._copy:
             rewards, terminated, truncated = rewards.copy(), terminated.copy(), truncated.copy()
@@ -245,20 +253,19 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         replicas = self.replicas()
         final = np.full(self.num_envs, None, dtype=object)
         for e in np.flatnonzero(over):
-            if self.rows.illegal[e]:
-                last = self._add_info(last, {"illegal_action": True}, int(e))
-            last = self._add_info(last, {"replica": int(replicas[e])}, int(e))
-            last = self._add_info(last, episode_metrics(self.state, int(e)), int(e))
+            told = {"replica": int(replicas[e]), "illegal_action": bool(self.rows.illegal[e])}
+            last = self._add_info(last, told | episode_metrics(self.state, int(e)), int(e))
             final[e] = self.rows.observations[e].copy()
+            self.final_masks[e] = self.rows.masks[e]
             self._begin_episode(int(e))
-        return self._bounds(over) | {
+        return {
             "final_obs": final,
             "_final_obs": over,
             "final_info": last,
             "_final_info": over.copy(),
         }
 
-    def _begin_instead_of_step(self, waiting: NDArray[np.bool_]) -> dict[str, Any]:
+    def _begin_instead_of_step(self, waiting: NDArray[np.bool_]) -> None:
         """Begin the next episodes of rows that ended at the step before."""
         rows = self.rows
         for e in np.flatnonzero(waiting):
@@ -266,12 +273,6 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         rows.rewards[waiting] = 0.0
         for flags in (rows.terminated, rows.truncated, rows.illegal):
             flags[waiting] = False
-        return self._bounds(waiting)
-
-    def _bounds(self, begun: NDArray[np.bool_]) -> dict[str, Any]:
-        """Return the infos of rows that have just begun an episode."""
-        bounds_s = np.where(begun, self.state.episodes["bound_s"], 0.0)
-        return {"lower_bound_s": bounds_s, "_lower_bound_s": begun.copy()}
 
     def _observations(self) -> NDArray[np.float32]:
         return self.rows.observations.copy() if self._copy else self.rows.observations

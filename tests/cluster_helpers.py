@@ -121,7 +121,7 @@ def play_eagerly(env: ServingEnv, action: str) -> tuple[float, dict[str, Any]]:
         mask = env.action_masks()
         taken = chosen if mask[chosen] else int(np.argmax(mask))
         _, reward, terminated, truncated, info = env.step(np.int64(taken))
-        assert "illegal_action" not in info
+        assert not info["illegal_action"]
         total += float(reward)
         over = terminated or truncated
     return total, info
@@ -145,7 +145,7 @@ def play_any(
         first = np.flatnonzero(mask & kind)[:1]
         taken = int([*first, *legal][0] if rng.random() < 0.5 else rng.choice(legal))
         _, reward, terminated, truncated, info = env.step(np.int64(taken))
-        assert "illegal_action" not in info
+        assert not info["illegal_action"]
         total += float(reward)
         over = terminated or truncated
     watch()

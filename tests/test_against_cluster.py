@@ -68,7 +68,7 @@ def test_any_legal_actions_serve_everybody(seed: int) -> None:
         clock_s = float(state.episodes[0].now_s)
         assert (state.replicas[0].used_blocks <= state.machines.blocks).all()
         _, reward, over, _, info = env.step(np.int64(random_legal_action(env, rng)))
-        assert "illegal_action" not in info
+        assert not info["illegal_action"]
         total += float(reward)
         steps += 1
     assert over

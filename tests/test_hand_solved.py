@@ -255,6 +255,7 @@ def test_metrics_by_hand() -> None:
     *_, info = env.step(np.int64(number("fcfs")))
     assert info == {
         "replica": 0,  # the one of the last observation
+        "illegal_action": False,
         "requests": 3,
         "makespan_s": 7.0,
         "lower_bound_s": 7.0,

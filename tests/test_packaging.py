@@ -181,7 +181,7 @@ FLOORS = {
         "pictures task",
         "serving_env",
         "vector_env",
-        "playing",
+        "mask_in_observation playing",
     ],
     "baselines": [
         "planning schedules",
@@ -195,7 +195,7 @@ FLOORS = {
     "agents": [
         "actions early_stopping progress",
         "hyperparameters policy sb3_vec_env validation",
-        "evaluations export imitation record",
+        "evaluations export hyperparameter_files imitation record",
         "charts checkpoints dashboard evolution outcome",
         "callbacks",
         "training",

@@ -49,7 +49,8 @@ def test_a_row_is_a_single_environment(task: str, overrides: dict[str, Any], thr
         for e, env in enumerate(singles):
             last, reward, ended, cut, info = env.step(actions[e])
             assert (reward, ended, cut) == (rewards[e], terminated[e], truncated[e])
-            assert info.get("illegal_action", False) == infos["illegal_action"][e]
+            told = infos["final_info"] if ended or cut else infos
+            assert info["illegal_action"] == told["illegal_action"][e]
             if ended or cut:
                 assert last.tobytes() == infos["final_obs"][e].tobytes()
                 final = {name: infos["final_info"][name][e] for name in METRICS}

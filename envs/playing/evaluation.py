@@ -159,8 +159,8 @@ def play(task: TaskConfig, name: str, policy: Policy, case: Case, seed: int) -> 
             action = policy.act(Situation(env.view(), observation, mask, env.imagine, env.outlook))
             nanoseconds.append(perf_counter_ns() - started)
             observation, _, terminated, truncated, info = env.step(action)
-            ended = terminated or truncated or "illegal_action" in info
-    if "illegal_action" in info:
+            ended = terminated or truncated or info["illegal_action"]
+    if info["illegal_action"]:
         raise ServegymError(f"policy {name} chose illegal action {action}")
     row = {"task": task.name, "policy": name, "seed": seed}
     row |= {metric: info[metric] for metric in METRICS}

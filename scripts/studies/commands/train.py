@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from servegym.agents.early_stopping import Patience
+from servegym.agents.hyperparameter_files import read_hyperparameters
 from servegym.agents.hyperparameters import (
     Hyperparameters,
     Options,
@@ -42,6 +43,8 @@ class Args(Hyperparameters):
     """A registered task or a task TOML."""
     output: Path = Path("runs/agent")
     """Folder of the run."""
+    hyperparameters: str = ""
+    """TOML or JSON file of hyper-parameters, as tune_agent.py writes; options given here come first."""
     resume: bool = False
     """Go on with the run in the folder; options that are not given are those of that run."""
     max_minutes: float = 0.0
@@ -65,13 +68,17 @@ def read_args(argv: Sequence[str] | None) -> Args:
         return parse(Args, argv)
     anything = Args(batch_size=2)  # fits every rollout: the usual one depends on other options
     args = parse(Args, argv, anything)
+    filed = read_hyperparameters(Path(args.hyperparameters)) if args.hyperparameters else {}
     if not args.resume:
         name = load_task(args.task).name
         usual = default_hyperparameters(name)
-        timesteps = parse(Args, argv, replace(anything, timesteps=usual.timesteps)).timesteps
+        least = replace(anything, timesteps=filed.get("timesteps", usual.timesteps))
+        timesteps = parse(Args, argv, least).timesteps
         usual = replace(default_hyperparameters(name, timesteps), batch_size=2)
+        usual = replace(usual, **(filed | {"timesteps": timesteps, "batch_size": 2}))
         args = parse(Args, argv, replace(anything, **asdict(usual), **usual_evaluations(usual)))
-        return parse(Args, argv, replace(args, batch_size=usual_batch_size(args.rollout)))
+        batch_size = filed.get("batch_size", usual_batch_size(args.rollout))
+        return parse(Args, argv, replace(args, batch_size=batch_size))
     record = read_run(args.output)
     names = {item.name for item in fields(Hyperparameters)}
     recorded = {key: value for key, value in record["hyperparameters"].items() if key in names}
@@ -83,7 +90,7 @@ def read_args(argv: Sequence[str] | None) -> Args:
     except ValueError as error:  # an option, a number or a quote that is none
         place = args.output / RECORD
         raise ServegymError(f"{place}: damaged ({error}); begin a run in another folder") from None
-    return parse(Args, argv, first)
+    return parse(Args, argv, replace(first, **filed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,255 @@
+"""tune_agent: trials that are pruned, interrupted, killed and gone on with; storages that do not fit."""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from servegym.agents.hyperparameter_files import read_hyperparameters
+from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
+from servegym.envs import TASKS, ServegymError
+from servegym.studies.agents import tuning
+from servegym.studies.agents.training import train_watched
+from servegym.studies.agents.tuning import SPACE, hyperparameters_of, numbers_of
+from servegym.studies.cli import parse
+from servegym.studies.commands import tune_agent as script
+
+USUAL = default_hyperparameters("servegym/GSM8K-v0", 300_000)
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [
+        *("--task", "Tiny-v0", "--timesteps", "256", "--validation-cases", "2"),
+        *("--parameters", "learning_rate,steps", "--evaluations", "2"),
+        *("--output", str(folder), *more),
+    ]
+
+
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of a moment: few steps and environments."""
+    usual = Hyperparameters(environments=2, steps=16, batch_size=8, epochs=1, width=8)
+    monkeypatch.setattr(script, "default_hyperparameters", lambda *_: usual)
+    monkeypatch.setitem(SPACE, "steps", tuning.Range(8, 32))
+
+
+def states(folder: Path) -> list[str]:
+    table = pd.read_csv(folder / "trials.csv")
+    assert table["trial"].is_monotonic_increasing
+    return list(table["state"])
+
+
+# ---- numbers and hyper-parameters, without Optuna --------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_defaults_lie_in_the_space(task: str) -> None:
+    usual = default_hyperparameters(task, 300_000)
+    numbers = numbers_of(usual, tuple(SPACE))
+    for name, number in numbers.items():
+        assert SPACE[name].least <= number <= SPACE[name].most
+    again = hyperparameters_of(usual, numbers)
+    for name, value in asdict(usual).items():
+        assert getattr(again, name) == pytest.approx(value), name
+
+
+def test_any_numbers_of_the_space_make_hyperparameters() -> None:
+    rng = np.random.default_rng(0)
+    for warm in (False, True):
+        usual = replace(USUAL, imitation_rounds=1) if warm else USUAL
+        for _ in range(200):
+            numbers = {name: rng.choice([r.least, r.most]) for name, r in SPACE.items()}
+            whole = {name: int(numbers[name]) for name in tuning._WHOLE}
+            h = hyperparameters_of(usual, numbers | whole)
+            assert 2 <= h.batch_size <= h.rollout
+            assert h.gae_lambda == 1 - numbers["gae_decay"]
+            rates = (h.learning_rate, h.warm_learning_rate)
+            assert rates[warm] == numbers["learning_rate"]
+            assert rates[not warm] == getattr(
+                usual, ("warm_" if not warm else "") + "learning_rate"
+            )
+
+
+def test_without_optuna_a_line_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(
+        ServegymError, match=r"optuna is not installed; get it by .*servegym\[tune\]"
+    ):
+        script.main(arguments(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+BAD: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
+    (("--trials", "0"), "--trials must lie in 1", ("--trials", "1")),
+    (("--evaluations", "0"), "--evaluations must lie in 1", ("--evaluations", "1")),
+    (("--validation-cases", "0"), "--validation-cases must lie", ("--validation-cases", "1")),
+    (("--timesteps", "0"), "timesteps must be a whole number in 1", ("--timesteps", "1")),
+    (("--agent-seed", "800"), "seed must be a whole number in 0 … 799", ("--agent-seed", "799")),
+    (("--sampler-seed", "-1"), "--sampler-seed must lie in 0", ("--sampler-seed", "0")),
+    (("--parameters", "widht"), "did you mean 'width'?", ("--parameters", "width,epochs")),
+    (("--parameters", ","), "--parameters names nothing", ("--parameters", "steps")),
+    (("--task", "Tyni-v0"), "did you mean 'Tiny-v0'?", ("--task", "Tiny-v0")),
+]
+
+
+@pytest.mark.parametrize(("bad", "words", "good"), BAD)
+def test_bad_options(
+    bad: tuple[str, ...], words: str, good: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(ServegymError) as error:
+        script.main([*arguments(tmp_path / "out"), *bad])
+    assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
+    script.read_search(parse(script.Args, [*arguments(tmp_path / "out"), *good]))
+
+
+# ---- studies -----------------------------------------------------------------------------------
+
+
+def test_a_study_is_gone_on_with_as_if_it_had_not_been_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    small(monkeypatch)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert script.main(arguments(whole, "--trials", "3")) == 0
+    said = capsys.readouterr().out
+    assert f"train --task Tiny-v0 --hyperparameters {whole / 'best.toml'}`" in said.replace(
+        ".py", ""
+    )
+
+    script.main(arguments(parts, "--trials", "1"))
+    assert states(parts) == ["complete"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            tuning, "train_watched", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt, match="interrupted after 1 of 3 trials; the same"):
+            script.main(arguments(parts, "--trials", "3"))
+    script.main(arguments(parts, "--trials", "3"))
+    tables = [pd.read_csv(folder / "trials.csv") for folder in (whole, parts)]
+    unlike = ["trial", "seconds"]  # the interrupted trial has a number, too
+    one, other = (table.drop(columns=unlike) for table in tables)
+    pd.testing.assert_frame_equal(one, other)
+    assert tables[0]["gap_percent"].notna().all()
+
+    first = tables[0].iloc[0]
+    assert (first["learning_rate"], first["steps"]) == (1e-3, 16)  # the defaults
+    best = tables[0].sort_values("gap_percent").iloc[0]
+    found = read_hyperparameters(whole / "best.toml")
+    assert (found["learning_rate"], found["steps"]) == (best["learning_rate"], best["steps"])
+    assert "seed" not in found
+    report = (whole / "tuning.md").read_text()
+    assert f"has {best['gap_percent']:.3f} %; trial 0, of the defaults" in report
+    assert not list(whole.glob("trials/*/checkpoints"))
+
+    script.main(arguments(whole, "--trials", "3"))  # nothing is left to do
+    assert len(states(whole)) == 3
+    with pytest.raises(
+        ServegymError, match=r"tuned with .*, this one has .*; choose another --out"
+    ):
+        script.main(arguments(whole, "--trials", "3", "--validation-cases", "3"))
+
+
+def test_trials_are_pruned_and_weights_may_become_infinite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optuna = pytest.importorskip("optuna")
+    small(monkeypatch)
+    trained = []
+
+    def train(task: Any, hyperparameters: Any, folder: Path, callbacks: Any, **_: Any) -> int:
+        trained.append(folder)
+        if len(trained) == 2:
+            raise ServegymError("weights are no longer finite after 64 timesteps; begin …")
+        if len(trained) == 3:
+            raise optuna.TrialPruned
+        return original(task, hyperparameters, folder, callbacks, **_)
+
+    original = train_watched
+    monkeypatch.setattr(tuning, "train_watched", train)
+    script.main(arguments(tmp_path, "--trials", "3"))
+    assert states(tmp_path) == ["complete", "pruned", "pruned"]
+    assert "| pruned" in (tmp_path / "tuning.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed:UserWarning")
+def test_a_trial_whose_process_was_killed_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    small(monkeypatch)
+    monkeypatch.setattr(tuning, "train_watched", lambda *_, **__: 0)
+    tmp_path.joinpath("trials").mkdir()
+    options = arguments(tmp_path, "--trials", "1")
+    study: Any = tuning.open_study(script.read_search(parse(script.Args, options)))
+    trial = study.ask()
+    assert trial.suggest_float("learning_rate", 1e-4, 5e-3, log=True) > 0
+    study._storage.record_heartbeat(trial._trial_id)
+    script.main(options)
+    assert "1 of 1 trials under way elsewhere" in capsys.readouterr().out
+    with closing(sqlite3.connect(tmp_path / "study.db")) as storage, storage:
+        storage.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+    script.main(options)
+    assert [trial.state.name for trial in study.get_trials()] == ["FAIL", "COMPLETE"]
+    assert study.get_trials()[1].params["learning_rate"] == trial.params["learning_rate"]
+
+
+def test_the_hook_prunes_who_is_behind_the_median() -> None:
+    optuna = pytest.importorskip("optuna")
+    from servegym.agents import Evaluation
+
+    def evaluation(number: int, gap_percent: float, last: bool = False) -> Evaluation:
+        return Evaluation(
+            number, 64 * number, 128, gap_percent, 0.0, -gap_percent, 2, 0, gap_percent, 0, {}, last
+        )
+
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=0)
+    study = optuna.create_study(pruner=pruner)
+    for gap_percent in (3.0, 4.0):
+        trial = study.ask()
+        tuning.pruning(trial)(evaluation(1, gap_percent, last=True))
+        study.tell(trial, gap_percent)
+    hook = tuning.pruning(study.ask())
+    hook(evaluation(1, 3.4))
+    hook(evaluation(2, 9.0, last=True))  # it ends here anyway
+    worse = tuning.pruning(study.ask())
+    with pytest.raises(optuna.TrialPruned):
+        worse(evaluation(1, 5.0))
+    unfinished = tuning.pruning(study.ask())
+    with pytest.raises(optuna.TrialPruned):
+        unfinished(evaluation(1, float("nan")))
+
+
+def test_storages_that_hold_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optuna = pytest.importorskip("optuna")
+    small(monkeypatch)
+    path = tmp_path / "study.db"
+    for content in (b"no database", b"SQLite format 3\0" + bytes(5000)):
+        path.write_bytes(content)
+        with pytest.raises(
+            ServegymError, match=r"study\.db: cannot be used as a storage of trials"
+        ):
+            script.main(arguments(tmp_path, "--trials", "1"))
+        assert path.read_bytes() == content
+    path.unlink()
+    others = optuna.create_study(storage=f"sqlite:///{path}", study_name=tuning.STUDY)
+    others.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    with pytest.raises(ServegymError, match="holds trials of another program; choose another"):
+        script.main(arguments(tmp_path, "--trials", "1"))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ServegymError, match="is a folder, not a storage of trials"):
+        script.main(arguments(tmp_path, "--trials", "1"))
+    for url in ("nosuch://x", "sqlite:////no/such/folder/study.db"):
+        with pytest.raises(ServegymError, match="cannot be used as a storage of trials"):
+            script.main(arguments(tmp_path, "--trials", "1", "--storage", url))
