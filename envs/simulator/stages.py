@@ -30,6 +30,7 @@ from servegym.envs.simulator.memory import (
 )
 from servegym.envs.simulator.queues import (
     blocks_of,
+    count_all_waiting,
     count_waiting,
     enqueue,
     leave_plan,
@@ -81,16 +82,18 @@ def see_arrivals(state: State, e: int, r: int) -> None:
     if queue.unseen == 0:
         return
     first = queue.first_unseen
-    unplanned = 0
+    count_all_waiting(state, e, q, first)
+    arrived, rounds, unplanned = 0, 0, 0  # of local numbers sums take half the time
     i = first
     while i != NOBODY:
         request = state.requests[e, i]
         if request.moves == 0:  # else it has been seen elsewhere
-            episode.arrived += 1
-            episode.arrived_rounds += request.expected_rounds
-        count_waiting(state, e, q, i, 1)
+            arrived += 1
+            rounds += request.expected_rounds
         unplanned += request.plan_client == NOBODY
         i = request.next
+    episode.arrived += arrived
+    episode.arrived_rounds += rounds
     queue.unseen = 0
     queue.unseen_work = 0
     queue.unseen_blocks = 0
