@@ -2,7 +2,8 @@
 
 E environments × R replicas × J clients × I requests (the most any environment holds). Everything a
 kernel reads or writes during an episode is here; nothing is allocated while it runs, but for small
-scratch. About 110 bytes per request and queue.
+scratch. About 105 bytes per request and queue, 24 more where
+gaps between tokens are noted. ``record_types`` says what each record holds.
 
 What the scheduler believes stands beside the truth: ``expected_rounds`` beside ``decode_rounds``,
 ``expected`` beside ``finishes``. Where output lengths are known, the last two are one array.
