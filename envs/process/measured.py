@@ -53,7 +53,8 @@ class Columns(NamedTuple):
 def columns_of(state: State, e: int) -> tuple[Counts, Columns]:
     """Return what is measured of the episode in environment ``e``."""
     scratch = np.empty((COLUMNS, int(np.asarray(state.episodes)["requests"][e])))
-    counts = Counts(*measure(state, e, scratch))
+    *numbers, last_s = measure(state, e, scratch)
+    counts = Counts(*map(int, numbers), float(last_s))  # uncompiled they are numpy's
     admitted, emitting, done, decoded, served, _, gaps = counts[:7]
     sizes = admitted, admitted, emitting, done, done, decoded, served, served, gaps
     return counts, Columns(*(scratch[k, :size] for k, size in enumerate(sizes)))

@@ -390,7 +390,8 @@ def _busiest(state: State, e: int, r: int) -> int:
 
     A client is written as (replica << 32) + client. A stage's first theft lines the victims up in the first
     half of ``keys``, a heap whose size is in the last place; the second half holds the work of each. A client
-    that takes a request of its own keeps its work; one that has been stolen from is on top.
+    that takes a request of its own keeps its work, unless it fetches it; one that has been stolen from is on
+    top.
     """
     heap = state.keys[e]
     size, work = heap[-1], heap.size // 2
@@ -408,7 +409,10 @@ def _busiest(state: State, e: int, r: int) -> int:
         for place in range(size // 2 - 1, 0, -1):
             _sink(heap, size, place)
     else:
-        heap[work] = client_work(state, e, heap[0] >> _REPLICA, heap[0] & _CLIENT)
+        changed = size if state.cluster.moves else 1
+        for place in range(changed):
+            client = heap[place]
+            heap[work + place] = client_work(state, e, client >> _REPLICA, client & _CLIENT)
     _sink(heap, size, 0)
     while _queued_at(state, e, heap[0]) == 0:
         size -= 1
