@@ -120,7 +120,7 @@ if not config.DISABLE_JIT:
             mantissa = builder.bitcast(half, context.get_value_type(types.float64))
             return context.make_tuple(builder, signature.return_type, (mantissa, exponent))
 
-        return types.Tuple((types.float64, types.int64))(types.float64), emit
+        return numba.typeof((0.0, 0))(types.float64), emit
 
     @intrinsic
     def lowest_bit(_: Any, word: Any) -> Any:
