@@ -78,22 +78,11 @@ def see_arrivals(state: State, e: int, r: int) -> None:
     pool.
     """
     q = queue_of(state, r)
-    queue, episode = state.queues[e, q], state.episodes[e]
+    queue = state.queues[e, q]
     if queue.unseen == 0:
         return
     first = queue.first_unseen
-    count_all_waiting(state, e, q, first)
-    arrived, rounds, unplanned = 0, 0, 0  # of local numbers sums take half the time
-    i = first
-    while i != NOBODY:
-        request = state.requests[e, i]
-        if request.moves == 0:  # else it has been seen elsewhere
-            arrived += 1
-            rounds += request.expected_rounds
-        unplanned += request.plan_client == NOBODY
-        i = request.next
-    episode.arrived += arrived
-    episode.arrived_rounds += rounds
+    unplanned = count_all_waiting(state, e, q, first)
     queue.unseen = 0
     queue.unseen_work = 0
     queue.unseen_blocks = 0
