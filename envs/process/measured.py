@@ -54,7 +54,7 @@ def columns_of(state: State, e: int) -> tuple[Counts, Columns]:
     """Return what is measured of the episode in environment ``e``."""
     scratch = np.empty((COLUMNS, int(np.asarray(state.episodes)["requests"][e])))
     *numbers, last_s = measure(state, e, scratch)
-    counts = Counts(*map(int, numbers), float(last_s))  # uncompiled they are numpy's
+    counts = Counts._make([*map(int, numbers), float(last_s)])  # uncompiled they are numpy's
     admitted, emitting, done, decoded, served, _, gaps = counts[:7]
     sizes = admitted, admitted, emitting, done, done, decoded, served, served, gaps
     return counts, Columns(*(scratch[k, :size] for k, size in enumerate(sizes)))
