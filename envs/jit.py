@@ -5,6 +5,7 @@ With ``NUMBA_DISABLE_JIT=1`` kernels stay plain Python functions.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -69,6 +70,21 @@ def count_bits(word: int) -> int:
     return int(word).bit_count()
 
 
+def binary_parts(number: float) -> tuple[float, int]:
+    """Return mantissa, ½ … 1, and exponent of a normal number > 0."""
+    return math.frexp(number)
+
+
+def lowest_bit(word: int) -> int:
+    """Return the place of the lowest set bit of a whole number > 0."""
+    return (int(word) & -int(word)).bit_length() - 1
+
+
+def highest_bit(word: int) -> int:
+    """Return the place of the highest set bit of a whole number > 0."""
+    return int(word).bit_length() - 1
+
+
 if not config.DISABLE_JIT:
 
     @intrinsic
@@ -89,6 +105,39 @@ if not config.DISABLE_JIT:
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.ctpop(arguments[0])
+
+        return types.int64(types.int64), emit
+
+    @intrinsic
+    def binary_parts(_: Any, number: Any) -> Any:
+        """Do so by the number's bits: numba calls a library twice."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            word = context.get_value_type(types.int64)
+            bits = builder.bitcast(arguments[0], word)
+            exponent = builder.sub(builder.lshr(bits, word(52)), word(1022))
+            half = builder.or_(builder.and_(bits, word((1 << 52) - 1)), word(1022 << 52))
+            mantissa = builder.bitcast(half, context.get_value_type(types.float64))
+            return context.make_tuple(builder, signature.return_type, (mantissa, exponent))
+
+        return numba.typeof((0.0, 0))(types.float64), emit
+
+    @intrinsic
+    def lowest_bit(_: Any, word: Any) -> Any:
+        """Do so by one instruction."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.cttz(arguments[0], context.get_constant(types.boolean, True))
+
+        return types.int64(types.int64), emit
+
+    @intrinsic
+    def highest_bit(_: Any, word: Any) -> Any:
+        """Do so by one instruction and a subtraction."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            above = builder.ctlz(arguments[0], context.get_constant(types.boolean, True))
+            return builder.sub(context.get_constant(types.int64, 63), above)
 
         return types.int64(types.int64), emit
 

@@ -41,6 +41,18 @@ def test_actions_name_their_limits() -> None:
     assert mixed.actions[9:11] == ("mixed:fcfs", "mixed:fcfs:reserve=0.5")
 
 
+def test_a_reset_in_mid_episode_forgets_who_was_admitted() -> None:
+    """Two of four clients are used, memory runs short, and the newer of the two is preempted."""
+    env = started(TASK, [5] * 4, [20] * 4)
+    env.step(np.int64(TASK.actions.index("prefill:fcfs")))  # the newest is on the last client
+    for each in (env, ServingEnv(TASK)):
+        each.reset(options={"requests": make_requests([40, 45], [20, 20])})
+        over = False
+        while not over:
+            over = each.step(np.int64(each.action_masks().argmax()))[2]
+        assert each.records().preemptions.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("action", "requests"),
     [

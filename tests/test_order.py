@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servegym.envs.simulator.order import Tree, add, count_below, select, tree_size
+from servegym.envs.simulator.order import Tree, add, count_below, highest, lowest, select, tree_size
 
 
 def empty_tree(ranks: int) -> Tree:
@@ -28,6 +28,8 @@ def test_against_a_sorted_list(present: list[int], toggled: list[int]) -> None:
     below = [sum(rank < limit for rank in ordered) for limit in range(101)]
     assert [count_below(tree, limit) for limit in range(101)] == below
     assert [select(tree, k) for k in range(len(ordered))] == ordered
+    if ordered:
+        assert (lowest(tree), highest(tree)) == (ordered[0], ordered[-1])
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 31, 32, 33, 64, 65, 1024, 1025])
@@ -37,6 +39,7 @@ def test_first_and_last_rank_of_every_size(ranks: int) -> None:
     add(tree, ranks - 1, 1)
     assert select(tree, 0) == 0
     assert select(tree, 1) == ranks - 1
+    assert (lowest(tree), highest(tree)) == (0, ranks - 1)
     assert count_below(tree, ranks) == 2
     assert count_below(tree, 0) == 0
 

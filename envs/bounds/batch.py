@@ -101,7 +101,12 @@ def lower_bound(
 
 
 def release_times(arrival_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the arrival times to try as releases: all, or ``_RELEASE_POINTS`` evenly among them."""
+    """Return the arrival times to try as releases: all, or ``_RELEASE_POINTS`` evenly among them.
+
+    ``arrival_s`` (requests,) ascends.
+    """
+    if len(arrival_s) > 0 and arrival_s[0] == arrival_s[-1]:
+        return arrival_s[:1]
     releases = np.unique(arrival_s)
     if len(releases) <= _RELEASE_POINTS:
         return releases
@@ -137,10 +142,11 @@ def _shortest_stage_s(costs: CostTables, prompt: float, *, decodes: bool) -> flo
 def _bound_from(
     requests: Requests, release_s: float, clients: int, costs: CostTables, max_prefill_tokens: int
 ) -> LowerBound:
-    counted = requests.arrival_s >= release_s
-    prompts = requests.prompt_tokens[counted]
-    rounds = requests.decode_rounds[counted]
-    alone = bool(counted.all())
+    prompts, rounds = requests.prompt_tokens, requests.decode_rounds
+    alone = bool(requests.arrival_s[0] >= release_s)  # they are in order
+    if not alone:
+        counted = requests.arrival_s >= release_s
+        prompts, rounds = prompts[counted], rounds[counted]
     least_rounds = rounds_lower_bound(rounds, clients)
     stages = least_stages(prompts, clients, max_prefill_tokens)
     decode_s = decode_bound(prompts, rounds, least_rounds, costs, alone)
@@ -184,25 +190,18 @@ def decode_bound(
 
 def prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) -> float:
     """Return the least seconds of prefilling these prompts in at least ``stages`` stages."""
-    rates = costs.rates[0]
     tokens = float(prompts.sum())
+    _, base_s, token_s, square_s, floor_s, overhead_s, client_s, packed_s = costs.rates[0].item()
     if costs.prefill_level_tokens.shape[1] > 0:
         capacities = costs.prefill_level_tokens[0].astype(float)
         work_s = cover(costs.prefill_level_s[0], capacities, tokens, stages, exact=False)
     else:
         squares = float((prompts.astype(float) ** 2).sum())
-        if rates.prefill_per_batch_token_squared_s > 0:
-            return _packed_bound(tokens, squares, stages, rates) + float(
-                len(prompts) * rates.overhead_per_client_s
-            )
-        line_s = (
-            stages * rates.prefill_base_s
-            + rates.prefill_per_token_s * tokens
-            + rates.prefill_per_token_squared_s * squares
-        )
-        work_s = float(max(stages * rates.prefill_floor_s, line_s))
-    overhead_s = stages * rates.overhead_base_s + len(prompts) * rates.overhead_per_client_s
-    return work_s + float(overhead_s)
+        if packed_s > 0:
+            return _packed_bound(tokens, squares, stages, costs.rates[0]) + len(prompts) * client_s
+        line_s = stages * base_s + token_s * tokens + square_s * squares
+        work_s = max(stages * floor_s, line_s)
+    return float(work_s + (stages * overhead_s + len(prompts) * client_s))
 
 
 def _packed_bound(tokens: float, squares: float, stages: int, rates: Any) -> float:

@@ -85,6 +85,14 @@ class Layout(NamedTuple):
         chunks = self.chunk_tokens > 0 or self.guard == GUARD_SGLANG
         return self.limits_memory or chunks or len(self.clients) > 1
 
+    def memory_blocks(self, replica: int) -> tuple[int, int] | None:
+        """Return the blocks of a replica's memory and those of its watermark; None: not limited."""
+        tokens = self.kv_capacity_tokens[replica]
+        if tokens == 0:
+            return None
+        blocks = tokens // self.block_tokens
+        return blocks, int(self.watermark * blocks)
+
     def fleet(self) -> Fleet:
         """Return the clients of all replicas, in order of replica."""
         length = self.block_tokens

@@ -13,10 +13,15 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import (
     admits,
     first_within_limits,
-    limits_let,
     mixes,
 )
 from servegym.envs.simulator.events import DECODE, decode, mix, prefill, sleep, steal
+from servegym.envs.simulator.memory import (
+    blocks_of_round,
+    blocks_to_admit,
+    free_blocks,
+    guard_allows,
+)
 from servegym.envs.simulator.queues import shares_pool
 from servegym.envs.simulator.scored import PAD_WEIGHT
 from servegym.envs.simulator.state import IDLE, NOBODY, UNLIMITED_BLOCKS, State
@@ -30,11 +35,9 @@ class Settings(Bundle):
 
     rules: NDArray[np.int64]  # (P,) admission rule of action 1 + k: a prefill stage
     mixed_rules: NDArray[np.int64]  # (M,) admission rule of action 1 + P + k: a mixed stage
-    caps: NDArray[
-        np.float64
-    ]  # (P + M,) share of its clients that a replica may use after the action
-    reserves: NDArray[np.float64]  # (P + M,) share of its memory that the action leaves free
-    limits: bool  # whether any of these limits anything
+    most_running: NDArray[np.int64]  # (R, P + M) requests that may hold a client after the action
+    reserve_blocks: NDArray[np.int64]  # (R, P + M) free blocks that it leaves while others run
+    limits: bool  # whether any of these limits more than the machine does
     pads: NDArray[np.float64]  # (P + M,) weight of the rule ``scored``; NaN: as it is
     steals: NDArray[np.int64]  # (S,) of action 1 + P + M + k: place in STEALS
     every_round: bool  # ask at every decode round, not only where the choice has changed
@@ -82,27 +85,35 @@ def _legal_within_limits(
 ) -> int:
     """Write which prefills and mixed stages are legal, each within its limits; return how many.
 
-    Whom a rule takes first is looked up once for all limits.
+    Whom a rule takes first, and what that takes, is looked up once for all limits.
     """
     replica, prefills = state.replicas[e, r], settings.rules.size
     looks_up = state.machines[r].blocks != UNLIMITED_BLOCKS and replica.partial == NOBODY
     looks_up = looks_up and state.cluster.guard != GUARD_SGLANG
-    count, i, before = 0, NOBODY, NOBODY
-    for k in range(settings.caps.size):
+    running, free = state.machines[r].clients - replica.idle, free_blocks(state, e, r)
+    count, i, before, blocks, allowed = 0, NOBODY, NOBODY, 0, False
+    for k in range(settings.most_running.shape[1]):
         mixed = k >= prefills
         rule = settings.mixed_rules[k - prefills] if mixed else settings.rules[k]
-        _limit(state, settings, e, r, k)
+        legal = False
         if looks_up:
             if rule != before or k == prefills:
                 i = first_within_limits(state, e, r, rule, mixed)
                 before = rule
-            mask[1 + k] = i != NOBODY and limits_let(state, e, r, i, mixed)
-        elif mixed:
-            mask[1 + k] = mixes(state, e, r, rule)
+                blocks, allowed = UNLIMITED_BLOCKS, False
+                taken = blocks_of_round(state, e, r) if mixed else 0
+                if i != NOBODY and taken <= free:
+                    blocks = blocks_to_admit(state, e, r, i, taken)
+                    allowed = blocks <= free and guard_allows(state, e, r, i, blocks, running)
+            reserve = settings.reserve_blocks[r, k] if running > 0 else 0
+            legal = allowed and running < settings.most_running[r, k] and blocks + reserve <= free
         else:
-            mask[1 + k] = admits(state, e, r, rule)
-        count += int(mask[1 + k])
-    _free_of_limits(state, e, r)
+            _limit(state, settings, e, r, k)
+            legal = mixes(state, e, r, rule) if mixed else admits(state, e, r, rule)
+        mask[1 + k] = legal
+        count += int(legal)
+    if not looks_up:
+        _free_of_limits(state, e, r)
     return count
 
 
@@ -149,15 +160,11 @@ def _legal_steals(
     return count
 
 
-@shared_kernel
+@kernel
 def _limit(state: State, settings: Settings, e: int, r: int, k: int) -> None:
     """Let admission at replica ``r`` use as many clients and as much memory as action 1 + k says."""
-    replica, machine = state.replicas[e, r], state.machines[r]
-    replica.most_running = int(np.ceil(settings.caps[k] * machine.clients))
-    replica.reserve_blocks = machine.watermark_blocks
-    if machine.blocks != UNLIMITED_BLOCKS:
-        reserve = int(settings.reserves[k] * machine.blocks)
-        replica.reserve_blocks = max(replica.reserve_blocks, reserve)
+    state.replicas[e, r].most_running = settings.most_running[r, k]
+    state.replicas[e, r].reserve_blocks = settings.reserve_blocks[r, k]
 
 
 @kernel
@@ -169,7 +176,7 @@ def _free_of_limits(state: State, e: int, r: int) -> None:
 @shared_kernel
 def apply(state: State, costs: CostTables, settings: Settings, e: int, r: int, action: int) -> None:
     """Begin what a legal action says at replica ``r``."""
-    if settings.limits and 0 < action <= settings.caps.size:
+    if settings.limits and 0 < action <= settings.most_running.shape[1]:
         _limit(state, settings, e, r, action - 1)
     prefills = settings.rules.size
     mixes_too = prefills + settings.mixed_rules.size

@@ -9,15 +9,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.process.service import (
-    NAN,
-    has_met,
-    idle_while_waiting_s,
-    jain_index,
-    peak_queue,
-    preempted_slowdown,
-    waiting_and_held,
-)
+from servegym.envs.process.measured import columns_of, weigh_queue
+from servegym.envs.process.service import NAN, has_met, jain_index
 from servegym.envs.simulator.state import REJECTED, SHED, State
 
 
@@ -67,11 +60,10 @@ def records(state: State, e: int) -> EpisodeLog:
         limits,
     )
     columns["arrived"] = np.arange(n) < episode["routed"]
+    columns["worst_gap_s"] = np.full(n, NAN)
     if episode["keeps_gaps"]:
         noted = np.isfinite(finished_s) & (columns["decode_rounds"] > 0)
-        columns["worst_gap_s"] = np.where(noted, columns["worst_gap_s"], NAN)
-    else:
-        columns["worst_gap_s"] = np.full(n, NAN)
+        columns["worst_gap_s"][noted] = np.asarray(state.carried)[e, :n]["worst_gap_s"][noted]
     return EpisodeLog(*(np.array(columns[item.name]) for item in fields(EpisodeLog)))
 
 
@@ -164,58 +156,44 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     over all computed tokens, those of prefills and of decode rounds. ``memory_overrun_blocks``: most blocks
     beyond a replica's memory; always 0.
     """
-    log = records(state, e)
     episode, replicas = np.asarray(state.episodes)[e], np.asarray(state.replicas)[e]
     clients = int(_total(np.asarray(state.machines), "clients"))
-    now_s = float(episode["now_s"])
-    rejected = int(episode["rejected"])
-    unfinished = int(episode["requests"] - episode["finished"] - rejected)
+    counts, columns = columns_of(state, e)
+    now_s, total = float(episode["now_s"]), int(episode["requests"])
+    rejected, shed = int(episode["rejected"]), int(episode["shed"])
+    unfinished = int(total - episode["finished"] - rejected)
     if rejected > 0 and unfinished == 0:  # the last to come may have been rejected
-        now_s = float(log.finished_s[~log.rejected].max(initial=0.0))
-    elapsed_s = now_s or float("nan")  # at t = 0 there is no utilization yet
-    done = np.isfinite(log.finished_s)
-    started = np.isfinite(log.admitted_s)
-    held_s = np.where(done, log.finished_s, now_s) - log.admitted_s
-    emitting = np.isfinite(log.first_token_s)
-    tokens = int(episode["served_rounds"]) + int(emitting.sum())
-    ttft_s = (log.first_token_s - log.arrival_s)[emitting]
-    decoded = done & (log.decode_rounds > 0)
-    tpot_s = (log.finished_s - log.first_token_s)[decoded] / log.decode_rounds[decoded]
-    ttft_p50_s, ttft_p99_s = _percentiles(ttft_s)
-    tpot_p50_s, tpot_p99_s = _percentiles(tpot_s)
-    e2e_s = (log.finished_s - log.arrival_s)[done]
-    e2e_p50_s, e2e_p99_s = _percentiles(e2e_s)
-    gap_p50_s, gap_p99_s = NAN, NAN
-    if episode["keeps_gaps"]:
-        gap_p50_s, gap_p99_s = _percentiles(log.worst_gap_s[np.isfinite(log.worst_gap_s)])
-    routed, met = int(episode["routed"]), int(log.met_slo.sum())
-    served = log.arrived & ~log.rejected
-    outputs = log.decode_rounds + 1
-    rates = np.zeros(len(done))
-    rates[done] = outputs[done] / e2e_s
-    changes = waiting_and_held(
-        log.arrival_s[served],
-        np.sort(log.admitted_s[started]),
-        np.sort(log.finished_s[done]),
+        now_s = counts.last_s
+    elapsed_s = now_s or NAN  # at t = 0 there is no utilization yet
+    served_rounds, routed = int(episode["served_rounds"]), int(episode["routed"])
+    held_s, jain = float(np.add.reduce(columns.held_s)), jain_index(columns.rates)
+    e2e_mean_s = float(np.add.reduce(columns.e2e_s) / counts.done) if counts.done else NAN
+    slowdown = _preempted_slowdown(state, e) if counts.preempted else NAN
+    for column in (columns.admitted_s, columns.finished_s):
+        column.sort()
+    ttft_p50_s, ttft_p99_s = _percentiles(columns.ttft_s)
+    tpot_p50_s, tpot_p99_s = _percentiles(columns.tpot_s)
+    e2e_p50_s, e2e_p99_s = _percentiles(columns.e2e_s)
+    gap_p50_s, gap_p99_s = _percentiles(columns.worst_gap_s)
+    wasted, lasts_s = np.empty((2, counts.admitted + counts.done + counts.served))
+    peak = weigh_queue(
+        columns.admitted_s, columns.finished_s, columns.arrived_s, clients, now_s, wasted, lasts_s
     )
-    recomputed = int(log.recomputed_tokens.sum())
-    prefilled = np.asarray(state.requests)["prefilled_tokens"][e, : len(done)]
-    computed = int(prefilled.sum()) + int(episode["served_rounds"])
+    computed = counts.prefilled_tokens + served_rounds
     bound_s = float(episode["bound_s"])
-    makespan_s = float("nan") if unfinished else now_s
-    shed = int(episode["shed"])
+    makespan_s = NAN if unfinished else now_s
     return {
-        "requests": int(episode["requests"]),
+        "requests": total,
         "makespan_s": makespan_s,
         "lower_bound_s": bound_s,
         "gap": _gap(makespan_s, bound_s, shed),
-        "client_utilization": float(held_s[started].sum()) / (clients * elapsed_s),
+        "client_utilization": held_s / (clients * elapsed_s),
         "decode_utilization": float(_total(replicas, "busy_decode_s"))
         / (len(replicas) * elapsed_s),
         "decode_rounds": int(_total(replicas, "rounds")),
         "prefill_stages": int(_total(replicas, "prefill_stages")),
         "prefill_s": float(_total(replicas, "prefill_s")),
-        "output_tokens_per_s": tokens / elapsed_s,
+        "output_tokens_per_s": (served_rounds + counts.emitting) / elapsed_s,
         "ttft_p50_s": ttft_p50_s,
         "ttft_p99_s": ttft_p99_s,
         "tpot_p50_s": tpot_p50_s,
@@ -225,21 +203,21 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "replicas": len(replicas),
         "mixed_stages": int(_total(replicas, "mixed_stages")),
         "preemptions": int(_total(replicas, "preemptions")),
-        "recomputed_tokens": recomputed,
+        "recomputed_tokens": counts.recomputed_tokens,
         "rejected": rejected - shed,
-        "moves": int(log.moves.sum()),
+        "moves": counts.moves,
         "e2e_p50_s": e2e_p50_s,
         "e2e_p99_s": e2e_p99_s,
-        "goodput_per_s": met / elapsed_s,
-        "slo_attainment": met / routed if routed else NAN,
+        "goodput_per_s": counts.met / elapsed_s,
+        "slo_attainment": counts.met / routed if routed else NAN,
         "gap_between_tokens_p50_s": gap_p50_s,
         "gap_between_tokens_p99_s": gap_p99_s,
-        "e2e_mean_s": float(e2e_s.mean()) if len(e2e_s) else NAN,
-        "jain_fairness": jain_index(rates[served]),
-        "peak_queue": peak_queue(changes[1]),
-        "idle_wait_share": idle_while_waiting_s(*changes, clients, now_s) / (clients * elapsed_s),
-        "preempted_slowdown": preempted_slowdown(e2e_s / outputs[done], log.preemptions[done] > 0),
-        "recompute_tax": recomputed / computed if computed else NAN,
+        "e2e_mean_s": e2e_mean_s,
+        "jain_fairness": jain,
+        "peak_queue": float(peak),
+        "idle_wait_share": float(wasted @ lasts_s) / (clients * elapsed_s),
+        "preempted_slowdown": slowdown,
+        "recompute_tax": counts.recomputed_tokens / computed if computed else NAN,
         "memory_overrun_blocks": float(replicas["overrun_blocks"].max()),
         "shed": shed,
     }
@@ -255,6 +233,18 @@ def gap_of(state: State, e: int) -> float:
     return _gap(float(episode.now_s), float(episode.bound_s), 0)
 
 
+def _preempted_slowdown(state: State, e: int) -> float:
+    """Return mean seconds per output token, from arrival on, of the preempted, over those of the others.
+
+    Of those that have finished; NaN where all of them were preempted.
+    """
+    log = records(state, e)
+    done = np.isfinite(log.finished_s)
+    token_s = (log.finished_s - log.arrival_s)[done] / (log.decode_rounds + 1)[done]
+    preempted = log.preemptions[done] > 0
+    return NAN if preempted.all() else float(token_s[preempted].mean() / token_s[~preempted].mean())
+
+
 def _gap(makespan_s: float, bound_s: float, shed: int) -> float:
     """Return the gap; NaN where requests were shed, whose work the bound holds."""
     if shed > 0:
@@ -268,14 +258,14 @@ def _total(replicas: NDArray[np.void], name: str) -> float:
 
 
 def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Return median and 99th percentile; NaN without values.
+    """Sort the values; return median and 99th percentile, NaN without values.
 
     Equal to ``np.percentile`` to the last bit in a tenth of its time, as every episode ends here.
     """
     if len(values) == 0:
-        return float("nan"), float("nan")
-    ascending = np.sort(values)
-    return _quantile(ascending, 0.5), _quantile(ascending, 0.99)
+        return NAN, NAN
+    values.sort()
+    return _quantile(values, 0.5), _quantile(values, 0.99)
 
 
 def _quantile(ascending: NDArray[np.float64], share: float) -> float:

@@ -6,15 +6,14 @@ ones, never true ones. Tasks may observe further blocks, see ``blocks``.
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.jit import kernel, shared_kernel
+from servegym.envs.jit import binary_parts, kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.order import select
+from servegym.envs.simulator.order import highest, lowest, select
 from servegym.envs.simulator.queues import queue_of
 from servegym.envs.simulator.state import LENGTH_BUCKETS, State
 from servegym.envs.simulator.view import view
@@ -74,7 +73,7 @@ def log_scaled(x: float, doublings: float) -> float:
 
     Exact arithmetic only: a library's logarithm may differ in the last bit between machines.
     """
-    mantissa, exponent = math.frexp(1.0 + max(x, 0.0))  # ½ ≤ mantissa < 1
+    mantissa, exponent = binary_parts(1.0 + max(x, 0.0))  # ½ ≤ mantissa < 1
     return min((exponent + 2.0 * mantissa - 2.0) / doublings, 1.0)
 
 
@@ -124,10 +123,11 @@ def _observe_waiting(state: State, e: int, q: int, out: NDArray[np.float32]) -> 
         out[14:17] = 0.0
         out[histogram : histogram + _BUCKETS] = 0.0
         return
-    for k in range(3):
-        place = (2 - k) * (waiting - 1) // 2
-        rounds = state.lengths[e, select(state.waiting_tree[e, q], place)]
-        out[14 + k] = log_scaled(rounds, ROUND_DOUBLINGS)
+    tree = state.waiting_tree[e, q]
+    middle = select(tree, (waiting - 1) // 2)
+    out[14] = log_scaled(state.lengths[e, highest(tree)], ROUND_DOUBLINGS)
+    out[15] = log_scaled(state.lengths[e, middle], ROUND_DOUBLINGS)
+    out[16] = log_scaled(state.lengths[e, lowest(tree)], ROUND_DOUBLINGS)
     for bucket in range(_BUCKETS):
         out[histogram + bucket] = state.waiting_lengths[e, q, bucket] / waiting
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.aligned import forget_targets, longest_aligned
@@ -20,11 +21,12 @@ from servegym.envs.simulator.queues import (
     blocks_of,
     first_waiting,
     head,
+    longest_waiting,
     queue_of,
     rounds_ahead,
     shares_pool,
+    shortest_waiting,
     tokens_to_prefill,
-    waiting_at,
 )
 from servegym.envs.simulator.ranking import first_in_order
 from servegym.envs.simulator.scored import best_scored, rank_by_score
@@ -80,8 +82,8 @@ def _gives(state: State, e: int, r: int, rule: int) -> bool:
     """Return whether ``rule`` has a waiting request for one of the idle clients."""
     if rule != PLAN:
         return True
-    for client in state.idle[e, r, : state.replicas[e, r].idle]:  # noqa: SIM110 (no generator)
-        if head(state, e, r, client) != NOBODY:
+    for client in state.idle[e, r, : state.replicas[e, r].idle]:
+        if state.clients[e, r, client].queue_requests > 0:
             return True
     return False
 
@@ -180,16 +182,6 @@ def first_within_limits(state: State, e: int, r: int, rule: int, mixed: bool) ->
     if mixed and state.cluster.chunk_tokens <= replica.active:
         return NOBODY
     return _first_given(state, e, r, rule)
-
-
-@kernel
-def limits_let(state: State, e: int, r: int, i: int, mixed: bool) -> bool:
-    """Return whether the limits in force let a stage take request ``i`` first."""
-    running = state.machines[r].clients - state.replicas[e, r].idle
-    if running >= state.replicas[e, r].most_running:
-        return False
-    taken = blocks_of_round(state, e, r) if mixed else 0
-    return taken <= free_blocks(state, e, r) and fits(state, e, r, i, taken, running)
 
 
 @kernel
@@ -356,13 +348,13 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
         own = head(state, e, r, client)
         return own if own != NOBODY else _stolen(state, e, r)
     if rule == LONGEST:
-        return waiting_at(state, e, q, state.queues[e, q].waiting - 1)
+        return longest_waiting(state, e, q)
     if rule == SHORTEST:
         if state.cluster.patience_s < np.inf and _is_impatient(state, e, q):
             return first_waiting(state, e, q)
         if state.cluster.shortest_by != BY_LENGTH:
             return first_in_order(state, e, r)
-        return waiting_at(state, e, q, 0)
+        return shortest_waiting(state, e, q)
     if rule == FCFS:
         return first_waiting(state, e, q)
     if rule == SCORED:
@@ -396,12 +388,13 @@ def _stolen(state: State, e: int, r: int) -> int:
 def _busiest(state: State, e: int, r: int) -> int:
     """Return the client with most work of those with a request in their queue; some client has none.
 
-    A client is written as (replica << 32) + client. A stage's first theft lines the
-    victims up in ``keys``, a heap whose size is in the last place. A client that takes a request of its
-    own keeps its work; one that has been stolen from is on top.
+    A client is written as (replica << 32) + client. A stage's first theft lines the victims up in the first
+    half of ``keys``, a heap whose size is in the last place; the second half holds the work of each. A client
+    that takes a request of its own keeps its work, unless it fetches it; one that has been stolen from is on
+    top.
     """
     heap = state.keys[e]
-    size = heap[-1]
+    size, work = heap[-1], heap.size // 2
     if size == _NOT_BUILT:
         size = 0
         first, last = r, r
@@ -409,16 +402,23 @@ def _busiest(state: State, e: int, r: int) -> int:
             first, last = 0, state.replicas.shape[1] - 1
         for s in range(first, last + 1):
             for client in range(state.machines[s].clients):
-                if head(state, e, s, client) != NOBODY:
+                if state.clients[e, s, client].queue_requests > 0:
                     heap[size] = (np.int64(s) << _REPLICA) + client
+                    heap[work + size] = client_work(state, e, s, client)
                     size += 1
         for place in range(size // 2 - 1, 0, -1):
-            _sink(state, e, size, place)
-    _sink(state, e, size, 0)
+            _sink(heap, size, place)
+    else:
+        changed = size if state.cluster.moves else 1
+        for place in range(changed):
+            client = heap[place]
+            heap[work + place] = client_work(state, e, client >> _REPLICA, client & _CLIENT)
+    _sink(heap, size, 0)
     while _queued_at(state, e, heap[0]) == 0:
         size -= 1
         heap[0] = heap[size]
-        _sink(state, e, size, 0)
+        heap[work] = heap[work + size]
+        _sink(heap, size, 0)
     heap[-1] = size
     return heap[0]
 
@@ -429,25 +429,21 @@ def _queued_at(state: State, e: int, client: int) -> int:
 
 
 @kernel
-def _work_of(state: State, e: int, client: int) -> int:
-    return client_work(state, e, client >> _REPLICA, client & _CLIENT)
-
-
-@kernel
-def _sink(state: State, e: int, size: int, place: int) -> None:
+def _sink(heap: NDArray[np.int64], size: int, place: int) -> None:
     """Move the client at ``place`` of the heap down to where it belongs."""
-    heap = state.keys[e]
-    client = heap[place]
-    work = _work_of(state, e, client)
+    works = heap.size // 2
+    client, work = heap[place], heap[works + place]
     while 2 * place + 1 < size:
         below = 2 * place + 1
-        most = _work_of(state, e, heap[below])
+        most = heap[works + below]
         if below + 1 < size:
-            other = _work_of(state, e, heap[below + 1])
+            other = heap[works + below + 1]
             if other > most or (other == most and heap[below + 1] < heap[below]):
                 below, most = below + 1, other
         if most < work or (most == work and heap[below] > client):
             break
         heap[place] = heap[below]
+        heap[works + place] = most
         place = below
     heap[place] = client
+    heap[works + place] = work

@@ -8,7 +8,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel
 from servegym.envs.simulator.order import count_below
-from servegym.envs.simulator.queues import queue_of, waiting_at
+from servegym.envs.simulator.queues import longest_waiting, queue_of, waiting_at
 from servegym.envs.simulator.state import State
 
 # The aligned rule's parameters, from a throw-away study; results hardly depend on them.
@@ -69,7 +69,7 @@ def longest_aligned(state: State, e: int, r: int) -> int:
     """
     q = queue_of(state, r)
     waiting = state.queues[e, q].waiting
-    best = waiting_at(state, e, q, waiting - 1)
+    best = longest_waiting(state, e, q)
     if waiting <= ALIGNED_TAIL_PER_CLIENT * state.machines[r].clients:
         return best
     best_score = np.int64(-(1 << 62))

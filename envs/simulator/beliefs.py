@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from servegym.envs.jit import kernel
-from servegym.envs.simulator.finishes import find, insert, merge, remove
+from servegym.envs.simulator.finishes import find, insert, key_of, merge, remove
 from servegym.envs.simulator.queues import rounds_ahead
 from servegym.envs.simulator.state import State
 from servegym.envs.workload.requests import MAX_TOKENS
@@ -45,7 +45,6 @@ def expected_output_tokens(log_median: float, spread: float, emitted: int) -> in
 def expect_admitted(state: State, e: int, r: int, admitted: int) -> None:
     """Insert the expected finishes of the ``admitted`` picked requests, already counted as active."""
     replica = state.replicas[e, r]
-    span = state.requests.shape[1]
     if admitted == 1:
         i = state.picked[e, r, 0]
         due = state.clients[e, r, state.requests[e, i].client].expected_end
@@ -54,8 +53,8 @@ def expect_admitted(state: State, e: int, r: int, admitted: int) -> None:
     keys = state.keys[e, :admitted]
     for k in range(admitted):
         i = np.int64(state.picked[e, r, k])
-        keys[k] = rounds_ahead(state, e, i) * span + i
-    merge(state.expected[e, r], replica.active - admitted, replica.rounds, keys, span)
+        keys[k] = key_of(rounds_ahead(state, e, i), i)
+    merge(state.expected[e, r], replica.active - admitted, replica.rounds, keys)
 
 
 @kernel
@@ -77,7 +76,6 @@ def reveal(state: State, e: int, r: int, done: int) -> None:
 def revise(state: State, e: int, r: int) -> None:
     """Give every running request that has outlived its expected finish a later one."""
     replica, expected = state.replicas[e, r], state.expected[e, r]
-    span = state.requests.shape[1]
     late = 0
     due, i = 0, 0
     while late < replica.active and expected[replica.active - 1 - late].due <= replica.rounds:
@@ -94,9 +92,9 @@ def revise(state: State, e: int, r: int) -> None:
         replica.due_sum += more
         state.episodes[e].arrived_rounds += more
         due = client.expected_end
-        state.keys[e, late] = (due - replica.rounds) * span + i
+        state.keys[e, late] = key_of(due - replica.rounds, i)
         late += 1
     if late == 1:
         insert(expected, replica.active - 1, due, i)
     elif late > 1:
-        merge(expected, replica.active - late, replica.rounds, state.keys[e, :late], span)
+        merge(expected, replica.active - late, replica.rounds, state.keys[e, :late])

@@ -9,7 +9,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel
 from servegym.envs.simulator.beliefs import expect_admitted, reveal, revise
-from servegym.envs.simulator.finishes import merge
+from servegym.envs.simulator.finishes import key_of, merge
 from servegym.envs.simulator.gaps import begin_decoding, end_decoding
 from servegym.envs.simulator.memory import blocks_of_rounds, count_held
 from servegym.envs.simulator.queues import (
@@ -103,13 +103,12 @@ def _book_prefills(state: State, e: int, r: int) -> None:
 def _schedule_finishes(state: State, e: int, r: int, emitting: int) -> None:
     """Merge the requests that begin to decode into the replica's finishes."""
     replica = state.replicas[e, r]
-    span = state.requests.shape[1]
     keys = state.keys[e, :emitting]
     for k in range(emitting):
         i = np.int64(state.picked[e, r, k])
         rounds = np.int64(state.requests[e, i].decode_rounds) - state.requests[e, i].emitted
-        keys[k] = rounds * span + i
-    merge(state.finishes[e, r], replica.active, replica.rounds, keys, span)
+        keys[k] = key_of(rounds, i)
+    merge(state.finishes[e, r], replica.active, replica.rounds, keys)
     replica.active += emitting
 
 

@@ -17,23 +17,32 @@ Finishes = Any
 
 _FEW: Final = 128
 
+_ID_BITS: Final = 24  # an id is less than ``MAX_REQUESTS``, 10⁷
+_IDS: Final = (1 << _ID_BITS) - 1
+
 _NEAR: Final = 4
 """So many places from the end are looked at in a row, before half of the rest is looked at each time."""
 
 
 @kernel
-def merge(finishes: Finishes, running: int, now: int, keys: NDArray[np.int64], span: int) -> None:
+def key_of(rounds: int, i: int) -> int:
+    """Return a number that sorts request ``i`` by rounds, then by id."""
+    return (rounds << _ID_BITS) + i
+
+
+@kernel
+def merge(finishes: Finishes, running: int, now: int, keys: NDArray[np.int64]) -> None:
     """Insert requests into the first ``running`` finishes, which are sorted.
 
-    ``keys`` holds (due − ``now``) · ``span`` + id of each request and is sorted in place. The array must
+    ``keys`` holds ``key_of`` (due − ``now``) and id of each request and is sorted in place. The array must
     have room.
     """
     sort_keys(keys)
     # From the back, soonest first: finishes after all the new ones stay in place.
     old = running
     for k in range(keys.size):
-        i = keys[k] % span
-        due = now + keys[k] // span
+        i = keys[k] & _IDS
+        due = now + (keys[k] >> _ID_BITS)
         after = _count_later(finishes, old, due, i)
         move_records(finishes, after + keys.size - k, after, old - after)
         old = after

@@ -6,7 +6,7 @@ all have now is the worst of the newest groups, which become one. A group is *fr
 together: what it waits for counts from its own beginning, not from the replica's last token.
 
 A request finds its group by the stamp with which it began to decode: it is the last whose stamp is not
-higher. Elsewhere a request carries what it has had so far, and the time of its last token, in TIMES.
+higher. Elsewhere a request carries what it has had so far, and the time of its last token, in CARRIED.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _end_wait(state: State, e: int, r: int, now_s: float) -> None:
         stamp, members, joined = gaps[k].stamp, gaps[k].members, gaps[k].joined
         wait_s = now_s - gaps[k].since_s
         if joined != NOBODY:
-            times = state.times[e, joined]
-            times.worst_gap_s = max(times.worst_gap_s, now_s - times.last_token_s)
+            own = state.carried[e, joined]
+            own.worst_gap_s = max(own.worst_gap_s, now_s - own.last_token_s)
         if top > 0 and gaps[top - 1].worst_s <= wait_s:
             gaps[top - 1].members += members
         else:
@@ -92,39 +92,39 @@ def begin_decoding(state: State, e: int, r: int, emitting: int) -> None:
     stamp = _push(state, e, r, clock_s, NOBODY, emitting)
     for k in range(emitting):
         i = state.picked[e, r, k]
-        times = state.times[e, i]
-        times.gap_stamp = stamp
+        own = state.carried[e, i]
+        own.gap_stamp = stamp
         if state.requests[e, i].emitted == 0:
-            times.worst_gap_s = 0.0
+            own.worst_gap_s = 0.0
         else:
-            times.worst_gap_s = max(times.worst_gap_s, clock_s - times.last_token_s)
+            own.worst_gap_s = max(own.worst_gap_s, clock_s - own.last_token_s)
 
 
 @shared_kernel
 def join_decoding(state: State, e: int, r: int, i: int) -> None:
     """Let a request that has landed decode at ``r`` from now on; its next token ends the wait."""
-    state.times[e, i].gap_stamp = _push(state, e, r, state.episodes[e].now_s, i, 1)
+    state.carried[e, i].gap_stamp = _push(state, e, r, state.episodes[e].now_s, i, 1)
 
 
 @shared_kernel
 def end_decoding(state: State, e: int, r: int, i: int) -> None:
     """Let a request carry what it has had at ``r``: it finishes, is preempted or leaves."""
-    replica, times = state.replicas[e, r], state.times[e, i]
+    replica, own = state.replicas[e, r], state.carried[e, i]
     low, high = 0, replica.gap_groups - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if state.gaps[e, r, middle].stamp <= times.gap_stamp:
+        if state.gaps[e, r, middle].stamp <= own.gap_stamp:
             low = middle
         else:
             high = middle - 1
     group = state.gaps[e, r, low]
     group.members -= 1
-    times.gap_stamp = NOBODY
+    own.gap_stamp = NOBODY
     if low < replica.gap_groups - replica.fresh_groups:
-        times.worst_gap_s = max(times.worst_gap_s, group.worst_s)
-        times.last_token_s = replica.emitted_s
+        own.worst_gap_s = max(own.worst_gap_s, group.worst_s)
+        own.last_token_s = replica.emitted_s
     elif group.joined == NOBODY:
-        times.last_token_s = group.since_s
+        own.last_token_s = group.since_s
     else:
         group.joined = NOBODY  # it leaves before it has emitted anything here
 

@@ -26,21 +26,40 @@ def deal(rounds: Whole, clients: int) -> Whole:
     rounds add no load: all would go to one client and take a stage each. So they are dealt last, each to
     the client with the fewest requests, ties to the least loaded.
     """
-    heap = np.arange(clients)
-    load = np.zeros_like(heap)
-    held = np.zeros_like(heap)
+    bits = 1
+    while 1 << bits < clients:
+        bits += 1
+    leaves = 1 << bits
+    # A tree of minima; a client's leaf is its load, shifted, and its number. No load is far above the mean,
+    # so 64 bits suffice.
+    least = np.full(2 * leaves, np.iinfo(np.int64).max)
+    for client in range(clients):
+        least[leaves + client] = client
+    for node in range(leaves - 1, 0, -1):
+        least[node] = min(least[2 * node], least[2 * node + 1])
     client_of = np.empty(rounds.size, np.int64)
     without_rounds = 0
     for place in range(rounds.size):
         if rounds[place] == 0:
             without_rounds += 1
             continue
-        client = heap[0]
+        key = least[1]
+        client = key & (leaves - 1)
         client_of[place] = client
-        load[client] += rounds[place]
-        held[client] += 1
-        sift_down(heap, load)
+        key += rounds[place] << bits
+        node = leaves + client
+        least[node] = key
+        while node > 1:
+            key = min(key, least[node ^ 1])
+            node >>= 1
+            least[node] = key
     if without_rounds > 0:
+        load, held = np.empty(clients, np.int64), np.zeros(clients, np.int64)
+        for client in range(clients):
+            load[client] = least[leaves + client] >> bits
+        for place in range(rounds.size):
+            if rounds[place] > 0:
+                held[client_of[place]] += 1
         _deal_evenly(rounds, load, held, client_of)
     return client_of
 

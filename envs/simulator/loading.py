@@ -11,14 +11,11 @@ from numpy.typing import NDArray
 from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.simulator.heap import deal, deal_by_time
 from servegym.envs.simulator.queues import enqueue
+from servegym.envs.simulator.record_types import EPISODE, FIT, QUEUE, REPLICA
 from servegym.envs.simulator.state import (
-    EPISODE,
-    FIT,
     FUTURE,
     LENGTH_BUCKETS,
     NOBODY,
-    QUEUE,
-    REPLICA,
     UNLIMITED_BLOCKS,
     State,
 )
@@ -160,6 +157,9 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
             own.queue_requests = 0
             own.expected_end = 0
             state.idle[e, r, client] = client
+        for client in range(state.admitted.shape[2]):
+            state.admitted[e, r, client].older = client
+            state.admitted[e, r, client].newer = client
 
 
 @kernel

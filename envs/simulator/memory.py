@@ -28,7 +28,7 @@ from servegym.envs.simulator.queues import (
 )
 from servegym.envs.simulator.ranking import level_of
 from servegym.envs.simulator.reserve import output_left, reserved_tokens, set_ratio_anew
-from servegym.envs.simulator.state import HOST, NOBODY, REQUESTS, UNLIMITED_BLOCKS, State
+from servegym.envs.simulator.state import HOST, NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.transfers import end_move_of
 from servegym.envs.vocabulary import (
     FEWEST_EXPECTED,
@@ -272,11 +272,10 @@ def find_victim(state: State, e: int, r: int) -> int:
     Under the guard ``sglang`` it is a decoding one, unless it were the last: then the half-computed one, if
     there is one. In a pool a replica may be too small for the last, too.
     """
-    if state.admitted.shape[2] > 0:
-        newest = np.int64(0)
-        for admission in state.admitted[e, r]:
-            newest = max(newest, admission)
-        return newest % REQUESTS
+    ends = state.admitted.shape[2] - 1
+    if ends > 0:
+        ring = state.admitted[e, r]
+        return np.int64(ring[ring[ends].older].request)
     replica = state.replicas[e, r]
     best = replica.partial
     if state.cluster.guard == GUARD_SGLANG:

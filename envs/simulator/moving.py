@@ -23,6 +23,7 @@ from servegym.envs.simulator.memory import (
 )
 from servegym.envs.simulator.queues import (
     blocks_of,
+    forget_admission,
     leave_lists,
     note_admission,
     push_routed,
@@ -257,8 +258,7 @@ def fetch(state: State, e: int, r: int, client: int, i: int) -> None:
     tokens = tokens_to_prefill(state, e, i)
     source = np.int64(request.stored)
     pick(state, e, r, client, i)
-    if state.admitted.shape[2] > 0:
-        state.admitted[e, r, client] = 0  # it decodes when it has landed
+    forget_admission(state, e, r, client)  # it decodes when it has landed
     request.phase = MOVING
     request.stored = NOBODY
     seconds = copy_seconds(state, tokens)

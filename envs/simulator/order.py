@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.jit import count_bits, kernel
+from servegym.envs.jit import count_bits, highest_bit, kernel, lowest_bit
 
 Tree = NDArray[np.int64]
 
@@ -59,6 +59,36 @@ def count_below(tree: Tree, rank: int) -> int:
         for k in range(level + place // 8 * 8, level + place):
             total += tree[k]
     return total
+
+
+@kernel
+def lowest(tree: Tree) -> int:
+    """Return the lowest counted rank; one must be counted."""
+    words = _words(tree)
+    level, place = 0, 0
+    while level < words:
+        while tree[level + place] == 0:
+            place += 1
+        level = level * 8 + 8
+        place *= 8
+    while tree[words + place] == 0:
+        place += 1
+    return place * _BITS + lowest_bit(tree[words + place])
+
+
+@kernel
+def highest(tree: Tree) -> int:
+    """Return the highest counted rank; one must be counted."""
+    words = _words(tree)
+    level, place = 0, 7
+    while level < words:
+        while tree[level + place] == 0:
+            place -= 1
+        level = level * 8 + 8
+        place = place * 8 + 7
+    while tree[words + place] == 0:
+        place -= 1
+    return place * _BITS + highest_bit(tree[words + place])
 
 
 @kernel

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.envs.jit import kernel, shared_kernel
-from servegym.envs.simulator.order import add, select
-from servegym.envs.simulator.state import NOBODY, REQUESTS, WAITING, State
+from servegym.envs.simulator.order import add, highest, lowest, select
+from servegym.envs.simulator.state import NOBODY, WAITING, State
 
 
 @kernel
@@ -128,8 +128,27 @@ def note_admission(state: State, e: int, r: int, i: int) -> None:
     request, episode = state.requests[e, i], state.episodes[e]
     request.admission = episode.admissions
     episode.admissions += 1
+    ends = state.admitted.shape[2] - 1
+    if ends > 0:
+        ring, client = state.admitted[e, r], np.int64(request.client)
+        newest = np.int64(ring[ends].older)
+        ring[client].request = i
+        ring[client].older = newest
+        ring[client].newer = ends
+        ring[newest].newer = client
+        ring[ends].older = client
+
+
+@kernel
+def forget_admission(state: State, e: int, r: int, client: int) -> None:
+    """Take a client out of the ring of those that have requests, if it is in it."""
     if state.admitted.shape[2] > 0:
-        state.admitted[e, r, request.client] = episode.admissions * REQUESTS + i
+        ring = state.admitted[e, r]
+        older, newer = np.int64(ring[client].older), np.int64(ring[client].newer)
+        ring[older].newer = newer
+        ring[newer].older = older
+        ring[client].older = client
+        ring[client].newer = client
 
 
 @kernel
@@ -137,8 +156,7 @@ def release_client(state: State, e: int, r: int, client: int) -> None:
     """Append a client that has lost its request to the idle ones."""
     replica = state.replicas[e, r]
     state.clients[e, r, client].expected_end = 0
-    if state.admitted.shape[2] > 0:
-        state.admitted[e, r, client] = 0
+    forget_admission(state, e, r, client)
     state.idle[e, r, replica.idle] = client
     replica.sorted = min(replica.sorted, replica.idle)
     replica.idle += 1
@@ -195,9 +213,63 @@ def count_waiting(state: State, e: int, q: int, i: int, sign: int) -> None:
 
 
 @kernel
+def count_all_waiting(state: State, e: int, q: int, first: int) -> int:
+    """Count request ``first`` and all behind it, who have just been seen; return how many have no plan.
+
+    Among those who wait, as ``count_waiting`` does one by one, and among those who have arrived. Sums of
+    local numbers take half the time.
+    """
+    counts_memory = state.cluster.counts_memory
+    count, rounds, all_tokens, blocks, high, low = 0, 0, 0, 0, 0, 0
+    arrived, arrived_rounds, unplanned = 0, 0, 0
+    i = first
+    while i != NOBODY:
+        request, tokens = state.requests[e, i], tokens_to_prefill(state, e, i)
+        if request.moves == 0:  # else it has been seen elsewhere
+            arrived += 1
+            arrived_rounds += request.expected_rounds
+        unplanned += request.plan_client == NOBODY
+        count += 1
+        rounds += rounds_ahead(state, e, i)
+        if counts_memory:
+            blocks += blocks_of(state, tokens)
+            if request.stored != NOBODY:
+                tokens = 0
+        all_tokens += tokens
+        high += tokens * tokens >> 32
+        low += tokens * tokens & 0xFFFFFFFF
+        state.waiting_lengths[e, q, request.bucket] += 1
+        add(state.waiting_tree[e, q], request.rank, 1)
+        i = request.next
+    queue, episode = state.queues[e, q], state.episodes[e]
+    queue.waiting += count
+    queue.rounds += rounds
+    queue.blocks += blocks
+    queue.tokens += all_tokens
+    queue.squares_high += high
+    queue.squares_low += low
+    queue.unordered = 1
+    episode.arrived += arrived
+    episode.arrived_rounds += arrived_rounds
+    return unplanned
+
+
+@kernel
 def waiting_at(state: State, e: int, q: int, place: int) -> int:
     """Return the waiting request at a place in the order of length, 0 the shortest."""
     return state.by_length[e, select(state.waiting_tree[e, q], place)]
+
+
+@kernel
+def shortest_waiting(state: State, e: int, q: int) -> int:
+    """Return the first in the order of length; somebody must be waiting."""
+    return state.by_length[e, lowest(state.waiting_tree[e, q])]
+
+
+@kernel
+def longest_waiting(state: State, e: int, q: int) -> int:
+    """Return the last in the order of length; somebody must be waiting."""
+    return state.by_length[e, highest(state.waiting_tree[e, q])]
 
 
 # ---- the clients' planned queues ------------------------------------------------------------

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.simulator.order import Tree, count_below, is_counted, next_counted
-from servegym.envs.simulator.queues import queue_of, waiting_at
+from servegym.envs.simulator.queues import longest_waiting, queue_of
 from servegym.envs.simulator.state import NOBODY, State
 
 # Places of the weights, in the order of ScoreWeights.
@@ -212,7 +212,7 @@ def best_scored(state: State, e: int, r: int) -> int:
                     continue
             if first == 0 or count_below(tree, rank) >= first:
                 return state.by_length[e, rank]
-    return waiting_at(state, e, q, waiting - 1)
+    return longest_waiting(state, e, q)
 
 
 @kernel

@@ -30,6 +30,7 @@ from servegym.envs.simulator.memory import (
 )
 from servegym.envs.simulator.queues import (
     blocks_of,
+    count_all_waiting,
     count_waiting,
     enqueue,
     leave_plan,
@@ -77,20 +78,11 @@ def see_arrivals(state: State, e: int, r: int) -> None:
     pool.
     """
     q = queue_of(state, r)
-    queue, episode = state.queues[e, q], state.episodes[e]
+    queue = state.queues[e, q]
     if queue.unseen == 0:
         return
     first = queue.first_unseen
-    unplanned = 0
-    i = first
-    while i != NOBODY:
-        request = state.requests[e, i]
-        if request.moves == 0:  # else it has been seen elsewhere
-            episode.arrived += 1
-            episode.arrived_rounds += request.expected_rounds
-        count_waiting(state, e, q, i, 1)
-        unplanned += request.plan_client == NOBODY
-        i = request.next
+    unplanned = count_all_waiting(state, e, q, first)
     queue.unseen = 0
     queue.unseen_work = 0
     queue.unseen_blocks = 0

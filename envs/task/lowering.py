@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from servegym.envs.bounds.cluster import cluster_bound
 from servegym.envs.machine.costs import (
@@ -90,16 +91,14 @@ def lower(task: TaskConfig) -> Machine:
         [ADMISSION_RULES.index(action.rule) for action in admissions if action.mixed == mixed]
         for mixed in (False, True)
     )
-    caps = np.array([action.cap for action in admissions])
-    reserves = np.array([action.reserve for action in admissions])
-    pads = np.array([np.nan if action.pad is None else action.pad for action in admissions])
+    most_running, reserve_blocks = _limits(task, layout)
     settings = Settings(
         rules=np.array(rules, np.int64),
         mixed_rules=np.array(mixed_rules, np.int64),
-        caps=caps,
-        reserves=reserves,
-        pads=pads,
-        limits=bool((caps < 1).any() or (reserves > 0).any()),
+        most_running=most_running,
+        reserve_blocks=reserve_blocks,
+        pads=np.array([np.nan if action.pad is None else action.pad for action in admissions]),
+        limits=any(action.cap < 1 or action.reserve > 0 for action in admissions),
         steals=np.array([STEALS.index(kind) for kind in process.steals], np.int64),
         every_round=process.decisions == "rounds",
         observes=sum(1 << OBSERVATION_BLOCKS.index(block) for block in process.observe),
@@ -110,6 +109,20 @@ def lower(task: TaskConfig) -> Machine:
     )
     features = features_of(process.observe)
     return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout, features)
+
+
+def _limits(task: TaskConfig, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return how many clients and free blocks each admission lets run and leaves, at each replica."""
+    caps = np.array([action.cap for action in task.admissions])
+    shares = np.array([action.reserve for action in task.admissions])
+    most_running = np.ceil(caps * np.array(layout.clients)[:, None]).astype(np.int64)
+    reserve_blocks = np.zeros(most_running.shape, np.int64)
+    for replica in range(len(layout.clients)):
+        memory = layout.memory_blocks(replica)
+        if memory is not None:
+            blocks, watermark = memory
+            reserve_blocks[replica] = np.maximum((shares * blocks).astype(np.int64), watermark)
+    return most_running, reserve_blocks
 
 
 def lay_out(task: TaskConfig) -> Layout:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ def predict(requests: Requests, kendall_tau: float, lengths: Tokens, rng: Genera
     ``lengths`` sample the workload's output tokens, shape (any,). At τ = 1 the predictions are the true
     lengths, at τ = 0 all are equal.
     """
-    center, deviation = _log_moments(lengths)
+    _, center, deviation, _ = _figures_of(lengths)
     r = np.sin(np.pi * kendall_tau / 2.0)
     spread = deviation * np.sqrt(1.0 - r**2)
     noise = rng.standard_normal(len(requests))
@@ -65,19 +65,37 @@ def predict(requests: Requests, kendall_tau: float, lengths: Tokens, rng: Genera
 def expect_alike(requests: Requests, lengths: Tokens) -> Requests:
     """Return the requests, each predicted with the workload's mean length and spread."""
     n = len(requests)
-    _, deviation = _log_moments(lengths)
+    deviation = _figures_of(lengths).log_deviation
     return _with_predictions(requests, np.full(n, lengths.mean()), np.full(n, deviation), lengths)
 
 
-def _log_moments(lengths: Tokens) -> tuple[float, float]:
-    logs = np.log(lengths)
-    return float(logs.mean()), float(logs.std())
+class _Figures(NamedTuple):
+    """What predictions take of a workload's lengths; with these, so that no other array has their id."""
+
+    lengths: Tokens
+    log_mean: float
+    log_deviation: float
+    longest: int
+
+
+_FIGURES: Final[dict[int, _Figures]] = {}
+"""By id, of arrays that nobody can write to: a preset's sample has 100,000 lengths, and each reset asks."""
+
+
+def _figures_of(lengths: Tokens) -> _Figures:
+    known = _FIGURES.get(id(lengths))
+    if known is None:
+        logs = np.log(lengths)
+        known = _Figures(lengths, float(logs.mean()), float(logs.std()), int(lengths.max()))
+        if not lengths.flags.writeable:
+            _FIGURES[id(lengths)] = known
+    return known
 
 
 def _with_predictions(
     requests: Requests, means: NDArray[np.float64], spread: NDArray[np.float64], lengths: Tokens
 ) -> Requests:
-    predicted = np.clip(np.rint(means), 1, lengths.max()).astype(np.int64)
+    predicted = np.clip(np.rint(means), 1, _figures_of(lengths).longest).astype(np.int64)
     return replace(requests, predicted_output_tokens=predicted, predicted_spread=spread)
 
 

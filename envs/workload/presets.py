@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Final, NamedTuple
 
@@ -77,14 +77,19 @@ def sample_gsm8k_prompts(requests: int, rng: Generator) -> Tokens:
 def _correlated_normals(prompts: Tokens, rng: Generator) -> NDArray[np.float64]:
     """Return standard normals whose rank correlation with ``prompts`` is the measured one."""
     rho = 2.0 * np.sin(np.pi * PROMPT_OUTPUT_RANK_CORRELATION / 6.0)  # Spearman → normal copula
-    counts = np.bincount(prompts)
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # of each length, the mean over its ties
-    with np.errstate(divide="ignore", invalid="ignore"):
-        score_of_length = ndtri((ranks - 0.5) / len(prompts))
-    scores = score_of_length[prompts]
+    scores = _scores_of_lengths(np.bincount(prompts).tobytes())[prompts]
     noise = rng.standard_normal(len(prompts))
     normals: NDArray[np.float64] = rho * scores + np.sqrt(1.0 - rho**2) * noise
     return normals
+
+
+@lru_cache(maxsize=16)
+def _scores_of_lengths(counts_bytes: bytes) -> NDArray[np.float64]:
+    """Return the normal score of each length, of which there are so many; whole copies have the same."""
+    counts = np.frombuffer(counts_bytes, np.int64)
+    ranks = np.cumsum(counts) - (counts - 1) / 2  # of each length, the mean over its ties
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return ndtri((ranks - 0.5) / counts.sum())
 
 
 def _lognormal(

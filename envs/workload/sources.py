@@ -83,7 +83,9 @@ def output_lengths(source: str, window: TraceWindow = WHOLE) -> Tokens:
 @cache
 def _sampled_lengths(preset: str) -> Tokens:
     rng = np.random.default_rng(0)
-    return WORKLOAD_PRESETS[preset].sample(_LENGTHS_SAMPLED, rng).output_tokens
+    lengths = WORKLOAD_PRESETS[preset].sample(_LENGTHS_SAMPLED, rng).output_tokens
+    lengths.setflags(write=False)
+    return lengths
 
 
 def workload_sha256(source: str) -> str | None:
