@@ -17,7 +17,7 @@ from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.compilation import NOTICE
 from servegym.envs.playing.evaluation import brief, make_case, play
 from servegym.envs.playing.parallel import run_parallel
-from servegym.envs.playing.policy import Policy, Situation
+from servegym.envs.playing.policy import Policy, Situation, asked_task
 from servegym.envs.process.network import (
     CompiledAgent,
     choose,
@@ -57,7 +57,8 @@ def plan_and_solve() -> None:
     """Plan a tiny case as each policy does, and solve it."""
     case, machine = make_case(TASK, seed=0), lower(TASK)
     for family in REGISTRY.keys() - set(MIXED):
-        make_policy(_full_name(family)).prepare(brief(TASK, case, seed=0))
+        policy = make_policy(_full_name(family))
+        policy.prepare(brief(asked_task(TASK, policy), case, seed=0))
     exact_optimum(case.requests, machine.clients, machine.costs)
     plan_jointly(case.requests, machine.clients, machine.costs, moves=1000)
 
