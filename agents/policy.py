@@ -25,6 +25,7 @@ from servegym.envs.files import WRONG_VALUES, make_folder, read_bytes, read_json
 from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.process.blocks import block_of, features_of
 from servegym.envs.process.observation import FEATURES, OBSERVATION_VERSION
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.vocabulary import OBSERVATION_BLOCKS
 from servegym.envs.workload.plan import Plan
 
@@ -165,20 +166,20 @@ class LearnedPolicy(Policy):
         """``rounds`` if the agent was trained on these; else the task's."""
         return "rounds" if self.card.decisions == "rounds" else None
 
-    def prepare(self, briefing: Briefing) -> Plan | None:
-        """Find the agent's actions and features in this task.
-
-        Raises
-        ------
-        ServegymError
-            If the task lacks one of the actions, or does not observe a block that the agent reads.
-        """
-        observed = briefing.task.process.observe
+    def check_task(self, task: TaskConfig) -> None:
+        """Refuse a task that lacks one of the actions, or does not observe a block that the agent reads."""
+        observed = task.process.observe
         if lacking := [block for block in self.blocks if block not in observed]:
             raise ServegymError(
                 f"this agent observes {_listed(lacking)}, which process.observe of "
-                f"{briefing.task.name} leaves out; add {'it' if len(lacking) == 1 else 'them'} there"
+                f"{task.name} leaves out; add {'it' if len(lacking) == 1 else 'them'} there"
             )
+        places_of(self.card.actions, task)
+
+    def prepare(self, briefing: Briefing) -> Plan | None:
+        """Find the agent's actions and features in this task."""
+        self.check_task(briefing.task)
+        observed = briefing.task.process.observe
         self._columns = _columns_of(self.card.features, features_of(observed))
         self._actions = places_of(self.card.actions, briefing.task)
         return None

@@ -101,6 +101,12 @@ class Policy(Protocol):
         """
         return {}
 
+    def check_task(self, task: TaskConfig) -> None:
+        """Raise a ServegymError of one line if the policy cannot play the task, before anything is written.
+
+        The task is asked as the policy declares.
+        """
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Get ready for an episode; return the offline plan that the rules follow, if any."""
         return None
