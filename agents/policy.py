@@ -171,13 +171,23 @@ class LearnedPolicy(Policy):
         """``rounds`` if the agent was trained on these; else the task's."""
         return "rounds" if self.card.decisions == "rounds" else None
 
+    def check_task(self, task: TaskConfig) -> None:
+        """Refuse a task that lacks one of the actions, or does not observe a block that the agent reads."""
+        observed = task.process.observe
+        if lacking := [block for block in self.blocks if block not in observed]:
+            raise ServegymError(
+                f"this agent observes {_listed(lacking)}, which process.observe of "
+                f"{task.name} leaves out; add {'it' if len(lacking) == 1 else 'them'} there"
+            )
+        places_of(self.card.actions, task)
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the agent's actions and features in this task.
 
         Raises
         ------
         ServegymError
-            As :meth:`compiled` does.
+            As :meth:`check_task` does.
         """
         self._choice = self._choice_in(briefing.task, self.network.lowered)
         return None
@@ -200,13 +210,8 @@ class LearnedPolicy(Policy):
         return make_agent(choice, machine.settings, len(machine.features), len(task.actions))
 
     def _choice_in(self, task: TaskConfig, layers: DenseLayers) -> NetworkChoice:
-        observed = task.process.observe
-        if lacking := [block for block in self.blocks if block not in observed]:
-            raise ServegymError(
-                f"this agent observes {_listed(lacking)}, which process.observe of "
-                f"{task.name} leaves out; add {'it' if len(lacking) == 1 else 'them'} there"
-            )
-        columns = _columns_of(self.card.features, features_of(observed))
+        self.check_task(task)
+        columns = _columns_of(self.card.features, features_of(task.process.observe))
         return make_choice(layers, columns, places_of(self.card.actions, task))
 
 

@@ -16,6 +16,8 @@ from tests.helpers import instance, make_env
 
 # Read when torch is imported. Tests run side by side, and its threads would wait for one another's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads of parallel kernels sleep while they wait: else they turn until the other worker leaves their core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The same examples in every run, and no deadline: the first example may load the kernels.
 settings.register_profile(

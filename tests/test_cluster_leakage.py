@@ -21,7 +21,7 @@ from servegym.envs.task.config import InformationConfig
 from servegym.envs.task.lowering import bound_case
 from servegym.envs.vocabulary import ADMISSION_GUARDS, ADMISSION_RULES, OBSERVATION_BLOCKS, STEALS
 from tests.cluster_helpers import informed, requests_of, shared_case, task_of
-from tests.test_leakage import other_truth, revealed
+from tests.test_leakage import field_bytes, other_truth, revealed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:decode table ends at batch"),
@@ -167,11 +167,7 @@ def imagined(env: ServingEnv) -> list[bytes]:
         parts += [state.finishes[0, r, : replica.active], state.idle[0, r, : replica.idle]]
         parts += [state.clients[0, r], state.queues[0], state.residues[0, r]]
         parts += [] if sleeps else [state.replicas[0, r : r + 1], state.event_s[0, r : r + 1]]
-    return [
-        np.ascontiguousarray(part[name]).tobytes()
-        for part in parts
-        for name in part.dtype.names or (...,)
-    ]
+    return field_bytes(parts)
 
 
 @pytest.mark.parametrize("moving", [False, True])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +34,19 @@ def other_truth(requests: Requests, rng: np.random.Generator, most: int = 1000) 
 
 def revealed(env: ServingEnv) -> list[tuple[int, float]]:
     """What finishes have revealed: which requests have finished, and when."""
-    log = env.records()
-    return [(int(i), float(log.finished_s[i])) for i in np.flatnonzero(np.isfinite(log.finished_s))]
+    assert env.state is not None
+    n = int(np.asarray(env.state.episodes)["requests"][0])
+    finished_s = np.asarray(env.state.times)["finished_s"][0, :n]
+    return [(int(i), float(finished_s[i])) for i in np.flatnonzero(np.isfinite(finished_s))]
+
+
+def field_bytes(parts: Sequence[NDArray[Any]]) -> list[bytes]:
+    """The bytes of every field, without what lies between fields."""
+    return [
+        np.ascontiguousarray(part[name]).tobytes()
+        for part in map(np.asarray, parts)  # a record array's fields take ten times as long
+        for name in part.dtype.names or (...,)
+    ]
 
 
 def imagined_bytes(env: ServingEnv) -> list[bytes]:
@@ -46,11 +57,7 @@ def imagined_bytes(env: ServingEnv) -> list[bytes]:
     parts: list[NDArray[Any]] = [state.finishes[0, 0, :n], state.idle[0, 0, :idle]]
     names = ("episodes", "requests", "by_length", "lengths", "waiting_lengths", "waiting_tree")
     parts += [getattr(state, name) for name in (*names, "replicas", "clients")]
-    return [
-        np.ascontiguousarray(part[name]).tobytes()
-        for part in parts
-        for name in part.dtype.names or (...,)
-    ]
+    return field_bytes(parts)
 
 
 def in_step(envs: list[ServingEnv]) -> Iterator[list[Situation]]:

@@ -122,6 +122,7 @@ def folder(tmp_path: Path) -> Path:
 
 def go_on(folder: Path, seeds: str) -> None:
     options = ["--task", "Tiny-v0", "--policies", "fcfs", "--seeds", seeds, "--jobs", "1"]
+    options += ["--optimum-limit", "0"]  # of optima, test_optima.py
     assert evaluate.main([*options, "--output", str(folder)]) == 0
 
 

@@ -16,7 +16,7 @@ from servegym.baselines.registry import MIXED, REGISTRY, make_policy
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import evaluate, make_case, play, read_best_known
 from servegym.envs.playing.summary import best_known_by_case, summarise
-from servegym.envs.task.config import with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import TASKS
 from servegym.studies.commands import evaluate as script
 from tests.test_summary import episodes
@@ -90,12 +90,23 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
 # ---- every policy ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", ["known", "unknown"])
+@pytest.fixture(scope="module", params=["known", "unknown"])
+def informed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TaskConfig, pd.DataFrame]:
+    """Tiny-v0 with known or unknown lengths, and the optima of four cases."""
+    task = with_overrides(TINY, {"information": {"output_lengths": request.param}})
+    folder = tmp_path_factory.mktemp(request.param)
+    return task, find_optima(task, range(4), folder, 10.0, progress=False)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_policy_is_below_the_optimum(tmp_path: Path, policy: str, lengths: str) -> None:
+def test_no_policy_is_below_the_optimum(
+    informed: tuple[TaskConfig, pd.DataFrame], policy: str
+) -> None:
     """Every registered policy, with known and with unknown lengths."""
-    task = with_overrides(TINY, {"information": {"output_lengths": lengths}})
-    optima = find_optima(task, range(4), tmp_path, 10.0, progress=False)
+    task, optima = informed
+    assert list(optima["seed"]) == list(range(4))
     for seed, optimum_s in zip(optima["seed"], optima["optimum_s"], strict=True):
         case = make_case(task, seed)
         makespan_s = play(task, policy, make_policy(policy), case, seed).row["makespan_s"]

@@ -39,6 +39,7 @@ from servegym.envs.process.actions import Settings, apply
 from servegym.envs.simulator.events import DECODE, advance
 from servegym.envs.simulator.imagination import copy_row, imagine_row
 from servegym.envs.simulator.state import NOBODY, State, make_alike
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
 from servegym.envs.vocabulary import ADMISSION_RULES, STEALS
 from servegym.envs.workload.plan import Plan
@@ -208,6 +209,10 @@ class RolloutPolicy:
     def needed_rules(self) -> tuple[str, ...]:
         """The base's rule, where few tasks offer it."""
         return self.base.needed_rules
+
+    def check_task(self, task: TaskConfig) -> None:
+        """Refuse what the base refuses."""
+        self.base.check_task(task)
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode's schedule; plan if the base does."""

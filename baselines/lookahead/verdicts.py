@@ -135,11 +135,16 @@ class VerdictPolicy:
         """The rule's own, where few tasks offer it."""
         return self.policy.needed_rules
 
+    def check_task(self, task: TaskConfig) -> None:
+        """Refuse unknown output lengths, and what the rule refuses."""
+        if task.information.output_lengths != "known":
+            raise ServegymError("verdicts need known output lengths: both ways are played out")
+        self.policy.check_task(task)
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode; plan if the rule does."""
         task = briefing.task
-        if task.information.output_lengths != "known":
-            raise ServegymError("verdicts need known output lengths: both ways are played out")
+        self.check_task(task)
         self.verdicts, self.played = [], 0
         self._rng = briefing.rng
         self._action = task.actions.index(f"prefill:{self.policy.rule}")

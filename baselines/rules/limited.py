@@ -95,9 +95,19 @@ class LimitedPolicy(Policy):
         root = (-z * deviation + np.sqrt((z * deviation) ** 2 + 4 * mean * memory)) / (2 * mean)
         return min(1.0, float(np.floor(root**2)) / replica.clients), 0.0
 
+    def check_task(self, task: TaskConfig) -> None:
+        """Refuse a task that lacks the rule ``fcfs``."""
+        mixed = task.cluster.chunk_tokens > 0
+        if "fcfs" not in (task.process.mixed_rules if mixed else task.process.rules):
+            key = "process.mixed_rules" if mixed else "process.rules"
+            raise ServegymError(
+                f"this policy admits by 'fcfs', which {key} of {task.name} leaves out; add it there"
+            )
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the action whose limits are nearest to what is meant."""
         task = briefing.task
+        self.check_task(task)
         cap, reserve = self.limits(task, briefing.requests)
         caps = [share for share in task.process.caps if share <= cap]
         reserves = [share for share in task.process.reserves if share >= reserve]
@@ -108,11 +118,6 @@ class LimitedPolicy(Policy):
             max(caps, default=min(task.process.caps)),
             min(reserves, default=max(task.process.reserves)),
         )
-        if wanted not in task.admissions:
-            key = "process.mixed_rules" if mixed else "process.rules"
-            raise ServegymError(
-                f"this policy admits by 'fcfs', which {key} of {task.name} leaves out; add it there"
-            )
         self._action = 1 + task.admissions.index(wanted)
         self._steals = tuple(
             task.actions.index(f"steal:{kind}") for kind in STEALS if kind in task.process.steals

@@ -13,6 +13,7 @@ from servegym.baselines.rules.plans import Planner
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.playing.policy import Briefing, Policy, Situation
 from servegym.envs.simulator.events import DECODE
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.vocabulary import STEALS
 from servegym.envs.workload.plan import Plan
 
@@ -98,18 +99,24 @@ class TriggerPolicy:
         """Return whether it steals this kind where it may."""
         return self.steals is None or kind in self.steals
 
-    def prepare(self, briefing: Briefing) -> Plan | None:
-        """Find the rule's action in this task; plan if the policy does."""
-        task = briefing.task
-        action, key = f"prefill:{self.rule}", "process.rules"
-        if self.mixed:
-            action, key = f"mixed:{self.rule}", "process.mixed_rules"
-        if action not in task.actions:
+    def check_task(self, task: TaskConfig) -> None:
+        """Refuse a task that lacks the rule."""
+        if self._rule_action not in task.actions:
+            key = "process.mixed_rules" if self.mixed else "process.rules"
             raise ServegymError(
                 f"this policy admits by {self.rule!r}, which {key} of {task.name} leaves out; "
                 "add it there"
             )
-        self._action = task.actions.index(action)
+
+    @property
+    def _rule_action(self) -> str:
+        return f"{'mixed' if self.mixed else 'prefill'}:{self.rule}"
+
+    def prepare(self, briefing: Briefing) -> Plan | None:
+        """Find the rule's action in this task; plan if the policy does."""
+        task = briefing.task
+        self.check_task(task)
+        self._action = task.actions.index(self._rule_action)
         self._steals = tuple(
             task.actions.index(f"steal:{kind}")
             for kind in STEALS

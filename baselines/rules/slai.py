@@ -15,6 +15,7 @@ from servegym.envs.process.actions import Settings, apply
 from servegym.envs.simulator.events import DECODE
 from servegym.envs.simulator.seconds import decode_seconds
 from servegym.envs.simulator.state import NOBODY, PREFILL
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
 from servegym.envs.vocabulary import STEALS
 from servegym.envs.workload.plan import Plan
@@ -76,19 +77,23 @@ class SlaiPolicy(Policy):
         """The shortest prompt goes first."""
         return {"shortest_by": "prompt"}
 
+    def check_task(self, task: TaskConfig) -> None:
+        """Refuse a task that lacks the rule ``shortest``."""
+        if "shortest" not in task.process.rules:
+            raise ServegymError(
+                f"this policy admits by 'shortest', which process.rules of {task.name} leaves "
+                "out; add it there"
+            )
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Find the actions and the limit in this task."""
         task = briefing.task
+        self.check_task(task)
         machine = lower(task)
         self._machine, self._tokens = (machine.costs, machine.settings), {}
         own = [each.tpot_s for each in task.slo.classes if each.tpot_s is not None]
         self._limit_s = min([task.slo.limits[1], *own]) if self.gap_s is None else self.gap_s
         actions = task.actions
-        if "prefill:shortest" not in actions:
-            raise ServegymError(
-                f"this policy admits by 'shortest', which process.rules of {task.name} leaves "
-                "out; add it there"
-            )
         self._prefill = actions.index("prefill:shortest")
         mixed = [name for name in ("mixed:shortest", "mixed:fcfs") if name in actions]
         self._mixed = actions.index(mixed[0]) if mixed else NOBODY

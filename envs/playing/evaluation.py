@@ -183,7 +183,7 @@ def _naming(policy: str) -> Iterator[None]:
 def check_policies(
     task: TaskConfig, make_policy: Callable[[str], Policy], names: Iterable[str]
 ) -> None:
-    """Refuse policies that are unknown or declare what the task cannot have.
+    """Refuse policies that are unknown, declare what the task cannot have or cannot play it.
 
     Raises
     ------
@@ -193,7 +193,9 @@ def check_policies(
     for name in names:
         policy = make_policy(name)
         with _naming(name):
-            asked_task(task, policy)
+            asked = asked_task(task, policy)
+            if check := getattr(policy, "check_task", None):  # of what derives from Policy
+                check(asked)
 
 
 def brief(task: TaskConfig, case: Case, seed: int) -> Briefing:

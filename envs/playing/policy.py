@@ -106,6 +106,13 @@ class Policy(Protocol):
         """Admission rules that the policy needs beside those that the task offers."""
         return ()
 
+    def check_task(self, task: TaskConfig) -> None:
+        """Raise a ServegymError of one line if the policy cannot play the task, before anything is written.
+
+        The task is asked as the policy declares.
+        """
+        return
+
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Get ready for an episode; return the offline plan that the rules follow, if any."""
         return None

@@ -148,7 +148,8 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     ``gap_between_tokens`` is each finished request's worst gap between two tokens; NaN where the task does
     not note it. ``jain_fairness`` is Jain's index of output tokens a second from arrival on, 0 for a request
     that has not finished. ``peak_queue``: the most requests that waited for their first admission at once.
-    Rejected ones and those that were shed are left out of both.
+    Rejected ones and those that were shed are left out of both. ``moves`` counts each move between replicas
+    that began, also of a request that is shed later: its time on the link is spent all the same.
 
     Four tell of failures. ``idle_wait_share``: ∫ min(idle clients, waiting requests) dt over all client-time,
     in all replicas together. ``preempted_slowdown``: mean seconds per output token from arrival on of the

@@ -17,6 +17,7 @@ from servegym.envs.playing.evaluation import HELD_OUT_SEED, check_policies, make
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import USUAL_JOBS
 from servegym.envs.playing.policy import asked_task
+from servegym.envs.playing.remarks import remarks
 from servegym.envs.playing.service import Window, check_window
 from servegym.envs.playing.summary import to_markdown
 from servegym.envs.task.config import SloConfig
@@ -109,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = load_task(args.task)
     check_task(task)
     names, reference = parse_policies(args.policies, task.name), args.reference
-    check_policies(task, partial(make_policy, task_name=task.name), names)
+    policy_of = partial(make_policy, task_name=task.name)
+    check_policies(task, policy_of, names)
+    for line in remarks(task, policy_of, names):
+        print(line)
     try:
         asked_task(task, make_trigger_policy(reference))
     except ServegymError as error:

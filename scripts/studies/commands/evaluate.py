@@ -25,6 +25,7 @@ from servegym.envs.playing.evaluation import (
 from servegym.envs.playing.identity import claim_task
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import USUAL_JOBS, Workers
+from servegym.envs.playing.remarks import remarks
 from servegym.envs.playing.service import Window, chosen_rows, service_table
 from servegym.envs.playing.signatures import warnings
 from servegym.envs.playing.summary import summarise, to_markdown
@@ -211,8 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference not in names:
         args = replace(args, reference=names[0])
     # Refuse policies and a workload file before anything is written.
-    check_policies(task, partial(make_policy, task_name=task.name), names)
+    policy_of = partial(make_policy, task_name=task.name)
+    check_policies(task, policy_of, names)
     make_case(task, seeds[0])
+    for line in remarks(task, policy_of, names):
+        print(line)
     if note := describe_file(task.workload.source, task.workload.trace):
         print(note)
     with open_workers(args.jobs, args.cluster) as crew, locked(args.output):
@@ -246,14 +250,17 @@ def play_and_tabulate(
     best_known = read_best_known(args.output / "best_known.csv", task.name, episodes)
     table = to_markdown(summarise(episodes, args.reference, optima, best_known))
     served = chosen_rows(read_service(args.output).rows, names, seeds, window)
-    note += service_text(served, window)
+    note += service_text(served, window, bool((episodes["shed"] > 0).any()))
     note += "".join(f"\n{line}\n" for line in warnings(episodes))
     write_file(args.output / "summary.md", summary_text(task.name, args, table + note))
     return table + note
 
 
-def service_text(served: pd.DataFrame, window: Window) -> str:
-    """Return the table of service with a line that says what it counts; nothing without rows."""
+def service_text(served: pd.DataFrame, window: Window, sheds: bool) -> str:
+    """Return the table of service with a line that says what it counts; nothing without rows.
+
+    ``sheds`` says whether requests were shed in an episode of the table.
+    """
     if len(served) == 0:
         return ""
     counted = "All requests"
@@ -262,8 +269,9 @@ def service_text(served: pd.DataFrame, window: Window) -> str:
             f"Requests that arrive after {window.warmup_s:g} s, and {window.cooldown_s:g} s before the "
             "last at the latest"
         )
+    lost = "rejected, shed" if sheds else "rejected"
     return (
-        f"\n{counted}; a request that is rejected or left unfinished has not met its limits. Intervals "
+        f"\n{counted}; a request that is {lost} or left unfinished has not met its limits. Intervals "
         "are over seeds,\nof a single seed by the means of 20 batches of successive requests.\n\n"
         f"{to_markdown(service_table(served))}"
     )
