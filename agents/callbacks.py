@@ -28,6 +28,7 @@ from servegym.agents.validation import Validation
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.files import make_folder
 from servegym.envs.process.metrics import METRICS
+from servegym.envs.task.cases import PlanCase
 from servegym.envs.task.config import TaskConfig
 
 
@@ -91,6 +92,8 @@ class ServingCallback(BaseCallback):
         validation seed, by policy name.
     on_evaluation
         See above.
+    plan_case
+        Plans the validation cases as ``hyperparameters["plan"]`` does; None: they have greedy plans.
 
     Examples
     --------
@@ -112,6 +115,7 @@ class ServingCallback(BaseCallback):
         *,
         rule_gaps: Mapping[str, Sequence[float]] | None = None,
         on_evaluation: OnEvaluation | None = None,
+        plan_case: PlanCase | None = None,
     ) -> None:
         super().__init__()
         if every_timesteps < 1:
@@ -127,7 +131,7 @@ class ServingCallback(BaseCallback):
                     f"seeds, got {len(gaps)}"
                 )
         self.task = task
-        self.validation = Validation(task, validation_seeds)
+        self.validation = Validation(task, validation_seeds, plan_case)
         self.every_timesteps = every_timesteps
         self.references = references
         self.hyperparameters = hyperparameters
@@ -135,6 +139,7 @@ class ServingCallback(BaseCallback):
         self.command = command
         self.rule_gaps = rule_gaps or {}
         self.on_evaluation = on_evaluation
+        self.plan = str(hyperparameters.get("plan", ""))
         self.stopped = False
         """Whether the hook has asked to stop."""
         self.comparisons: list[Comparison] = []
@@ -230,7 +235,7 @@ class ServingCallback(BaseCallback):
     def _on_training_end(self) -> None:
         if self.evaluations.last_timesteps < self.num_timesteps and not self.stopped:
             self._evaluate(last=True)
-        export_agent(self._ppo, self.task, self.command, self.folder / "final")
+        self._export("final")
         self._conclude()
         self._charts.close()
         if self._raised is not None:
@@ -247,6 +252,9 @@ class ServingCallback(BaseCallback):
         assert self._opened is not None, "training has not started"
         return self._opened
 
+    def _export(self, name: str) -> None:
+        export_agent(self._ppo, self.task, self.command, self.folder / name, self.plan)
+
     def _evaluate(self, last: bool = False) -> None:
         """Play the validation cases; keep the row and the best agent, log and draw; ask the hook."""
         started_s = perf_counter()
@@ -258,7 +266,7 @@ class ServingCallback(BaseCallback):
             "training_s": wall_s - self._evaluating_s,
         }
         if self.evaluations.would_be_best(row):
-            export_agent(self._ppo, self.task, self.command, self.folder / "agent")
+            self._export("agent")
         self.evaluations.add(row)
         self._charts.log_evaluation(result, row, self._ppo)
         self._ask(row, last)

@@ -31,7 +31,7 @@ from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.side_by_side import SideBySide
 from servegym.envs.process.metrics import gap_of
 from servegym.envs.process.network import CompiledAgent, make_agent, make_choice, run_agent
-from servegym.envs.task.cases import Case
+from servegym.envs.task.cases import Case, PlanCase
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import Machine, load_case, lower, make_task_state
 
@@ -69,6 +69,8 @@ class Evolution:
         ``1000 · seed`` … ``1000 · seed + 999``.
     threads
         Threads that share the candidates. The updates do not depend on it.
+    plan_case
+        Plans each case; None: all have the greedy plan.
     """
 
     def __init__(
@@ -77,13 +79,15 @@ class Evolution:
         task: TaskConfig,
         hyperparameters: Hyperparameters,
         threads: int = 1,
+        plan_case: PlanCase | None = None,
     ) -> None:
         self.model = model
         self.policy: Any = model.policy
         self.task = task
         self.hyperparameters = hyperparameters
         requests = len(self._case(0).requests)
-        self._rows = SideBySide(task, _CASES_OF_STATES, requests)
+        self._plan_case = plan_case
+        self._rows = SideBySide(task, _CASES_OF_STATES, requests, plan_case)
         # All that a thread's kernels read is its own: bundles write their tables when they are first read.
         self._seats = [
             (lower(task), make_task_state(task, 1, requests))
@@ -170,6 +174,7 @@ class Evolution:
         gaps_percent = np.zeros(len(candidates))
         decisions = np.zeros(len(candidates), np.int64)
         threads = len(self._seats)
+        plans = [None if self._plan_case is None else self._plan_case(case) for case in cases]
 
         def play_share(t: int) -> None:
             """Play every ``threads``-th candidate, from candidate ``t`` on."""
@@ -177,7 +182,7 @@ class Evolution:
             agent = self._make_agent(machine)
             for k in range(t, len(candidates), threads):
                 _put_output_layer(agent, candidates[k])
-                load_case(self.task, state, 0, cases[k // 2])
+                load_case(self.task, state, 0, cases[k // 2], plans[k // 2])
                 run_agent(state, machine.costs, 0, agent)
                 gaps_percent[k] = 100.0 * gap_of(state, 0)
                 decisions[k] = state.episodes[0].decisions

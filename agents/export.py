@@ -48,7 +48,9 @@ def policy_network(model: OnPolicyAlgorithm) -> Network:
     )
 
 
-def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folder: Path) -> None:
+def export_agent(
+    model: OnPolicyAlgorithm, task: TaskConfig, command: str, folder: Path, plan: str = ""
+) -> None:
     """Write the policy of a model as ``agent.safetensors`` and ``agent.json``.
 
     Parameters
@@ -61,6 +63,8 @@ def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folde
         The command line that trained it, kept for the reader.
     folder
         Made if it is missing; an agent in it is replaced.
+    plan
+        The policy whose offline plans it was trained on; empty: greedy ones.
     """
     network = policy_network(model)
     features = features_of(task.process.observe)
@@ -78,7 +82,8 @@ def export_agent(model: OnPolicyAlgorithm, task: TaskConfig, command: str, folde
         "versions": {"python": platform.python_version()} | _versions(),
     }
     decisions = task.process.decisions
-    save_agent(network, folder, task.actions, decisions, notes_of(task), training, features)
+    notes = notes_of(task)
+    save_agent(network, folder, task.actions, decisions, notes, training, features, plan)
 
 
 def _versions() -> dict[str, Any]:

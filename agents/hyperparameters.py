@@ -57,6 +57,9 @@ class Hyperparameters:
     reference: str = ""
     """A rule that also plays each training episode. Its gap is added to the return, which cancels much
     of the chance of unknown lengths. Empty: none."""
+    plan: str = ""
+    """The policy whose offline plans the rules plan and steal follow, as offline; it plans each episode
+    of training and of play. Empty: the greedy longest-first plan."""
     clip_range: float = 0.2
     """PPO's clip range of the probability ratio."""
     entropy: float = 0.003
@@ -78,6 +81,9 @@ class Hyperparameters:
     expert's own actions."""
     expert: str = "aligned"
     """The rule that is imitated, or that finishes the rollout's episodes."""
+    imitation_samples: int = 0
+    """Where lengths are not known: sampled futures that an imitated rollout values each action by; 0: one
+    future, of expected lengths."""
     imitation_states: int = 30_000
     """States that the expert labels in one round."""
     imitation_environments: int = 32
@@ -198,6 +204,7 @@ _BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "evolution_spread": (1e-6, 1e3),
     "evolution_learning_rate": (0, 1e6),
     "imitation_rounds": (0, 1000),
+    "imitation_samples": (0, 10_000),
     "imitation_states": (1, 10**8),
     "imitation_environments": (1, SEEDS_PER_AGENT),
     "imitation_epochs": (1, 1000),
@@ -233,6 +240,19 @@ def _check(name: str, value: Any, kind: type) -> None:
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     # Eight requests on three clients: an episode has few decisions.
     "servegym/Tiny-v0": {"timesteps": 100_000, "width": 64, "environments": 16, "batch_size": 1024},
+    # An optimal plan is worth more than all that agents find in its place. So they follow it, and training
+    # begins as the rule that does nothing else.
+    "servegym/Paper-v0": {
+        "timesteps": 50_000,
+        "environments": 16,
+        "batch_size": 1024,
+        "plan": "offline",
+        "reference": "offline",
+        "imitation_rounds": 1,
+        "imitate": "rule",
+        "imitation_states": 10_000,
+        "expert": "offline",
+    },
     # Chance spreads the gaps of cases ten times as far as timing can gain. So returns are measured from
     # the best rule, training begins as that rule, updates are few and of many decisions each, and an
     # evolution strategy learns what PPO cannot tell from chance.

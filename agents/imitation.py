@@ -20,6 +20,7 @@ from tqdm import tqdm
 from servegym.agents.hyperparameters import Hyperparameters
 from servegym.envs.errors import ServegymError
 from servegym.envs.simulator.state import row_arrays
+from servegym.envs.task.cases import PlanCase
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
 
@@ -46,9 +47,12 @@ def imitate(
     expert: Expert,
     hyperparameters: Hyperparameters,
     *,
+    plan_case: PlanCase | None = None,
     progress: bool = False,
 ) -> None:
     """Train actor and critic of ``model`` on labels of ``expert``; its environments are not stepped.
+
+    The labelled episodes follow the plans of ``plan_case``, or greedy ones.
 
     Raises
     ------
@@ -61,6 +65,7 @@ def imitate(
             f"imitation needs process.reward = 'gap', the task has {task.process.reward!r}"
         )
     env = ServingVectorEnv(h.imitation_environments, task, copy=False)
+    env.plan_case = plan_case
     env.reset(seed=h.first_environment_seed)
     rng = np.random.default_rng(h.seed)
     steps = -(-h.imitation_states // h.imitation_environments)

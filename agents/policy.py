@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -124,6 +124,12 @@ class AgentCard:
     observation_version: int = OBSERVATION_VERSION
     features: tuple[str, ...] = FEATURES
     """Name of the feature of each input, in order; :class:`LearnedPolicy` finds them by name."""
+    plan: str = ""
+    """The policy whose offline plans the agent was trained on; empty, as in older files: greedy ones."""
+
+
+Planner = Callable[[Briefing], Plan | None]
+"""Makes the offline plan of an episode."""
 
 
 class LearnedPolicy(Policy):
@@ -141,6 +147,8 @@ class LearnedPolicy(Policy):
         Scores the actions of ``card.actions``.
     card
         Names the features and the actions of the network.
+    planner
+        Plans as the policy ``card.plan`` does; needed only where the card names one, and to play.
 
     Raises
     ------
@@ -158,9 +166,10 @@ class LearnedPolicy(Policy):
     0.423
     """
 
-    def __init__(self, network: Network, card: AgentCard) -> None:
+    def __init__(self, network: Network, card: AgentCard, planner: Planner | None = None) -> None:
         self.network = network
         self.card = card
+        self.planner = planner
         self.blocks = _blocks_of(card.features)
         """Blocks of the observation that it reads; before ``prepare`` it expects just these."""
         columns = _columns_of(card.features, features_of(self.blocks))
@@ -187,10 +196,17 @@ class LearnedPolicy(Policy):
         Raises
         ------
         ServegymError
-            As :meth:`check_task` does.
+            As :meth:`check_task` does, or if the agent follows plans and has no planner.
         """
         self._choice = self._choice_in(briefing.task, self.network.lowered)
-        return None
+        if not self.card.plan:
+            return None
+        if self.planner is None:
+            raise ServegymError(
+                f"this agent follows the offline plans of {self.card.plan!r}: give load_agent a planner, as "
+                "servegym.studies.policies.make_policy does"
+            )
+        return self.planner(briefing)
 
     def act(self, situation: Situation) -> int:
         """Return the best of its own actions that are legal; where none is, the first legal one."""
@@ -251,6 +267,7 @@ def save_agent(
     task: dict[str, Any],
     training: dict[str, Any],
     features: Sequence[str] = FEATURES,
+    plan: str = "",
 ) -> None:
     """Write an agent's two files into ``folder``, each under a temporary name first, the card last.
 
@@ -262,16 +279,21 @@ def save_agent(
         tensors[f"{k}.bias"] = np.ascontiguousarray(biases)
     data = save(tensors)
     digest = hashlib.sha256(data).hexdigest()
+    names, inputs = tuple(actions), tuple(features)
     card = AgentCard(
-        tuple(actions), decisions, network.sizes, digest, task, training, features=tuple(features)
+        names, decisions, network.sizes, digest, task, training, features=inputs, plan=plan
     )
     make_folder(folder)
     write_file(folder / WEIGHTS_FILE, data)
     write_file(folder / CARD_FILE, json.dumps(asdict(card), indent=2, default=str) + "\n")
 
 
-def load_agent(folder: str | Path) -> LearnedPolicy:
+def load_agent(
+    folder: str | Path, planner_of: Callable[[str], Planner] | None = None
+) -> LearnedPolicy:
     """Return the agent of a folder.
+
+    ``planner_of`` returns the planner of a policy by name; it is asked where the agent follows plans.
 
     Raises
     ------
@@ -290,7 +312,9 @@ def load_agent(folder: str | Path) -> LearnedPolicy:
     """
     folder = Path(folder)
     card = read_card(folder / CARD_FILE)
-    return LearnedPolicy(_read_network(folder / WEIGHTS_FILE, card), card)
+    network = _read_network(folder / WEIGHTS_FILE, card)
+    planner = planner_of(card.plan) if planner_of is not None and card.plan else None
+    return LearnedPolicy(network, card, planner)
 
 
 def read_card(path: Path) -> AgentCard:
@@ -318,6 +342,7 @@ def read_card(path: Path) -> AgentCard:
         task=_table(path, content, "task"),
         training=_table(path, content, "training"),
         features=_texts(path, content, "features"),
+        plan=_text(path, content, "plan"),
     )
     _check(path, card)
     return card
@@ -399,6 +424,14 @@ def _texts(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ServegymError(f"{path}: {key} must be a list of texts, got {shown(values)}")
     return tuple(values)
+
+
+def _text(path: Path, content: dict[str, Any], key: str) -> str:
+    """Return a text; empty where an older file lacks it."""
+    value = content.get(key, "")
+    if not isinstance(value, str):
+        raise ServegymError(f"{path}: {key} must be a text, got {shown(value)}")
+    return value
 
 
 def _sizes(path: Path, content: dict[str, Any]) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from servegym.agents.sb3_vec_env import Reference, ServingSB3VecEnv
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.identity import HASH, check_unchanged
 from servegym.envs.playing.locks import locked
+from servegym.envs.task.cases import PlanCase
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.vector_env import ServingVectorEnv
 
@@ -47,15 +48,22 @@ _CLASSES: Final[dict[str, Callable[..., OnPolicyAlgorithm]]] = {
 
 
 def make_model(
-    task: TaskConfig, hyperparameters: Hyperparameters, reference: Reference | None = None
+    task: TaskConfig,
+    hyperparameters: Hyperparameters,
+    reference: Reference | None = None,
+    plan_case: PlanCase | None = None,
 ) -> OnPolicyAlgorithm:
     """Build an untrained agent with its environments."""
     h = hyperparameters
+    if bool(h.plan) != (plan_case is not None):
+        raise ServegymError(f"plan {h.plan!r} needs the function that plans, or neither")
     if bool(h.reference) != (reference is not None):
         raise ServegymError(
             f"reference {h.reference!r} needs the function that plays it, or neither"
         )
-    environment = ServingSB3VecEnv(ServingVectorEnv(h.environments, task, copy=False), reference)
+    rows = ServingVectorEnv(h.environments, task, copy=False)
+    rows.plan_case = plan_case
+    environment = ServingSB3VecEnv(rows, reference)
     # Checking every distribution that is built costs a tenth of the time.
     torch.distributions.Distribution.set_default_validate_args(False)
     layers = [h.width] * h.depth
@@ -95,6 +103,7 @@ def train(
     callbacks: Sequence[BaseCallback] = (),
     expert: Expert | None = None,
     reference: Reference | None = None,
+    plan_case: PlanCase | None = None,
     resume: bool = False,
     command: str = "",
     options: Options | None = None,
@@ -117,6 +126,8 @@ def train(
         Is imitated first, where ``imitation_rounds`` is not 0.
     reference
         Plays ``hyperparameters.reference``, where that is not empty.
+    plan_case
+        Plans each episode as ``hyperparameters.plan`` does, where that is not empty.
     resume
         Go on from the last checkpoint in ``folder``: the weights in the end are those of the run
         that was never stopped, bit for bit. A run that was stopped before its first checkpoint
@@ -154,6 +165,7 @@ def train(
             callbacks,
             expert,
             reference,
+            plan_case,
             resume,
             command,
             options or Options(),
@@ -167,15 +179,17 @@ def _train(
     callbacks: Sequence[BaseCallback],
     expert: Expert | None,
     reference: Reference | None,
+    plan_case: PlanCase | None,
     resume: bool,
     command: str,
     options: Options,
 ) -> OnPolicyAlgorithm:
     torch.set_num_threads(options.threads)
-    model = make_model(task, hyperparameters, reference)
+    model = make_model(task, hyperparameters, reference, plan_case)
     _refuse_without_choice(model, task, hyperparameters)
     begin_run(task, hyperparameters, folder, command, resume)
-    run = _Run(model, hyperparameters, identity(task, hyperparameters), task, folder, options)
+    known = identity(task, hyperparameters)
+    run = _Run(model, hyperparameters, known, task, folder, options, plan_case)
     saved = checkpoints(run.checkpoint_folder)
     earlier = Progress()
     if saved:
@@ -184,7 +198,8 @@ def _train(
         if expert is None:
             raise ServegymError("imitation_rounds is not 0, but there is no expert to imitate")
         started = perf_counter()
-        imitate(model, task, expert, hyperparameters, progress=options.progress)
+        progress = options.progress
+        imitate(model, task, expert, hyperparameters, plan_case=plan_case, progress=progress)
         earlier = Progress(training_s=perf_counter() - started)
     if options.tensorboard:
         model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
@@ -226,6 +241,7 @@ class _Run:
     task: TaskConfig
     folder: Path
     options: Options
+    plan_case: PlanCase | None
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -278,7 +294,7 @@ class _Run:
         model, h = self.model, self.hyperparameters
         if evolved == h.evolution_updates:
             return
-        evolution = Evolution(model, self.task, h, self.options.threads)
+        evolution = Evolution(model, self.task, h, self.options.threads, self.plan_case)
         callbacks = clock.callbacks
         with ProgressLine(
             h.evolution_updates,

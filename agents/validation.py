@@ -13,6 +13,7 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.side_by_side import Predict, SideBySide
 from servegym.envs.process.metrics import EpisodeLog, episode_metrics, records
+from servegym.envs.task.cases import PlanCase
 from servegym.envs.task.config import TaskConfig
 
 
@@ -45,14 +46,16 @@ class Validation:
     Draws from no global random generator, so that playing them changes nothing in training.
     """
 
-    def __init__(self, task: TaskConfig, seeds: Sequence[int]) -> None:
+    def __init__(
+        self, task: TaskConfig, seeds: Sequence[int], plan_case: PlanCase | None = None
+    ) -> None:
         if len(seeds) == 0:
             raise ServegymError("validation needs at least one seed")
         self.task = task
         self.seeds = tuple(seeds)
         self._cases = [make_case(task, seed) for seed in seeds]
         requests = max(len(case.requests) for case in self._cases)
-        self._rows = SideBySide(task, len(seeds), requests)
+        self._rows = SideBySide(task, len(seeds), requests, plan_case)
 
     def play(self, predict: Predict) -> ValidationResult:
         """Play every case once to its end."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.baselines.lookahead.rollout import action_values
+from servegym.baselines.lookahead.sampled import Futures
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy
 from servegym.envs.errors import ServegymError, shown
@@ -19,16 +20,20 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.policy import Briefing, Situation, asked_task
 from servegym.envs.process.actions import Settings
 from servegym.envs.process.steps import deciding
+from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.outlook import outlook
 from servegym.envs.simulator.state import State, make_alike
 from servegym.envs.simulator.view import view
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.lowering import lower
 from servegym.envs.vector_env import ServingVectorEnv
 
 Expert = Callable[[ServingVectorEnv], NDArray[np.float64]]
 
 
-def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> Expert:
+def make_rollout_expert(
+    base_name: str, task: TaskConfig, threads: int = 1, samples: int = 0, seed: int = 0
+) -> Expert:
     """Return a function that values every action in the present states of a vector environment.
 
     Parameters
@@ -39,7 +44,12 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
     task
         The task of the environments that will be given.
     threads
-        Threads that share the rows. The values do not depend on it.
+        Threads that share the rows. The values do not depend on it. With samples one thread plays.
+    samples
+        Where lengths are not known: futures drawn from the beliefs, whose mean an action is worth
+        (``lookahead.sampled``); 0, and where lengths are known: one future, of expected lengths.
+    seed
+        Of the draws.
 
     Returns
     -------
@@ -83,6 +93,10 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
             f"an expert plays the task as it is; for {base_name} give {task.name} the keys {shown(wanted)}"
         )
     base = compile_policy(policy, task)
+    if samples < 0:
+        raise ServegymError(f"samples must be ≥ 0, got {samples}")
+    if samples > 0 and task.information.output_lengths != "known":
+        return _make_sampled_expert(task, base, samples, seed)
     scratch: State | None = None
 
     def value_actions(env: ServingVectorEnv) -> NDArray[np.float64]:
@@ -103,28 +117,58 @@ def make_rollout_expert(base_name: str, task: TaskConfig, threads: int = 1) -> E
     return value_actions
 
 
+def _make_sampled_expert(task: TaskConfig, base: CompiledPolicy, samples: int, seed: int) -> Expert:
+    """Return the expert that values actions by sampled futures."""
+    machine = lower(task)
+    if len(machine.layout.clients) > 1:
+        raise ServegymError(
+            f"an expert's samples are for one replica, {task.name} has {len(machine.layout.clients)}"
+        )
+    futures = Futures(machine.costs, machine.settings, base, samples)
+    rng = np.random.default_rng(seed)
+    imagined: State | None = None
+
+    def value_actions(env: ServingVectorEnv) -> NDArray[np.float64]:
+        nonlocal imagined
+        _check_task(env, task)
+        if imagined is None or imagined.requests.shape[1] != env.state.requests.shape[1]:
+            imagined = make_alike(env.state, 1)
+        values = np.full(env.rows.masks.shape, -np.inf)
+        for e, mask in enumerate(env.rows.masks):
+            legal = np.flatnonzero(mask)
+            if len(legal) > 0:
+                imagine_row(env.state, env.costs, e, imagined, 0)
+                ends_s = futures.mean_ends(imagined, legal, rng)
+                values[e, legal] = 100.0 * (1.0 - ends_s / env.state.episodes[e].bound_s)
+        return values
+
+    return value_actions
+
+
 def _check_task(env: ServingVectorEnv, task: TaskConfig) -> None:
     if env.task != task:
         raise ServegymError(f"the expert is for {task.name}, the environment for another task")
 
 
-def make_rule_expert(name: str, task: TaskConfig) -> Expert:
+def make_rule_expert(name: str, task: TaskConfig, plan: str = "") -> Expert:
     """Return a function that values a rule's own action at 0 and every other one at −1.
 
     Use this to start training from a rule. Rollouts assume expected lengths, so under uncertainty they
     can be worse than the rule itself. 0 is what the rule gains on itself, so the values fit a training
-    with the rule as its reference.
+    with the rule as its reference. ``plan`` names the policy whose plans the environments follow.
 
     Raises
     ------
     ServegymError
-        If there is no such policy, its rule is not among the task's, it follows a plan or wants to be
+        If there is no such policy, its rule is not among the task's, it follows another plan or wants to be
         asked otherwise than the task asks.
     """
     policy = make_trigger_policy(name)
-    if policy.planner is not None or asked_task(task, policy) != task:
+    followed = make_trigger_policy(plan).planner if plan else None
+    if policy.planner not in (None, followed) or asked_task(task, policy) != task:
         raise ServegymError(
-            f"{name} cannot be imitated in {task.name}: it follows a plan or wants another task"
+            f"{name} cannot be imitated in {task.name}: it follows a plan, which plan = {plan!r} is not, or "
+            "wants another task"
         )
     policy.prepare(Briefing(task, None, np.random.default_rng(0)))
 

@@ -173,5 +173,13 @@ PARAMETERS: Final[dict[str, Parameter]] = {
     "variations": Parameter(
         "N", *_whole(0, MAX_NUMBER), lambda policy, number: replace(policy, variations=int(number))
     ),
+    # Sampled futures of each decision.
+    "samples": Parameter(
+        "S",
+        *_whole(0, MAX_SCENARIOS),
+        lambda policy, number: replace(policy, samples=int(number)),
+    ),
+    # Standard errors by which a sampled gain must exceed 0.
+    "errors": Parameter("E", *_within(0, 100), lambda policy, k: replace(policy, errors=k)),
 }
 """Every number that a name may carry, by its key."""

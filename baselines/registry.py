@@ -29,6 +29,9 @@ ANY_PROMPTS: Final = 10**12
 BASE: Final = "base"
 """Key of the policy that ``rollout`` improves on: ``rollout(base=threshold(idle=15))``."""
 
+SAMPLED_BASE: Final = TriggerPolicy("longest", triggers.THRESHOLD, 12.0)
+"""The base of a rollout by samples that names none: the best rule of GSM8KPredicted-v0."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -311,9 +314,12 @@ REGISTRY: Final[dict[str, Entry]] = {
     # λ from 30 cases of GSM8K-v0, N for 5 ms a decision there; both on training seeds.
     "rollout": Entry(
         "finish the episode in imagination once per action and for N changes of the best schedule "
-        "so far (6), BASE deciding (aligned-lookahead-0.7), and take the best; BASE may be an agent",
+        "so far (6), BASE deciding (aligned-lookahead-0.7), and take the best; BASE may be an agent; with "
+        "samples=S, where lengths are not known, play S sampled futures an action by a rule BASE "
+        "(threshold-12), whose own action stands unless another gains E standard errors (3)",
         RolloutPolicy(TriggerPolicy("aligned", triggers.LOOKAHEAD, 0.7), variations=6),
         parameter="variations",
+        more=("samples", "errors"),
     ),
 }
 """Policies by name."""
@@ -436,6 +442,8 @@ def make_policy(name: str, make_base: Callable[[str], CompilablePolicy] | None =
             policy = replace(policy, base=(make_base or make_trigger_policy)(text))
         else:
             policy = PARAMETERS[key].give(policy, _number(name, key, text))
+    if isinstance(policy, RolloutPolicy) and policy.samples > 0 and BASE not in values:
+        policy = replace(policy, base=copy(SAMPLED_BASE))
     return policy
 
 

@@ -18,8 +18,8 @@ from servegym.envs.arguments import as_array, whole_number
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.process.metrics import episode_metrics, records
 from servegym.envs.process.steps import begin_row, make_rows, step_rows, step_rows_in_parallel
-from servegym.envs.serving_env import ServingEnv
-from servegym.envs.task.cases import Case, room_for, sample_requests
+from servegym.envs.serving_env import ServingEnv, check_plan
+from servegym.envs.task.cases import Case, PlanCase, room_for, sample_requests
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, make_task_state
 
@@ -55,7 +55,9 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
 
     ## Cases
     ``on_case``, an attribute: a function that is called with the row and the :class:`Case` of every
-    episode that begins; None at first. The environment keeps no case.
+    episode that begins; None at first. The environment keeps no case. ``plan_case``, an attribute: a
+    function that is called with the case before and returns the :class:`Plan` that its clients' queues
+    follow, or None for the greedy longest-first plan, which all have at first.
 
     Examples
     --------
@@ -97,6 +99,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         self.rows = make_rows(self.num_envs, len(self.task.actions), len(self.features))
         self.final_masks = np.zeros_like(self.rows.masks)  # where rows ended last, in same-step
         self.on_case: Callable[[int, Case], object] | None = None
+        self.plan_case: PlanCase | None = None
         self.steps = np.zeros(self.num_envs, np.int64)  # of the episodes that are being played
         self._over = np.zeros(self.num_envs, np.bool_)  # rows that wait for their reset
         self._every_row = np.ones(self.num_envs, np.bool_)
@@ -241,7 +244,9 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
     def _begin_episode(self, e: int) -> None:
         requests = sample_requests(self.task, self.rngs[e])
         case = bound_case(self.machine, requests)
-        load_case(self.task, self.state, e, case)
+        plan = None if self.plan_case is None else self.plan_case(case)
+        check_plan(plan, requests, self.machine.clients)
+        load_case(self.task, self.state, e, case, plan)
         begin_row(self.state, self.costs, self.settings, self.rows, e)
         self.steps[e], self._over[e] = 0, False
         if self.on_case is not None:

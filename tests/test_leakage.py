@@ -84,7 +84,7 @@ NAMES = [
     {"threshold": "threshold-2", "rollout": "rollout-2"}.get(name, name)
     for name in REGISTRY
     if name not in MIXED
-]
+] + ["rollout(samples=3, errors=0.5, base=threshold-2)"]
 
 
 @pytest.mark.parametrize("lengths", ["predicted", "unknown"])

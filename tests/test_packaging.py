@@ -209,7 +209,7 @@ FLOORS = {
         "anew cases quick robustness serving speed",
         "capacity known_schedulers nodes tuned",
         "agents answers checks engines nodes_measured",
-        "uncertainty",
+        "foresight uncertainty",
         "commands",
     ],
 }

@@ -57,7 +57,7 @@ def test_the_grid_is_what_the_study_needs() -> None:
     assert set(names[20:]) == {f"GSM8K-v0/{variant}/0" for variant in variants}
     assert [training.timesteps for training in runs[4:20:5]] == [
         8_000_000,
-        3_000_000,
+        50_000,
         300_000,
         3_000_000,
     ]

@@ -368,7 +368,9 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
         (["--parts", "mixd"], "did you mean 'mixed'"),
         (["--parts", ""], "names nothing"),
         (["--cases", "1"], "must lie in 2"),
-        (["--slow-cases", "0"], "must lie in 2"),
+        (["--slow-cases", "0"], "--slow-cases must lie in 2"),
+        (["--foresight-cases", "1"], "--foresight-cases must lie in 2"),
+        (["--sampled-cases", "1"], "--sampled-cases must lie in 2"),
         (["--jobs", "0"], "--jobs must lie in 1"),
     ],
 )

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.baselines.lookahead.agents import AgentSearch, check_agent
+from servegym.baselines.lookahead.sampled import Futures
 from servegym.baselines.rules.compiled import (
     CompilablePolicy,
     CompiledPolicy,
@@ -49,6 +50,11 @@ RULES: Final = ("aligned", "longest")
 
 FOLLOW: Final = -1
 """In the place of a first action: whatever the schedule does."""
+
+USUAL_ERRORS: Final = 3.0
+"""Standard errors that a sampled gain must exceed, unless a name says otherwise."""
+
+_KINDS: Final = ("prefill", "mixed")  # of stages, as actions name them
 
 # The local search's settings, from seeds 0 … 5 of GSM8K-v0; results hardly depend on them.
 _STAGES_AHEAD: Final = 2  # a variation begins at one of so many next stages
@@ -160,6 +166,13 @@ class RolloutPolicy:
         Seconds after which a decision tries nothing more, checked before each trial; what is left
         is the best so far, or the kept schedule's own action. None: no limit. Only without a limit
         are results the same in every run.
+    samples
+        Where lengths are not known: futures that each decision draws from the beliefs, in which all legal
+        first actions are played (``lookahead.sampled``); nothing is varied or kept then. 0, and where lengths
+        are known: one future, of expected lengths. Only for one replica.
+    errors
+        With samples, standard errors by which a first action's mean gain must exceed 0 before it replaces
+        the base's own.
 
     Examples
     --------
@@ -172,12 +185,17 @@ class RolloutPolicy:
     variations: int = 0
     rules: tuple[str, ...] = RULES
     budget_s: float | None = None
+    samples: int = 0
+    errors: float = USUAL_ERRORS
     _briefing: Briefing | None = field(default=None, init=False, repr=False)
     _search: _Search | AgentSearch | None = field(default=None, init=False, repr=False)
+    _futures: Futures | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, TriggerPolicy):
             check_agent(self.base)
+            if self.samples > 0:
+                raise ServegymError("a rollout by samples needs a rule as its base, not an agent")
         elif self.base.priced:
             raise ServegymError(
                 "a rollout's base has no prices of memory or slo: imagined episodes have no limits to miss"
@@ -189,6 +207,10 @@ class RolloutPolicy:
                 raise unknown("admission rule", rule, ADMISSION_RULES)
         if self.budget_s is not None and not self.budget_s >= 0:
             raise ServegymError(f"a rollout's budget must be ≥ 0 seconds, got {self.budget_s}")
+        if self.samples < 0:
+            raise ServegymError(f"a rollout's samples must be ≥ 0, got {self.samples}")
+        if not 0 <= self.errors < np.inf:
+            raise ServegymError(f"a rollout's errors must be ≥ 0 and finite, got {self.errors}")
 
     @property
     def decisions(self) -> Literal["events", "rounds"] | None:
@@ -216,13 +238,25 @@ class RolloutPolicy:
 
     def prepare(self, briefing: Briefing) -> Plan | None:
         """Forget the last episode's schedule; plan if the base does."""
-        self._briefing, self._search = briefing, None
+        self._briefing, self._search, self._futures = briefing, None, None
+        task = briefing.task
+        if self.samples > 0 and task.information.output_lengths != "known":
+            machine = lower(task)
+            if len(machine.layout.clients) > 1:
+                raise ServegymError(
+                    f"a rollout's samples are for one replica, {task.name} has "
+                    f"{len(machine.layout.clients)}; leave samples out"
+                )
+            base = compile_policy(self.base, task)
+            self._futures = Futures(machine.costs, machine.settings, base, self.samples)
         return self.base.prepare(briefing)
 
     def act(self, situation: Situation) -> int:
         """Return the first action of the best way to the end that is found."""
         if self._briefing is None:
             raise ServegymError("call prepare() before act()")
+        if self._futures is not None:
+            return self._act_by_samples(situation, self._futures, self._briefing)
         deadline = np.inf if self.budget_s is None else perf_counter() + self.budget_s
         imagined = situation.imagine()
         if self._search is None:
@@ -233,6 +267,20 @@ class RolloutPolicy:
         if isinstance(self.base, TriggerPolicy):
             return _Search(self.base, self.rules, briefing, imagined)
         return AgentSearch(self.base, self.rules, briefing, imagined)
+
+    def _act_by_samples(self, situation: Situation, futures: Futures, briefing: Briefing) -> int:
+        """Return the base's own action, or another whose gain is beyond chance."""
+        assert isinstance(self.base, TriggerPolicy)
+        own, mask = self.base.act(situation), situation.mask
+        tried = {"decode", *(f"{k}:{r}" for k in _KINDS for r in (self.base.rule, *self.rules))}
+        names = briefing.task.actions
+        others = [int(a) for a in np.flatnonzero(mask) if a != own and names[a] in tried]
+        if not others:
+            return own
+        gain_s, error_s = futures.judge(situation.imagine(), own, others, briefing.rng)
+        beyond = np.where(gain_s > self.errors * error_s, gain_s, 0.0)
+        best = int(beyond.argmax())
+        return others[best] if beyond[best] > 0 else own
 
 
 class _Search:

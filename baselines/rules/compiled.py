@@ -22,6 +22,7 @@ from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.vocabulary import ADMISSION_RULES, GUARD_SGLANG, STEAL_RUNNING, STEAL_WAITING
+from servegym.envs.workload.plan import Plan
 
 
 @runtime_checkable
@@ -155,8 +156,12 @@ def run_episode(state: State, costs: CostTables, e: int, policy: CompiledPolicy)
             break
 
 
-def play_compiled(task: TaskConfig, policy: CompilablePolicy, case: Case) -> dict[str, float]:
+def play_compiled(
+    task: TaskConfig, policy: CompilablePolicy, case: Case, plan: Plan | None = None
+) -> dict[str, float]:
     """Return the metrics of one episode under a rule or an agent, played in compiled code.
+
+    ``plan``, where the policy plans and its plan is known already, saves making it anew.
 
     The numbers equal those of ``servegym.envs.playing.evaluation.play``, which also times decisions.
     That function plays a rule's episode if the task may cut it short: compiled code counts only the
@@ -177,7 +182,9 @@ def play_compiled(task: TaskConfig, policy: CompilablePolicy, case: Case) -> dic
         return {metric: row[metric] for metric in METRICS}
     task = asked_task(task, policy)
     state = make_task_state(task, 1, len(case.requests))
-    load_case(task, state, 0, case, policy.prepare(brief(task, case, seed=0)))
+    if plan is None:
+        plan = policy.prepare(brief(task, case, seed=0))
+    load_case(task, state, 0, case, plan)
     play_loaded(state, lower(task).costs, task, policy)
     return episode_metrics(state, 0)
 

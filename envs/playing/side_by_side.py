@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.process.steps import begin_row, make_rows, step_rows
-from servegym.envs.task.cases import Case
+from servegym.envs.task.cases import Case, PlanCase
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import load_case, lower, make_task_state
 
@@ -37,10 +37,15 @@ class SideBySide:
         Most cases that are played at once.
     requests
         Requests of the largest case.
+    plan_case
+        Plans each case; None: all have the greedy plan.
     """
 
-    def __init__(self, task: TaskConfig, cases: int, requests: int) -> None:
+    def __init__(
+        self, task: TaskConfig, cases: int, requests: int, plan_case: PlanCase | None = None
+    ) -> None:
         self.task = task
+        self._plan_case = plan_case
         self.state = make_task_state(task, cases, requests)
         machine = lower(task)
         self._costs, self._settings = machine.costs, machine.settings
@@ -55,7 +60,8 @@ class SideBySide:
         state, n = self.state, len(cases)
         rows = make_rows(n, len(self.task.actions), self._features)
         for e, case in enumerate(cases):
-            load_case(self.task, state, e, case)
+            plan = None if self._plan_case is None else self._plan_case(case)
+            load_case(self.task, state, e, case, plan)
             begin_row(state, self._costs, self._settings, rows, e)
         alive = np.ones(n, np.bool_)
         while alive.any():

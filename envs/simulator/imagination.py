@@ -104,6 +104,8 @@ def imagine_row(source: State, costs: CostTables, e: int, target: State, f: int)
     for i in range(episode.routed):
         request = target.requests[f, i]
         request.decode_rounds = request.expected_rounds
+    if target.beliefs.shape[1] > 0:
+        _copy(source.beliefs[e], target.beliefs[f], episode.routed)
     if uncertain and target.cluster.limits_memory:
         _fit_into_memory(target, f)
     for r in range(target.replicas.shape[1]):

@@ -233,16 +233,20 @@ def _asks_for_newest(layout: Layout) -> bool:
     return limits and layout.victim == NEWEST and layout.guard != GUARD_SGLANG
 
 
-def make_alike(state: State, environments: int) -> State:
-    """Allocate rows like those of ``state``, for known lengths."""
+def make_alike(state: State, environments: int, *, lengths_known: bool = True) -> State:
+    """Allocate rows like those of ``state``, for known lengths.
+
+    Beliefs have places in them nevertheless, if they have in ``state``. With ``lengths_known = False`` they
+    are for lengths that are not known, though ``state`` may be for known ones.
+    """
     rows = {
         name: _records(environments, *array.shape[1:], dtype=array.dtype)
         if array.dtype.names
         else np.zeros((environments, *array.shape[1:]), array.dtype)
         for name, array in row_arrays(state).items()
     }
-    rows["expected"] = rows["finishes"]
-    rows["beliefs"] = _records(environments, 0, dtype=BELIEF)
+    if lengths_known:
+        rows["expected"] = rows["finishes"]
     return replace(state, **rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError
 from servegym.envs.task.config import TaskConfig
+from servegym.envs.workload.plan import Plan
 from servegym.envs.workload.predictors import PREDICTORS, expect_alike, predict
 from servegym.envs.workload.requests import Requests
 from servegym.envs.workload.sources import make_workload, most_requests, output_lengths
@@ -28,6 +30,10 @@ class Case:
 
     requests: Requests
     bound: LowerBound
+
+
+PlanCase = Callable[[Case], Plan | None]
+"""Returns the offline plan of a case, made from what a scheduler knows of it; None: the greedy one."""
 
 
 def sample_requests(task: TaskConfig, rng: np.random.Generator) -> Requests:

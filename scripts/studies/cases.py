@@ -44,9 +44,9 @@ def parse_policies(text: str, task_name: str) -> list[str]:
     return names
 
 
-def held_out(cases: int) -> range:
+def held_out(cases: int, option: str = "--cases") -> range:
     """Return the held-out seeds of so many cases, at least two: one case has no interval."""
-    check_number("--cases", cases, 2, HELD_OUT_SEED)
+    check_number(option, cases, 2, HELD_OUT_SEED)
     return range(HELD_OUT_SEED, HELD_OUT_SEED + cases)
 
 

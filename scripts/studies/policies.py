@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from servegym.agents.policy import CARD_FILE, load_agent, read_card
@@ -19,8 +19,9 @@ from servegym.baselines.calendar.fitted import (
 from servegym.baselines.rules.compiled import CompilablePolicy
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_bytes, read_json, write_file
-from servegym.envs.playing.policy import Policy
+from servegym.envs.playing.policy import Briefing, Policy
 from servegym.envs.task.registered import NAMESPACE
+from servegym.envs.workload.plan import Plan
 from servegym.studies.cli import command_line
 from servegym.studies.own_policies import is_own_policy, make_own_policy, source_hash
 
@@ -115,7 +116,7 @@ def _load_noted(name: str, folder: Path, weights: Mapping[str, str]) -> Policy:
     if _holds_calendar(folder):
         policy: Policy = calendar_policy(read_parameters(folder / CALENDAR_FILE))
     else:
-        policy = load_agent(folder)
+        policy = load_agent(folder, planner_of)
     _check_noted(name, str(folder), _hash(folder), weights)
     return policy
 
@@ -129,6 +130,25 @@ def _hash(folder: Path) -> str:
     if _holds_calendar(folder):
         return hashlib.sha256(read_bytes(folder / CALENDAR_FILE)).hexdigest()
     return read_card(folder / CARD_FILE).weights_sha256
+
+
+def planner_of(name: str) -> Callable[[Briefing], Plan | None]:
+    """Return what makes the offline plans of a policy, for an agent that follows them.
+
+    Raises
+    ------
+    ServegymError
+        If there is no such policy, or it plans nothing.
+    """
+    policy = registry.make_policy(name)
+    if getattr(policy, "planner", None) is None:
+        planned = [
+            each
+            for each, entry in registry.REGISTRY.items()
+            if getattr(entry.prototype, "planner", None) is not None
+        ]
+        raise ServegymError(f"policy {name!r} makes no offline plan; {', '.join(planned)} do")
+    return policy.prepare
 
 
 def _check_noted(name: str, place: str, digest: str, weights: Mapping[str, str]) -> None:

@@ -13,11 +13,14 @@ import pandas as pd
 from servegym.agents.hyperparameters import Hyperparameters, Options
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
-from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.evaluation import brief, make_case
+from servegym.envs.playing.policy import Briefing
 from servegym.envs.process.metrics import METRICS
-from servegym.envs.task.cases import Case
+from servegym.envs.task.cases import Case, PlanCase
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.vocabulary import USUAL_RULES
+from servegym.envs.workload.plan import Plan
+from servegym.studies.policies import planner_of
 from servegym.studies.tuned import THRESHOLDS
 
 if TYPE_CHECKING:
@@ -78,19 +81,58 @@ def make_expert(
     from servegym.baselines.expert import make_rollout_expert, make_rule_expert
 
     if hyperparameters.imitate == "rule":
-        return make_rule_expert(hyperparameters.expert, task)
-    return make_rollout_expert(hyperparameters.expert, task, threads)
+        return make_rule_expert(hyperparameters.expert, task, hyperparameters.plan)
+    h = hyperparameters
+    return make_rollout_expert(h.expert, task, threads, h.imitation_samples, h.seed)
 
 
 def make_reference(
-    hyperparameters: Hyperparameters, task: TaskConfig
+    hyperparameters: Hyperparameters, task: TaskConfig, plan_case: PlanCase | None = None
 ) -> Callable[[Case], float] | None:
-    """Return the gap, by case, that returns are measured from; None without a reference."""
+    """Return the gap, by case, that returns are measured from; None without a reference.
+
+    ``plan_case``, where the reference follows the same plans, saves making them twice.
+    """
     if not hyperparameters.reference:
         return None
     policy = make_trigger_policy(hyperparameters.reference)
     task = with_overrides(task, {"process": TO_THE_END})
-    return lambda case: play_compiled(task, policy, case)["gap"]
+    plan = hyperparameters.plan
+    if plan_case is None or not plan or make_trigger_policy(plan).planner != policy.planner:
+        return lambda case: play_compiled(task, policy, case)["gap"]
+    policy.prepare(
+        Briefing(task, None, np.random.default_rng(0))
+    )  # refuse a rule that the task lacks
+    return lambda case: play_compiled(task, policy, case, plan_case(case))["gap"]
+
+
+class _Planned:
+    """Plans cases by a policy's planner; asked again for the last case, it returns the same plan."""
+
+    def __init__(self, planner: Callable[[Briefing], Plan | None], task: TaskConfig) -> None:
+        self._planner, self._task = planner, task
+        self._last: tuple[Case, Plan | None] | None = None
+
+    def __call__(self, case: Case) -> Plan | None:
+        if self._last is None or self._last[0] is not case:
+            # A planner that draws samples draws the same ones for a case every time.
+            self._last = case, self._planner(brief(self._task, case, seed=0))
+        return self._last[1]
+
+
+def make_plan_case(hyperparameters: Hyperparameters, task: TaskConfig) -> PlanCase | None:
+    """Return what plans each case as ``hyperparameters.plan`` does; None: greedy plans.
+
+    Raises
+    ------
+    ServegymError
+        If there is no such policy, it plans nothing, or the task leaves out its rule.
+    """
+    if not hyperparameters.plan:
+        return None
+    planner = planner_of(hyperparameters.plan)
+    planner(Briefing(task, None, np.random.default_rng(0)))  # refuse a rule that the task lacks
+    return _Planned(planner, task)
 
 
 def make_callbacks(
@@ -132,6 +174,7 @@ def make_callbacks(
             asdict(hyperparameters),
             folder,
             command=command,
+            plan_case=make_plan_case(hyperparameters, task),
             rule_gaps={name: list(rows["gap"]) for name, rows in rules.items()},
             on_evaluation=on_evaluation,
         )
@@ -162,13 +205,15 @@ def train_watched(
     from servegym.agents.training import train
 
     options = options or Options()
+    plan_case = make_plan_case(hyperparameters, task)
     model = train(
         task,
         hyperparameters,
         folder,
         callbacks=callbacks,
         expert=make_expert(hyperparameters, task, options.threads),
-        reference=make_reference(hyperparameters, task),
+        reference=make_reference(hyperparameters, task, plan_case),
+        plan_case=plan_case,
         resume=resume,
         command=command,
         options=options,

@@ -41,7 +41,7 @@ class Args:
     """Main runs of each task, agent seeds 0 …."""
     timesteps: int = 8_000_000
     """Timesteps of a main run, but for the three tasks below."""
-    paper_timesteps: int = 3_000_000
+    paper_timesteps: int = 50_000
     """Timesteps of a main run on Paper-v0."""
     tiny_timesteps: int = 300_000
     """Timesteps of a main run on Tiny-v0."""

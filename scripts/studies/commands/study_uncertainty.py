@@ -16,6 +16,14 @@ from servegym.envs.task.registered import load_task
 from servegym.studies.cases import held_out
 from servegym.studies.checks.common import TAUS, Collection
 from servegym.studies.cli import check_folder, command_line, parse, read_list
+from servegym.studies.foresight import (
+    SAMPLED,
+    play_foresight,
+    play_sampled,
+    report_foresight,
+    report_sampled,
+    tuned_multipliers,
+)
 from servegym.studies.policies import AGENTS, SHIPPED, make_policy
 from servegym.studies.tuned import TUNING_CASES, tuned_threshold
 from servegym.studies.uncertainty import (
@@ -39,7 +47,7 @@ from servegym.studies.uncertainty import (
 )
 from servegym.studies.workers import open_workers
 
-PARTS: Final = ("quality", "mixed", "plans")
+PARTS: Final = ("quality", "mixed", "plans", "foresight", "sampled")
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,16 @@ class Args:
 
     parts: str = ",".join(PARTS)
     """Comma-separated: quality (all policies by how good predictions are), mixed (pulls where some
-    predictions are guesses), plans (what a plan by samples is worth on others)."""
+    predictions are guesses), plans (what a plan by samples is worth on others), foresight (what it is worth
+    to know the next finish), sampled (rollouts by samples of the lengths)."""
     cases: int = 100
     """Held-out cases, seeds 1000000 and up."""
     slow_cases: int = 10
     """Held-out cases of the policies that take a second an episode, and of the plans."""
+    foresight_cases: int = 500
+    """Held-out cases of the part foresight."""
+    sampled_cases: int = 100
+    """Held-out cases of the part sampled, which takes seconds an episode."""
     output: Path = Path("results/uncertainty")
     """Folder for CSV files, a table a part and quality.png."""
     jobs: int = USUAL_JOBS
@@ -96,20 +109,48 @@ def study_plans(args: Args, seeds: range, crew: Workers) -> str:
     return report_plans(tables)
 
 
+def study_foresight(args: Args, seeds: range, crew: Workers) -> str:
+    """Play rules that differ in what they know of the next finish; return the report."""
+    task = load_task(PREDICTED)
+    multipliers = tuned_multipliers(task, TUNING_CASES)
+    collection = Collection(args.output / "foresight", {"multipliers": multipliers})
+    collection.open([task])
+    fast_play = partial(play_foresight, multipliers=multipliers)
+    return report_foresight(collection.rows(task, seeds, fast_play, crew), multipliers)
+
+
+def study_sampled(args: Args, seeds: range, crew: Workers) -> str:
+    """Play rollouts by samples; return the report."""
+    task = load_task(PREDICTED)
+    collection = Collection(args.output / "sampled", {"policies": SAMPLED})
+    collection.open([task])
+    return report_sampled(collection.rows(task, seeds, play_sampled, crew))
+
+
 TITLES: Final = {
     "quality": "Policies by the quality of predictions",
     "mixed": "Pulls where some predictions are guesses",
     "plans": "Plans by samples",
+    "foresight": "What knowing the next finish is worth",
+    "sampled": "Rollouts by samples",
 }
+
+
+CASES_OF: Final = {
+    "cases": ("quality", "mixed"),
+    "slow_cases": ("quality", "plans"),
+    "foresight_cases": ("foresight",),
+    "sampled_cases": ("sampled",),
+}
+"""The parts that each number of cases is of."""
 
 
 def command_of(args: Args, part: str) -> str:
     """Return the command that does what ``args`` say of a part."""
     asked: dict[str, object] = {"parts": part}
-    if part != "plans":
-        asked["cases"] = args.cases
-    if part != "mixed":
-        asked["slow_cases"] = args.slow_cases
+    for key, parts in CASES_OF.items():
+        if part in parts:
+            asked[key] = getattr(args, key)
     return command_line("study_uncertainty", **asked, output=args.output)
 
 
@@ -117,7 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play what is missing, tabulate and draw."""
     args = parse(Args, argv)
     parts = read_list("--parts", args.parts, PARTS)
-    seeds, slow = held_out(args.cases), held_out(args.slow_cases)
+    seeds, slow = held_out(args.cases), held_out(args.slow_cases, "--slow-cases")
+    foreseen = held_out(args.foresight_cases, "--foresight-cases")
+    sampled = held_out(args.sampled_cases, "--sampled-cases")
     check_folder(args.output)
     if "quality" in parts:
         make_policy(SHIPPED, PREDICTED)  # refuse before hours of play
@@ -128,8 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     body = study_quality(args, seeds, slow, crew)
                 elif part == "mixed":
                     body = study_mixed(args, seeds, crew)
-                else:
+                elif part == "plans":
                     body = study_plans(args, slow, crew)
+                elif part == "foresight":
+                    body = study_foresight(args, foreseen, crew)
+                else:
+                    body = study_sampled(args, sampled, crew)
                 text = f"# {TITLES[part]}\n\n`{command_of(args, part)}`\n\n{body}"
                 write_file(args.output / f"{part}.md", text)
             print(text)

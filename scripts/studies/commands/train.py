@@ -26,6 +26,7 @@ from servegym.envs.task.registered import load_task
 from servegym.studies.agents.training import (
     EVALUATE_EVERY,
     make_callbacks,
+    make_plan_case,
     make_reference,
     train_watched,
     usual_evaluations,
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = Options(args.checkpoint_every, args.max_minutes, args.threads)
     make_trigger_policy(args.expert)  # refuse a mistyped one even without imitation
     make_reference(hyperparameters, task)  # … or a reference
+    make_plan_case(hyperparameters, task)  # … or a plan
     command = command_line("train", *(sys.argv[1:] if argv is None else argv))
     with locked(args.output):
         check_run(task, hyperparameters, args.output, args.resume)
