@@ -27,7 +27,7 @@ from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.actions import Settings, apply
 from servegym.envs.simulator.events import advance
-from servegym.envs.simulator.finishes import merge
+from servegym.envs.simulator.finishes import key_of, merge
 from servegym.envs.simulator.imagination import copy_row
 from servegym.envs.simulator.state import (
     NOBODY,
@@ -191,14 +191,13 @@ def _write_future(imagined: State, rounds: NDArray[np.int64], target: State) -> 
         if imagined.beliefs.shape[1] > 0:
             target.beliefs[0, i] = imagined.beliefs[0, i]
     replica, believed = target.replicas[0, 0], imagined.finishes[0, 0]
-    span = target.requests.shape[1]
     keys = target.keys[0, : replica.active]
     for k in range(replica.active):
         i = believed[k].request
         target.expected[0, 0, k] = believed[k]
         later = rounds[i] - imagined.requests[0, i].expected_rounds
-        keys[k] = (believed[k].due + later - replica.rounds) * span + i
-    merge(target.finishes[0, 0], 0, replica.rounds, keys, span)
+        keys[k] = key_of(believed[k].due + later - replica.rounds, i)
+    merge(target.finishes[0, 0], 0, replica.rounds, keys)
 
 
 @kernel
