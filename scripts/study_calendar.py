@@ -1,4 +1,4 @@
-"""Train calendars from several seeds and evaluate them on held-out cases."""
+"""Train calendars from several seeds and evaluate them on held-out cases: table, curves, page's numbers."""
 
 from servegym.studies.start import run_command
 

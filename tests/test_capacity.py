@@ -196,7 +196,7 @@ def test_the_committed_page_follows_from_its_rows(
     """The same search in the committed rows plays nothing and writes the same page."""
     shutil.copytree(RESULTS / task, tmp_path / "results/capacity" / task)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "play_episode", None)
+    monkeypatch.setattr(study, "play_episode", pytest.fail)
     page = (RESULTS / task / "capacity.md").read_text("utf-8")
     command = next(line for line in page.splitlines() if line.startswith("`python"))
     with redirect_stdout(io.StringIO()) as printed:

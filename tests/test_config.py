@@ -56,6 +56,7 @@ BAD_VALUES = [
     ("workload", "arrival_rate_per_s", "inf", "within 1e+09 s, got inf", "1e9"),
     ("workload", "arrival_rate_per_s", "true", "a number, got True", "1"),
     ("workload", "arrival_rate_per_s", '"fast"', "a number, got 'fast'", "7"),
+    ("process", "pads", "[-1]", "must lie in 0 … 1e12", "[]"),
     ("process", "max_seconds", "-1", "≥ 0, got -1.0", "0"),
     ("process", "max_seconds", "nan", "≥ 0, got nan", "0.5"),
     ("process", "max_seconds", "inf", "≥ 0, got inf", "1e300"),

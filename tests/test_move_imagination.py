@@ -19,7 +19,7 @@ from servegym.envs.simulator.state import (
     make_alike,
 )
 from servegym.envs.task.config import InformationConfig
-from servegym.envs.vocabulary import ADMISSION_RULES, MOVES
+from servegym.envs.vocabulary import MOVES, USUAL_RULES
 from tests.cluster_helpers import requests_of, shared_case, stealing_case, task_of
 from tests.random_clusters import ClusterCase
 from tests.test_leakage import imagined_bytes, other_truth, revealed
@@ -67,7 +67,7 @@ def test_a_copied_row_goes_on_as_the_original(name: str) -> None:
         case = stealing_case(rng, dyadic=bool(seed % 2), chunked=name == "vllm")
         rows = [(arrival / 8, prompt, output) for arrival, prompt, output in case.requests]
         spec = replace(case.spec, move_by=tuple(MOVES)[seed % 2])
-        env = ServingEnv(task_of(spec, mixed_rules=ADMISSION_RULES))
+        env = ServingEnv(task_of(spec, mixed_rules=USUAL_RULES))
         env.reset(options={"requests": requests_of(ClusterCase(rows, spec))})
         state, over = env.state, False
         assert state is not None
@@ -115,7 +115,7 @@ def one_replica(rng: np.random.Generator) -> tuple[list[ServingEnv], list[Reques
         preempt_to="host",
         host_latency_s=float(rng.choice([0.0, 1.0, 5.0])),
     )
-    task = task_of(spec, mixed_rules=ADMISSION_RULES, decisions="rounds")
+    task = task_of(spec, mixed_rules=USUAL_RULES, decisions="rounds")
     task = replace(task, information=InformationConfig(output_lengths="predicted"))
     altered = other_truth(truth, rng, most=int(rng.choice([2, 5, 1000])))
     return [ServingEnv(task), ServingEnv(task)], [truth, altered]

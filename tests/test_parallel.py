@@ -140,7 +140,7 @@ def test_every_script_with_jobs_is_in_the_list_above() -> None:
         "study_uncertainty",
         "check_robustness",
     }
-    listed |= {"check_estimates", "check_iteration_rule", "check_stealing"}
+    listed |= {"check_estimates", "tune_agent", "check_iteration_rule", "check_stealing"}
     assert with_jobs == listed | {"answer_clients", "answer_scale", "answer_transfer"}
     assert "joblib" not in best_known.__dict__
 

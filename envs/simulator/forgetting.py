@@ -37,7 +37,15 @@ def forget(state: State, e: int, gone: NDArray[np.bool_]) -> NDArray[np.int64]:
     _relink_plans(state, e, ids)
 
     left = int(known - gone.sum())
-    for array in (state.requests, state.times, state.beliefs, state.priority, state.limits):
+    by_id = (
+        state.requests,
+        state.times,
+        state.carried,
+        state.beliefs,
+        state.priority,
+        state.limits,
+    )
+    for array in by_id:
         if array.shape[1] > 0:
             array[e, :left] = array[e, :known][~gone]
     by_length = state.by_length[e, :known].copy()

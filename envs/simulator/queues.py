@@ -224,10 +224,10 @@ def count_all_waiting(state: State, e: int, q: int, first: int) -> int:
     arrived, arrived_rounds, unplanned = 0, 0, 0
     i = first
     while i != NOBODY:
-        request, tokens = state.requests[e, i], tokens_to_prefill(state, e, i)
+        request, tokens = state.requests[e, i], np.int64(tokens_to_prefill(state, e, i))
         if request.moves == 0:  # else it has been seen elsewhere
             arrived += 1
-            arrived_rounds += request.expected_rounds
+            arrived_rounds += np.int64(request.expected_rounds)
         unplanned += request.plan_client == NOBODY
         count += 1
         rounds += rounds_ahead(state, e, i)

@@ -36,7 +36,7 @@ PLAYED_BY_SEEDS: Final = (1, 30)
 
 @dataclass(frozen=True)
 class Args:
-    """Study the policy calendar; writes seed-*/, episodes.csv, table.md, learning_curves.png."""
+    """Study the policy calendar; writes seed-*/, held_out.csv, table.md, learning_curves.png."""
 
     task: str = "GSM8K-v0"
     """A registered task or a task TOML."""
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in range(args.seeds):
             _train(task, args, seed)
         episodes = _evaluate(task, args)
-        write_file(args.output / "episodes.csv", episodes.to_csv(index=False))
+        write_file(args.output / "held_out.csv", episodes.to_csv(index=False))
         curves = _curves(args)
         references = {name: 100 * float(rows.mean()) for name, rows in others.items()}
         figure = draw_learning_curves(curves, references)
