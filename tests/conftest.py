@@ -11,8 +11,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from servegym.envs import Requests, ServingEnv
+from servegym.envs.compilation import NOTICE
 from tests.hand_solved_helpers import Player, play_env, play_reference
 from tests.helpers import instance, make_env
+
+# Tests read what commands say; on a first run some kernels are compiled meanwhile.
+NOTICE.silent = True
 
 # Read when torch is imported. Tests run side by side, and its threads would wait for one another's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
