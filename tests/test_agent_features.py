@@ -26,6 +26,7 @@ from servegym.envs.process.metrics import METRICS
 from servegym.envs.process.observation import FEATURES
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.vocabulary import OBSERVATION_BLOCKS
+from servegym.studies.policies import planner_of
 from tests.helpers import refused
 
 TINY = load_task("Tiny-v0")
@@ -89,12 +90,12 @@ def metrics_of(policy: LearnedPolicy, task: TaskConfig = TINY) -> dict[str, Any]
 
 @pytest.mark.parametrize("folder", SHIPPED)
 def test_shipped_agents_play_the_same(folder: Path, order: list[int]) -> None:
-    agent = load_agent(folder)
-    later = WithLaterObservations(agent.network, agent.card)
+    agent = load_agent(folder, planner_of)
+    later = WithLaterObservations(agent.network, agent.card, agent.planner)
     later.order = order
     with pytest.MonkeyPatch.context() as patch:
         with_features(patch, FEATURES)
-        expected = metrics_of(load_agent(folder))
+        expected = metrics_of(load_agent(folder, planner_of))
     assert metrics_of(later) == expected
 
 

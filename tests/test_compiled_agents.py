@@ -24,7 +24,7 @@ from servegym.envs.process.network import make_layers, run_agent, run_layers
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.vocabulary import OBSERVATION_BLOCKS
-from servegym.studies.policies import AGENTS, agent_folder, make_policy, weights_of
+from servegym.studies.policies import AGENTS, agent_folder, make_policy, planner_of, weights_of
 from tests.helpers import changed, refused
 
 TINY = TASKS["servegym/Tiny-v0"]
@@ -103,8 +103,8 @@ def same(row: dict[str, Any], metrics: dict[str, float]) -> None:
 def test_shipped_agents_act_alike_in_compiled_code(name: str) -> None:
     """Equal records to the last bit; every clear decision is the best by double precision."""
     task = TASKS[f"servegym/{name}"]
-    agent = load_agent(AGENTS / name)
-    policy, case = Checked(agent.network, agent.card), make_case(task, 1_000_000)
+    agent = load_agent(AGENTS / name, planner_of)
+    policy, case = Checked(agent.network, agent.card, agent.planner), make_case(task, 1_000_000)
     episode = play(task, name, policy, case, seed=0)
     same(episode.row, play_compiled(task, agent, case))
     assert policy.compared > 0.98 * episode.row["decisions"] > 0
