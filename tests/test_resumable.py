@@ -133,7 +133,11 @@ COMMITTED = [
     *((path, OPTIMA, None) for path in RESULTS.rglob("optima.csv")),
     *((path, CURVES, None) for path in RESULTS.rglob("curves.csv")),
     *((path, BEST_KNOWN, None) for path in RESULTS.rglob("best_known.csv")),
-    *((path, COLLECTED, "%.7g") for path in (RESULTS / "uncertainty").rglob("*.csv")),
+    *(
+        (path, COLLECTED, "%.7g")
+        for path in (RESULTS / "uncertainty").rglob("*.csv")
+        if path.name != "episodes.csv"  # tested with all tables of episodes
+    ),
     *((path, COLLECTED, "%.7g") for path in (RESULTS / "checks").glob("[ies]*/*.csv")),
 ]
 
