@@ -13,7 +13,7 @@ WARM_UP: Final = "servegym.baselines.warmup"
 
 
 @contextmanager
-def open_workers(jobs: int, cluster: str) -> Iterator[Workers]:
+def open_workers(jobs: int, cluster: str | None) -> Iterator[Workers]:
     """Give so many processes of this machine, or the workers at an address, for a while.
 
     Connect before anything is written: an address where nobody answers then leaves nothing behind.
@@ -23,7 +23,7 @@ def open_workers(jobs: int, cluster: str) -> Iterator[Workers]:
     ServegymError
         As of :func:`servegym.envs.playing.nodes.addresses.connect`.
     """
-    if not cluster:
+    if cluster is None:
         yield jobs
         return
     from servegym.envs.playing.nodes.addresses import connect

@@ -37,7 +37,7 @@ class Args:
     """Folder for a CSV file a preset, transfer.md and transfer.png."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
-    cluster: str = ""
+    cluster: str | None = None
     """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 

@@ -84,7 +84,7 @@ class Args:
     """Folder for a folder a task, with rows.csv and capacity.md."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
-    cluster: str = ""
+    cluster: str | None = None
     """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ class Args:
     """Folder for a CSV file a task, iteration_rule.md and iteration_rule.png."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
-    cluster: str = ""
+    cluster: str | None = None
     """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 

@@ -33,7 +33,7 @@ class Args:
     """Held-out cases of each task, seeds 1000000 and up."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
-    cluster: str = ""
+    cluster: str | None = None
     """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 

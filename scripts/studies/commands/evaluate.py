@@ -63,7 +63,7 @@ class Args:
     """Seconds to look for the exact optimum of a case, where a task is small; 0: not at all."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
-    cluster: str = ""
+    cluster: str | None = None
     """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
     records: bool = False
     """Also write when and where each request was served, to records/POLICY-SEED.csv in the folder."""

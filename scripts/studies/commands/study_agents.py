@@ -61,7 +61,7 @@ class Args:
     """Folder for agents, episodes, tables and pictures."""
     jobs: int = USUAL_JOBS
     """Training runs, or worker processes, at a time."""
-    cluster: str = ""
+    cluster: str | None = None
     """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 

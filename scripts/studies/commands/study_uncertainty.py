@@ -70,7 +70,7 @@ class Args:
     """Folder for CSV files, a table a part and quality.png."""
     jobs: int = USUAL_JOBS
     """Worker processes."""
-    cluster: str = ""
+    cluster: str | None = None
     """Workers of a cluster, in place of --jobs: tcp://HOST:PORT (dask), ray://HOST:PORT or ray:auto (Ray)."""
 
 
