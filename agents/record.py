@@ -64,9 +64,15 @@ def check_run(
         content, wanted = read_run(folder), identity(task, hyperparameters)
         noted = {key: content[key] for key in wanted if key in content}
         check_identity(str(record), noted, wanted)
-    elif record.exists():
+    else:
+        check_unused(folder)
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse a folder in which no run can begin: it holds a run, or anything but its lock."""
+    if (folder / RECORD).exists():
         raise ServegymError(f"{folder}: holds a run; go on with it by --resume, or name another")
-    elif folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise ServegymError(f"{folder}: not empty and holds no run; name another folder")
 
 

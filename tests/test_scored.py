@@ -35,6 +35,7 @@ from servegym.envs import TASKS, ServegymError, ServingEnv, make_case, play
 from servegym.envs.task.config import with_overrides
 from servegym.envs.workload.plan import Plan, plan_by_scores
 from servegym.envs.workload.scoring import ScoreWeights, Scoring
+from servegym.studies.commands import train_calendar
 from tests.helpers import UNIT_COSTS, instance, make_env, start
 
 GSM8K = TASKS["servegym/GSM8K-v0"]
@@ -237,3 +238,18 @@ def test_an_action_may_bring_its_weight() -> None:
         with_overrides(SMALL, {"process": {"pads": (1.0,)}})
     with pytest.raises(ServegymError, match=r"process\.pads must lie in 0"):
         with_overrides(task, {"process": {"pads": (-1.0,)}})
+
+
+def test_training_says_whether_it_beats_the_rules_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--task", "Tiny-v0", "--stages", "4", "--population", "6", "--cases", "2"]
+    options += ["--generations", "4", "--evaluate-every", "2", "--validation-cases", "3"]
+    options += ["--threads", "1", "--output", str(tmp_path / "run")]
+    assert train_calendar.main(options) == 0
+    said = capsys.readouterr().out
+    assert "above the lower bound on 3 validation cases" in said
+    with pytest.raises(ServegymError, match="holds a run"):
+        train_calendar.main(options)
+    assert train_calendar.main([*options, "--resume"]) == 0
+    assert capsys.readouterr().out == said

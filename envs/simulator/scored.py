@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.jit import allocating_kernel, kernel
+from servegym.envs.simulator.aligned import ALIGNED_TARGET_SIZE
 from servegym.envs.simulator.order import Tree, count_below, is_counted, next_counted
 from servegym.envs.simulator.queues import longest_waiting, queue_of
 from servegym.envs.simulator.state import NOBODY, State
@@ -31,9 +32,6 @@ _URGENT_SCALE: Final = 10
 _LATE: Final = 11
 _SHORTEST_SHARE: Final = 12
 _TAIL: Final = 13
-
-TARGET_SIZE: Final = 2
-"""Requests that make a target by finishing together, where there is no calendar."""
 
 _FAR: Final = 1e9
 """Rounds to the next target where there is none."""
@@ -65,9 +63,8 @@ def rank_by_score(state: State, e: int, r: int) -> None:
         _score_by_calendar(state, e, r, counts, scores)
     else:
         groups = _score_by_finishes(state, e, r, counts, scores)
-    all_count = (
-        state.weights[e, _SHORTEST_SHARE] > 0.0
-    )  # who is a candidate changes within the stage
+    # With a share left out, who is a candidate changes within the stage.
+    all_count = state.weights[e, _SHORTEST_SHARE] > 0.0
     most = groups if all_count else min(groups, state.replicas[e, r].idle)
     state.episodes[e].ranked = _keep_best(scores, ranked, groups, most)
 
@@ -151,7 +148,7 @@ def _score_by_finishes(
             while place > 0 and finishes[place - 1].due == due:
                 together += 1
                 place -= 1
-            if together >= TARGET_SIZE:
+            if together >= ALIGNED_TARGET_SIZE:
                 target = due - clock
         if target < rounds:
             break
@@ -178,7 +175,7 @@ def _keep_best(
             if scores[kept - 1] > score:
                 continue
             place -= 1
-        elif kept < most:
+        else:
             kept += 1
         # Ranks ascend, so that of equal scores the later entry goes first.
         while place > 0 and scores[place - 1] <= score:

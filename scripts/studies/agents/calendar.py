@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from servegym.agents.record import RECORD
+from servegym.agents.record import RECORD, check_unused
 from servegym.baselines.calendar.fitted import (
     CALENDAR_FILE,
     FAMILY,
@@ -28,7 +28,6 @@ from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_bytes, read_json, write_file
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.identity import hash_of, notes_of
-from servegym.envs.playing.locks import LOCK_FILE
 from servegym.envs.playing.summary import student_half
 from servegym.envs.task.config import TaskConfig
 from servegym.studies.agents.training import VALIDATION_SEED, references
@@ -92,6 +91,7 @@ class CalendarTraining:
             "search": asdict(how),
         } | hash_of(task)
         self._check(resume)
+        self._cases = [make_case(task, seed) for seed in self._seeds]
         self.search = CalendarSearch(task, how, threads)
         self.rows: list[dict[str, Any]] = []
         self._fitness: list[NDArray[np.float64]] = []
@@ -142,9 +142,8 @@ class CalendarTraining:
         if best is None:
             return "no evaluation: nothing is known of the policy"
         rules = references(self.task, self._seeds)
-        name, gap = min(
-            ((name, row["gap"]) for name, row in rules.items()), key=lambda pair: pair[1]
-        )
+        gaps = {name: float(rows["gap"].mean()) for name, rows in rules.items()}
+        name, gap = min(gaps.items(), key=lambda pair: pair[1])
         better = "ahead of" if best["gap_percent"] < 100 * gap else "not ahead of"
         return (
             f"{self.folder / CALENDAR_FILE}: of generation {best['generation']}, "
@@ -172,8 +171,8 @@ class CalendarTraining:
 
     def _gaps_percent(self, parameters: CalendarParameters, calendars: int) -> NDArray[np.float64]:
         policy = calendar_policy(parameters, calendars)
-        cases = [make_case(self.task, seed) for seed in self._seeds]
-        return np.array([100 * play_compiled(self.task, policy, case)["gap"] for case in cases])
+        gaps = [play_compiled(self.task, policy, case)["gap"] for case in self._cases]
+        return 100 * np.array(gaps)
 
     def _save(self) -> None:
         buffer = io.BytesIO()
@@ -183,15 +182,7 @@ class CalendarTraining:
     def _check(self, resume: bool) -> None:
         record = self.folder / RECORD
         if not resume:
-            if record.exists():
-                raise ServegymError(
-                    f"{self.folder}: holds a run; go on with it by --resume, or name another"
-                )
-            others = [path for path in self.folder.glob("*") if path.name != LOCK_FILE]
-            if others:
-                raise ServegymError(
-                    f"{self.folder}: not empty and holds no run; name another folder"
-                )
+            check_unused(self.folder)
             return
         if not record.is_file():
             raise ServegymError(f"{self.folder}: holds no run to resume")
@@ -223,12 +214,15 @@ class CalendarTraining:
         table = self.folder / EVALUATIONS_FILE
         if table.exists():
             try:
-                rows = pd.read_csv(table, float_precision="round_trip")
-                rows = rows[rows["generation"] <= len(fitness)]
-                self.rows = [
-                    asdict(Evaluation(**{str(key): value for key, value in row.items()}))
-                    for row in rows.to_dict("records")
-                ]
+                # As Python reads numbers: pandas' parser may change a last digit.
+                texts = pd.read_csv(table, dtype=str, keep_default_na=False).to_dict("records")
+                rows = [{str(key): _number(str(key), row[key]) for key in row} for row in texts]
+                kept = [row for row in rows if row["generation"] <= len(fitness)]
+                self.rows = [asdict(Evaluation(**row)) for row in kept]  # type: ignore[arg-type]
             except (ValueError, KeyError, TypeError):
                 raise ServegymError(f"{table}: damaged; begin a run in another folder") from None
             self._before_s = max((row["training_s"] for row in self.rows), default=0.0)
+
+
+def _number(column: str, text: str) -> int | float:
+    return int(text) if column in ("generation", "cases") else float(text or "nan")

@@ -83,7 +83,7 @@ def _rivals(args: Args) -> dict[str, pd.Series]:
     """Return the gaps by case of the policies to compare with."""
     if not args.rival.is_file():
         raise ServegymError(f"--rival {args.rival}: no such file; name the episodes.csv of a table")
-    table = pd.read_csv(args.rival, float_precision="round_trip")
+    table = pd.read_csv(args.rival, dtype={"gap": str}).astype({"gap": float})
     wanted = range(HELD_OUT_SEED, HELD_OUT_SEED + args.cases)
     gaps = {}
     for name in args.rivals.split(","):
