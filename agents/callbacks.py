@@ -18,6 +18,7 @@ from servegym.agents.export import export_agent, policy_network
 from servegym.agents.outcome import (
     SUMMARY,
     Comparison,
+    best_of,
     compare,
     describe,
     describe_best,
@@ -318,4 +319,5 @@ class ServingCallback(BaseCallback):
             "total_timesteps": self._total_timesteps,
             "stopped_by_hook": self.stopped,
         }
-        write_summary(self.folder, state, self.evaluations, self.comparisons, self.outcome)
+        best_numbers = best_of(self.evaluations)
+        write_summary(self.folder, state, best_numbers, self.comparisons, self.outcome)

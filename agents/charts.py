@@ -79,7 +79,7 @@ class Charts:
             return
         episodes = pd.DataFrame(ended)
         finished = episodes[episodes["unfinished_requests"] == 0]
-        charts = _charts(means(finished), "train_") if len(finished) else {}
+        charts = charts_of(means(finished), "train_") if len(finished) else {}
         if self._may_cut_short:
             charts["serving/train_unfinished"] = 1.0 - len(finished) / len(episodes)
         for tag, value in charts.items():
@@ -89,12 +89,12 @@ class Charts:
         self, result: ValidationResult, row: Mapping[str, float], model: OnPolicyAlgorithm
     ) -> None:
         """Log an evaluation with its figures, and the references at the same step."""
-        charts = _charts(means(result.episodes))
+        charts = charts_of(means(result.episodes))
         if np.isfinite(row["gap_percent_sampled"]):
             charts["serving/gap_sampled"] = row["gap_percent_sampled"]
         if self._may_cut_short:
             charts["serving/unfinished"] = row["unfinished"] / row["cases"]
-        for tag, value in (charts | _first_page(charts)).items():
+        for tag, value in (charts | first_page(charts)).items():
             self.logger.record(tag, value)
         for action, share in zip(self._actions, result.action_shares, strict=True):
             self.logger.record(f"shares/{action}", float(share))
@@ -110,8 +110,8 @@ class Charts:
             self.logger.record(tag, Image(image, "HWC"), exclude=_NOT_TEXT)
         self.logger.dump(model.num_timesteps)
         for policy, values in self.references.items():
-            lines = _charts(values)
-            for tag, value in (lines | _first_page(lines)).items():
+            lines = charts_of(values)
+            for tag, value in (lines | first_page(lines)).items():
                 self._writers[policy].add_scalar(tag, value, model.num_timesteps)
             self._writers[policy].flush()
 
@@ -164,7 +164,7 @@ def _value_estimates(trace: Trace, model: OnPolicyAlgorithm) -> NDArray[np.float
         return policy.predict_values(observations).cpu().numpy().ravel().astype(np.float64)
 
 
-def _charts(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+def charts_of(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
     """Return the charted metrics that have a value, by tag; the gap in percent."""
     return {
         f"serving/{prefix}{name}": metrics[name] * (100.0 if name == "gap" else 1.0)
@@ -173,7 +173,7 @@ def _charts(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
     }
 
 
-def _first_page(charts: Mapping[str, float]) -> dict[str, float]:
+def first_page(charts: Mapping[str, float]) -> dict[str, float]:
     """Return the gaps once more as ``eval/…``: TensorBoard opens the first two groups of tags only."""
     return {
         tag.replace("serving/", "eval/"): value

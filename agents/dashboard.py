@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from servegym.agents.record import read_run
+from servegym.agents.record import read_record
 from servegym.envs.errors import ServegymError
 
 _DPI: Final = 100
@@ -58,16 +58,26 @@ class _Run:
     """The events of a training run and of the policies it is compared with."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         if not list((folder / _LOG).glob("events.*")):
             raise ServegymError(
                 f"{folder / _LOG}: no event files; --run names the folder of a training run"
             )
+        self.record = read_record(folder)
         self._agent = _read(folder / _LOG)
         self.references = {
             path.name.removeprefix(_REFERENCE): _read(path)
             for path in sorted((folder / _LOG).glob(f"{_REFERENCE}*/"))
         }
+
+    @property
+    def searched(self) -> bool:
+        """Whether whole episodes were searched over: no actions are chosen then, and nobody is asked."""
+        return "search" in self.record
+
+    @property
+    def unit(self) -> str:
+        """What training is counted in."""
+        return "episodes" if self.searched else "decisions"
 
     def line(self, tag: str) -> _Line:
         """Return a scalar of the run; without points if the run has none."""
@@ -111,10 +121,13 @@ def draw_training_dashboard(folder: Path) -> Figure:
     run = _Run(folder)
     with mpl.rc_context(_STYLE):
         figure = _framed(run.last_picture("gantt"))
-        cells = figure.subplot_mosaic(
-            [["gap", "gap", "utilization"], ["stages", "actions", "latency"]],
-            height_ratios=[1.15, 1],
-        )
+        if run.searched:
+            cells = figure.subplot_mosaic([["gap", "gap"], ["utilization", "stages"]])
+        else:
+            cells = figure.subplot_mosaic(
+                [["gap", "gap", "utilization"], ["stages", "actions", "latency"]],
+                height_ratios=[1.15, 1],
+            )
         charts: dict[str, Callable[[Axes, _Run], None]] = {
             "gap": _draw_gap,
             "utilization": _draw_utilization,
@@ -124,17 +137,16 @@ def draw_training_dashboard(folder: Path) -> Figure:
         }
         logged = (run.line("gap"), *run.shares().values())
         last_step = max([1, *(step for line in logged for step in line.steps)])
-        for name, draw in charts.items():
-            _prepare(cells[name], last_step)
-            draw(cells[name], run)
+        for name, axes in cells.items():
+            _prepare(axes, last_step, run.unit)
+            charts[name](axes, run)
         figure.suptitle(_title(run), x=0.01, ha="left", fontsize=12)
     return figure
 
 
 def _title(run: _Run) -> str:
-    record = read_run(run.folder)
-    name = str(record["task"].get("name", "")).rpartition("/")[2]
-    chosen = record["hyperparameters"]
+    name = str(run.record["task"].get("name", "")).rpartition("/")[2]
+    chosen = run.record["hyperparameters"]
     text = f"{name}: {chosen.get('algorithm')}, seed {chosen.get('seed')}"
     steps, gaps_percent = run.line("gap")
     if len(steps):
@@ -143,7 +155,7 @@ def _title(run: _Run) -> str:
         untrained = steps[0] == 0 and not chosen.get("imitation_rounds") and len(steps) > 1
         first = int(untrained)
         best = first + int(gaps_percent[first:].argmin())
-        text += f"; best gap {gaps_percent[best]:.2f} % after {steps[best]:,} decisions"
+        text += f"; best gap {gaps_percent[best]:.2f} % after {steps[best]:,} {run.unit}"
     return text
 
 
@@ -159,10 +171,10 @@ def _framed(picture: NDArray[Any] | None) -> Figure:
     return figure
 
 
-def _prepare(axes: Axes, last_step: int) -> None:
+def _prepare(axes: Axes, last_step: int, unit: str) -> None:
     axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("decisions trained on", color="dimgrey", fontsize=8)
+    axes.set_xlabel(f"{unit} trained on", color="dimgrey", fontsize=8)
     axes.set_axisbelow(True)
 
 

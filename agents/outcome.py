@@ -109,10 +109,19 @@ def describe(comparisons: Sequence[Comparison]) -> str:
     return f"it {', '.join(map(str, comparisons))}; {cases} validation cases, {note}"
 
 
+def best_of(evaluations: Evaluations) -> dict[str, Any] | None:
+    """Return the numbers of the best agent for ``summary.json``; None if there is none."""
+    best, counts = evaluations.best, ("timesteps", "cases", "unfinished")
+    if best is None:
+        return None
+    means = ("gap_percent", "gap_percent_sem", "mean_reward")
+    return {name: int(best[name]) for name in counts} | {name: float(best[name]) for name in means}
+
+
 def write_summary(
     folder: Path,
     state: Mapping[str, Any],
-    evaluations: Evaluations,
+    best: Mapping[str, Any] | None,
     comparisons: Sequence[Comparison],
     text: Sequence[str],
 ) -> None:
@@ -122,16 +131,13 @@ def write_summary(
     ----------
     state
         How far the run has come, by name.
+    best
+        Numbers of the best agent, by name; None if there is none.
     text
         What a person is told, a line each.
     """
-    best, counts = evaluations.best, ("timesteps", "cases", "unfinished")
-    means = ("gap_percent", "gap_percent_sem", "mean_reward")
     content = dict(state) | {
-        "best": None
-        if best is None
-        else {name: int(best[name]) for name in counts}
-        | {name: _plain(float(best[name])) for name in means},
+        "best": None if best is None else {name: _plain(value) for name, value in best.items()},
         "rules": [
             {name: _plain(value) for name, value in asdict(each).items()}
             | {"verdict": each.verdict}

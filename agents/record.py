@@ -93,22 +93,45 @@ def begin_run(
     write_file(folder / RECORD, json.dumps(content, indent=2) + "\n")
 
 
+_SEARCH: Final = {"task": dict, "algorithm": str, "search": dict, "command": str}
+_RUN: Final = {"task": dict, "hyperparameters": dict, "observation_version": int, "command": str}
+
+
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return the record of the run in a folder: identity, command, versions."""
+    """Return the record of the run of PPO in a folder: identity, command, versions."""
+    content = _read(folder)
+    if not _has(content, _RUN):
+        what = "of another learner" if _has(content, _SEARCH) else "not the record of a run"
+        raise ServegymError(f"{folder / RECORD}: {what}; {_ADVICE}")
+    return content
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a run of any learner; what is searched for counts as its hyper-parameters."""
+    content = _read(folder)
+    if _has(content, _SEARCH):
+        chosen = content["search"] | {"algorithm": content["algorithm"]}
+        return dict(content) | {"hyperparameters": chosen}
+    return read_run(folder)
+
+
+_ADVICE: Final = "go on with a copy of it, or begin a run in another folder"
+
+
+def _has(content: Any, types: Mapping[str, type]) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(content.get(key), type_) for key, type_ in types.items()
+    )
+
+
+def _read(folder: Path) -> Any:
     record = folder / RECORD
-    advice = "go on with a copy of it, or begin a run in another folder"
     if not os.path.lexists(record):
         raise ServegymError(f"{shortened(folder)}: holds no run to resume")
     try:
-        content = read_json(record)
+        return read_json(record)
     except ServegymError as error:
-        raise ServegymError(f"{error}; {advice}") from None
-    types = {"task": dict, "hyperparameters": dict, "observation_version": int, "command": str}
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), type_) for key, type_ in types.items()
-    ):
-        raise ServegymError(f"{record}: not the record of a run; {advice}")
-    return content
+        raise ServegymError(f"{error}; {_ADVICE}") from None
 
 
 def check_identity(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

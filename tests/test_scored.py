@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from servegym.agents.dashboard import draw_training_dashboard
 from servegym.baselines import make_policy, make_trigger_policy
 from servegym.baselines.calendar.fitted import (
     CALENDAR_FILE,
@@ -35,7 +36,7 @@ from servegym.envs import TASKS, ServegymError, ServingEnv, make_case, play
 from servegym.envs.task.config import with_overrides
 from servegym.envs.workload.plan import Plan, plan_by_scores
 from servegym.envs.workload.scoring import ScoreWeights, Scoring
-from servegym.studies.commands import train_calendar
+from servegym.studies.commands import train
 from tests.helpers import UNIT_COSTS, instance, make_env, start
 
 GSM8K = TASKS["servegym/GSM8K-v0"]
@@ -243,13 +244,39 @@ def test_an_action_may_bring_its_weight() -> None:
 def test_training_says_whether_it_beats_the_rules_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--task", "Tiny-v0", "--stages", "4", "--population", "6", "--cases", "2"]
+    options = [
+        "--algorithm",
+        "calendar",
+        "--task",
+        "Tiny-v0",
+        "--stages",
+        "4",
+        "--population",
+        "6",
+        "--cases",
+        "2",
+    ]
     options += ["--generations", "4", "--evaluate-every", "2", "--validation-cases", "3"]
     options += ["--threads", "1", "--output", str(tmp_path / "run")]
-    assert train_calendar.main(options) == 0
+    assert train.main(options) == 0
     said = capsys.readouterr().out
     assert "above the lower bound on 3 validation cases" in said
     with pytest.raises(ServegymError, match="holds a run"):
-        train_calendar.main(options)
-    assert train_calendar.main([*options, "--resume"]) == 0
+        train.main(options)
+    assert train.main([*options, "--resume"]) == 0
     assert capsys.readouterr().out == said
+    # Options that are not given are those of the run, its learner, too.
+    assert train.main(["--output", str(tmp_path / "run"), "--resume"]) == 0
+    assert capsys.readouterr().out == said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "\n".join(summary["text"]) + "\n" == said
+    assert {rule["rule"] for rule in summary["rules"]} >= {"hybrid"}
+    # TensorBoard has what it has of other learners, but for actions and decisions' times.
+    figure = draw_training_dashboard(tmp_path / "run")
+    charts = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    titles = {"gap to the proven lower bound (%)", "utilisation", "prefill stages an episode"}
+    assert set(charts) == titles
+    assert figure.get_suptitle().startswith("Tiny-v0: calendar, seed 0; best gap")
+    labels = [line.get_label() for line in charts["gap to the proven lower bound (%)"].lines]
+    assert {"training episodes", "agent, greedy, on validation cases"} <= set(map(str, labels))
+    assert any(str(label).startswith("hybrid (") for label in labels)

@@ -20,6 +20,8 @@ from servegym.agents.training import make_model
 from servegym.envs import ServegymError
 from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
+from servegym.studies.agents.algorithms import algorithm_of
+from servegym.studies.agents.train_calendar import CalendarArgs
 from servegym.studies.agents.training import references
 from servegym.studies.cli import run as run_script
 from servegym.studies.commands import train as script
@@ -56,7 +58,8 @@ def test_train_and_resume_from_the_command_line(
     ("bad", "words", "good"),
     [
         (("--algorithm", "maskableppo"), "did you mean 'maskable-ppo'", ("--algorithm", "ppo")),
-        (("--algorithm", "dqn"), "choose from maskable-ppo, ppo", ("--algorithm", "maskable-ppo")),
+        (("--algorithm", "dqn"), "choose from calendar, maskable-ppo", ("--algorithm", "ppo")),
+        (("--stages", "9"), "unknown option '--stages'", ()),
         (("--task", "GSM8k"), "did you mean 'GSM8K-v0'", ("--task", "GSM8K-v0")),
         (("--task", "missing.toml"), "no such task file", ("--task", "servegym/Tiny-v0")),
         (("--learning-rat", "1"), "did you mean '--learning-rate'", ("--learning-rate", "1")),
@@ -83,7 +86,8 @@ def test_bad_options(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Refused before torch is imported, with nothing written; the nearest valid option is taken."""
-    common = ["--validation-cases", "0", "--output", str(tmp_path / "run")]
+    common = ["--algorithm", "maskable-ppo", "--validation-cases", "0"]
+    common += ["--output", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "servegym.agents.training", None)  # importing it fails
         assert words in refusal([*common, *bad])
@@ -152,3 +156,59 @@ def test_references_admit_by_rules_that_the_agent_lacks() -> None:
     names = list(references(task, [900_000]))
     assert names[0] == "hybrid"
     assert names[1].startswith("threshold-")
+
+
+@pytest.mark.parametrize(
+    ("words", "learner"),
+    [
+        ("", "calendar"),  # the usual one of the usual task
+        ("--seed 3 --output runs/a --help", "calendar"),
+        ("--task GSM8K-v0", "calendar"),
+        ("--task servegym/GSM8K-v0", "calendar"),
+        ("--task Tiny-v0", "maskable-ppo"),
+        ("--task=GSM8KPredicted-v0", "maskable-ppo"),
+        ("--algorithm ppo", "ppo"),
+        ("--algorithm=calendar --task Tiny-v0", "calendar"),
+        ("--algorithm ppo --algorithm calendar", "calendar"),
+        # Options that only one learner has choose it.
+        ("--timesteps 300000", "maskable-ppo"),
+        ("--evaluate_every 3 --imitation_rounds 1", "maskable-ppo"),
+        ("--hyperparameters best.toml", "maskable-ppo"),
+        ("--task Tiny-v0 --stages=9", "calendar"),
+        # … mistyped, too: that learner refuses them.
+        ("--timestep 300000", "maskable-ppo"),
+        ("--task Tiny-v0 --generation 9", "calendar"),
+    ],
+)
+def test_which_learner_is_run(words: str, learner: str) -> None:
+    assert algorithm_of(words.split(), script.Args, CalendarArgs, "GSM8K-v0") == learner
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--timesteps 9 --stages 9", "--timesteps is an option of maskable-ppo, --stages one of"),
+        ("--algorithm calender", "did you mean 'calendar'"),
+        ("--task GSM8k", "did you mean 'GSM8K-v0'"),
+        ("--task Chat-v0 --algorithm calendar", "are present at t = 0"),
+        ("--task GSM8KPredicted-v0 --stages 9", "where output lengths are known"),
+        ("--generations 0", "generations must lie in 1"),
+        ("--validation-cases 0", "--validation-cases must lie in 1"),
+        ("--algorithm calendar --timesteps 9", "unknown option '--timesteps'"),
+    ],
+)
+def test_bad_options_of_the_calendar(words: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal([*words.split(), "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_run_is_resumed_by_its_own_learner(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"algorithm": "calendar"}))
+    words = ["--resume", "--output", str(tmp_path)]
+    assert algorithm_of(words, script.Args, CalendarArgs, "GSM8K-v0") == "calendar"
+    (tmp_path / "run.json").write_text("{")
+    assert algorithm_of(words, script.Args, CalendarArgs, "GSM8K-v0") == "maskable-ppo"
+    assert "go on with a copy of it" in refusal(words)
+    search = {"task": {}, "algorithm": "calendar", "search": {}, "command": "train"}
+    (tmp_path / "run.json").write_text(json.dumps(search))
+    assert "of another learner" in refusal([*words, "--algorithm", "ppo"])

@@ -166,8 +166,13 @@ class Players:
             raise ServegymError(f"threads must lie in 1 … 64, got {threads}")
         self.task = asked_task(task, calendar_policy())
         self._machine = lower(self.task)
-        requests = len(make_case(self.task, 0).requests)
-        self._loaded = make_task_state(self.task, cases, requests)
+        requests = make_case(self.task, 0).requests
+        if np.any(requests.arrival_s > 0):
+            raise ServegymError(
+                f"a calendar is learned where all requests are present at t = 0, those of {task.name} arrive "
+                "over time"
+            )
+        self._loaded = make_task_state(self.task, cases, len(requests))
         self._policy = compile_policy(calendar_policy(), self.task)
         self._scratch = [make_alike(self._loaded, 1) for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -180,8 +185,6 @@ class Players:
         bounds, means = np.zeros(count), np.zeros(count)
         for m, seed in enumerate(seeds.tolist()):
             case = make_case(self.task, seed)
-            if np.any(case.requests.arrival_s > 0):
-                raise ServegymError("a calendar is learned where all requests are present at t = 0")
             load_case(self.task, self._loaded, m, case)
             bounds[m] = case.bound.seconds
             means[m] = case.requests.decode_rounds.sum() / self._machine.clients

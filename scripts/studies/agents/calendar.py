@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from servegym.agents.outcome import compare, describe, write_summary
 from servegym.agents.record import RECORD, check_unused
 from servegym.baselines.calendar.fitted import (
     CALENDAR_FILE,
     FAMILY,
     CalendarParameters,
     calendar_policy,
+    read_parameters,
     write_parameters,
 )
 from servegym.baselines.calendar.learning import CalendarSearch, Search
 from servegym.baselines.rules.compiled import play_compiled
-from servegym.envs.errors import ServegymError
+from servegym.baselines.rules.policies import TriggerPolicy
+from servegym.envs.errors import ServegymError, not_installed
 from servegym.envs.files import make_folder, read_bytes, read_json, write_file
-from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.playing.identity import hash_of, notes_of
 from servegym.envs.playing.summary import student_half
 from servegym.envs.task.config import TaskConfig
-from servegym.studies.agents.training import VALIDATION_SEED, references
+from servegym.envs.task.lowering import lower
+from servegym.studies.agents.training import VALIDATION_SEED, mean_metrics, references
+from servegym.studies.terminal import say
+
+if TYPE_CHECKING:
+    from servegym.agents.search_charts import SearchCharts
 
 FITNESS_FILE: Final = "fitness.npy"
 """The fitness of every candidate so far, shape (generations, population): the search is done again by it."""
@@ -94,6 +103,10 @@ class CalendarTraining:
         self._cases = [make_case(task, seed) for seed in self._seeds]
         self.search = CalendarSearch(task, how, threads)
         self.rows: list[dict[str, Any]] = []
+        self.outcome: list[str] = []
+        """After training: what came of it, a line each."""
+        self._charts: SearchCharts | None = None
+        self._shown: dict[str, str] = {}  # gaps of the rules
         self._fitness: list[NDArray[np.float64]] = []
         self._before_s = 0.0
         if resume:
@@ -108,8 +121,16 @@ class CalendarTraining:
         """The evaluation of the smallest gap; None before the first."""
         return min(self.rows, key=lambda row: row["gap_percent"], default=None)
 
+    @property
+    def episodes(self) -> int:
+        """How many training episodes were played so far."""
+        return self.search.generation * self.how.population * self.how.cases
+
     def train(self, progress: bool = True) -> None:
         """Run the generations that are left; saves at an interrupt."""
+        rules = references(self.task, self._seeds)
+        self._shown = {name: f"{100 * rows['gap'].mean():.2f} %" for name, rows in rules.items()}
+        self._charts = _open_charts(self.folder, rules, self.episodes)
         started = saved = perf_counter()
         evaluating_s = 0.0
         bar = tqdm(
@@ -121,6 +142,9 @@ class CalendarTraining:
         try:
             while self.search.generation < self.how.generations:
                 self._fitness.append(self.search.step())
+                if self._charts is not None:
+                    median = 100 * float(np.median(self._fitness[-1]))
+                    self._charts.log_generation(median, self.episodes)
                 bar.update()
                 number = self.search.generation
                 now = perf_counter()
@@ -135,44 +159,68 @@ class CalendarTraining:
         finally:
             bar.close()
             self._save()
+            if self._charts is not None:
+                self._charts.close()
+        self._conclude(rules)
 
-    def outcome(self) -> str:
-        """Return in one line whether the policy beats the rules on the validation cases."""
+    def _conclude(self, rules: Mapping[str, pd.DataFrame]) -> None:
+        """Compare the best calendar with the rules on the validation cases; write the summary."""
         best = self.best
-        if best is None:
-            return "no evaluation: nothing is known of the policy"
-        rules = references(self.task, self._seeds)
-        gaps = {name: float(rows["gap"].mean()) for name, rows in rules.items()}
-        name, gap = min(gaps.items(), key=lambda pair: pair[1])
-        better = "ahead of" if best["gap_percent"] < 100 * gap else "not ahead of"
-        return (
-            f"{self.folder / CALENDAR_FILE}: of generation {best['generation']}, "
-            f"{best['gap_percent']:.2f} ± {best['gap_percent_half']:.2f} % above the lower bound on "
-            f"{best['cases']} validation cases, {better} {name} ({100 * gap:.2f} %)"
+        if best is None:  # no evaluation yet
+            return
+        policy = calendar_policy(read_parameters(self.folder / CALENDAR_FILE), BOTH[-1])
+        gaps = self._play(policy)["gap"].to_numpy(float)
+        comparisons = compare(gaps, {name: list(rows["gap"]) for name, rows in rules.items()})
+        taken = (
+            f"{self.folder}: taken after generation {best['generation']}, {best['gap_percent']:.2f} % "
+            f"above the lower bound on {best['cases']} validation cases"
         )
+        self.outcome = [taken, describe(comparisons)]
+        state = {"generation": self.search.generation, "generations": self.how.generations}
+        write_summary(self.folder, state, best, comparisons, self.outcome)
 
     def _postfix(self) -> dict[str, str]:
         shown = {"median": f"{100 * float(np.median(self._fitness[-1])):.2f} %"}
         best = self.best
-        return shown | ({"best": f"{best['gap_percent']:.2f} %"} if best else {})
+        found = {"best": f"{best['gap_percent']:.2f} %"} if best else {}
+        return shown | found | self._shown
 
     def _evaluate(self, number: int, training_s: float) -> None:
         centre = self.search.centre
-        alone, several = (self._gaps_percent(centre, calendars) for calendars in BOTH)
-        half = student_half(several) if len(several) > 1 else float("nan")
+        alone, several = (self._play(calendar_policy(centre, calendars)) for calendars in BOTH)
+        gaps_percent = 100 * several["gap"].to_numpy(float)
         row = Evaluation(
-            number, training_s, len(several), float(several.mean()), half, float(alone.mean())
+            number,
+            training_s,
+            len(gaps_percent),
+            float(gaps_percent.mean()),
+            student_half(gaps_percent) if len(gaps_percent) > 1 else float("nan"),
+            100 * float(alone["gap"].mean()),
         )
+        if self._charts is not None:
+            self._log(self._charts, centre, several)
         best = self.best
         self.rows.append(asdict(row))
         if best is None or row.gap_percent < best["gap_percent"]:
             write_parameters(centre, self.folder, self.task.name)
         write_file(self.folder / EVALUATIONS_FILE, pd.DataFrame(self.rows).to_csv(index=False))
 
-    def _gaps_percent(self, parameters: CalendarParameters, calendars: int) -> NDArray[np.float64]:
-        policy = calendar_policy(parameters, calendars)
-        gaps = [play_compiled(self.task, policy, case)["gap"] for case in self._cases]
-        return 100 * np.array(gaps)
+    def _play(self, policy: TriggerPolicy) -> pd.DataFrame:
+        """Return the metrics of the validation cases, a row a case."""
+        return pd.DataFrame([play_compiled(self.task, policy, case) for case in self._cases])
+
+    def _log(self, charts: SearchCharts, centre: CalendarParameters, metrics: pd.DataFrame) -> None:
+        """Log an evaluation, and the schedule of the first validation case."""
+        charts.log_evaluation(mean_metrics(metrics), self.episodes)
+        seed = self._seeds[0]
+        policy = calendar_policy(centre, BOTH[-1])
+        played = play(self.task, FAMILY, policy, self._cases[0], seed)
+        title = (
+            f"seed {seed} after {self.episodes:,} episodes: {played.row['makespan_s']:.1f} s, "
+            f"{100 * played.row['gap']:.2f} % above the lower bound, "
+            f"{int(played.row['prefill_stages'])} prefill stages"
+        )
+        charts.log_schedule(played.records, lower(self.task).layout.clients, title, self.episodes)
 
     def _save(self) -> None:
         buffer = io.BytesIO()
@@ -222,6 +270,20 @@ class CalendarTraining:
             except (ValueError, KeyError, TypeError):
                 raise ServegymError(f"{table}: damaged; begin a run in another folder") from None
             self._before_s = max((row["training_s"] for row in self.rows), default=0.0)
+
+
+def _open_charts(
+    folder: Path, rules: Mapping[str, pd.DataFrame], episodes: int
+) -> SearchCharts | None:
+    """Return what writes for TensorBoard; None, with a line, where the extra is not installed."""
+    try:
+        from servegym.agents.search_charts import SearchCharts
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        say(f"nothing is written for TensorBoard: {not_installed(missing, 'train')}")
+        return None
+    means = {name: mean_metrics(rows) for name, rows in rules.items()}
+    return SearchCharts(folder / "tensorboard", means, episodes + 1 if episodes else None)
 
 
 def _number(column: str, text: str) -> int | float:

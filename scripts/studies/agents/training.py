@@ -72,6 +72,11 @@ def references(task: TaskConfig, seeds: Sequence[int]) -> dict[str, pd.DataFrame
     return {"hybrid": rows("hybrid"), best: candidates[best]}
 
 
+def mean_metrics(rows: pd.DataFrame) -> dict[str, float]:
+    """Return the means of the METRICS over cases, a row each."""
+    return {metric: float(np.mean(rows[metric])) for metric in METRICS}
+
+
 def make_expert(
     hyperparameters: Hyperparameters, task: TaskConfig, threads: int = 1
 ) -> Expert | None:
@@ -167,10 +172,7 @@ def make_callbacks(
             task,
             seeds,
             every,
-            {
-                name: {metric: float(np.mean(rows[metric])) for metric in METRICS}
-                for name, rows in rules.items()
-            },
+            {name: mean_metrics(rows) for name, rows in rules.items()},
             asdict(hyperparameters),
             folder,
             command=command,
@@ -179,10 +181,6 @@ def make_callbacks(
             on_evaluation=on_evaluation,
         )
     ]
-
-
-def _means(rows: pd.DataFrame) -> dict[str, float]:
-    return {metric: float(np.mean(rows[metric])) for metric in METRICS}
 
 
 def train_watched(

@@ -24,6 +24,7 @@ from servegym.envs.playing.parallel import end_with_parent
 from servegym.envs.playing.summary import mean_interval, to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
+from servegym.studies.agents.algorithms import CALENDAR
 from servegym.studies.agents.calendar import EVALUATIONS_FILE, CalendarTraining
 from servegym.studies.cli import check_number, command_line, parse
 
@@ -102,7 +103,7 @@ def _folder(args: Args, seed: int) -> Path:
 
 def _train(task: TaskConfig, args: Args, seed: int) -> None:
     folder = _folder(args, seed)
-    command = command_line("train_calendar", task=args.task, seed=seed, output=folder)
+    command = command_line("train", task=args.task, algorithm=CALENDAR, seed=seed, output=folder)
     done = folder / EVALUATIONS_FILE
     how = Search(seed=seed)
     if done.is_file():  # the fitness that a resume needs is not kept with the results
@@ -203,8 +204,8 @@ def _page(
     mean, half = mean_interval(own.to_numpy(float))
     return (
         f"# Calendars learned for {task.name}\n\n`{command}`\n\n"
-        f"Each seed is a run of `train_calendar.py`; seed {best} has the smallest gap on the validation "
-        "cases. Intervals in the table are over cases. With 30 calendars the mean over "
+        f"Each seed is a run of `train.py --algorithm calendar`; seed {best} has the smallest gap on the "
+        "validation cases. Intervals in the table are over cases. With 30 calendars the mean over "
         f"{args.seeds} training seeds is {100 * mean:.2f} ± {100 * half:.2f} % (over seeds).\n\n"
         f"{to_markdown(pd.DataFrame(rows))}\n"
         "`CPU ms a decision` is the median over cases of all CPU time of an episode, planning before it "

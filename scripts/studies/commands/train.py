@@ -1,4 +1,4 @@
-"""Train an agent with PPO; go on after a kill with --resume; watch it with TensorBoard."""
+"""Train an agent by the task's usual learner, PPO or another; go on after a kill with --resume."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import end_with_parent
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
+from servegym.studies.agents.algorithms import CALENDAR, algorithm_of
+from servegym.studies.agents.train_calendar import CalendarArgs, train_calendar
 from servegym.studies.agents.training import (
     EVALUATE_EVERY,
     make_callbacks,
@@ -38,8 +40,14 @@ MAX_VALIDATION_CASES: Final = 100_000  # held-out seeds begin there
 
 @dataclass(frozen=True)
 class Args(Hyperparameters):
-    """Train an agent; writes checkpoints/, evaluations.csv, tensorboard/, agent/, final/, summary.json."""
+    """Train by PPO; writes checkpoints/, evaluations.csv, tensorboard/, agent/, final/, summary.json.
 
+    These are the options of PPO. GSM8K-v0's usual learner is another: --algorithm calendar --help.
+    """
+
+    algorithm: str = Hyperparameters.algorithm
+    """maskable-ppo, or ppo, which is not told the legal actions; or calendar, which has other options.
+    Where it is not given, options that only one learner has choose it, else the task does."""
     task: str = "GSM8K-v0"
     """A registered task or a task TOML."""
     output: Path = Path("runs/agent")
@@ -63,9 +71,9 @@ class Args(Hyperparameters):
     """Threads of torch, of the imitated expert and of evolution's episodes."""
 
 
-def read_args(argv: Sequence[str] | None) -> Args:
+def read_args(argv: Sequence[str]) -> Args:
     """Return the options; those not given are the task's defaults, or those of the run to resume."""
-    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+    if {"-h", "--help"} & set(argv):
         return parse(Args, argv)
     anything = Args(batch_size=2)  # fits every rollout: the usual one depends on other options
     args = parse(Args, argv, anything)
@@ -97,7 +105,18 @@ def read_args(argv: Sequence[str] | None) -> Args:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train."""
     end_with_parent()
-    args = read_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = command_line("train", *words)
+    if algorithm_of(words, Args, CalendarArgs, Args.task) == CALENDAR:
+        train_calendar(words, command)
+    else:
+        train_ppo(words, command)
+    return 0
+
+
+def train_ppo(words: Sequence[str], command: str) -> None:
+    """Train by PPO; ``command`` is noted in the folder."""
+    args = read_args(words)
     check_number("--validation-cases", args.validation_cases, 0, MAX_VALIDATION_CASES)
     if args.evaluate_every < 1:
         raise ServegymError(f"--evaluate-every must be ≥ 1, got {args.evaluate_every}")
@@ -111,11 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_trigger_policy(args.expert)  # refuse a mistyped one even without imitation
     make_reference(hyperparameters, task)  # … or a reference
     make_plan_case(hyperparameters, task)  # … or a plan
-    command = command_line("train", *(sys.argv[1:] if argv is None else argv))
     with locked(args.output):
         check_run(task, hyperparameters, args.output, args.resume)
         train_agent(args, task, hyperparameters, options, command)
-    return 0
 
 
 def train_agent(
