@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from servegym.agents.dashboard import draw_training_dashboard
@@ -36,7 +37,9 @@ from servegym.envs import TASKS, ServegymError, ServingEnv, make_case, play
 from servegym.envs.task.config import with_overrides
 from servegym.envs.workload.plan import Plan, plan_by_scores
 from servegym.envs.workload.scoring import ScoreWeights, Scoring
+from servegym.studies.agents.rollouts import play_rollouts, rollouts_table
 from servegym.studies.commands import train
+from servegym.studies.policies import note_agents
 from tests.helpers import UNIT_COSTS, instance, make_env, start
 
 GSM8K = TASKS["servegym/GSM8K-v0"]
@@ -280,3 +283,24 @@ def test_training_says_whether_it_beats_the_rules_and_goes_on(
     labels = [line.get_label() for line in charts["gap to the proven lower bound (%)"].lines]
     assert {"training episodes", "agent, greedy, on validation cases"} <= set(map(str, labels))
     assert any(str(label).startswith("hybrid (") for label in labels)
+
+
+def test_searches_over_agents_are_played_once(tmp_path: Path) -> None:
+    path, names = tmp_path / "rollouts.csv", ["rollout:calendar-1", "rollout-2:calendar-1"]
+    first = play_rollouts(TINY, names[:1], range(1_000_000, 1_000_002), path)
+    both = play_rollouts(TINY, names, range(1_000_000, 1_000_003), path)
+    assert len(both) == 6
+    kept = both[(both["policy"] == names[0]) & (both["seed"] < 1_000_002)]
+    assert kept["ms"].tolist() == first["ms"].tolist()  # not played again
+    hybrid = [play(TINY, "x", make_policy("hybrid"), make_case(TINY, s), s) for s in first["seed"]]
+    rival = pd.Series([each.row["gap"] for each in hybrid], index=first["seed"])
+    table = rollouts_table(first, {"hybrid": rival})
+    assert "`rollout:calendar-1`" in table
+    assert "− hybrid (points)" in table
+
+
+def test_a_search_over_a_calendar_is_noted_by_what_the_calendar_learned(tmp_path: Path) -> None:
+    names = ["rollout:calendar", "calendar", "rollout:hybrid"]
+    noted = note_agents(names, "servegym/GSM8K-v0", tmp_path)
+    assert noted["rollout:calendar"] == noted["calendar"]
+    assert set(noted) == {"rollout:calendar", "calendar"}

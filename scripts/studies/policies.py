@@ -170,8 +170,8 @@ def weights_of(names: Sequence[str], task_name: str) -> dict[str, str]:
 
 
 def _is_calendar(name: str) -> bool:
-    """Return whether a baseline plays a calendar that is shipped."""
-    policy = registry.make_policy(name)
+    """Return whether a baseline plays a calendar that is shipped, itself or as the base of a search."""
+    policy = registry.make_policy(registry.base_of(name) or name)
     return isinstance(getattr(policy, "planner", None), CalendarPlanner)
 
 

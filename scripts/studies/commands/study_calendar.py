@@ -26,7 +26,9 @@ from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.algorithms import CALENDAR
 from servegym.studies.agents.calendar import EVALUATIONS_FILE, CalendarTraining
-from servegym.studies.cli import check_number, command_line, parse
+from servegym.studies.agents.rollouts import play_rollouts, rollouts_table
+from servegym.studies.cli import check_number, command_line, parse, split_names
+from servegym.studies.policies import make_policy, note_agents
 
 CALENDARS: Final = (1, 10, 30, 100, 300)
 """Calendars that are played in imagination before an episode."""
@@ -37,7 +39,7 @@ PLAYED_BY_SEEDS: Final = (1, 30)
 
 @dataclass(frozen=True)
 class Args:
-    """Study the policy calendar; writes seed-*/, held_out.csv, table.md, learning_curves.png."""
+    """Study the policy calendar; writes seed-*/, held_out.csv, rollouts.csv, table.md and a picture."""
 
     task: str = "GSM8K-v0"
     """A registered task or a task TOML."""
@@ -51,6 +53,8 @@ class Args:
     """Evaluations of PPO's training runs, drawn beside; left out where there is no such file."""
     rivals: str = "hybrid,aligned-lookahead-0.5,ppo,rollout"
     """Policies of that table to compare with."""
+    rollouts: str = "rollout-2:calendar-1,rollout:calendar-1,rollout-2:ppo,rollout:ppo"
+    """Searches over agents that are played on the same cases."""
     output: Path = Path("results/agents/GSM8K-v0/calendar")
     """Folder of the study."""
     threads: int = 2
@@ -65,16 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_number("--cases", args.cases, 2, 100_000)
     task = load_task(args.task)
     others = _rivals(args)
+    rollouts = split_names(args.rollouts)
+    for name in rollouts:  # refuse a mistyped one before hours of training
+        make_policy(name, task.name)
     with locked(args.output):
         for seed in range(args.seeds):
             _train(task, args, seed)
         episodes = _evaluate(task, args)
         write_file(args.output / "held_out.csv", episodes.to_csv(index=False))
+        note_agents(rollouts, task.name, args.output)
+        searches = play_rollouts(task, rollouts, _held_out(args), args.output / "rollouts.csv")
         curves = _curves(args)
         references = {name: 100 * float(rows.mean()) for name, rows in others.items()}
         figure = draw_learning_curves(curves, references)
         write_file(args.output / "learning_curves.png", to_png(figure))
-        text = _page(task, args, episodes, others)
+        text = _page(task, args, episodes, others, searches)
         write_file(args.output / "table.md", text)
     print(text)
     return 0
@@ -85,7 +94,7 @@ def _rivals(args: Args) -> dict[str, pd.Series]:
     if not args.rival.is_file():
         raise ServegymError(f"--rival {args.rival}: no such file; name the episodes.csv of a table")
     table = pd.read_csv(args.rival, dtype={"gap": str}).astype({"gap": float})
-    wanted = range(HELD_OUT_SEED, HELD_OUT_SEED + args.cases)
+    wanted = _held_out(args)
     gaps = {}
     for name in args.rivals.split(","):
         rows = table[table["policy"] == name].set_index("seed")["gap"]
@@ -95,6 +104,10 @@ def _rivals(args: Args) -> dict[str, pd.Series]:
             )
         gaps[name] = rows.loc[list(wanted)]
     return gaps
+
+
+def _held_out(args: Args) -> range:
+    return range(HELD_OUT_SEED, HELD_OUT_SEED + args.cases)
 
 
 def _folder(args: Args, seed: int) -> Path:
@@ -127,7 +140,7 @@ def _evaluate(task: TaskConfig, args: Args) -> pd.DataFrame:
     for seed, calendars in tqdm(plays, unit="play"):
         parameters = read_parameters(_folder(args, seed) / CALENDAR_FILE)
         policy = calendar_policy(parameters, calendars)
-        for case_seed in range(HELD_OUT_SEED, HELD_OUT_SEED + args.cases):
+        for case_seed in _held_out(args):
             case = make_case(task, case_seed)
             started = process_time()
             metrics = play_compiled(task, policy, case)
@@ -179,7 +192,11 @@ def _curves(args: Args) -> pd.DataFrame:
 
 
 def _page(
-    task: TaskConfig, args: Args, episodes: pd.DataFrame, others: dict[str, pd.Series]
+    task: TaskConfig,
+    args: Args,
+    episodes: pd.DataFrame,
+    others: dict[str, pd.Series],
+    searches: pd.DataFrame,
 ) -> str:
     command = command_line(
         "study_calendar", task=args.task, seeds=args.seeds, cases=args.cases, output=args.output
@@ -209,5 +226,7 @@ def _page(
         f"{args.seeds} training seeds is {100 * mean:.2f} ± {100 * half:.2f} % (over seeds).\n\n"
         f"{to_markdown(pd.DataFrame(rows))}\n"
         "`CPU ms a decision` is the median over cases of all CPU time of an episode, planning before it "
-        "included, over its decisions.\n"
+        "included, over its decisions.\n\n"
+        "Searches at every decision, with an agent that goes on in their imagination:\n\n"
+        f"{rollouts_table(searches, others)}\n"
     )
