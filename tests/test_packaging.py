@@ -188,6 +188,7 @@ FLOORS = {
         "rules",
         "calendar exact lookahead",
         "parameters",
+        "catalogue",
         "registry",
         "expert",
         "warmup",
