@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from servegym.agents.policy import CARD_FILE, load_agent, read_card
+from servegym.agents.card import CARD_FILE, read_card
+from servegym.agents.policy import load_agent
 from servegym.baselines import registry
 from servegym.baselines.calendar.fitted import (
     CALENDAR_FILE,
