@@ -330,7 +330,7 @@ def picture(rows: Rows) -> bytes:
         )
         axes.grid(alpha=0.25)
     for axes in grid[-1]:
-        axes.set_xlabel("fixed count × (prompt + mean output) / memory")
+        axes.set_xlabel("fixed count ×\n(prompt + mean output) / memory")
     for line in grid:
         line[0].set_ylabel("makespan / best fixed")
     handles, labels = figure.axes[0].get_legend_handles_labels()
