@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from servegym.agents.policy import Network
+from servegym.agents.network import Network
 from servegym.agents.validation import Trace, Validation, ValidationResult
 from servegym.envs.files import write_file
 from servegym.envs.playing.tables import Schema, read_rows

@@ -26,7 +26,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from servegym.agents.export import policy_network
 from servegym.agents.hyperparameters import SEEDS_PER_AGENT, Hyperparameters, linear_decay
 from servegym.agents.imitation import soft_targets
-from servegym.agents.policy import best_legal
+from servegym.agents.network import best_legal
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.side_by_side import SideBySide
 from servegym.envs.process.metrics import gap_of

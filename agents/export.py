@@ -12,7 +12,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
-from servegym.agents.policy import Network, save_agent
+from servegym.agents.network import Network
+from servegym.agents.policy import save_agent
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.identity import notes_of
 from servegym.envs.process.blocks import features_of

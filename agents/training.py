@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
@@ -19,7 +19,6 @@ from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
 
-from servegym.agents.callbacks import ServingCallback
 from servegym.agents.checkpoints import (
     Progress,
     Snapshot,
@@ -28,6 +27,7 @@ from servegym.agents.checkpoints import (
     save_checkpoint,
     take_snapshot,
 )
+from servegym.agents.clock import Clock, TimedCallbacks
 from servegym.agents.evolution import Evolution
 from servegym.agents.hyperparameters import Hyperparameters, Options, linear_decay
 from servegym.agents.imitation import Expert, imitate
@@ -250,7 +250,7 @@ class _Run:
     def learn(self, callbacks: CallbackList, *, anew: bool, earlier: Progress) -> None:
         """Do PPO, as ``model.learn`` does, with checkpoints in between; then let the actor evolve."""
         model, h = self.model, self.hyperparameters
-        timed = _TimedCallbacks(callbacks)
+        timed = TimedCallbacks(callbacks)
         left = h.timesteps if anew else h.timesteps - model.num_timesteps
         total, callback = model._setup_learn(left, timed, anew, h.algorithm, False)
         if anew:
@@ -258,12 +258,12 @@ class _Run:
         callback.on_training_start(
             {"self": model, "total_timesteps": total, "training_s": earlier.training_s}, {}
         )
-        clock = _Clock(timed, earlier.training_s, 60 * self.options.max_minutes)
+        clock = Clock(timed, earlier.training_s, 60 * self.options.max_minutes)
         if self._learn_by_ppo(callback, total, clock):
             self._evolve(callback, earlier.evolved, clock)
         callback.on_training_end()
 
-    def _learn_by_ppo(self, callback: BaseCallback, total: int, clock: _Clock) -> bool:
+    def _learn_by_ppo(self, callback: BaseCallback, total: int, clock: Clock) -> bool:
         """Alternate rollouts and updates; return whether nothing has stopped it."""
         model, h = self.model, self.hyperparameters
         with ProgressLine(
@@ -289,7 +289,7 @@ class _Run:
                     return False
         return True
 
-    def _evolve(self, callback: BaseCallback, evolved: int, clock: _Clock) -> None:
+    def _evolve(self, callback: BaseCallback, evolved: int, clock: Clock) -> None:
         """Do the updates of the evolution strategy that are left, each with a checkpoint."""
         model, h = self.model, self.hyperparameters
         if evolved == h.evolution_updates:
@@ -352,64 +352,6 @@ class _Run:
         known = {HASH: self.identity[HASH]} if HASH in self.identity else {}
         check_unchanged(self.task, known)
         save_checkpoint(self.model, self.identity, self.checkpoint_folder, progress, snapshot)
-
-
-@dataclass
-class _Clock:
-    """Seconds of training since it was made, without those of callbacks."""
-
-    callbacks: _TimedCallbacks
-    earlier_s: float
-    limit_s: float
-    started: float = field(default_factory=perf_counter)
-
-    @property
-    def since_start_s(self) -> float:
-        return perf_counter() - self.started - self.callbacks.seconds
-
-    @property
-    def training_s(self) -> float:
-        """Seconds so far, those before this start included."""
-        return self.earlier_s + self.since_start_s
-
-    @property
-    def late(self) -> bool:
-        """Whether this start has used up its time, if that is limited."""
-        return 0 < self.limit_s <= self.since_start_s
-
-
-class _TimedCallbacks(CallbackList):
-    """The given callbacks, and how long they have taken."""
-
-    def __init__(self, callbacks: CallbackList) -> None:
-        super().__init__(callbacks.callbacks)
-        self.seconds = 0.0
-        self._watching = [each for each in self.callbacks if isinstance(each, ServingCallback)]
-
-    @property
-    def status(self) -> str:
-        """What the last evaluation has found, in a few words; empty where nothing is evaluated."""
-        return "; ".join(filter(None, (each.status for each in self._watching)))
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a hook has asked to stop."""
-        return any(each.stopped for each in self._watching)
-
-    def _on_step(self) -> bool:
-        return self._timed(super()._on_step)
-
-    def _on_rollout_start(self) -> None:
-        self._timed(super()._on_rollout_start)
-
-    def _on_rollout_end(self) -> None:
-        self._timed(super()._on_rollout_end)
-
-    def _timed(self, call: Callable[[], Any]) -> Any:
-        started = perf_counter()
-        result = call()
-        self.seconds += perf_counter() - started
-        return result
 
 
 def _refuse_without_choice(

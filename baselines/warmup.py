@@ -8,10 +8,11 @@ from typing import Final
 import numpy as np
 
 from servegym.baselines.calendar.planner import plan_jointly
+from servegym.baselines.catalogue import MIXED, REGISTRY
 from servegym.baselines.exact.optimum import exact_optimum
 from servegym.baselines.expert import make_rollout_expert
 from servegym.baselines.lookahead.rollout import RolloutPolicy
-from servegym.baselines.registry import MIXED, REGISTRY, make_policy
+from servegym.baselines.registry import make_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.compilation import NOTICE

@@ -16,8 +16,10 @@ from servegym.envs.simulator.loading import router_luck
 from servegym.envs.simulator.routing import random_replica
 from servegym.envs.simulator.state import State
 from servegym.envs.task.cluster import ClusterConfig, LinkConfig, ReplicaConfig
-from servegym.envs.task.config import InformationConfig, ProcessConfig, SloConfig, TaskConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
+from servegym.envs.task.sections import InformationConfig, ProcessConfig
+from servegym.envs.task.slo import SloConfig
 from tests.random_clusters import ClusterCase
 from tests.reference_cluster import (
     ClusterSpec,

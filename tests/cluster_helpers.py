@@ -35,7 +35,8 @@ from servegym.envs.simulator.state import (
     RecordArray,
     State,
 )
-from servegym.envs.task.config import InformationConfig, TaskConfig
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.sections import InformationConfig
 from servegym.envs.vocabulary import ROLE_PREFILL, STEALS, VICTIMS
 from tests.against_cluster import cluster_task
 from tests.random_clusters import ClusterCase, balanced, random_case

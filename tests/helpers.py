@@ -20,7 +20,8 @@ from servegym.envs.machine.costs import (
 )
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import InformationConfig, ProcessConfig, TaskConfig
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.sections import InformationConfig, ProcessConfig
 from servegym.envs.workload.plan import Plan, plan_by_scores, plan_from_queues
 from servegym.envs.workload.scoring import Scoring
 

@@ -13,8 +13,9 @@ from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import TASKS, Requests, ServingEnv, make_requests
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.process.metrics import EpisodeLog
-from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.envs.vocabulary import ROUTERS
 from tests.against_cluster import cluster_task, compare_cluster, with_draws
 from tests.cluster_helpers import assert_empty, shared_case

@@ -16,8 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from servegym.agents import charts
 from servegym.agents.callbacks import ServingCallback
+from servegym.agents.card import CARD_FILE, AgentCard
 from servegym.agents.hyperparameters import Options
-from servegym.agents.policy import CARD_FILE, AgentCard, LearnedPolicy, Network, load_agent
+from servegym.agents.network import Network
+from servegym.agents.policy import LearnedPolicy, load_agent
 from servegym.agents.training import train
 from servegym.baselines.expert import Expert, make_rollout_expert, make_rule_expert
 from servegym.envs import ServingEnv

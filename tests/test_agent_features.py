@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from servegym.agents.card import CARD_FILE, AgentCard
 from servegym.agents.checkpoints import load_checkpoint, save_checkpoint
 from servegym.agents.export import export_agent
 from servegym.agents.hyperparameters import Hyperparameters
-from servegym.agents.policy import CARD_FILE, AgentCard, LearnedPolicy, Network, load_agent
+from servegym.agents.network import Network
+from servegym.agents.policy import LearnedPolicy, load_agent
 from servegym.agents.record import identity
 from servegym.agents.training import make_model
 from servegym.envs import ServegymError, ServingEnv, load_task

@@ -20,8 +20,9 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from servegym.agents.card import CARD_FILE, WEIGHTS_FILE
 from servegym.agents.export import export_agent, policy_network
-from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, LearnedPolicy, load_agent
+from servegym.agents.policy import LearnedPolicy, load_agent
 from servegym.agents.validation import Validation
 from servegym.envs import ServegymError, ServingEnv, TaskConfig, load_task
 from servegym.envs.playing.evaluation import make_case, play

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
+from servegym.envs.pictures import to_png
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
 from servegym.studies.answers import clients, measured_links, scale, transfer
 from servegym.studies.answers.clients import Setting, fixed_clients
@@ -203,3 +205,34 @@ def test_the_best_fixed_count_is_that_of_least_mean() -> None:
         rows.fixed(setting, best).mean() <= rows.fixed(setting, factor).mean()
         for factor in clients.FACTORS
     )
+
+
+@pytest.mark.parametrize("name", ["transfer", "clients", "scale"])
+def test_no_text_is_cut_off_at_the_edge_of_a_picture(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+
+    def kept(figure: Figure) -> bytes:
+        drawn.append(figure)
+        return to_png(figure)
+
+    module = {"transfer": transfer, "clients": clients, "scale": scale}[name]
+    monkeypatch.setattr(module, "to_png", kept)
+    tables = {
+        file.stem.removeprefix(f"{name}-"): pd.read_csv(file)
+        for file in (ANSWERS / name).glob("*.csv")
+    }
+    rows = pd.concat(tables.values(), ignore_index=True)
+    if name == "transfer":
+        transfer.picture({key: transfer.Rows(table) for key, table in tables.items()})
+    elif name == "clients":
+        clients.picture(clients.Rows(rows))
+    else:
+        scale.picture(rows)
+    (figure,) = drawn
+    used, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert used.x0 >= 0
+    assert used.y0 >= 0
+    assert used.x1 <= width
+    assert used.y1 <= height

@@ -25,7 +25,8 @@ from servegym.envs.machine.costs import (
     TableDecode,
 )
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import ProcessConfig, with_overrides
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.sections import ProcessConfig
 from servegym.envs.vector_env import ServingVectorEnv
 from tests.helpers import make_env, refused, start
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.envs.workload.arrivals import MAX_SHARES, PROCESSES, Arrivals, Measured
 from servegym.envs.workload.sources import make_workload
 from tests.helpers import refused

@@ -12,8 +12,9 @@ import pytest
 
 from servegym.envs import TaskConfig, load_task
 from servegym.envs.task.cluster import ClusterConfig, LinkConfig, ReplicaConfig
-from servegym.envs.task.config import ProcessConfig, with_overrides
+from servegym.envs.task.config import with_overrides
 from servegym.envs.task.registered import TASKS
+from servegym.envs.task.sections import ProcessConfig
 from servegym.envs.vocabulary import EVICTIONS, MOVES, STEALS
 from tests.helpers import UNIT_COSTS, instance, refused
 from tests.test_bad_clusters import served

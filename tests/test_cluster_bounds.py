@@ -11,8 +11,8 @@ from servegym.baselines.registry import make_policy
 from servegym.envs import TaskConfig, play
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.task.cluster import ClusterConfig, ReplicaConfig
-from servegym.envs.task.config import ProcessConfig
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.task.sections import ProcessConfig
 from tests.helpers import instance
 
 DEAR = StageCosts(AffineDecode(1.0, 0.0, 0.01), AffinePrefill(2.0, 0.5))

@@ -17,8 +17,8 @@ from servegym.baselines.expert import make_rollout_expert
 from servegym.baselines.rules.compiled import compile_policy, run_episode
 from servegym.envs import Requests, ServingEnv, ServingVectorEnv, make_requests, play
 from servegym.envs.simulator.state import DECODE_RUN, FINISHED, IDLE
-from servegym.envs.task.config import InformationConfig
 from servegym.envs.task.lowering import bound_case
+from servegym.envs.task.sections import InformationConfig
 from servegym.envs.vocabulary import ADMISSION_GUARDS, ADMISSION_RULES, OBSERVATION_BLOCKS, STEALS
 from tests.cluster_helpers import informed, requests_of, shared_case, task_of
 from tests.test_leakage import field_bytes, other_truth, revealed

@@ -11,7 +11,8 @@ import pytest
 from servegym.envs import Requests, ServingEnv, ServingVectorEnv, make_requests
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import TaskConfig, WorkloadConfig
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.sections import WorkloadConfig
 from tests.cluster_helpers import play_eagerly, requests_of, shared_case, task_of
 from tests.helpers import random_costs, random_requests
 from tests.random_clusters import ClusterCase

@@ -11,7 +11,7 @@ import pytest
 from servegym.envs import ServingEnv, make_requests
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.simulator.state import LANDED, State
-from servegym.envs.task.config import InformationConfig
+from servegym.envs.task.sections import InformationConfig
 from servegym.envs.vocabulary import ADMISSION_RULES, MOVES, OBSERVATION_BLOCKS, ROUTERS
 from tests.cluster_helpers import (
     informed,

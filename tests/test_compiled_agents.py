@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from servegym.agents.policy import AgentCard, LearnedPolicy, Network, load_agent
+from servegym.agents.card import AgentCard
+from servegym.agents.network import Network
+from servegym.agents.policy import LearnedPolicy, load_agent
 from servegym.baselines.lookahead.rollout import RolloutPolicy
 from servegym.baselines.registry import base_of
 from servegym.baselines.rules.compiled import play_compiled

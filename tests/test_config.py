@@ -12,13 +12,9 @@ import pytest
 from servegym.envs import TASKS, ServegymError, ServingEnv, TaskConfig, load_task
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import (
-    InformationConfig,
-    ProcessConfig,
-    SloConfig,
-    WorkloadConfig,
-    with_overrides,
-)
+from servegym.envs.task.config import with_overrides
+from servegym.envs.task.sections import InformationConfig, ProcessConfig, WorkloadConfig
+from servegym.envs.task.slo import SloConfig
 from servegym.envs.vocabulary import USUAL_RULES
 from tests.helpers import HUGE
 

@@ -19,7 +19,11 @@ from servegym.studies.policies import make_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-PAGES = sorted([README, CONTRIBUTING, *(ROOT / "results").rglob("README.md")])
+PAGES = sorted(
+    path
+    for folder in (".", "results", "scripts/examples")
+    for path in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -42,15 +46,18 @@ def test_documents_stay_short(page: Path, lines: int) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text("utf-8")):
         name, _, anchor = link.partition("#")
-        target = page.parent / name
+        target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_that_are_named_exist(page: Path) -> None:
-    for name in re.findall(r"scripts/([a-z_]+)\.py", page.read_text("utf-8")):
+def test_commands_and_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for name in re.findall(r"scripts/([a-z_]+)\.py", text):
         assert (ROOT / "scripts" / f"{name}.py").is_file(), name
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|md|png))`", text):
+        assert (ROOT / name).is_file() or (page.parent / name).is_file(), name
 
 
 def test_the_first_lines_of_code_print_what_they_say(tmp_path: Path) -> None:
@@ -139,3 +146,22 @@ def test_speeds_in_the_readme_are_measured() -> None:
     (thousands,) = re.findall(r"steps (\d+),000 decisions a second", text)
     assert re.search(rf"episode, 1319 requests × 200 clients +\| {episode_ms} +\| ms", table)
     assert re.search(rf"ServingVectorEnv, 256 rows.*, 1 thread +\| {thousands} +\| k/s", table)
+
+
+def test_pages_count_what_their_tables_hold() -> None:
+    """Clusters with moves, moves, and policies, of tables that are made anew now and then."""
+    rows = re.findall(
+        r"^\| ([a-z][a-z, -]+) \| (\d+) \|.*\| (\d+) \| \d+ \|$",
+        (ROOT / "results/checks/reference/clusters.md").read_text("utf-8"),
+        re.M,
+    )
+    assert len(rows) == 13
+    checks = (ROOT / "results/checks/README.md").read_text("utf-8")
+    assert f"and {sum(int(moves) for *_, moves in rows):,} moves" in checks
+    moving = sum(int(clusters) for _, clusters, moves in rows if int(moves))
+    balanced = sum(int(clusters) for name, clusters, _ in rows if name.startswith("balancing"))
+    assert f"{moving // 1000},000 of them with moves" in (ROOT / "CLUSTER.md").read_text("utf-8")
+    assert balanced * 2 == moving
+    played = pd.read_csv(ROOT / "results/gsm8k/episodes.csv").policy.nunique()
+    assert played == 16
+    assert "sixteen policies on the costs" in (ROOT / "results/README.md").read_text("utf-8")

@@ -18,7 +18,8 @@ from servegym.agents.callbacks import ServingCallback
 from servegym.agents.evaluations import EVALUATION_COLUMNS
 from servegym.agents.evolution import Evolution
 from servegym.agents.hyperparameters import Hyperparameters, Options, default_hyperparameters
-from servegym.agents.policy import Network, load_agent
+from servegym.agents.network import Network
+from servegym.agents.policy import load_agent
 from servegym.agents.training import make_model, train
 from servegym.agents.validation import Validation
 from servegym.envs import make_case

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from servegym.baselines.catalogue import MIXED, REGISTRY
 from servegym.baselines.exact.optimum import METHODS, ExactOptimum, exact_optimum
 from servegym.baselines.exact.problem import JointProblem
 from servegym.baselines.exact.search import search
-from servegym.baselines.registry import MIXED, REGISTRY, make_policy
+from servegym.baselines.registry import make_policy
 from servegym.baselines.schedules import Schedule, Stage
 from servegym.envs import Requests, make_requests
 from servegym.envs.bounds.batch import lower_bound

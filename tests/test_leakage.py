@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from servegym.baselines.registry import MIXED, REGISTRY, make_policy
+from servegym.baselines.catalogue import MIXED, REGISTRY
+from servegym.baselines.registry import make_policy
 from servegym.envs import Requests, ServingEnv
 from servegym.envs.playing.evaluation import brief, make_case
 from servegym.envs.playing.policy import Situation, asked_task

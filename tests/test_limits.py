@@ -9,7 +9,8 @@ from servegym.baselines import make_policy
 from servegym.envs import ServingEnv, make_requests, play
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import ProcessConfig, TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.sections import ProcessConfig, WorkloadConfig
 from tests.helpers import UNIT_COSTS, refused
 
 CLUSTER = ClusterConfig(clients=4, kv_capacity_tokens=100)

@@ -18,7 +18,7 @@ from servegym.envs.simulator.state import (
     State,
     make_alike,
 )
-from servegym.envs.task.config import InformationConfig
+from servegym.envs.task.sections import InformationConfig
 from servegym.envs.vocabulary import MOVES, USUAL_RULES
 from tests.cluster_helpers import requests_of, shared_case, stealing_case, task_of
 from tests.random_clusters import ClusterCase

@@ -28,7 +28,7 @@ from servegym.envs.playing.nodes.addresses import connect, parse_address
 from servegym.envs.playing.nodes.carry import packed, unpacked
 from servegym.envs.playing.nodes.driver import Nodes
 from servegym.envs.playing.nodes.identity import check_same, identity
-from servegym.envs.task.config import WorkloadConfig
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.studies.policies import AGENTS
 from servegym.studies.policies import make_policy as make_any_policy
 from tests.test_scripts import refused

@@ -29,9 +29,10 @@ from servegym.envs.machine.costs import (
 from servegym.envs.playing.evaluation import brief
 from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import TaskConfig, WorkloadConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.estimates import noisy, scaled
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.envs.workload.requests import MAX_ARRIVAL_S, MAX_REQUESTS, MAX_TOKENS
 from servegym.envs.workload.sources import make_workload
 from tests.helpers import UNIT_COSTS, instance, make_env, start

@@ -22,7 +22,8 @@ from servegym.envs.process.observed_latency import LATENCY_FEATURES
 from servegym.envs.process.observed_memory import MEMORY_FEATURES
 from servegym.envs.simulator.routing import Load, look
 from servegym.envs.simulator.state import DECODE_RUN, IDLE, MIXED, NOBODY, PREFILL
-from servegym.envs.task.config import InformationConfig, ProcessConfig, TaskConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
+from servegym.envs.task.sections import InformationConfig, ProcessConfig
 from servegym.envs.vocabulary import ADMISSION_RULES, OBSERVATION_BLOCKS
 from tests.cluster_helpers import requests_of, shared_case, task_of
 from tests.helpers import UNIT_COSTS, changed, instance, random_legal_action, refused, start

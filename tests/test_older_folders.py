@@ -11,8 +11,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from servegym.agents.card import CARD_FILE
 from servegym.agents.hyperparameters import Hyperparameters
-from servegym.agents.policy import CARD_FILE, load_agent
+from servegym.agents.policy import load_agent
 from servegym.agents.record import begin_run, check_run
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import (

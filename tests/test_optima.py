@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from servegym.baselines.catalogue import MIXED, REGISTRY
 from servegym.baselines.exact import optima as module
 from servegym.baselines.exact.optima import COLUMNS, find_optima
-from servegym.baselines.registry import MIXED, REGISTRY, make_policy
+from servegym.baselines.registry import make_policy
 from servegym.envs.errors import ServegymError
 from servegym.envs.playing.evaluation import evaluate, make_case, play, read_best_known
 from servegym.envs.playing.summary import best_known_by_case, summarise

@@ -13,8 +13,9 @@ from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import TASKS, Requests, ServingEnv, make_requests
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.process.actions import apply
-from servegym.envs.task.config import ClassSlo, SloConfig, TaskConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.task.slo import ClassSlo, SloConfig
 from servegym.envs.vocabulary import ORDERS
 from servegym.studies.checks.intervals import INTERVALS, draw_outputs, mean_latency
 from tests.against_cluster import compare_cluster

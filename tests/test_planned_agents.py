@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from servegym.agents.card import CARD_FILE, read_card
 from servegym.agents.hyperparameters import default_hyperparameters
 from servegym.agents.imitation import imitate
-from servegym.agents.policy import CARD_FILE, Network, load_agent, read_card, save_agent
+from servegym.agents.network import Network
+from servegym.agents.policy import load_agent, save_agent
 from servegym.agents.training import make_model
 from servegym.agents.validation import Validation
 from servegym.baselines.expert import make_rule_expert

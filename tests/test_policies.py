@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from servegym.baselines.catalogue import MIXED, REGISTRY
 from servegym.baselines.registry import (
-    MIXED,
-    REGISTRY,
     make_policy,
     make_trigger_policy,
     policy_descriptions,

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from servegym.agents.policy import AgentCard, LearnedPolicy, Network
+from servegym.agents.card import AgentCard
+from servegym.agents.network import Network
+from servegym.agents.policy import LearnedPolicy
 from servegym.baselines.lookahead.verdicts import VerdictPolicy
 from servegym.baselines.registry import make_policy, make_trigger_policy
 from servegym.envs import Policy, TaskConfig, make_case, play

@@ -12,8 +12,9 @@ import pytest
 from servegym.envs import Requests, ServegymError, ServingEnv, make_requests, read_requests
 from servegym.envs.process.metrics import EpisodeLog
 from servegym.envs.process.service import jain_index
-from servegym.envs.task.config import SloConfig, TaskConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import TASKS
+from servegym.envs.task.slo import SloConfig
 from servegym.envs.vector_env import ServingVectorEnv
 from servegym.envs.workload.requests import MAX_CLASSES
 from tests.cluster_helpers import play_any, play_eagerly, requests_of, shared_case, task_of

@@ -12,8 +12,9 @@ from servegym.baselines.registry import make_policy
 from servegym.envs import ServingEnv, TaskConfig, make_requests, play
 from servegym.envs.playing.evaluation import Episode
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import InformationConfig, with_overrides
+from servegym.envs.task.config import with_overrides
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.task.sections import InformationConfig
 from servegym.envs.vocabulary import ADMISSION_RULES, VICTIMS
 from tests.against_cluster import cluster_task, compare_cluster
 from tests.cluster_helpers import requests_of, shared_case, task_of

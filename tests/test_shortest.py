@@ -15,8 +15,9 @@ from servegym.envs import TASKS, make_requests
 from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.playing.evaluation import make_case, play
 from servegym.envs.process.metrics import EpisodeLog
-from servegym.envs.task.config import TaskConfig, WorkloadConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.studies.checks.hindsight import draw, least_latency, total_latency
 from servegym.studies.commands import check_hindsight
 from tests.against_cluster import compare_cluster

@@ -13,9 +13,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from servegym.agents.card import CARD_FILE, WEIGHTS_FILE
 from servegym.agents.checkpoints import load_checkpoint, save_checkpoint
 from servegym.agents.hyperparameters import Hyperparameters
-from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
+from servegym.agents.policy import load_agent
 from servegym.agents.record import begin_run, identity
 from servegym.agents.training import make_model
 from servegym.envs.errors import ServegymError

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from servegym.agents.policy import Network, load_agent, save_agent
+from servegym.agents.network import Network
+from servegym.agents.policy import load_agent, save_agent
 from servegym.envs import ServegymError, load_task
 from servegym.envs.playing.nodes.driver import Nodes
 from servegym.envs.process.observation import FEATURES

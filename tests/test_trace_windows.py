@@ -14,8 +14,9 @@ from servegym.envs import ServingEnv, ServingVectorEnv
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.identity import claim_task
 from servegym.envs.task.cases import room_for
-from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.registered import load_task
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.envs.workload import sources
 from servegym.envs.workload.arrivals import Arrivals
 from servegym.envs.workload.requests import Requests

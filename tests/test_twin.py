@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from servegym.baselines.registry import MIXED, REGISTRY, make_policy
+from servegym.baselines.catalogue import MIXED, REGISTRY
+from servegym.baselines.registry import make_policy
 from servegym.engines import Twin
 from servegym.envs import Policy, Requests, Situation, TaskConfig, load_task, make_case, play
 from servegym.envs.process.metrics import EpisodeLog

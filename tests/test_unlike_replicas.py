@@ -13,8 +13,9 @@ from servegym.envs.machine.costs import AffinePrefill, StageCosts
 from servegym.envs.machine.layout import UNLIMITED_TOKENS
 from servegym.envs.playing.evaluation import brief, make_case, play
 from servegym.envs.simulator.state import NOBODY
-from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, lay_out, load_case, lower, make_task_state
+from servegym.envs.task.sections import WorkloadConfig
 from tests.helpers import UNIT_COSTS, random_requests
 
 PLANNED = ["offline", "offline-risk", "offline-saa-4", "hybrid-plan"]

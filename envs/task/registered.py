@@ -10,7 +10,8 @@ from servegym.envs.arguments import plain
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.machine.presets import cost_preset
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import InformationConfig, TaskConfig, WorkloadConfig
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.sections import InformationConfig, WorkloadConfig
 from servegym.envs.task.served import SERVED
 from servegym.envs.task.toml import read_task
 

@@ -16,13 +16,9 @@ from typing import Final
 
 from servegym.envs.machine.presets import cost_preset
 from servegym.envs.task.cluster import ClusterConfig, ReplicaConfig
-from servegym.envs.task.config import (
-    InformationConfig,
-    ProcessConfig,
-    SloConfig,
-    TaskConfig,
-    WorkloadConfig,
-)
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.sections import InformationConfig, ProcessConfig, WorkloadConfig
+from servegym.envs.task.slo import SloConfig
 from servegym.envs.workload.arrivals import Arrivals
 
 KV_7B: Final = 524_288

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from servegym.baselines.registry import REGISTRY
+from servegym.baselines.catalogue import REGISTRY
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.playing.policy import Policy
 

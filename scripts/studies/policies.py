@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from servegym.agents.policy import CARD_FILE, load_agent, read_card
+from servegym.agents.card import CARD_FILE, read_card
+from servegym.agents.policy import load_agent
 from servegym.baselines import registry
 from servegym.baselines.calendar.fitted import (
     CALENDAR_FILE,
@@ -16,6 +17,7 @@ from servegym.baselines.calendar.fitted import (
     learned_hash,
     read_parameters,
 )
+from servegym.baselines.catalogue import REGISTRY
 from servegym.baselines.rules.compiled import CompilablePolicy
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_bytes, read_json, write_file
@@ -144,7 +146,7 @@ def planner_of(name: str) -> Callable[[Briefing], Plan | None]:
     if getattr(policy, "planner", None) is None:
         planned = [
             each
-            for each, entry in registry.REGISTRY.items()
+            for each, entry in REGISTRY.items()
             if getattr(entry.prototype, "planner", None) is not None
         ]
         raise ServegymError(f"policy {name!r} makes no offline plan; {', '.join(planned)} do")

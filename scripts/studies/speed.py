@@ -28,9 +28,10 @@ from servegym.envs.serving_env import ServingEnv
 from servegym.envs.simulator.state import State, row_arrays
 from servegym.envs.task.cases import Case
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.task.registered import TASKS
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.envs.vector_env import ServingVectorEnv
 from servegym.envs.workload.sources import make_workload
 from servegym.studies.policies import SHIPPED

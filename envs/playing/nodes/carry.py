@@ -22,7 +22,7 @@ import cloudpickle
 
 from servegym.envs.files import make_folder, read_bytes, write_file
 from servegym.envs.playing.policy import Policy
-from servegym.envs.task.config import WorkloadConfig
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.envs.workload.cells import is_file
 
 

@@ -10,8 +10,9 @@ from typing import Any, Final
 
 import pandas as pd
 
+from servegym.agents.card import CARD_FILE, WEIGHTS_FILE
 from servegym.agents.hyperparameters import default_hyperparameters
-from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE, load_agent
+from servegym.agents.policy import load_agent
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, write_file
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, evaluate

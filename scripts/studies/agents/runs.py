@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from servegym.agents.card import CARD_FILE
 from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
-from servegym.agents.policy import CARD_FILE
 from servegym.agents.record import read_run
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_bytes, write_file

@@ -18,8 +18,9 @@ from servegym.envs.machine.presets import cost_preset
 from servegym.envs.pictures import to_png
 from servegym.envs.playing.summary import fixed, mean_interval, to_markdown, with_interval
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.envs.workload.requests import Requests, make_requests
 
 MACHINE: Final = "llama2-70b-a100x4"
@@ -329,7 +330,7 @@ def picture(rows: Rows) -> bytes:
         )
         axes.grid(alpha=0.25)
     for axes in grid[-1]:
-        axes.set_xlabel("fixed count × (prompt + mean output) / memory")
+        axes.set_xlabel("fixed count ×\n(prompt + mean output) / memory")
     for line in grid:
         line[0].set_ylabel("makespan / best fixed")
     handles, labels = figure.axes[0].get_legend_handles_labels()

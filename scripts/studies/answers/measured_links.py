@@ -17,8 +17,10 @@ from servegym.envs.machine.presets import cost_preset
 from servegym.envs.playing.summary import fixed, to_markdown
 from servegym.envs.process.metrics import records
 from servegym.envs.task.cluster import ClusterConfig, LinkConfig
-from servegym.envs.task.config import ProcessConfig, SloConfig, TaskConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state
+from servegym.envs.task.sections import ProcessConfig
+from servegym.envs.task.slo import SloConfig
 from servegym.envs.workload.requests import make_requests
 
 MOONCAKE_BYTES: Final = 144 * 1024

@@ -24,9 +24,10 @@ from servegym.envs.process.metrics import episode_metrics
 from servegym.envs.serving_env import ServingEnv
 from servegym.envs.task.cases import Case
 from servegym.envs.task.cluster import ClusterConfig, ReplicaConfig
-from servegym.envs.task.config import ProcessConfig, TaskConfig, WorkloadConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lay_out, load_case, lower, make_task_state
 from servegym.envs.task.registered import TASKS
+from servegym.envs.task.sections import ProcessConfig, WorkloadConfig
 from servegym.envs.workload.plan import Plan
 
 CLIENTS: Final = (200, 1_000, 5_000, 20_000)

@@ -19,8 +19,10 @@ from servegym.envs.pictures import to_png
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.summary import fixed, mean_interval, to_markdown, with_interval
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import SloConfig, TaskConfig, WorkloadConfig, with_overrides
+from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.task.sections import WorkloadConfig
+from servegym.envs.task.slo import SloConfig
 from servegym.envs.workload.requests import Requests, make_requests
 
 REPLICAS: Final = 4

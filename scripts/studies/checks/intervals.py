@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs.task.cluster import ClusterConfig
-from servegym.envs.task.config import InformationConfig, TaskConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import bound_case, lower
+from servegym.envs.task.sections import InformationConfig
 from servegym.envs.workload.requests import make_requests
 from servegym.studies.checks.hindsight import UNIT
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from servegym.envs.task.cases import sample_requests
-from servegym.envs.task.config import InformationConfig, TaskConfig
+from servegym.envs.task.config import TaskConfig
+from servegym.envs.task.sections import InformationConfig
 from servegym.studies.checks.published import area
 from servegym.studies.serving import serve
 

@@ -32,8 +32,9 @@ from servegym.envs.machine.costs import (
 from servegym.envs.machine.presets import PAPER_LEVELS, cost_preset
 from servegym.envs.playing.evaluation import make_case
 from servegym.envs.playing.summary import to_markdown
-from servegym.envs.task.config import TaskConfig, WorkloadConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import PAPER_CASE_SEED, TASKS
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.studies.cli import command_line, parse
 
 PAPER_BASELINE_S = 201.00

@@ -20,8 +20,8 @@ from servegym.envs.playing.policy import asked_task
 from servegym.envs.playing.remarks import remarks
 from servegym.envs.playing.service import Window, check_window
 from servegym.envs.playing.summary import to_markdown
-from servegym.envs.task.config import SloConfig
 from servegym.envs.task.registered import load_task
+from servegym.envs.task.slo import SloConfig
 from servegym.studies.capacity import (
     Study,
     check_task,

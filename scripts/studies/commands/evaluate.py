@@ -29,8 +29,9 @@ from servegym.envs.playing.remarks import remarks
 from servegym.envs.playing.service import Window, chosen_rows, service_table
 from servegym.envs.playing.signatures import warnings
 from servegym.envs.playing.summary import summarise, to_markdown
-from servegym.envs.task.config import TaskConfig, WorkloadConfig
+from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import TASKS, load_task
+from servegym.envs.task.sections import WorkloadConfig
 from servegym.envs.vocabulary import ADMISSION_GUARDS, MIGRATIONS, ORDERS, ROUTERS, VICTIMS
 from servegym.envs.workload.arrivals import PROCESSES
 from servegym.envs.workload.cells import SUFFIXES, is_file

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from servegym.agents.policy import CARD_FILE, read_card
+from servegym.agents.card import CARD_FILE, read_card
 from servegym.envs.files import write_file
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import USUAL_JOBS, Workers

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from servegym.agents.policy import CARD_FILE, WEIGHTS_FILE
+from servegym.agents.card import CARD_FILE, WEIGHTS_FILE
 from servegym.envs.errors import ServegymError
 from servegym.studies.policies import AGENTS
 from servegym.studies.robustness.outcomes import STATUS, Ended, Outcome, call, fresh_folder
