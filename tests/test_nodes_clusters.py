@@ -15,8 +15,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import safetensors.numpy
 
 from servegym.baselines.registry import make_policy
 from servegym.envs import ServegymError, load_task
@@ -129,7 +131,14 @@ def test_training_gives_the_files_of_a_local_run(
         if not name.startswith(timed):
             assert content == kept["there"][name], name
     here, there = (
-        pd.read_csv(io.BytesIO(files["evaluations.csv"])).drop(columns=["wall_s", "training_s"])
+        pd.read_csv(io.BytesIO(files["evaluations.csv"])).drop(
+            columns=["wall_s", "training_s", "decision_ms_p50", "decision_ms_p99"]
+        )
         for files in kept.values()
     )
     pd.testing.assert_frame_equal(here, there, check_exact=True)
+    last = max(name for name in kept["here"] if name.startswith("checkpoints"))
+    weights = [safetensors.numpy.load(files[last]) for files in kept.values()]
+    assert weights[0].keys() == weights[1].keys()
+    for name, values in weights[0].items():
+        np.testing.assert_array_equal(values, weights[1][name])
