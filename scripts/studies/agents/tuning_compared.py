@@ -75,9 +75,7 @@ def compare(comparison: Comparison, jobs: int) -> None:
         for seed in comparison.seeds
     }
     with locked(comparison.folder):
-        waiting = [
-            (comparison.search, *run) for run in runs.values() if not _is_finished(run[1])
-        ]
+        waiting = [(comparison.search, *run) for run in runs.values() if not _is_finished(run[1])]
         lines = run_parallel(_train, waiting, jobs)
         with (
             closing(lines),
@@ -132,10 +130,11 @@ def comparison_text(comparison: Comparison) -> str:
     return f"""
 ## Trained anew
 
-Both sides on {count} agent seeds that no trial had, in {comparison.search.usual.timesteps:,} decisions each; the best
-agent of each run by the same validation cases. Gaps in percent on {comparison.cases} held-out cases, seeds
-{HELD_OUT_SEED} … {last}. In the rows of a seed ± is a 95 % Student-t interval over cases, of one
-training run a side, paired by case; in the last row over the means of the {count} training seeds, paired by seed.
+The defaults and the best trial's numbers, each trained on {count} agent seeds that no trial had, in
+{comparison.search.usual.timesteps:,} decisions a run; the best agent of a run by the same validation
+cases. Gaps in percent on {comparison.cases} held-out cases, seeds {HELD_OUT_SEED} … {last}. In the row
+of a seed ± is a 95 % Student-t interval over cases, of one run a side, the difference paired by case;
+in the last row over the {count} training seeds' means, the difference paired by seed.
 
 {to_markdown(comparison_table(comparison, episodes))}"""
 
