@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
+import subprocess
 import sys
-from contextlib import closing
+import time
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import pytest
 from servegym.agents.hyperparameter_files import read_hyperparameters
 from servegym.agents.hyperparameters import Hyperparameters, default_hyperparameters
 from servegym.envs import TASKS, ServegymError
-from servegym.studies.agents import tuning
+from servegym.studies.agents import tuning, tuning_compared
 from servegym.studies.agents.training import train_watched
 from servegym.studies.agents.tuning import SPACE, hyperparameters_of, numbers_of
 from servegym.studies.cli import parse
@@ -28,7 +31,7 @@ USUAL = default_hyperparameters("servegym/GSM8K-v0", 300_000)
 def arguments(folder: Path, *more: str) -> list[str]:
     return [
         *("--task", "Tiny-v0", "--timesteps", "256", "--validation-cases", "2"),
-        *("--parameters", "learning_rate,steps", "--evaluations", "2"),
+        *("--parameters", "learning_rate,steps", "--evaluations", "2", "--fresh-seeds", "0"),
         *("--output", str(folder), *more),
     ]
 
@@ -95,6 +98,8 @@ BAD: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("--timesteps", "0"), "timesteps must be a whole number in 1", ("--timesteps", "1")),
     (("--agent-seed", "800"), "seed must be a whole number in 0 … 799", ("--agent-seed", "799")),
     (("--sampler-seed", "-1"), "--sampler-seed must lie in 0", ("--sampler-seed", "0")),
+    (("--fresh-seeds", "400"), "--fresh-seeds must lie in 0 … 399", ("--fresh-seeds", "399")),
+    (("--held-out-cases", "1"), "--held-out-cases must lie in 2", ("--held-out-cases", "2")),
     (("--parameters", "widht"), "did you mean 'width'?", ("--parameters", "width,epochs")),
     (("--parameters", ","), "--parameters names nothing", ("--parameters", "steps")),
     (("--task", "Tyni-v0"), "did you mean 'Tiny-v0'?", ("--task", "Tiny-v0")),
@@ -158,6 +163,106 @@ def test_a_study_is_gone_on_with_as_if_it_had_not_been_left(
         ServegymError, match=r"tuned with .*, this one has .*; choose another --out"
     ):
         script.main(arguments(whole, "--trials", "3", "--validation-cases", "3"))
+
+
+def test_the_best_is_compared_with_the_defaults_on_other_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    small(monkeypatch)
+    options = arguments(tmp_path, "--trials", "2", "--agent-seed", "799")
+    script.main(options)
+    study: Any = tuning.open_study(script.read_search(parse(script.Args, options)))
+    best = tuning.best_of(study)
+    if best.user_attrs.get(tuning.DEFAULTS):  # then there is nothing to compare
+        monkeypatch.setattr(script, "best_of", lambda _: tuning.finished(study)[1])
+        best = tuning.finished(study)[1]
+    more = [*options, "--fresh-seeds", "2", "--held-out-cases", "3"]
+    with monkeypatch.context() as patch:
+        trained: list[Path] = []
+
+        def train(search: Any, hyperparameters: Hyperparameters, folder: Path) -> None:
+            if len(trained) == 3:
+                raise KeyboardInterrupt
+            trained.append(folder)
+            tuning.train_with(search, hyperparameters, folder)
+
+        patch.setattr(tuning_compared, "train_with", train)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(more)
+    assert "Trained anew" not in (tmp_path / "tuning.md").read_text()
+    script.main(more)
+    folder = tmp_path / "comparison"
+    runs = sorted(path.parent.relative_to(folder) for path in folder.rglob("run.json"))
+    sides = ("defaults", f"trial-{best.number}")
+    assert [str(run) for run in runs] == [f"{side}/{seed}" for side in sides for seed in (797, 798)]
+    notes = [json.loads((folder / run / "run.json").read_text())["hyperparameters"] for run in runs]
+    assert [note["seed"] for note in notes] == [797, 798, 797, 798]
+    rates = [note["learning_rate"] for note in notes]
+    assert rates == [1e-3, 1e-3, *[best.params["learning_rate"]] * 2]
+    episodes = pd.read_csv(folder / "episodes.csv")
+    assert sorted(set(episodes["seed"])) == [1_000_000, 1_000_001, 1_000_002]
+    lines = (tmp_path / "tuning.md").read_text().split("## Trained anew")[1].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert [row[0] for row in cells] == ["agent seed", cells[1][0], "797", "798", "all"]
+    gaps = 100 * episodes.groupby("policy")["gap"].mean()
+    usual, found = (np.array([gaps[f"{side}-{seed}"] for seed in (797, 798)]) for side in sides)
+    assert cells[-1][3].startswith(f"{(found - usual).mean():z.2f} ± ")
+    assert cells[2][1].startswith(f"{usual[0]:.2f} ± ")
+
+
+PROCESS = """
+import sys, time
+from servegym.agents.hyperparameters import Hyperparameters
+from servegym.studies.agents import tuning, tuning_compared
+from servegym.studies.commands import tune_agent as script
+
+usual = Hyperparameters(environments=2, steps=16, batch_size=8, epochs=1, width=8)
+script.default_hyperparameters = lambda *_: usual
+tuning.SPACE["steps"] = tuning.Range(8, 32)
+tuning.HEARTBEAT_S = 1
+train = tuning.train_with
+tuning.train_with = lambda *words: time.sleep(1) or train(*words)
+sys.exit(script.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_share_a_study_and_one_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    command = [sys.executable, "-W", "ignore", "-c", PROCESS]
+    command += arguments(tmp_path, "--trials", "6")
+
+    def trials() -> list[Any]:
+        url = f"sqlite:///{tmp_path / 'study.db'}"
+        return list(optuna.load_study(study_name=tuning.STUDY, storage=url).get_trials())
+
+    def of(state: str) -> list[Any]:
+        return [trial for trial in trials() if trial.state.name == state]
+
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+    try:
+        until = time.monotonic() + 240
+        while time.monotonic() < until:
+            with suppress(Exception):  # the storage is not there yet
+                if sum(bool(trial.params) for trial in of("RUNNING")) == 2:
+                    break
+            time.sleep(0.05)
+        both[0].kill()
+        said = both[1].communicate(timeout=240)[1].decode()
+        assert both[1].returncode == 0, said
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    time.sleep(3)  # after which a trial that nobody works at is taken over
+    again = subprocess.run(command, stderr=subprocess.PIPE, check=False, timeout=240)
+    assert again.returncode == 0, again.stderr.decode()
+    ended = [trial for trial in trials() if trial.state.name in tuning.ENDED]
+    assert len(ended) == len(states(tmp_path)) == 6
+    assert not of("RUNNING")
+    (lost,) = of("FAIL")
+    assert [trial.params for trial in ended].count(lost.params) == 1  # tried again, once
+    assert len({tuple(trial.params.values()) for trial in ended}) == 6
 
 
 def test_trials_are_pruned_and_weights_may_become_infinite(

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from servegym.agents.hyperparameters import Hyperparameters, Options
+from servegym.agents.record import read_run
 from servegym.baselines.registry import make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs.playing.evaluation import brief, make_case
@@ -196,13 +197,17 @@ def train_watched(
 ) -> int:
     """Train with the expert and the reference that the hyper-parameters name; return the timesteps.
 
-    The parameters are those of ``servegym.agents.train``. An exception of the callbacks' hook leaves
-    this function once the run is saved.
+    The parameters are those of ``servegym.agents.train``. A run that is resumed notes the command that
+    began it. An exception of the callbacks' hook leaves this function once the run is saved.
     """
     # Imported late: torch takes seconds, and what can be refused should be refused before.
     from servegym.agents.training import train
 
     options = options or Options()
+    if resume:  # agents are those of a run that was never stopped, to the byte
+        command = read_run(folder)["command"]
+        for callback in callbacks:
+            callback.command = command
     plan_case = make_plan_case(hyperparameters, task)
     model = train(
         task,

@@ -21,12 +21,13 @@ from servegym.envs.files import check_readable
 from servegym.envs.playing.identity import compare, hash_of, notes_of
 from servegym.envs.process.observation import OBSERVATION_VERSION
 from servegym.envs.task.config import TaskConfig
-from servegym.studies.agents.training import VALIDATION_SEED, train_watched
+from servegym.studies.agents.training import VALIDATION_SEED, make_plan_case, train_watched
 
 if TYPE_CHECKING:
     import optuna
 
-    from servegym.agents.early_stopping import Evaluation
+    from servegym.agents.callbacks import ServingCallback
+    from servegym.agents.early_stopping import Evaluation, OnEvaluation
 
 STUDY: Final = "servegym"
 NOTES: Final = "notes"
@@ -279,14 +280,36 @@ def _first(search: Search) -> dict[str, float]:
 
 def objective(search: Search, trial: optuna.Trial) -> float:
     """Train with a trial's numbers; return the best agent's gap in percent on the validation cases."""
-    from servegym.agents.callbacks import ServingCallback
-
     optuna = import_optuna()
     numbers = {name: SPACE[name].suggest(trial, name, name in _WHOLE) for name in search.names}
     hyperparameters = hyperparameters_of(search.usual, numbers)
     folder = search.folder / "trials" / str(trial.number)
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     started = perf_counter()
+    try:
+        callback = train_with(search, hyperparameters, folder, pruning(trial))
+    except ServegymError as error:
+        if "no longer finite" not in str(error):
+            raise
+        raise optuna.TrialPruned(str(error)) from None
+    finally:
+        trial.set_user_attr("seconds", perf_counter() - started)
+    best = callback.best
+    trial.set_user_attr("timesteps", int(callback.evaluations.last_timesteps))
+    if best is None or best["unfinished"]:
+        return float("inf")
+    return float(best["gap_percent"])
+
+
+def train_with(
+    search: Search,
+    hyperparameters: Hyperparameters,
+    folder: Path,
+    on_evaluation: OnEvaluation | None = None,
+) -> ServingCallback:
+    """Train as every trial is trained, in an empty folder; return the callback, which knows the best."""
+    from servegym.agents.callbacks import ServingCallback
+
     callback = ServingCallback(
         search.task,
         range(VALIDATION_SEED, VALIDATION_SEED + search.cases),
@@ -294,24 +317,16 @@ def objective(search: Search, trial: optuna.Trial) -> float:
         {},
         asdict(hyperparameters),
         folder,
-        on_evaluation=pruning(trial),
+        plan_case=make_plan_case(hyperparameters, search.task),
+        on_evaluation=on_evaluation,
     )
     quiet = Options(checkpoint_every=10**9, tensorboard=False, progress=False)
     try:
         train_watched(search.task, hyperparameters, folder, [callback], options=quiet)
-    except ServegymError as error:
-        if "no longer finite" not in str(error):
-            raise
-        raise optuna.TrialPruned(str(error)) from None
     finally:
-        trial.set_user_attr("seconds", perf_counter() - started)
         for part in ("checkpoints", "tensorboard"):
             shutil.rmtree(folder / part, ignore_errors=True)
-    best = callback.best
-    trial.set_user_attr("timesteps", int(callback.evaluations.last_timesteps))
-    if best is None or best["unfinished"]:
-        return float("inf")
-    return float(best["gap_percent"])
+    return callback
 
 
 def pruning(trial: optuna.Trial) -> Callable[[Evaluation], None]:

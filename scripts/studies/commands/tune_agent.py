@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from servegym.agents.hyperparameter_files import read_hyperparameters, write_hyperparameters
 from servegym.agents.hyperparameters import (
+    MAX_SEED,
     Hyperparameters,
     default_hyperparameters,
     usual_batch_size,
 )
 from servegym.envs.files import make_folder, write_file
-from servegym.envs.playing.evaluation import make_case
+from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
 from servegym.envs.playing.parallel import end_with_parent, run_parallel
 from servegym.envs.playing.summary import to_markdown
 from servegym.envs.task.registered import load_task
@@ -35,6 +36,7 @@ from servegym.studies.agents.tuning import (
     run_trial,
     running,
 )
+from servegym.studies.agents.tuning_compared import Comparison, compare, comparison_text
 from servegym.studies.cli import check_number, command_line, parse, read_list
 
 MAX_TRIALS: Final = 100_000
@@ -43,11 +45,12 @@ MAX_CASES: Final = 100_000  # held-out seeds begin there
 
 @dataclass(frozen=True)
 class Args:
-    """Search hyper-parameters; writes best.toml, trials.csv, tuning.md, study.db and trials/.
+    """Search hyper-parameters; writes best.toml, trials.csv, tuning.md, comparison/, study.db and trials/.
 
     Trials are trained on training seeds and valued by the gap on validation cases; those behind the
-    median of the others are pruned. The first trial is of the defaults. The same command on the same
-    folder goes on with the study, also while others work on it.
+    median of the others are pruned. The first trial is of the defaults. At the end the best trial's
+    numbers and the defaults are trained anew on other seeds and compared on held-out cases. The same
+    command on the same folder goes on with the study, also while others work on it.
     """
 
     task: str = "GSM8K-v0"
@@ -68,6 +71,10 @@ class Args:
     """Agent seed of all trials, 0 … 799."""
     sampler_seed: int = 0
     """Seed of the search itself."""
+    fresh_seeds: int = 3
+    """Agent seeds, those next to --agent-seed, on which the best is compared with the defaults; 0: none."""
+    held_out_cases: int = 100
+    """Cases of that comparison, seeds 1000000 …"""
     storage: str = ""
     """Where trials are kept, a URL as Optuna takes it; study.db in the folder by default."""
     output: Path = Path("results/my-tuning")
@@ -82,6 +89,8 @@ def read_search(args: Args) -> Search:
     check_number("--validation-cases", args.validation_cases, 1, MAX_CASES)
     check_number("--evaluations", args.evaluations, 1, 1000)
     check_number("--sampler-seed", args.sampler_seed, 0, 2**32 - 1)
+    check_number("--fresh-seeds", args.fresh_seeds, 0, MAX_SEED // 2)
+    check_number("--held-out-cases", args.held_out_cases, 2, HELD_OUT_SEED)
     names = read_list("--parameters", args.parameters, tuple(SPACE))
     task = load_task(args.task)
     usual = default_hyperparameters(task.name, max(1, args.timesteps))
@@ -128,10 +137,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"interrupted after {len(finished(study))} of {args.trials} trials; "
             "the same command goes on with the study"
         ) from None
-    print(write_results(args, search, study))
     if others := running(study):
+        print(write_results(args, search, study))
         print(f"{others} of {args.trials} trials under way elsewhere, or killed in the last minute")
+        return 0
+    comparison = comparison_of(args, search, study)
+    if comparison is not None:
+        compare(comparison, args.jobs)
+    print(write_results(args, search, study))
     return 0
+
+
+def comparison_of(args: Args, search: Search, study: Any) -> Comparison | None:
+    """Return what the best trial is compared by; None where that is not asked for or has no sense."""
+    best = best_of(study)
+    if best is None or best.user_attrs.get(DEFAULTS) or args.fresh_seeds == 0:
+        return None
+    first = search.usual.seed + 1
+    if first + args.fresh_seeds > MAX_SEED + 1:  # then those before it
+        first = search.usual.seed - args.fresh_seeds
+    return Comparison(
+        search,
+        best.number,
+        hyperparameters_of(search.usual, best.params),
+        range(first, first + args.fresh_seeds),
+        args.held_out_cases,
+    )
 
 
 def write_results(args: Args, search: Search, study: Any) -> str:
@@ -165,6 +196,8 @@ def write_results(args: Args, search: Search, study: Any) -> str:
         + ("" if first is None else f"; trial {first.number}, of the defaults, {first.value:.3f} %")
         + f".\n\n{to_markdown(ranked(rows))}"
     )
+    if (comparison := comparison_of(args, search, study)) is not None:
+        report += comparison_text(comparison)
     write_file(args.output / "tuning.md", report)
     train = command_line("train", task=args.task, hyperparameters=args.output / "best.toml")
     return (
