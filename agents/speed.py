@@ -1,10 +1,10 @@
-"""Speed of training, and the environment's share of the time."""
+"""Speed of training: decisions a second, the environment's share, CPU time a decision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, Final
 
 import torch
@@ -42,6 +42,37 @@ def training_speed(
         rates.append(decisions / taken)
         shares.append(watch.seconds / taken)
     return median(rates), median(shares)
+
+
+def training_costs(
+    task: TaskConfig, ways: Mapping[str, Hyperparameters], repeats: int
+) -> dict[str, tuple[float, float]]:
+    """Return the CPU time of a decision by name, in µs: to collect it, and to learn from it.
+
+    On one torch thread, with the environments' part in collecting. The ways take turns, a rollout and
+    an update each, and the least of ``repeats`` is taken: what other work on the machine adds varies.
+    """
+    torch.set_num_threads(1)
+    models = {name: make_model(task, h) for name, h in ways.items()}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            environments = model.get_env()
+            assert environments is not None
+            _, callback = model._setup_learn(ways[name].rollout, reset_num_timesteps=repeat == 0)
+            started = process_time()
+            model.collect_rollouts(environments, callback, model.rollout_buffer, ways[name].steps)
+            collected = process_time()
+            model.train()
+            parts = collected - started, process_time() - collected
+            if repeat > 0:  # the first compiles
+                taken[name].append((parts[0], parts[1]))
+    costs = {}
+    for name, rows in taken.items():
+        collect_s, learn_s = (min(part) for part in zip(*rows, strict=True))
+        decisions = ways[name].rollout
+        costs[name] = 1e6 * collect_s / decisions, 1e6 * learn_s / decisions
+    return costs
 
 
 class _Stopwatch:

@@ -66,7 +66,7 @@ def test_the_grid_is_what_the_study_needs() -> None:
 
 
 def test_ablations_are_of_one_task_only() -> None:
-    assert grid(["Tiny-v0"], ["main", "short"], {"Tiny-v0": 9}, 1, 9, 1) == [
+    assert grid(["Tiny-v0"], ["main", "short"], {"Tiny-v0": 9}, 1, 9, [0]) == [
         Run("Tiny-v0", "main", 0, 9)
     ]
 

@@ -79,6 +79,18 @@ def ablations() -> dict[str, Variant]:
     }
 
 
+_SEGMENTS: Final = {"environments": "76", "steps": "64"}
+
+LEARNERS: Final[Mapping[str, Variant]] = {
+    "default": Variant(),
+    "segments-64": Variant(options=_SEGMENTS),
+    "segments-64-width-64": Variant(options=_SEGMENTS | {"width": "64"}),
+    "segments-64-width-64-epochs-2": Variant(options=_SEGMENTS | {"width": "64", "epochs": "2"}),
+}
+"""Ways to train that are compared for speed; as many decisions to a rollout as by default (19 · 256 of
+600,000), in more environments of fewer steps."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run."""
@@ -105,7 +117,7 @@ def grid(
     timesteps: Mapping[str, int],
     seeds: int,
     ablation_timesteps: int,
-    ablation_seeds: int,
+    ablation_seeds: Sequence[int],
 ) -> list[Run]:
     """Return the training runs, the most valuable first.
 
@@ -115,6 +127,10 @@ def grid(
         What to train; ablations are of ``ABLATED`` only.
     timesteps
         Of the main runs, by task.
+    seeds
+        How many main runs of each task, agent seeds 0 …
+    ablation_timesteps, ablation_seeds
+        Of each ablation's runs; the seeds one by one.
     """
     runs = [
         Run(task, MAIN, seed, timesteps[task])
@@ -124,7 +140,7 @@ def grid(
     ]
     return runs + [
         Run(ABLATED, variant, seed, ablation_timesteps)
-        for seed in range(ablation_seeds)
+        for seed in ablation_seeds
         for variant in variants
         if variant != MAIN and ABLATED in tasks
     ]
@@ -140,7 +156,7 @@ def arguments(run: Run, runs: Path) -> list[str]:
 
     Those of the run are given with ``--resume``, too: a run of other timesteps is refused then.
     """
-    variant = ablations().get(run.variant, Variant())
+    variant = (ablations() | dict(LEARNERS)).get(run.variant, Variant())
     options = {"task": run.task} | _task_defaults(run.task)
     if variant.process:
         options["task"] = str(_task_file(run, runs))
