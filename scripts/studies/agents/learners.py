@@ -27,11 +27,14 @@ from servegym.studies.agents.runs import ABLATED, Run, is_finished
 from servegym.studies.policies import BEST, make_listed_policy, note_weights
 
 COSTS_FILE: Final = "costs.csv"
-_SHOWN: Final = ("environments", "steps", "batch_size", "epochs", "width")
+SHOWN: Final = ("environments", "steps", "batch_size", "epochs", "width")
+PLAIN: Final = "-plain"
+"""Ends the name of a way with the libraries' own tanh and distribution, which is measured only."""
+
 COSTS: Final = Schema(
-    ("way", *_SHOWN, "collect_us", "learn_us"),
+    ("way", *SHOWN, "collect_us", "learn_us"),
     key=("way",),
-    whole=_SHOWN,
+    whole=SHOWN,
     texts=("way",),
     optional=(),
     if_deleted="measure it again with --parts measure",
@@ -54,9 +57,11 @@ def measure_costs(grid: Sequence[Run], runs: Path, output: Path, repeats: int) -
         names = {item.name for item in fields(Hyperparameters)}
         known = {name: value for name, value in recorded.items() if name in names}
         ways.setdefault(run.variant, Hyperparameters(**known))
-    costs = training_costs(load_task(ABLATED), ways, repeats)
+    first = next(iter(ways))
+    ways[f"{first}{PLAIN}"] = ways[first]
+    costs = training_costs(load_task(ABLATED), ways, repeats, plain=[f"{first}{PLAIN}"])
     rows = [
-        {"way": way, **{name: getattr(h, name) for name in _SHOWN}}
+        {"way": way, **{name: getattr(h, name) for name in SHOWN}}
         | {"collect_us": round(costs[way][0], 2), "learn_us": round(costs[way][1], 2)}
         for way, h in ways.items()
     ]
@@ -95,9 +100,15 @@ def write_comparison(output: Path, command: str) -> list[Path]:
     curves = read_rows(output / "curves.csv", CURVES, "remove the file and play again")
     curves = with_cpu_time(curves, costs)
     episodes = read_episodes(output / "episodes.csv")
-    table = comparison(costs, curves, episodes)
-    n = episodes["seed"].nunique()
-    text = f"# Ways to train for speed\n\n`{command}`\n\n{NOTES}\n{n} held-out cases.\n\n"
+    plain = costs["way"].str.endswith(PLAIN)
+    table = comparison(costs[~plain], curves, episodes)
+    notes = f"{NOTES} {episodes['seed'].nunique()} held-out cases."
+    for _, cost in costs[plain].iterrows():
+        notes += (
+            f" With torch's tanh and sb3-contrib's distribution `{cost['way'].removesuffix(PLAIN)}` takes "
+            f"{cost['collect_us']:.1f} µs to collect and {cost['learn_us']:.1f} µs to learn."
+        )
+    text = f"# Ways to train for speed\n\n`{command}`\n\n{notes}\n\n"
     write_file(output / "table.md", text + to_markdown(table))
     shown = curves.assign(training_s=curves["cpu_s"]).rename(columns={"variant": "label"})
     figure = draw_learning_curves(shown, {})

@@ -79,10 +79,11 @@ def ablations() -> dict[str, Variant]:
     }
 
 
-_SEGMENTS: Final = {"environments": "76", "steps": "64"}
+_OFTEN: Final = {"evaluate-every": "75000"}
+_SEGMENTS: Final = _OFTEN | {"environments": "76", "steps": "64"}
 
 LEARNERS: Final[Mapping[str, Variant]] = {
-    "default": Variant(),
+    "default": Variant(options=_OFTEN),
     "segments-64": Variant(options=_SEGMENTS),
     "segments-64-width-64": Variant(options=_SEGMENTS | {"width": "64"}),
     "segments-64-width-64-epochs-2": Variant(options=_SEGMENTS | {"width": "64", "epochs": "2"}),
@@ -160,9 +161,9 @@ def arguments(run: Run, runs: Path) -> list[str]:
     options = {"task": run.task} | _task_defaults(run.task)
     if variant.process:
         options["task"] = str(_task_file(run, runs))
+    options["evaluate-every"] = str(EVALUATE_EVERY)  # also of short runs: curves are of equal steps
     options |= variant.options
     options |= {"seed": str(run.seed), "timesteps": str(run.timesteps)}
-    options["evaluate-every"] = str(EVALUATE_EVERY)  # also of short runs: curves are of equal steps
     options["output"] = str(runs / run.name)
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     return [*words, "--resume"] if (runs / run.name / "run.json").is_file() else words
