@@ -102,4 +102,6 @@ of one training run each, over cases."""
 def ablation_notes(episodes: pd.DataFrame) -> str:
     """Return what must be read with :func:`ablation_table`, and the variants' table before it."""
     summary = ablation_summary(episodes)
-    return f"{ABLATION_NOTES}\n\n{to_markdown(summary)}" if len(summary) else ABLATION_NOTES
+    return (
+        f"{ABLATION_NOTES}\n\n{to_markdown(summary).rstrip()}" if len(summary) else ABLATION_NOTES
+    )
