@@ -19,8 +19,9 @@ from servegym.agents.training import make_model
 from servegym.envs import load_task
 from servegym.studies.agents.learners import SHOWN, comparison, with_cpu_time
 from servegym.studies.agents.play import CURVE_COLUMNS
+from servegym.studies.agents.runs import LEARNERS, Run, arguments
 from servegym.studies.cli import run
-from servegym.studies.commands import study_training_speed
+from servegym.studies.commands import study_training_speed, train
 from tests.test_summary import episodes
 
 TINY = load_task("Tiny-v0")
@@ -152,3 +153,18 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, options: list[str], me
     assert message in errors.getvalue()
     assert len(errors.getvalue().strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_train_reads_the_ways_as_they_are_meant(tmp_path: Path) -> None:
+    """By default 600,000 timesteps have 19 environments; a batch is a quarter of a rollout."""
+    read = {
+        way: train.read_args(arguments(Run("GSM8K-v0", way, 1, 600_000), tmp_path))
+        for way in LEARNERS
+    }
+    shapes = {way: (h.environments, h.steps, h.batch_size) for way, h in read.items()}
+    assert shapes["default"] == shapes["width-64-epochs-2"] == (19, 256, 1216)
+    assert shapes["segments-64-width-64-epochs-2"] == (76, 64, 1216)
+    nets = {way: (h.width, h.epochs) for way, h in read.items()}
+    assert nets.pop("default") == (128, 4)
+    assert set(nets.values()) == {(64, 2)}
+    assert {h.evaluate_every for h in read.values()} == {75_000}
