@@ -37,8 +37,8 @@ def policy_network(model: OnPolicyAlgorithm) -> Network:
     if normaliser is not None and normaliser.norm_obs:
         raise ServegymError("cannot export an agent of normalised observations: set norm_obs=False")
     modules = list(policy.mlp_extractor.policy_net)
-    types = [type(module) for module in modules]
-    if types != [nn.Linear, nn.Tanh] * (len(types) // 2):
+    expected = [nn.Linear, nn.Tanh] * (len(modules) // 2)
+    if len(modules) != len(expected) or not all(map(isinstance, modules, expected)):
         raise ServegymError("cannot export a policy network that is not linear layers and tanh")
     linear = [*modules[::2], policy.action_net]
     return Network(

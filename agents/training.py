@@ -19,6 +19,7 @@ from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor
 
+from servegym.agents.activation import Tanh
 from servegym.agents.checkpoints import (
     Progress,
     Snapshot,
@@ -31,6 +32,7 @@ from servegym.agents.clock import Clock, TimedCallbacks
 from servegym.agents.evolution import Evolution
 from servegym.agents.hyperparameters import Hyperparameters, Options, linear_decay
 from servegym.agents.imitation import Expert, imitate
+from servegym.agents.masked_policy import MaskedPolicy
 from servegym.agents.progress import ProgressLine
 from servegym.agents.record import begin_run, check_run, identity
 from servegym.agents.sb3_vec_env import Reference, ServingSB3VecEnv
@@ -45,6 +47,7 @@ _CLASSES: Final[dict[str, Callable[..., OnPolicyAlgorithm]]] = {
     "maskable-ppo": MaskablePPO,
     "ppo": PPO,
 }
+_POLICIES: Final[dict[str, Any]] = {"maskable-ppo": MaskedPolicy, "ppo": "MlpPolicy"}
 
 
 def make_model(
@@ -68,7 +71,7 @@ def make_model(
     torch.distributions.Distribution.set_default_validate_args(False)
     layers = [h.width] * h.depth
     model = _CLASSES[h.algorithm](
-        policy="MlpPolicy",
+        policy=_POLICIES[h.algorithm],
         env=VecMonitor(environment),
         learning_rate=linear_decay(
             h.warm_learning_rate if h.warm else h.learning_rate, h.final_learning_rate
@@ -84,7 +87,7 @@ def make_model(
         max_grad_norm=h.max_gradient_norm,
         policy_kwargs={
             "net_arch": {"pi": layers, "vf": layers},
-            "activation_fn": torch.nn.Tanh,
+            "activation_fn": Tanh,
         },
         seed=h.seed,
         device="cpu",

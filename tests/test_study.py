@@ -19,16 +19,16 @@ from servegym.envs import ServegymError, load_task
 from servegym.envs.playing.nodes.driver import Nodes
 from servegym.envs.process.observation import FEATURES
 from servegym.studies.agents import processes, runs
+from servegym.studies.agents.ablations import ablation_summary, ablation_table
+from servegym.studies.agents.comparing import verdict
 from servegym.studies.agents.play import CURVE_COLUMNS, evaluate_agents, settings
 from servegym.studies.agents.report import (
-    ablation_table,
     closed_by,
     minutes_to_pass,
     policy_table,
     reference_lines,
     seed_table,
     transfer_table,
-    verdict,
 )
 from servegym.studies.agents.runs import Run, arguments, grid, train_all
 from servegym.studies.cli import run
@@ -67,7 +67,7 @@ def test_the_grid_is_what_the_study_needs() -> None:
 
 
 def test_ablations_are_of_one_task_only() -> None:
-    assert grid(["Tiny-v0"], ["main", "short"], {"Tiny-v0": 9}, 1, 9, 1) == [
+    assert grid(["Tiny-v0"], ["main", "short"], {"Tiny-v0": 9}, 1, 9, [0]) == [
         Run("Tiny-v0", "main", 0, 9)
     ]
 
@@ -308,6 +308,38 @@ def test_the_ablation_table_of_hand_made_rows() -> None:
     assert table.loc["short", "− short (points)"] == ""
 
 
+def test_the_ablation_summary_names_both_kinds_of_interval_apart() -> None:
+    rows = episodes(
+        {
+            "short-0": [0.01, 0.03],
+            "short-1": [0.03, 0.05],
+            "without-plan-0": [0.03, 0.05],
+            "without-plan-1": [0.05, 0.07],
+            "without-plan-2": [0.50, 0.50],  # no short run of that seed to be paired with
+            "every-round-0": [0.01, 0.01],
+        }
+    )
+    table = ablation_summary(rows).set_index("variant")
+    assert list(table.index) == ["short", "every-round", "without-plan"]
+    assert list(table["training seeds"]) == ["2", "1", "2"]
+    plan = table.loc["without-plan"]
+    # Of two values that lie 2 apart the interval is 12.706 wide to each side.
+    assert plan["held-out gap (%), over cases"] == "5.00 ± 12.71"
+    assert plan["held-out gap (%), over training seeds"] == "5.00 ± 12.71"
+    assert plan["− short (points), over cases"] == "2.00 ± 0.00 worse"
+    assert plan["− short (points), over training seeds"] == "2.00 ± 0.00 worse"
+    assert table.loc["short", "− short (points), over cases"] == ""
+    one = table.loc["every-round"]
+    assert one["held-out gap (%), over training seeds"] == "one seed"
+    assert one["− short (points), over cases"] == "-1.00 ± 12.71 not clear"
+
+
+def test_seeds_are_added_to_those_whose_runs_are_gone() -> None:
+    args = study_agents.Args(variants="short", ablation_seeds=3, first_ablation_seed=1)
+    runs = study_agents.make_grid(args, ["GSM8K-v0"])
+    assert [run.name for run in runs] == ["GSM8K-v0/short/1", "GSM8K-v0/short/2"]
+
+
 def test_the_transfer_table_of_hand_made_rows() -> None:
     rows = episodes({"hybrid": [0.06, 0.08], "threshold-3": [0.03, 0.03], "ppo": [0.01, 0.01]})
     (row,) = transfer_table({"clients-50": rows}).to_dict("records")
@@ -359,6 +391,7 @@ def test_thresholds_are_tuned_on_the_setting_itself() -> None:
         (["--tasks", "GSM8K-v1"], "did you mean 'GSM8K-v0'"),
         (["--variants", "every-rund"], "did you mean 'every-round'"),
         (["--seeds", "0"], "--seeds must lie in 1"),
+        (["--first-ablation-seed", "1"], "--first-ablation-seed must lie in 0 … 0"),
         (["--cases", "1"], "--cases must lie in 2"),
         (["--jobs", "0"], "--jobs must lie"),
         (["--parts", "evaluate"], "begin with --parts train"),

@@ -106,7 +106,7 @@ def evaluate_agents(
     folder = output / task
     folders = {run.policy: runs / run.name / BEST for run in finished}
     weights = note_weights(folders, folder)
-    curves = _keep_curves(finished, runs, folder)
+    curves = keep_curves(finished, runs, folder)
     _ship([run for run in finished if run.variant == MAIN], runs, curves, folder)
     config, policies = load_task(task), baselines(task)
     policy_of = partial(make_listed_policy, folders=folders, weights=weights)
@@ -120,7 +120,7 @@ def evaluate_agents(
     evaluate(config, policy_of, [*policies, *folders], seeds, folder, jobs=jobs)
 
 
-def _keep_curves(finished: Sequence[Run], runs: Path, folder: Path) -> pd.DataFrame:
+def keep_curves(finished: Sequence[Run], runs: Path, folder: Path) -> pd.DataFrame:
     """Write the learning curves of these runs; those of other runs stay in the file."""
     curves = ResumableTable(
         folder / "curves.csv", CURVES, "remove the file and play again", ("variant", "seed")

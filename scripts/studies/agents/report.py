@@ -21,13 +21,14 @@ from servegym.envs.playing.summary import (
     fixed,
     mean_gaps,
     mean_interval,
-    stratified_interval,
     to_markdown,
     with_interval,
 )
 from servegym.envs.playing.tables import read_rows
+from servegym.studies.agents.ablations import ablation_notes, ablation_table
+from servegym.studies.agents.comparing import curve_of, differences, shown_interval, verdict
 from servegym.studies.agents.play import CURVES, LARGE_SETTING, settings
-from servegym.studies.agents.runs import MAIN, SHORT, ablations
+from servegym.studies.agents.runs import MAIN, ablations
 from servegym.studies.policies import SHIPPED
 
 HYBRID: Final = "hybrid"
@@ -90,11 +91,15 @@ def _policy_row(
 ) -> dict[str, str | int]:
     gaps = by_case(episodes, names)
     rows = episodes[episodes["policy"].isin(names)]
-    row: dict[str, str | int] = {"policy": label, "n": gaps.shape[1], "gap (%)": _interval(gaps)}
+    row: dict[str, str | int] = {
+        "policy": label,
+        "n": gaps.shape[1],
+        "gap (%)": shown_interval(gaps),
+    }
     for rival in rivals:
         is_rival = len(names) == 1 and names[0] == rival
         row[f"− {rival} (points)"] = (
-            "" if is_rival else _interval(differences(episodes, names, rival))
+            "" if is_rival else shown_interval(differences(episodes, names, rival))
         )
     row["of hybrid's gap closed (%)"] = _closed(gaps, by_case(episodes, [HYBRID]))
     row["decision p99 (ms)"] = fixed(rows["decision_ms_p99"].median(), 3)
@@ -106,19 +111,6 @@ def _closed(gaps: NDArray[np.float64], hybrid: NDArray[np.float64]) -> str:
     if gaps.size == 0 or hybrid.size == 0:
         return UNFINISHED
     return fixed(100 * (1 - gaps.mean() / hybrid.mean()), 0)
-
-
-def differences(episodes: pd.DataFrame, names: Sequence[str], rival: str) -> NDArray[np.float64]:
-    """Return gap − gap of ``rival`` in points, case by case, shape (names, cases)."""
-    return np.stack([np.subtract(*by_case(episodes, [name, rival])) for name in names])
-
-
-def _interval(values: NDArray[np.float64]) -> str:
-    """Format values of shape (runs, cases): Student's interval of one run, a bootstrap of several."""
-    if len(values) == 1 or values.size == 0:
-        return with_interval(values.ravel())
-    mean, low, high = stratified_interval(values)
-    return f"{fixed(mean)} [{fixed(low)}, {fixed(high)}]"
 
 
 def task_notes(episodes: pd.DataFrame) -> str:
@@ -155,7 +147,7 @@ def seed_table(
             f"passes hybrid's {fixed(hybrid)} % (min)": minutes_to_pass(curve, hybrid),
             f"closed in {TARGET_MIN} min (%)": closed_by(curve, hybrid, TARGET_MIN),
             "best validation gap (%)": fixed(curve["gap_percent"].min()),
-            "held-out gap (%)": _interval(gaps),
+            "held-out gap (%)": shown_interval(gaps),
             "of hybrid's gap closed (%)": _closed(gaps, held_out_hybrid),
         }
         for rival in [HYBRID, *rivals]:
@@ -167,16 +159,6 @@ def seed_table(
 SEED_NOTES: Final = f"""Minutes of training are without evaluations; what is passed, or closed within so
 many ({TARGET_MIN} is the target's), is measured on the cases of validation, the rest on held-out ones.
 Better, worse: the 95 % interval of the paired difference over the held-out cases excludes 0."""
-
-
-def curve_of(curves: pd.DataFrame, variant: str, seed: int) -> pd.DataFrame:
-    """Return the evaluations of one training run, in order."""
-    chosen = curves[(curves["variant"] == variant) & (curves["seed"] == seed)]
-    if len(chosen) == 0:
-        raise ServegymError(
-            f"curves.csv: no evaluation of {variant}, seed {seed}; play again with --parts evaluate"
-        )
-    return chosen.sort_values("timesteps")
 
 
 def minutes_to_pass(curve: pd.DataFrame, gap_percent: float) -> str:
@@ -191,60 +173,6 @@ def closed_by(curve: pd.DataFrame, hybrid_percent: float, minutes: float) -> str
     return fixed(100 * (1 - best / hybrid_percent), 0)
 
 
-def verdict(differences: NDArray[np.float64]) -> str:
-    """Format paired differences and say whether their 95 % interval excludes 0."""
-    mean, half = mean_interval(differences)
-    if abs(mean) > half:  # never for a single case: its interval is NaN
-        return f"{with_interval(differences)} {'better' if mean < 0 else 'worse'}"
-    return f"{with_interval(differences)} not clear"
-
-
-def ablation_table(episodes: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a run of an ablation, beside the main run of the same seed."""
-    played = set(episodes["policy"])
-    rows = []
-    for variant in ablations():
-        for seed in sorted(set(curves.loc[curves["variant"] == variant, "seed"])):
-            name = f"{variant}-{seed}"
-            if name not in played:
-                continue
-            curve = curve_of(curves, variant, seed)
-            timesteps = int(curve["timesteps"].iloc[-1])
-            rows.append(
-                {
-                    "variant": variant,
-                    "seed": str(seed),
-                    "timesteps": f"{timesteps:,}",
-                    "training (min)": f"{curve['training_s'].iloc[-1] / 60:.1f}",
-                    "best validation gap (%)": fixed(curve["gap_percent"].min()),
-                    "main's until then (%)": _best_until(curve_of(curves, MAIN, seed), timesteps),
-                    "held-out gap (%)": _interval(by_case(episodes, [name])),
-                    f"− {SHORT} (points)": _against(episodes, name, f"{SHORT}-{seed}"),
-                    "− main (points)": _against(episodes, name, f"{SHIPPED}-{seed}"),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _best_until(curve: pd.DataFrame, timesteps: int) -> str:
-    reached = curve[curve["timesteps"] <= timesteps]
-    return fixed(reached["gap_percent"].min()) if len(reached) else ""
-
-
-def _against(episodes: pd.DataFrame, name: str, rival: str) -> str:
-    if rival == name or rival not in set(episodes["policy"]):
-        return ""
-    return verdict(differences(episodes, [name], rival)[0])
-
-
-ABLATION_NOTES: Final = f"""`{SHORT}` is the main run in the ablations' timesteps: the learning rate
-decays over the timesteps, so the point that a longer run has reached by then ("main's until then",
-validation) is no fair comparison, nor is its end ("− main"). `without-…` leaves an admission rule out,
-`every-round` decides at every decode round, `imitation` imitates `rollout` before PPO, `ppo-unmasked`
-does not tell training which actions are legal. Best agents by validation, on the held-out cases,
-paired; ± is a 95 % Student-t interval over cases, of one training run each."""
-
-
 def transfer_table(played: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return one row a setting: the agent beside the rules, and the best of them."""
     rows = []
@@ -255,7 +183,7 @@ def transfer_table(played: dict[str, pd.DataFrame]) -> pd.DataFrame:
         row = {"setting": name, "n": str(episodes["seed"].nunique()), "K": threshold.split("-")[1]}
         for policy in [*rules, SHIPPED]:
             column = "threshold-K" if policy == threshold else policy
-            row[f"{column} (%)"] = _interval(by_case(episodes, [policy]))
+            row[f"{column} (%)"] = shown_interval(by_case(episodes, [policy]))
         row["best rule"] = "threshold-K" if best == threshold else best
         row["ppo − best rule (points)"] = verdict(differences(episodes, [SHIPPED], best)[0])
         rows.append(row)
@@ -283,7 +211,7 @@ def write_task(task: str, output: Path, command: str) -> list[Path]:
         ),
         "ablations.md": (
             f"{task}: ablations",
-            ABLATION_NOTES,
+            ablation_notes(episodes),
             ablation_table(episodes, curves),
         ),
     }

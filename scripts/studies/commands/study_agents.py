@@ -48,7 +48,9 @@ class Args:
     predicted_timesteps: int = 3_000_000
     """Timesteps of a main run on GSM8KPredicted-v0."""
     ablation_seeds: int = 1
-    """Runs of each ablation, agent seeds 0 …."""
+    """Agent seeds of each ablation: 0 … and up to here."""
+    first_ablation_seed: int = 0
+    """The first of them; above 0 seeds are added to results whose earlier runs are no longer there."""
     ablation_timesteps: int = 2_000_000
     """Timesteps of an ablation's run."""
     cases: int = 100
@@ -81,9 +83,8 @@ def make_grid(args: Args, tasks: Sequence[str]) -> list[Run]:
         PREDICTED: args.predicted_timesteps,
     }
     timesteps = {task: special.get(task, args.timesteps) for task in tasks}
-    return grid(
-        tasks, variants, timesteps, args.seeds, args.ablation_timesteps, args.ablation_seeds
-    )
+    ablation_seeds = range(args.first_ablation_seed, args.ablation_seeds)
+    return grid(tasks, variants, timesteps, args.seeds, args.ablation_timesteps, ablation_seeds)
 
 
 def check(args: Args) -> None:
@@ -91,6 +92,7 @@ def check(args: Args) -> None:
     limits = {
         "seeds": (1, MAX_SEED + 1),
         "ablation_seeds": (1, MAX_SEED + 1),
+        "first_ablation_seed": (0, args.ablation_seeds - 1),
         "cases": (2, HELD_OUT_SEED),  # a single one has no interval
         "transfer_cases": (2, HELD_OUT_SEED),
         "timesteps": (1, MAX_TIMESTEPS),
