@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from time import perf_counter
-from types import TracebackType
 from typing import Final, Self
 
 from tqdm import tqdm
@@ -67,12 +66,7 @@ class ProgressLine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     @property

@@ -31,6 +31,10 @@ def make_folder(folder: Path) -> None:
     """Make a folder that can be written to, or say why not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ServegymError(
+            f"{folder}: cannot be made: there is a file of this name; name another folder"
+        ) from None
     except OSError as error:
         raise ServegymError(f"{folder}: cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK):

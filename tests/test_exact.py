@@ -224,3 +224,12 @@ FEW = instance((5, 2), (5, 4))
 def test_refuses(requests: Requests, clients: int, how: dict[str, Any], message: str) -> None:
     with pytest.raises(ServegymError, match=message):
         exact_optimum(requests, clients, TINY.cost.tables(2), **how)
+
+
+def test_clients_that_no_request_is_left_for_change_nothing() -> None:
+    """A user's four requests on the usual 200 clients are a small case."""
+    requests, costs = instance((70, 30), (55, 12), (90, 51), (40, 20)), cost_preset("tiny").costs
+    few, many = solve(requests, 4, costs), solve(requests, 200, costs)
+    assert many.proven
+    assert many.makespan_s == few.makespan_s
+    assert many.schedule == few.schedule

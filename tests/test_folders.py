@@ -150,10 +150,12 @@ def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> 
         assert foreign.exists()
 
 
-@pytest.mark.parametrize("name", ["file", "file/out"])
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"), [("file", "there is a file of this name"), ("file/out", "Not a directory")]
+)
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, name: str, why: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ServegymError, match="cannot be made"), locked(tmp_path / name):
+    with pytest.raises(ServegymError, match=f"cannot be made: {why}"), locked(tmp_path / name):
         pytest.fail("held")
 
 

@@ -8,7 +8,7 @@ clients), so no policy is faster. Assumed: one replica, all requests present at 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -96,6 +96,9 @@ def exact_optimum(
             "the exact optimum needs all requests at t = 0, the last arrives at "
             f"{requests.arrival_s[-1]:g} s"
         )
+    if clients > len(requests):  # the others stay idle in every schedule
+        clients = len(requests)
+        costs = replace(costs, decode_base_s=costs.decode_base_s[:, : clients + 1])
     problem = JointProblem(requests, clients, costs, max_prefill_tokens)
     bound_s = lower_bound(requests, clients, costs, max_prefill_tokens).seconds
     known = greedy_schedule(problem)

@@ -101,6 +101,46 @@ class LinkConfig:
             )
 
 
+_WHOLE: Final = {
+    "clients": (1, MAX_CLIENTS),
+    "replicas": (1, MAX_REPLICAS),
+    "kv_capacity_tokens": (0, 10**12),
+    "kv_block_tokens": (1, 65_536),
+    "level_tokens": (1, 10**6),
+    "chunk_tokens": (0, 10**12),
+    "max_prefill_tokens": (0, 10**12),
+    "kv_bytes_per_token": (0, 10**9),
+}
+"""Whole numbers of ``[cluster]``: least and most."""
+
+_UP_TO: Final = {
+    "steal_delay_s": "1e6",
+    "conservativeness": "100",
+    "patience_s": "1e9",
+    "steal_period_s": "1e9",
+    "freeness_steps": "1e9",
+    "shed_at": "1e6",
+    "staleness_s": "1e9",
+}
+"""Other numbers, from 0 on: the most, as messages write it."""
+
+_NAMED: Final = {
+    "link": tuple(LINKS),
+    "host_link": tuple(LINKS),
+    "preempt": VICTIMS,
+    "admission_guard": ADMISSION_GUARDS,
+    "shortest_by": ORDERS,
+    "mixed": MIXED_COSTS,
+    "router": ROUTERS,
+    "steal_order": STEAL_ORDERS,
+    "steal_share": STEAL_SHARES,
+    "migrate": MIGRATIONS,
+    "move": MOVES,
+    "evict": EVICTIONS,
+}
+"""What the other keys may name."""
+
+
 @dataclass(frozen=True)
 class ClusterConfig:
     """``[cluster]``: the machines.
@@ -181,50 +221,24 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_fields("cluster", self)
-        check_whole("cluster.clients", self.clients, 1, MAX_CLIENTS)
-        check_whole("cluster.replicas", self.replicas, 1, MAX_REPLICAS)
-        check_whole("cluster.kv_capacity_tokens", self.kv_capacity_tokens, 0, 10**12)
-        check_whole("cluster.kv_block_tokens", self.kv_block_tokens, 1, 65_536)
-        check_whole("cluster.level_tokens", self.level_tokens, 1, 10**6)
-        check_whole("cluster.chunk_tokens", self.chunk_tokens, 0, 10**12)
-        check_whole("cluster.max_prefill_tokens", self.max_prefill_tokens, 0, 10**12)
+        for key, (least, most) in _WHOLE.items():
+            check_whole(f"cluster.{key}", getattr(self, key), least, most)
         if not 0 <= self.watermark < 1:
             raise ServegymError(f"cluster.watermark must be ≥ 0 and < 1, got {self.watermark}")
-        check_whole("cluster.kv_bytes_per_token", self.kv_bytes_per_token, 0, 10**9)
-        if not 0 <= self.steal_delay_s <= 1e6:
-            raise ServegymError(
-                f"cluster.steal_delay_s must lie in 0 … 1e6, got {self.steal_delay_s}"
-            )
-        if not 0 <= self.conservativeness <= 100:
-            raise ServegymError(
-                f"cluster.conservativeness must lie in 0 … 100, got {self.conservativeness}"
-            )
-        if not 0 <= self.patience_s <= 1e9:
-            raise ServegymError(f"cluster.patience_s must lie in 0 … 1e9, got {self.patience_s}")
-        for key, most in (("steal_period_s", "1e9"), ("freeness_steps", "1e9"), ("shed_at", "1e6")):
-            if not 0 <= getattr(self, key) <= float(most):
+        for key, highest in _UP_TO.items():
+            if not 0 <= getattr(self, key) <= float(highest):
                 raise ServegymError(
-                    f"cluster.{key} must lie in 0 … {most}, got {getattr(self, key)}"
+                    f"cluster.{key} must lie in 0 … {highest}, got {getattr(self, key)}"
                 )
-        for key, link in (("link", self.link), ("host_link", self.host_link)):
-            if isinstance(link, str) and link not in LINKS:
-                raise unknown(f"value of cluster.{key}:", link, tuple(LINKS))
-        if not 0 <= self.staleness_s <= 1e9:
-            raise ServegymError(f"cluster.staleness_s must lie in 0 … 1e9, got {self.staleness_s}")
-        for key, value, names in (
-            ("preempt", self.preempt, VICTIMS),
-            ("admission_guard", self.admission_guard, ADMISSION_GUARDS),
-            ("shortest_by", self.shortest_by, ORDERS),
-            ("mixed", self.mixed, MIXED_COSTS),
-            ("router", self.router, ROUTERS),
-            ("steal_order", self.steal_order, STEAL_ORDERS),
-            ("steal_share", self.steal_share, STEAL_SHARES),
-            ("migrate", self.migrate, MIGRATIONS),
-            ("move", self.move, MOVES),
-            ("evict", self.evict, EVICTIONS),
-        ):
-            if value not in names:
+        for key, names in _NAMED.items():
+            value = getattr(self, key)
+            if isinstance(value, str) and value not in names:  # a link may be numbers
                 raise unknown(f"value of cluster.{key}:", value, names)
+        self._check_replicas()
+        self._check_roles()
+
+    def _check_replicas(self) -> None:
+        """Refuse tables that are too few or too many, too many clients, and memory that holds no block."""
         if self.replica and len(self.replica) != self.replicas:
             raise ServegymError(
                 f"cluster.replicas is {self.replicas}, but there are {len(self.replica)} tables "
@@ -235,7 +249,6 @@ class ClusterConfig:
             raise ServegymError(
                 f"all replicas together may have {MAX_CLIENTS} clients, got {total}"
             )
-        self._check_roles()
         memory = {full.kv_capacity_tokens for full in self.replica_tables()}
         if self.router == "pool" and self.admission_guard == "sglang" and len(memory) > 1:
             raise ServegymError(
