@@ -15,9 +15,9 @@ _ILLEGAL: Final = -1e8  # as sb3-contrib has it: probability 0 in float32
 class MaskedPolicy(MaskableActorCriticPolicy):
     """``MlpPolicy`` of sb3-contrib for one discrete action, masked before it is normalised, once.
 
-    sb3-contrib normalises the logits, masks them and normalises again, each time in a new distribution:
-    40 % of the time of choosing actions in 64 environments. Probabilities differ from its own in the
-    last bits, the generator is used alike.
+    sb3-contrib normalises the logits, masks them and normalises again, each time in a new distribution.
+    A call for 64 rows takes 0.6 of its time; training as a whole, with ``activation.Tanh``, takes 3 to 6 %
+    less CPU time. Probabilities differ from its own in the last bits, the generator is used alike.
     """
 
     def forward(

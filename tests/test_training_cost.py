@@ -126,6 +126,14 @@ def test_the_comparison_of_hand_made_rows() -> None:
     equal = "validation gap in 20 CPU s (%)"
     assert (slow[equal], fast[equal]) == ("5.50", "4.00")
     assert slow["at the end (%)"] == "3.50"
+    few = comparison(COSTS, curves[curves["timesteps"] != 200_000], rows).set_index("way")
+    assert few.loc["slow", equal] == "not evaluated"
+    below = "every seed below 3.0 % (CPU s)"
+    assert (slow[below], fast[below]) == ("0", "0")  # untrained agents of 1 %
+    higher = curves.assign(gap_percent=curves["gap_percent"].where(curves["timesteps"] > 0, 99))
+    higher = higher.assign(gap_percent=higher["gap_percent"] - 1)
+    table = comparison(COSTS, higher, rows).set_index("way")
+    assert table.loc["slow", below] == "never"  # the second seed ends at 3 %
     assert slow["held-out gap (%), over cases"] == "3.00 ± 0.00"
     assert slow["over training seeds (%)"] == "3.00 ± 12.71 (n = 2)"
     assert fast["held-out gap (%), over cases"] == "3.00 ± 12.71"
@@ -162,7 +170,7 @@ def test_train_reads_the_ways_as_they_are_meant(tmp_path: Path) -> None:
         for way in LEARNERS
     }
     shapes = {way: (h.environments, h.steps, h.batch_size) for way, h in read.items()}
-    assert shapes["default"] == shapes["width-64-epochs-2"] == (19, 256, 1216)
+    assert shapes["default"] == (19, 256, 1216)
     assert shapes["segments-64-width-64-epochs-2"] == (76, 64, 1216)
     nets = {way: (h.width, h.epochs) for way, h in read.items()}
     assert nets.pop("default") == (128, 4)

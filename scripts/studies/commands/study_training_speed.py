@@ -31,7 +31,7 @@ class Args:
     """Comma-separated ways to train."""
     seeds: int = 2
     """Training runs of each way, agent seeds 0 …."""
-    timesteps: int = 1_000_000
+    timesteps: int = 600_000
     """Timesteps of each run."""
     cases: int = 100
     """Held-out cases, seeds 1000000 …."""
