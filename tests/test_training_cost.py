@@ -17,9 +17,9 @@ from servegym.agents.hyperparameters import default_hyperparameters
 from servegym.agents.speed import make_plain, training_costs
 from servegym.agents.training import make_model
 from servegym.envs import load_task
-from servegym.studies.agents.learners import SHOWN, comparison, with_cpu_time
 from servegym.studies.agents.play import CURVE_COLUMNS
-from servegym.studies.agents.runs import LEARNERS, Run, arguments
+from servegym.studies.agents.runs import WAYS, Run, arguments
+from servegym.studies.agents.training_speed import SHOWN, comparison, with_cpu_time
 from servegym.studies.cli import run
 from servegym.studies.commands import study_training_speed, train
 from tests.test_summary import episodes
@@ -166,8 +166,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, options: list[str], me
 def test_train_reads_the_ways_as_they_are_meant(tmp_path: Path) -> None:
     """By default 600,000 timesteps have 19 environments; a batch is a quarter of a rollout."""
     read = {
-        way: train.read_args(arguments(Run("GSM8K-v0", way, 1, 600_000), tmp_path))
-        for way in LEARNERS
+        way: train.read_args(arguments(Run("GSM8K-v0", way, 1, 600_000), tmp_path)) for way in WAYS
     }
     shapes = {way: (h.environments, h.steps, h.batch_size) for way, h in read.items()}
     assert shapes["default"] == (19, 256, 1216)

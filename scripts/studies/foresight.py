@@ -37,7 +37,7 @@ from servegym.envs.task.cases import Case
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import load_case, lower, make_task_state
 from servegym.envs.vocabulary import LONGEST
-from servegym.studies.agents.report import verdict
+from servegym.studies.agents.comparing import verdict
 from servegym.studies.policies import make_policy
 
 KNOWN: Final = ("expected", "rate", "true")

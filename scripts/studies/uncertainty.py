@@ -17,7 +17,7 @@ from servegym.envs.playing.evaluation import brief, make_case, play
 from servegym.envs.playing.policy import Policy
 from servegym.envs.playing.summary import to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig, with_overrides
-from servegym.studies.agents.report import verdict
+from servegym.studies.agents.comparing import verdict
 from servegym.studies.checks.common import TAUS, line, picture
 from servegym.studies.policies import AGENTS, SHIPPED, make_policy
 from servegym.studies.tuned import TUNING_CASES

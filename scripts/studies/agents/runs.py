@@ -81,7 +81,7 @@ def ablations() -> dict[str, Variant]:
 
 _OFTEN: Final = {"evaluate-every": "75000"}
 
-LEARNERS: Final[Mapping[str, Variant]] = {
+WAYS: Final[Mapping[str, Variant]] = {
     "default": Variant(options=_OFTEN),
     "segments-64-width-64-epochs-2": Variant(
         options=_OFTEN | {"environments": "76", "steps": "64", "width": "64", "epochs": "2"}
@@ -156,7 +156,7 @@ def arguments(run: Run, runs: Path) -> list[str]:
 
     Those of the run are given with ``--resume``, too: a run of other timesteps is refused then.
     """
-    variant = (ablations() | dict(LEARNERS)).get(run.variant, Variant())
+    variant = (ablations() | dict(WAYS)).get(run.variant, Variant())
     options = {"task": run.task} | _task_defaults(run.task)
     if variant.process:
         options["task"] = str(_task_file(run, runs))

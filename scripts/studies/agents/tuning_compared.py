@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from servegym.agents.card import CARD_FILE
 from servegym.agents.hyperparameters import Hyperparameters
-from servegym.agents.policy import CARD_FILE
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, evaluate, read_episodes
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import run_parallel

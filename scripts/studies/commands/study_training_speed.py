@@ -12,8 +12,8 @@ from servegym.agents.hyperparameters import MAX_SEED
 from servegym.envs.playing.evaluation import HELD_OUT_SEED
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import Workers
-from servegym.studies.agents.learners import evaluate_learners, measure_costs, write_comparison
-from servegym.studies.agents.runs import ABLATED, LEARNERS, Run, train_all
+from servegym.studies.agents.runs import ABLATED, WAYS, Run, train_all
+from servegym.studies.agents.training_speed import evaluate_ways, measure_costs, write_comparison
 from servegym.studies.cli import check_folder, check_number, command_line, parse, read_list
 from servegym.studies.workers import open_workers
 
@@ -27,7 +27,7 @@ class Args:
     parts: str = ",".join(PARTS)
     """Comma-separated: train (into --runs), measure (CPU time a decision, of the trained ways), evaluate
     (held-out cases), report (table and picture)."""
-    ways: str = ",".join(LEARNERS)
+    ways: str = ",".join(WAYS)
     """Comma-separated ways to train."""
     seeds: int = 2
     """Training runs of each way, agent seeds 0 …."""
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_number("--cases", args.cases, 2, HELD_OUT_SEED)
     check_number("--repeats", args.repeats, 1, 1000)
     parts = read_list("--parts", args.parts, PARTS)
-    ways = read_list("--ways", args.ways, list(LEARNERS))
+    ways = read_list("--ways", args.ways, list(WAYS))
     check_folder(args.runs)
     check_folder(args.output)
     grid = [Run(ABLATED, way, seed, args.timesteps) for seed in range(args.seeds) for way in ways]
@@ -80,6 +80,6 @@ def _compare(
     if "measure" in parts:
         measure_costs(grid, args.runs, args.output, args.repeats)
     if "evaluate" in parts:
-        evaluate_learners(grid, args.runs, args.output, args.cases, crew)
+        evaluate_ways(grid, args.runs, args.output, args.cases, crew)
     if "report" in parts:
         print("wrote", ", ".join(map(str, write_comparison(args.output, command))))

@@ -72,9 +72,7 @@ def measure_costs(grid: Sequence[Run], runs: Path, output: Path, repeats: int) -
     write_file(output / COSTS_FILE, pd.DataFrame(rows).to_csv(index=False))
 
 
-def evaluate_learners(
-    grid: Sequence[Run], runs: Path, output: Path, cases: int, jobs: Workers
-) -> None:
+def evaluate_ways(grid: Sequence[Run], runs: Path, output: Path, cases: int, jobs: Workers) -> None:
     """Keep the learning curves of finished runs; play their best agents on held-out cases."""
     finished = _finished(grid, runs)
     folders = {run.policy: runs / run.name / BEST for run in finished}
