@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ import pytest
 from servegym.baselines.registry import make_policy
 from servegym.envs import ServegymError, load_task
 from servegym.envs.playing.evaluation import evaluate
-from servegym.envs.playing.nodes import driver, worker
+from servegym.envs.playing.nodes import addresses, driver, worker
 from servegym.envs.playing.nodes.addresses import connect, parse_address
 from servegym.envs.playing.nodes.carry import packed, unpacked
 from servegym.envs.playing.nodes.driver import Nodes
@@ -75,6 +76,18 @@ class HereBackend:
 
     def close(self) -> None:
         self.closed = True
+
+
+class SlowRay(ModuleType):
+    """Stands for the module of Ray, at a cluster that never lets anybody in."""
+
+    def __init__(self) -> None:
+        super().__init__("slow")
+
+    class RayBackend(HereBackend):
+        def __init__(self, address: str, target: str) -> None:
+            time.sleep(1)
+            raise ServegymError(f"{address}, {target}: too late")
 
 
 def test_every_result_comes_once_in_any_order() -> None:
@@ -260,6 +273,31 @@ def test_nobody_answers(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ServegymError, match=rf"--cluster {start}.*: nobody answers there: "):
         connect(f"{start}127.0.0.1:{port}")
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_rays_client_shows_the_token_that_this_machine_has(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # to be restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if kept:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("secret")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setitem(addresses.LIMITS_S, "ray", 0.2)
+    monkeypatch.setitem(sys.modules, "servegym.envs.playing.nodes.ray_backend", SlowRay())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(
+            ServegymError, match=r"not answer as a Ray cluster; where it asks for a token, copy"
+        ):
+            connect(f"ray://127.0.0.1:{port}")
+        assert os.environ.get("RAY_AUTH_MODE") == ("token" if kept else None)
+        with pytest.raises(ServegymError, match=r"not answer as a Ray cluster$"):
+            connect(f"ray:127.0.0.1:{port}")
 
 
 # ---- what goes along -------------------------------------------------------------------------------

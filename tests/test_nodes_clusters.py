@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,11 @@ from servegym.envs import ServegymError, load_task
 from servegym.envs.playing.evaluation import evaluate
 from servegym.envs.playing.nodes import driver
 from servegym.envs.playing.nodes.driver import Nodes
-from servegym.studies.agents import runs
 from servegym.studies.agents.processes import Slice, files_in
+from servegym.studies.agents.runs import Run, train_all
 from tests.test_nodes import rows
 
 TINY = load_task("Tiny-v0")
-TRAINING = runs.Run("Tiny-v0", "main", 0, 20_000)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries and their processes
 
@@ -113,80 +110,35 @@ def test_an_error_comes_back_with_its_worker(nodes: Nodes) -> None:
     assert "on worker" in raised.value.__notes__[0]
 
 
-def kill_a_worker_that_trains(run: str, killed: list[int]) -> None:
-    """End the parent of a process that has gone on from a checkpoint and evaluated once more."""
-    psutil = pytest.importorskip("psutil")
-    until = time.monotonic() + 300
-    while not killed and time.monotonic() < until:
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error, OSError):
-                if "--resume" in process.cmdline():
-                    table = Path(process.cwd()) / run / "evaluations.csv"
-                    if len(table.read_text().splitlines()) > 2:
-                        killed.append(process.ppid())
-                        os.kill(process.ppid(), signal.SIGKILL)
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, bytes]]]:
-    """Train an agent with five evaluations and checkpoints in between; return its files."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Slice.__init__, "__defaults__", (0.0,))
-        patch.setattr(runs, "EVALUATE_EVERY", 4096)
-        usual = runs._task_defaults
-        patch.setattr(runs, "_task_defaults", lambda task: usual(task) | {"checkpoint-every": "3"})
-
-        def train(crew: Any) -> dict[str, bytes]:
-            folder = tmp_path_factory.mktemp("trained")
-            patch.chdir(folder)
-            assert runs.train_all([TRAINING], Path("runs"), crew) == []
-            return files_in(folder / "runs" / TRAINING.name)
-
-        yield train
-
-
-@pytest.fixture(scope="module")
-def trained_here(trained: Callable[..., dict[str, bytes]]) -> dict[str, bytes]:
-    return trained(1)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs the extra train")
 def test_training_gives_the_files_of_a_local_run(
-    nodes: Nodes, trained: Callable[..., dict[str, bytes]], trained_here: dict[str, bytes]
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In slices, each of which goes on where the last one ended, one of them lost; but for times."""
-    killed: list[int] = []
-    words = f"runs/{TRAINING.name}", killed
-    with ThreadPoolExecutor(1) as beside:
-        beside.submit(kill_a_worker_that_trains, *words)
-        there = trained(nodes)
-    assert killed
-    assert trained_here.keys() >= {"run.json", "final/agent.json", "agent/agent.safetensors"}
+    """In slices, each of which goes on where the last one ended; but for times."""
+    monkeypatch.setattr(Slice.__init__, "__defaults__", (0.0,))
+    training = Run("Tiny-v0", "main", 0, 20_000)
+    kept = {}
+    crews: dict[str, Any] = {"here": 1, "there": nodes}
+    for place, crew in crews.items():
+        folder = tmp_path / place
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert train_all([training], Path("runs"), crew) == []
+        kept[place] = files_in(folder / "runs" / training.name)
+    assert kept["here"].keys() >= {"run.json", "final/agent.json", "agent/agent.safetensors"}
     timed = ("tensorboard", "evaluations.csv", "checkpoints")  # they note seconds
-    for name, content in trained_here.items():
+    for name, content in kept["here"].items():
         if not name.startswith(timed):
-            assert content == there[name], name
-    both = trained_here, there
-    tables = [
+            assert content == kept["there"][name], name
+    here, there = (
         pd.read_csv(io.BytesIO(files["evaluations.csv"])).drop(
             columns=["wall_s", "training_s", "decision_ms_p50", "decision_ms_p99"]
         )
-        for files in both
-    ]
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
-    last = max(name for name in there if name.startswith("checkpoints"))
-    weights = [safetensors.numpy.load(files[last]) for files in both]
+        for files in kept.values()
+    )
+    pd.testing.assert_frame_equal(here, there, check_exact=True)
+    last = max(name for name in kept["here"] if name.startswith("checkpoints"))
+    weights = [safetensors.numpy.load(files[last]) for files in kept.values()]
     assert weights[0].keys() == weights[1].keys()
     for name, values in weights[0].items():
         np.testing.assert_array_equal(values, weights[1][name])
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs the extra train")
-def test_the_best_agent_is_that_of_the_least_validation_gap(trained_here: dict[str, bytes]) -> None:
-    table = pd.read_csv(io.BytesIO(trained_here["evaluations.csv"]))
-    later = table[table["timesteps"] > 0]
-    assert len(later) == 5
-    best = later.loc[later["gap_percent"].idxmin(), "timesteps"]
-    assert json.loads(trained_here["agent/agent.json"])["training"]["timesteps"] == best
-    assert json.loads(trained_here["final/agent.json"])["training"]["timesteps"] == 20_480

@@ -20,7 +20,7 @@ def make(context: dict) -> MaskInObservation | VectorMaskInObservation:
     return VectorMaskInObservation(rows, "observations")
 
 
-ROWS = 64  # a step costs RLlib as much for 64 rows as for ten, nearly
+ROWS = 64  # a step of 64 rows costs RLlib little more than a step of ten
 register_env("serving", make)
 total = decisions(300_000)
 net = DefaultModelConfig(fcnet_hiddens=[128, 128], fcnet_activation="tanh", vf_share_layers=False)

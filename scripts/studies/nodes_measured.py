@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import socket
@@ -36,6 +37,8 @@ TIMED: Final = ("decision_ms_p50", "decision_ms_p99", "prepare_s")
 BATCHES: Final = 500
 CALLS: Final = 20_000
 ROWS: Final = 20_000
+TRIED: Final = 60
+"""Cases by which the length of the study is chosen."""
 
 
 @contextmanager
@@ -132,8 +135,41 @@ def play_study(crew: Nodes | int, cases: int, folder: Path) -> tuple[float, pd.D
     return time.perf_counter() - started, table.drop(columns=list(TIMED))
 
 
-def speed_up(cases: int, repeats: int) -> pd.DataFrame:
+class OtherProcesses:
+    """How many processors are busy with other processes than this one and its children, and stolen ones."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), self._busy_s()
+
+    def mean(self) -> float:
+        """Return their mean number since the start."""
+        seconds = time.perf_counter() - self._started[0]
+        return max(0.0, (self._busy_s() - self._started[1]) / seconds)
+
+    @staticmethod
+    def _busy_s() -> float:
+        import psutil  # which distributed needs
+
+        of_all = psutil.cpu_times()
+        idle = of_all.idle + getattr(of_all, "iowait", 0.0)
+        guests = getattr(of_all, "guest", 0.0) + getattr(of_all, "guest_nice", 0.0)  # counted twice
+        here = psutil.Process()
+        own = 0.0
+        for process in (here, *here.children(recursive=True)):
+            own += sum(process.cpu_times()[:2])
+        return float(sum(of_all) - idle - guests - own)
+
+
+def cases_in(seconds: float, nodes: Nodes, folder: Path) -> int:
+    """Return how many cases of the study the workers play in so many seconds."""
+    taken_s, _ = play_study(nodes, TRIED, folder)
+    return max(TRIED, math.ceil(TRIED * seconds / taken_s))
+
+
+def speed_up(cases: int, repeats: int, seconds: float) -> pd.DataFrame:
     """Return a row a run of the study: on one worker, on two, and so on, all runs in turn.
+
+    ``cases`` 0: as many as one worker plays in ``seconds``.
 
     Raises
     ------
@@ -151,19 +187,22 @@ def speed_up(cases: int, repeats: int) -> pd.DataFrame:
             _, found = play_study(crew, 8, Path(place) / f"warm-{crew.slots()}")
             if not found.equals(wanted):
                 raise ServegymError(f"{crew.slots()} workers give other rows than this process")
+        cases = cases or cases_in(seconds, one, Path(place) / "tried")
         first: pd.DataFrame | None = None
         for repeat in range(repeats):
             for crew in (one, two) if repeat % 2 == 0 else (two, one):
                 workers = crew.slots()
-                load = os.getloadavg()[0]
-                seconds, found = play_study(crew, cases, Path(place) / f"{repeat}-{workers}")
+                others = OtherProcesses()
+                taken_s, found = play_study(crew, cases, Path(place) / f"{repeat}-{workers}")
                 first = found if first is None else first
                 if not found.equals(first):
                     raise ServegymError(f"{workers} workers give other rows than one")
-                rows.append(
-                    {"repeat": repeat, "workers": workers, "seconds": seconds, "load_before": load}
+                row = {"repeat": repeat, "workers": workers, "cases": cases, "seconds": taken_s}
+                rows.append(row | {"others": others.mean()})
+                print(
+                    f"{workers} worker{'s' * (workers > 1)}, {cases} cases: {taken_s:.1f} s, other processes "
+                    f"took {rows[-1]['others']:.2f} processors"
                 )
-                print(f"{workers} worker{'s' * (workers > 1)}: {seconds:.1f} s, load {load:.1f}")
     return pd.DataFrame(rows)
 
 
@@ -177,7 +216,9 @@ def ratio_of(runs: pd.DataFrame) -> tuple[float, float, float]:
 def measure() -> dict[str, float]:
     """Return the costs of a batch, a call and a row here, by the names of ``nodes.Costs``, and others."""
     with local_workers(2) as nodes, TemporaryDirectory(prefix="servegym-") as place:
+        others = OtherProcesses()
         costs = seconds_a_batch(nodes)
+        costs["others"] = others.mean()
         task = load_task(TASK)
         table = evaluate(
             task,

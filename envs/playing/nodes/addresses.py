@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 import threading
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from servegym.envs.errors import ServegymError, shown
@@ -18,8 +20,12 @@ FORMS: Final = (
 ANSWER_S: Final = 5.0
 """How long a port may take to answer."""
 
-LIMITS_S: Final = {"dask": 9.0, "ray": 30.0}
-"""How long it may take to join a cluster."""
+LIMITS_S: Final = {"dask": 9.0, "ray": 60.0}
+"""How long it may take to join a cluster; Ray's client server starts a process for each driver."""
+
+_TOKEN_ADVICE: Final = (
+    "where it asks for a token, copy the head's ~/.ray/auth_token to this machine"
+)
 
 _EXTRAS: Final = {"dask": ("distributed", "cluster"), "ray": ("ray", "ray")}
 
@@ -107,7 +113,10 @@ def _in_time(text: str, address: Address) -> Backend:
     thread.join(LIMITS_S[address.kind])
     if not came:
         name = {"dask": "a dask scheduler", "ray": "a Ray cluster"}[address.kind]
-        raise ServegymError(f"--cluster {text}: what listens there does not answer as {name}")
+        advice = f"; {_TOKEN_ADVICE}" if _is_client(address) else ""
+        raise ServegymError(
+            f"--cluster {text}: what listens there does not answer as {name}{advice}"
+        )
     if isinstance(came[0], BaseException):
         raise came[0]
     return came[0]
@@ -118,9 +127,25 @@ def _backend(text: str, address: Address) -> Backend:
         from servegym.envs.playing.nodes.dask_backend import DaskBackend
 
         return DaskBackend(address.target)
+    if _is_client(address):
+        _show_token()
     from servegym.envs.playing.nodes.ray_backend import RayBackend
 
     return RayBackend(text, address.target)
+
+
+def _is_client(address: Address) -> bool:
+    return address.target.startswith("ray://")
+
+
+def _show_token() -> None:
+    """Have Ray's client show this machine's token, if there is one, as Ray does for clusters it is part of.
+
+    Without, a cluster that asks for tokens does not answer. Ray reads the variable when it is imported.
+    """
+    kept = Path.home() / ".ray" / "auth_token"
+    if kept.is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _is_place(text: str) -> bool:

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from filelock import FileLock
 
 from servegym.agents.hyperparameters import Hyperparameters, Options
 from servegym.envs.errors import ServegymError, not_installed
@@ -253,9 +254,10 @@ def run_trial(search: Search, index: int) -> str:
     with _storage_errors(search):
         if begun(study) >= search.trials:
             return ""
-        states = {trial.state.name for trial in study.get_trials(deepcopy=False)}
-        if begun(study) == 0 and "WAITING" not in states:
-            study.enqueue_trial(_first(search), user_attrs={DEFAULTS: True})
+        with FileLock(search.folder / ".first.lock"):  # two processes may begin at once
+            states = {trial.state.name for trial in study.get_trials(deepcopy=False)}
+            if begun(study) == 0 and "WAITING" not in states:
+                study.enqueue_trial(_first(search), user_attrs={DEFAULTS: True})
         entropy = [search.sampler_seed, index]
         if "RUNNING" in states:
             entropy.append(os.getpid())  # two processes must not draw the same numbers

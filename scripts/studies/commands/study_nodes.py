@@ -30,17 +30,18 @@ EFFICIENT: Final = 0.9
 MOST_NODES: Final = 128
 
 _RUNS: Final = Schema(
-    ("repeat", "workers", "seconds", "load_before"), key=("repeat", "workers"),
-    whole=("repeat", "workers"),
+    ("repeat", "workers", "cases", "seconds", "others"), key=("repeat", "workers"),
+    whole=("repeat", "workers", "cases"),
 )  # fmt: skip
 
 MEASURED_TEXT: Final = """## Measured
 
 Two local workers of dask, one thread each, on a machine of {processors} processors: {ratio} × one worker, the
-median of {pairs} pairs of runs in turn ({range}). The study, {policies} on {task}, takes {seconds} s
-on one worker. The load of the machine before the runs was {loads}. All runs gave the same rows.
+median of {pairs} pairs of runs in turn ({range}). The study, {policies} on {cases} cases of
+{task}, takes {seconds} s on one worker. Meanwhile other processes kept {others} processors busy on
+average: what they take, the second worker lacks first. All runs gave the same rows.
 A batch costs {batch} ms from end to end, of which {driver} ms are the driver's; a call that does nothing
-costs {call} ms.
+costs {call} ms, while other processes kept {batch_others} processors busy.
 """
 
 TEXT: Final = """# Studies on many nodes
@@ -68,8 +69,10 @@ class Args:
     parts: str = ",".join(PARTS)
     """Comma-separated: measure (costs of a batch and a row; the same study on one local worker and on
     two; needs the extra cluster), plan (the simulation, with what was measured)."""
-    cases: int = 600
-    """Cases of the measured study; it should take a minute on one worker."""
+    cases: int = 0
+    """Cases of the measured study; 0: as many as one worker plays in --seconds."""
+    seconds: float = 70.0
+    """See --cases."""
     repeats: int = 5
     """Runs of it on one worker, and on two, in turn."""
     cores: int = 32
@@ -82,7 +85,8 @@ class Args:
     """Folder for the results."""
 
     def __post_init__(self) -> None:
-        check_number("--cases", self.cases, 8, HELD_OUT_SEED)
+        check_number("--cases", self.cases, 0, HELD_OUT_SEED)
+        check_number("--seconds", self.seconds, 1, 86_400)
         check_number("--repeats", self.repeats, 1, 1000)
         check_number("--cores", self.cores, 1, 1024)
         check_number("--hours", self.hours, 0.01, 100)
@@ -97,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "measure" in parts:
             measured = measure() | {"processors": float(os.cpu_count() or 1)}
             write_file(args.output / MEASURED, json.dumps(measured, indent=2) + "\n")
-            runs = speed_up(args.cases, args.repeats)
+            runs = speed_up(args.cases, args.repeats, args.seconds)
             write_file(args.output / RUNS, runs.round(3).to_csv(index=False))
         if "plan" in parts:
             text = report(args)
@@ -161,7 +165,7 @@ def _measured_text(path: Path, notes: dict[str, Any]) -> str:
     runs = read_rows(path, _RUNS, "make it anew with --parts measure")
     middle, least, most = ratio_of(runs)
     by_workers = runs.groupby("workers")["seconds"].median()
-    loads = runs["load_before"]
+    others = runs["others"]
     return MEASURED_TEXT.format(
         processors=int(notes["processors"]),
         ratio=f"{middle:.2f}",
@@ -170,10 +174,12 @@ def _measured_text(path: Path, notes: dict[str, Any]) -> str:
         policies=", ".join(f"`{name}`" for name in POLICIES),
         task=TASK,
         seconds=f"{by_workers[1]:.0f}",
-        loads=f"{loads.min():.1f} … {loads.max():.1f}",
+        cases=f"{runs['cases'].iloc[0]:,}",
+        others=f"{others.min():.2f} … {others.max():.2f}",
         batch=f"{1e3 * notes['batch_s']:.1f}",
         driver=f"{1e3 * notes['driver_batch_s']:.1f}",
         call=f"{1e3 * notes['call_s']:.3f}",
+        batch_others=f"{notes.get('others', float('nan')):.2f}",
     )
 
 

@@ -191,9 +191,17 @@ def write_results(args: Args, search: Search, study: Any) -> str:
     report = (
         f"# Hyper-parameters for {name}\n\n`{command_line('tune_agent', **words)}`\n\n"
         f"{len(rows)} trials of {usual.timesteps:,} decisions, agent seed {usual.seed}; gaps in percent "
-        f"on {cases}.\n\n{to_markdown(beside(found, usual))}\n"
-        f"Trial {best.number} has {best.value:.3f} %"
-        + ("" if first is None else f"; trial {first.number}, of the defaults, {first.value:.3f} %")
+        f"on {cases}.\n\n"
+        + (
+            f"No trial is better than the first, of the defaults: {best.value:.3f} %"
+            if best.user_attrs.get(DEFAULTS)
+            else f"{to_markdown(beside(found, usual))}\nTrial {best.number} has {best.value:.3f} %"
+            + (
+                ""
+                if first is None
+                else f"; trial {first.number}, of the defaults, {first.value:.3f} %"
+            )
+        )
         + f".\n\n{to_markdown(ranked(rows))}"
     )
     if (comparison := comparison_of(args, search, study)) is not None:
