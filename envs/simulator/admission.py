@@ -350,7 +350,9 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
     if rule == LONGEST:
         return longest_waiting(state, e, q)
     if rule == SHORTEST:
-        if state.cluster.patience_s < np.inf and _is_impatient(state, e, q):
+        if state.cluster.patience_s < np.inf and (
+            patient_until(state, e, q) <= state.episodes[e].now_s
+        ):
             return first_waiting(state, e, q)
         if state.cluster.shortest_by != BY_LENGTH:
             return first_in_order(state, e, r)
@@ -362,11 +364,10 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
     return longest_aligned(state, e, r)
 
 
-@shared_kernel
-def _is_impatient(state: State, e: int, q: int) -> bool:
-    """Return whether the first in the order of service came so long ago that nobody goes before it."""
-    since_s = state.episodes[e].now_s - state.times[e, first_waiting(state, e, q)].arrival_s
-    return since_s >= state.cluster.patience_s
+@kernel
+def patient_until(state: State, e: int, q: int) -> float:
+    """Return when the first in the order of service will have come so long ago that nobody goes before it."""
+    return state.times[e, first_waiting(state, e, q)].arrival_s + state.cluster.patience_s
 
 
 @kernel
