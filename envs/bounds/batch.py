@@ -227,7 +227,11 @@ def cover(
     """
     if total == 0:
         return float(count * cost.min())
-    vertices = dual_vertices(cost, size, exact=exact)
+    return cover_by(dual_vertices(cost, size, exact=exact), total, count)
+
+
+def cover_by(vertices: NDArray[np.float64], total: float, count: float) -> float:
+    """Return the same by the vertices of the dual; ``total`` must be > 0."""
     return float((vertices @ np.array([total, float(count)])).max())
 
 

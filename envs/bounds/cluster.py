@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -44,7 +45,8 @@ from numpy.typing import NDArray
 
 from servegym.envs.bounds.batch import (
     LowerBound,
-    cover,
+    cover_by,
+    dual_vertices,
     first_released,
     least_stages,
     lower_bound,
@@ -86,9 +88,8 @@ def cluster_bound(
     recomputes = moves_again or _may_preempt(requests, layout)
     if len(layout.clients) == 1 and not limited and layout.chunk_tokens == 0:
         return lower_bound(requests, layout.clients[0], costs, max_prefill_tokens)
-    fastest = int(np.argmin(costs.decode_base_s[:, 1]))
-    strength = float((costs.decode_base_s[fastest, 1] / costs.decode_base_s[:, 1]).sum())
-    tables = costs_of(costs, fastest)
+    passes = _passes(costs, layout.chunk_tokens > 0)
+    tables, strength = passes.tables, passes.strength
     most_tokens, fits = 0, _servable(layout)  # of the largest memory, if none is without limit
     if limited:
         most_tokens = _whole_blocks(layout, layout.kv_capacity_tokens)
@@ -100,14 +101,14 @@ def cluster_bound(
     if len(prompts) == 0:
         return LowerBound(0.0, 0.0, 0.0, 0.0, 0, 0)
     bounds = [_longest_alone(arrival_s, prompts, rounds, tables, layout, recomputes=recomputes)]
-    passes, firsts = _passes(layout, tables), first_released(arrival_s)
+    firsts = first_released(arrival_s)
     for release_s, totals in zip(
         arrival_s[firsts].tolist(),
         totals_from(prompts, rounds, firsts, max_prefill_tokens),
         strict=True,
     ):
         parts = _work(
-            totals, passes, layout, tables, max_prefill_tokens, most_tokens, recomputes=recomputes
+            totals, passes, layout, max_prefill_tokens, most_tokens, recomputes=recomputes
         )
         decode_s, prefill_s = parts[0] / strength, parts[1] / strength
         seconds = release_s + decode_s + prefill_s
@@ -158,49 +159,54 @@ def _whole_blocks(layout: Layout, tokens: Sequence[int]) -> int:
 
 
 class _Passes(NamedTuple):
-    """The least seconds of a pass of 1, 2, … decoding clients at the fastest replica."""
+    """What bounds take of a cluster's costs: those of the fastest replica."""
 
-    base_s: Real
-    sizes: Real  # 1, 2, …
-    shortest_s: float
-    full_s: float  # the least per client
+    tables: CostTables
+    strength: float  # of all replicas together, the fastest being 1
+    shortest_s: float  # pass
+    full_s: float  # the least seconds of a pass per decoding client
+    vertices: Real  # of the dual of covering tokens by passes
 
 
-def _passes(layout: Layout, tables: CostTables) -> _Passes:
+@lru_cache(maxsize=16)  # tables are compared by identity, and nobody writes to them
+def _passes(costs: CostTables, chunked: bool) -> _Passes:
+    first_s = costs.decode_base_s[:, 1]
+    fastest = int(np.argmin(first_s))
+    strength = float((first_s[fastest] / first_s).sum())
+    tables = costs_of(costs, fastest)
     base_s = tables.decode_base_s[0, 1:]
-    if layout.chunk_tokens > 0:
+    if chunked:
         # A pass of n decoding clients may have any more tokens besides: the least time of those.
         lines = np.minimum.accumulate(tables.pass_base_s[0, 1:][::-1])[::-1]
         most = min(len(base_s), len(lines))
         base_s = np.append(np.minimum(base_s[:most], lines[:most]), base_s[most:])
     sizes = np.arange(1.0, len(base_s) + 1.0)
-    return _Passes(base_s, sizes, float(base_s.min()), float((base_s / sizes).min()))
+    vertices = dual_vertices(base_s, sizes, exact=False)
+    return _Passes(tables, strength, float(base_s.min()), float((base_s / sizes).min()), vertices)
 
 
 def _work(
     totals: Totals,
     passes: _Passes,
     layout: Layout,
-    tables: CostTables,
     max_prefill_tokens: int,
     most_tokens: int,
     *,
     recomputes: bool,
 ) -> tuple[float, float, int, int]:
     """Return the least seconds of decoding and of prefilling, the fewest rounds and stages."""
-    rates, clients = tables.rates[0], max(layout.clients)
-    area, total, base_s, sizes = totals.held, float(totals.rounds), passes.base_s, passes.sizes
-    cached_s = float(rates.decode_per_kv_token_s)
-    token_s = float(rates.prefill_per_token_s)
+    tables, clients = passes.tables, max(layout.clients)
+    cached_s, stage_s, token_s, square_s, *_ = tables.rates[0].item()
+    area, total = totals.held, float(totals.rounds)
     stages = 0
     if layout.chunk_tokens == 0:
         stages = least_stages(totals, clients, max_prefill_tokens)
-    squares_s = float(rates.prefill_per_token_squared_s) * totals.squares
+    squares_s = square_s * totals.squares
     line_s = token_s * totals.prompts
     full_rounds = area / most_tokens if most_tokens > 0 else 0.0
     least_rounds = max(-(-totals.rounds // clients), math.ceil(full_rounds))
     if not recomputes:
-        run_s = cover(base_s, sizes, total, least_rounds, exact=False) if total > 0 else 0.0
+        run_s = cover_by(passes.vertices, total, least_rounds) if total > 0 else 0.0
         if stages > 0:
             prefill_s = prefill_bound(totals, stages, tables)
             return run_s + cached_s * area, prefill_s, least_rounds, stages
@@ -210,7 +216,7 @@ def _work(
         saved_s = passes.shortest_s / most_tokens if most_tokens > 0 else 0.0
         spared_s = token_s - cached_s - saved_s
         if spared_s * (float(totals.shortest) + 1.0) >= full_s:
-            run_s = cover(base_s, sizes, total, full_rounds, exact=False) if total > 0 else 0.0
+            run_s = cover_by(passes.vertices, total, full_rounds) if total > 0 else 0.0
         elif stages > 0:  # it might pay: a token takes whichever takes less
             if token_s < cached_s:
                 spared_s, area = token_s, 0.0
@@ -223,7 +229,7 @@ def _work(
         if stages > 0:
             decode_s, alone_s = run_s + cached_s * area, prefill_bound(totals, stages, tables)
             if tables.prefill_level_s.shape[1] == 0:
-                line_s += stages * float(rates.prefill_base_s)
+                line_s += stages * stage_s
             if decode_s + line_s + squares_s > alone_s:
                 return decode_s, line_s + squares_s, 0, stages
             return 0.0, alone_s, 0, stages
