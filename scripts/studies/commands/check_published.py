@@ -64,17 +64,19 @@ tokens. **Its lengths and number of clients are not told**, nor whether decoded 
 So this is no confirmation: of 900 workloads that were tried it shows the nearest to either column. Means
 of {seeds} draws."""
 
-SEARCH = """**By what it does tell.** With 400 blocks 623,948 tokens were recomputed, 415 by preemption, and with
-the least computed as victim 354,882, 261 by preemption. If these are 78.8 % of all that was computed, each of
-the 300 requests had {each} tokens, and was preempted five times. Of {count} workloads with so many tokens (a
-tenth to nine tenths of them prompt, ± 0 or 90 %; 64 or 256 clients; budgets of 8192, 512 and 128 tokens; one
-draw each) these come nearest to the published tax and to the published saving; taxes are of all tokens."""
+SEARCH = """**By what it does tell.** With 400 blocks 623,948 tokens were recomputed, 415 by preemption,
+and with the least computed as victim 354,882, 261 by preemption. If these are 78.8 % of all that was
+computed, each of the 300 requests had {each} tokens, and was preempted five times. Of {count} workloads
+with so many tokens (a tenth to nine tenths of them prompt, ± 0 or 90 %; 64 or 256 clients; budgets of
+8192, 512 and 128 tokens; one draw each) these come nearest to the published tax and to the published
+saving; taxes are of all tokens."""
 
 SEARCH_READING = """Reached, by a workload chosen for it: the saving, within nine points at each memory; a
-preemption of the newest then loses about as many tokens as published. **Not reached: the tax.** At 400 blocks
-no workload passed {most:.0%}, and none recomputed a quarter of the published tokens: in the workload nearest to
-the saving a request is preempted {rate:.1f} times, not five. What preempted them so often there is not told.
-So the order of the victims is confirmed, and that the tax rises with scarcity; its size is not."""
+preemption of the newest then loses about as many tokens as published. **Not reached: the tax.** At 400
+blocks no workload passed {most:.0%}, and none recomputed a quarter of the published tokens: in the
+workload nearest to the saving a request is preempted {rate:.1f} times, not five. What preempted them so
+often there is not told. So the order of both victims is confirmed, and that the tax rises with scarcity;
+its size is not."""
 
 TAX_READING = """What agrees: the tax rises with scarcity and flattens, and where prompts are long and
 unlike, choosing the least computed saves 35 to 50 %. What does not: no workload that was tried gives both
