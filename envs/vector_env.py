@@ -132,7 +132,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
                 self._begin_episode(e)
         self._started = True
         infos = {
-            "lower_bound_s": np.where(chosen, self.state.episodes["bound_s"], 0.0),
+            "lower_bound_s": np.where(chosen, self._of_episodes("bound_s"), 0.0),
             "replica": np.where(chosen, self.replicas(), 0),
             "illegal_action": np.zeros(self.num_envs, np.bool_),
         }
@@ -158,16 +158,17 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         if self.max_episode_steps:
             rows.truncated[self.steps >= self.max_episode_steps] = True
         over = rows.terminated | rows.truncated
-        ended = np.flatnonzero(over)
         illegal = rows.illegal.copy()
-        if same_step and len(ended):
-            infos = self._begin_next(over)
-            illegal[over] = False  # of the resets
         if not same_step:
             self._over = over
-            for e in ended:
-                infos = self._add_info(infos, episode_metrics(self.state, int(e)), int(e))
-        infos["lower_bound_s"] = self.state.episodes["bound_s"].copy()
+        if over.any():
+            if same_step:
+                infos = self._begin_next(over)
+                illegal[over] = False  # of the resets
+            else:
+                for e in np.flatnonzero(over):
+                    infos = self._add_info(infos, episode_metrics(self.state, int(e)), int(e))
+        infos["lower_bound_s"] = self._of_episodes("bound_s").copy()
         infos["replica"], infos["illegal_action"] = self.replicas(), illegal
         for name in _EVERY_INFO:
             infos[name] = self._every_row
@@ -204,7 +205,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         replicas = len(self.machine.layout.clients)
         if replicas == 1:
             return self._first_replica
-        turns = np.asarray(self.state.episodes["turn"])
+        turns = self._of_episodes("turn")
         return np.where(turns < replicas, turns, 0)
 
     @property
@@ -235,7 +236,7 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
             raise ServegymError(f"actions must have shape ({self.num_envs},), got {given.shape}")
         chosen = np.ascontiguousarray(given, dtype=np.int64)
         most = self.rows.masks.shape[1] - 1
-        if chosen.view(np.uint64).max() > most:  # as such, negative numbers are huge
+        if np.maximum.reduce(chosen.view(np.uint64)) > most:  # as such, negative numbers are huge
             raise ServegymError(
                 f"actions must lie in 0 … {most}, got {given.min()} … {given.max()}"
             )
@@ -278,6 +279,10 @@ class ServingVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.int6
         rows.rewards[waiting] = 0.0
         for flags in (rows.terminated, rows.truncated, rows.illegal):
             flags[waiting] = False
+
+    def _of_episodes(self, name: str) -> NDArray[Any]:
+        """Return a field of all rows' episodes; a record array takes four times as long."""
+        return np.asarray(self.state.episodes)[name]
 
     def _observations(self) -> NDArray[np.float32]:
         return self.rows.observations.copy() if self._copy else self.rows.observations

@@ -99,9 +99,7 @@ class ReferenceCluster(Moving):
         Replicas that stay idle are asked again, by number, as long as one of them evicts, steals or fetches
         somebody or begins a stage: what a later one leaves may suit an earlier one.
         """
-        times = [request.arrival_s for request in self.future[:1]]
-        times += [replica.stage.end_s for replica in self.replicas if replica.stage]
-        times += [move.due_s for move in self.moves if move.due_s < math.inf]
+        times = self.event_times()
         if not times:
             return False
         self.clock_s = min(times)
@@ -124,6 +122,12 @@ class ReferenceCluster(Moving):
             again = self.evictions + self.sheds + len(self.made) > changes
             again |= any(replica.stage for replica in idle)
         return True
+
+    def event_times(self) -> list[float]:
+        """When something will happen; override it where a rule changes its mind as time passes."""
+        times = [request.arrival_s for request in self.future[:1]]
+        times += [replica.stage.end_s for replica in self.replicas if replica.stage]
+        return times + [move.due_s for move in self.moves if move.due_s < math.inf]
 
     # ---- arrivals and routing ---------------------------------------------------------------
 

@@ -27,7 +27,7 @@ class OrderedCluster(ShortestCluster):
         queue, by = replica.queue, self.spec.shortest_by
         if not queue or not replica.idle_clients:
             return None
-        if self.clock_s - queue[0].arrival_s >= self.spec.patience_s:
+        if self.clock_s >= self.patient_until(queue[0]):
             return queue[0]
         if by == "batch":
             return self.in_sequence(replica)[0]

@@ -12,6 +12,7 @@ from scipy.optimize import linprog
 from servegym.envs import Requests, ServegymError, make_requests
 from servegym.envs.bounds.batch import LowerBound, decode_bound, lower_bound, prefill_bound
 from servegym.envs.bounds.rounds import rounds_lower_bound
+from servegym.envs.bounds.totals import totals_of
 from servegym.envs.machine.costs import (
     RATES,
     AffineDecode,
@@ -346,8 +347,8 @@ def test_the_linear_programs_are_solved_as_highs_solves_them(
             rounds_s = np.full(places[-1] + 1, 1e6)  # sizes between the columns are never worth it
             rounds_s[places] = cost
             tables = CostTables(rounds_s[None], FREE, NO_LEVELS, np.zeros((1, 0)))
-            seconds = decode_bound(work, work, count, tables, alone=True)
+            seconds = decode_bound(totals_of(work, work), count, tables, alone=True)
         else:
             tables = CostTables(np.ones((1, 2)), FREE, places[None], cost[None])
-            seconds = prefill_bound(work, count, tables)
+            seconds = prefill_bound(totals_of(work, work), count, tables)
         assert seconds == pytest.approx(solved.fun, rel=1e-9)

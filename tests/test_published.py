@@ -21,6 +21,7 @@ from servegym.studies.checks.published import (
     watermark_row,
     watermark_task,
 )
+from servegym.studies.checks.recomputing import EACH, try_workload
 from servegym.studies.commands import check_published, check_queueing
 from servegym.studies.serving import serve
 
@@ -73,6 +74,15 @@ def test_what_preemption_computes_again() -> None:
     least = [recompute_tax(long, blocks, "least-computed", 0) for blocks in TAX_BLOCKS[1:]]
     for before, after in zip(newest[1:], least, strict=True):
         assert 0.4 * before.again < after.again < 0.7 * before.again
+
+
+def test_what_the_issue_tells_is_of_one_size() -> None:
+    """623,948 recomputed of 78.8 %: 167,860 computed once by 300 requests. No memory limit: no tax."""
+    assert EACH == 560
+    found = try_workload(392, 168, (0.9, 0.9), 64, 8192, 0)
+    assert found.tax[0] == 0.0 < found.tax[1] < found.tax[2] < found.tax[3] < 0.25
+    assert found.again[1] / found.again[0] == pytest.approx(1 - found.saving[-1])
+    assert found.off_saving < 0.1 < 0.5 < found.off
 
 
 # ---- the commands ----------------------------------------------------------------------------

@@ -63,6 +63,20 @@ def test_patience_by_hand(name: str, admitted: list[int]) -> None:
     assert log.admitted_s.tolist() == admitted
 
 
+@pytest.mark.parametrize(("name", "admitted_s"), [("sjf-4", 5.0), ("sjf-6.5", 7.5), ("sjf", 31.0)])
+def test_patience_wakes_a_replica_that_sleeps(name: str, admitted_s: float) -> None:
+    """The shortest fits only into the first replica, which is busy until 31 s; who came first fits into both.
+
+    The second replica has nothing to do until it goes by who came first: 4 s after 1 s, say.
+    """
+    pool = {"router": "pool", "replicas": 2, "clients": 1, "kv_block_tokens": 1}
+    memories = [{"kv_capacity_tokens": 60}, {"kv_capacity_tokens": 20}]
+    task = changed(machine(1, 60), cluster=pool | {"replica": memories})
+    log = served(task, name, (5, 30, 0.0), (10, 8, 1.0), (25, 3, 1.0))
+    assert log.admitted_s.tolist()[:2] == [0.0, admitted_s]
+    assert log.replica.tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("name", ["sjf-0", "sjf(patience=0)", "sjf(patience=1e10)"])
 def test_patience_is_a_positive_number(name: str) -> None:
     refused(lambda: make_policy(name), "must be > 0 and at most 1000000000")

@@ -33,6 +33,7 @@ from servegym.baselines.schedules import Stage, replay
 from servegym.envs.bounds.batch import decode_bound, lower_bound, prefill_bound
 from servegym.envs.bounds.padding import least_padding
 from servegym.envs.bounds.rounds import rounds_lower_bound
+from servegym.envs.bounds.totals import totals_of
 from servegym.envs.errors import ServegymError
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.machine.layout import one_replica
@@ -260,14 +261,14 @@ class _Search:
         S stages are taken to idle as long as the least padding to ``_DIFFERENCES`` · S lengths.
         """
         lengths, counts = np.unique(self._lengths, return_counts=True)
-        prompts, rounds = self._requests.prompt_tokens, self._requests.decode_rounds
+        totals = totals_of(self._requests.prompt_tokens, self._requests.decode_rounds)
         tried = []
-        for stages in range(-(-len(rounds) // self._clients), len(rounds) + 1):
+        for stages in range(-(-totals.requests // self._clients), totals.requests + 1):
             padding = least_padding(lengths, counts, max(1, round(_DIFFERENCES * stages)))
             spare = padding / self._clients
             end = self._least_end + round(spare)
-            decode_s = decode_bound(prompts, rounds, end, self._costs, alone=True)
-            tried.append((decode_s + prefill_bound(prompts, stages, self._costs), stages, spare))
+            decode_s = decode_bound(totals, end, self._costs, alone=True)
+            tried.append((decode_s + prefill_bound(totals, stages, self._costs), stages, spare))
             if padding == 0:
                 break
         _, stages, spare = min(tried)

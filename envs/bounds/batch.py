@@ -38,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.bounds.rounds import rounds_lower_bound
+from servegym.envs.bounds.totals import Totals, totals_from
 from servegym.envs.errors import ServegymError
 from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.machine.costs import CostTables
@@ -91,26 +92,34 @@ def lower_bound(
     >>> round(lower_bound(requests, 3, costs).seconds, 2)
     10.0
     """
-    bounds = [
-        _bound_from(requests, float(release), clients, costs, max_prefill_tokens)
-        for release in release_times(requests.arrival_s)
-    ]
+    prompts, rounds = requests.prompt_tokens, requests.decode_rounds
+    firsts = first_released(requests.arrival_s)
+    bounds = []
+    for first, totals in zip(
+        firsts.tolist(), totals_from(prompts, rounds, firsts, max_prefill_tokens), strict=True
+    ):
+        least_rounds = rounds_lower_bound(rounds[first:], clients)
+        stages = least_stages(totals, clients, max_prefill_tokens)
+        decode_s = decode_bound(totals, least_rounds, costs, alone=first == 0)
+        prefill_s = prefill_bound(totals, stages, costs)
+        release_s = float(requests.arrival_s[first])
+        total_s = release_s + decode_s + prefill_s
+        bounds.append(LowerBound(total_s, release_s, decode_s, prefill_s, least_rounds, stages))
     best = max(bounds, key=lambda bound: bound.seconds)
     refuse_standstill(best.seconds, requests, costs)
     return best
 
 
-def release_times(arrival_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the arrival times to try as releases: all, or ``_RELEASE_POINTS`` evenly among them.
+def first_released(arrival_s: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the first request of each arrival time that is tried as a release.
 
-    ``arrival_s`` (requests,) ascends.
+    All times, or ``_RELEASE_POINTS`` evenly among them. ``arrival_s`` (requests,) ascends, at least one.
     """
-    if len(arrival_s) > 0 and arrival_s[0] == arrival_s[-1]:
-        return arrival_s[:1]
-    releases = np.unique(arrival_s)
-    if len(releases) <= _RELEASE_POINTS:
-        return releases
-    return releases[np.linspace(0, len(releases) - 1, _RELEASE_POINTS).round().astype(int)]
+    firsts = np.flatnonzero(arrival_s[1:] != arrival_s[:-1]) + 1
+    firsts = np.concatenate(([0], firsts))
+    if len(firsts) <= _RELEASE_POINTS:
+        return firsts
+    return firsts[np.linspace(0, len(firsts) - 1, _RELEASE_POINTS).round().astype(int)]
 
 
 def refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> None:
@@ -139,69 +148,39 @@ def _shortest_stage_s(costs: CostTables, prompt: float, *, decodes: bool) -> flo
     return min(stage_s, float(costs.decode_base_s[0, 1:].min())) if decodes else stage_s
 
 
-def _bound_from(
-    requests: Requests, release_s: float, clients: int, costs: CostTables, max_prefill_tokens: int
-) -> LowerBound:
-    prompts, rounds = requests.prompt_tokens, requests.decode_rounds
-    alone = bool(requests.arrival_s[0] >= release_s)  # they are in order
-    if not alone:
-        counted = requests.arrival_s >= release_s
-        prompts, rounds = prompts[counted], rounds[counted]
-    least_rounds = rounds_lower_bound(rounds, clients)
-    stages = least_stages(prompts, clients, max_prefill_tokens)
-    decode_s = decode_bound(prompts, rounds, least_rounds, costs, alone)
-    prefill_s = prefill_bound(prompts, stages, costs)
-    total = release_s + decode_s + prefill_s
-    return LowerBound(total, release_s, decode_s, prefill_s, least_rounds, stages)
-
-
-def least_stages(prompts: NDArray[np.int64], clients: int, max_prefill_tokens: int) -> int:
-    """Return the fewest prefill stages that can admit these prompts (0: no token budget)."""
-    by_clients = -(-len(prompts) // clients)
+def least_stages(totals: Totals, clients: int, max_prefill_tokens: int) -> int:
+    """Return the fewest prefill stages that can admit these requests (0: no token budget)."""
+    by_clients = -(-totals.requests // clients)
     if max_prefill_tokens == 0:
         return by_clients
-    counted = int(np.minimum(prompts, max_prefill_tokens).sum())
-    return max(by_clients, -(-counted // max_prefill_tokens))
+    return max(by_clients, -(-totals.counted // max_prefill_tokens))
 
 
-def tokens_held(prompts: NDArray[np.int64], rounds: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return each request's tokens in the cache at the start of a round, summed over its rounds."""
-    d = rounds.astype(float)  # the sum may be beyond 64 bits
-    return d * prompts + d * (d + 1.0) / 2.0
-
-
-def decode_bound(
-    prompts: NDArray[np.int64],
-    rounds: NDArray[np.int64],
-    least_rounds: int,
-    costs: CostTables,
-    alone: bool,
-) -> float:
+def decode_bound(totals: Totals, least_rounds: int, costs: CostTables, alone: bool) -> float:
     """Return the least seconds of decoding in at least ``least_rounds`` rounds.
 
     ``alone``: no other requests share these rounds. See the module docstring for the proof.
     """
-    cached = float(tokens_held(prompts, rounds).sum())
     base_s = costs.decode_base_s[0, 1:]
     sizes = np.arange(1.0, len(base_s) + 1.0)
-    run_s = cover(base_s, sizes, float(rounds.sum()), least_rounds, exact=alone)
-    return run_s + float(costs.rates[0].decode_per_kv_token_s) * cached
+    run_s = cover(base_s, sizes, float(totals.rounds), least_rounds, exact=alone)
+    return run_s + float(costs.rates[0].decode_per_kv_token_s) * totals.held
 
 
-def prefill_bound(prompts: NDArray[np.int64], stages: int, costs: CostTables) -> float:
+def prefill_bound(totals: Totals, stages: int, costs: CostTables) -> float:
     """Return the least seconds of prefilling these prompts in at least ``stages`` stages."""
-    tokens = float(prompts.sum())
+    tokens = float(totals.prompts)
     _, base_s, token_s, square_s, floor_s, overhead_s, client_s, packed_s = costs.rates[0].item()
     if costs.prefill_level_tokens.shape[1] > 0:
         capacities = costs.prefill_level_tokens[0].astype(float)
         work_s = cover(costs.prefill_level_s[0], capacities, tokens, stages, exact=False)
     else:
-        squares = float((prompts.astype(float) ** 2).sum())
         if packed_s > 0:
-            return _packed_bound(tokens, squares, stages, costs.rates[0]) + len(prompts) * client_s
-        line_s = stages * base_s + token_s * tokens + square_s * squares
+            packed = _packed_bound(tokens, totals.squares, stages, costs.rates[0])
+            return packed + totals.requests * client_s
+        line_s = stages * base_s + token_s * tokens + square_s * totals.squares
         work_s = max(stages * floor_s, line_s)
-    return float(work_s + (stages * overhead_s + len(prompts) * client_s))
+    return float(work_s + (stages * overhead_s + totals.requests * client_s))
 
 
 def _packed_bound(tokens: float, squares: float, stages: int, rates: Any) -> float:
@@ -248,7 +227,11 @@ def cover(
     """
     if total == 0:
         return float(count * cost.min())
-    vertices = dual_vertices(cost, size, exact=exact)
+    return cover_by(dual_vertices(cost, size, exact=exact), total, count)
+
+
+def cover_by(vertices: NDArray[np.float64], total: float, count: float) -> float:
+    """Return the same by the vertices of the dual; ``total`` must be > 0."""
     return float((vertices @ np.array([total, float(count)])).max())
 
 

@@ -35,25 +35,40 @@ least the mean of the two with weights in which X cancels, (a − c) to (c + s).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.bounds.batch import (
     LowerBound,
-    cover,
+    cover_by,
+    dual_vertices,
+    first_released,
     least_stages,
     lower_bound,
     prefill_bound,
     refuse_standstill,
-    release_times,
-    tokens_held,
 )
+from servegym.envs.bounds.totals import Totals, totals_from
+from servegym.envs.jit import shared_kernel
 from servegym.envs.machine.costs import CostTables, costs_of
 from servegym.envs.machine.layout import Layout
 from servegym.envs.vocabulary import MOVE_COPY, ROLE_DECODE, ROLE_PREFILL
 from servegym.envs.workload.requests import Requests
+
+Whole = NDArray[np.int64]
+Real = NDArray[np.float64]
+
+_ROUNDS: Final = 0
+"""No token but the first is computed: each takes a round."""
+_CACHED_OR_COMPUTED: Final = 1
+"""Each takes a round, whose cached tokens may have been computed again instead."""
+_ROUNDS_OR_COMPUTED: Final = 2
+"""Each takes a round or is computed."""
 
 
 def cluster_bound(
@@ -73,36 +88,48 @@ def cluster_bound(
     recomputes = moves_again or _may_preempt(requests, layout)
     if len(layout.clients) == 1 and not limited and layout.chunk_tokens == 0:
         return lower_bound(requests, layout.clients[0], costs, max_prefill_tokens)
-    fastest = int(np.argmin(costs.decode_base_s[:, 1]))
-    strength = float((costs.decode_base_s[fastest, 1] / costs.decode_base_s[:, 1]).sum())
-    tables = costs_of(costs, fastest)
-    served = np.ones(len(requests), np.bool_)
-    most_tokens = 0  # of the largest memory, if none is without limit
+    passes = _passes(costs, layout.chunk_tokens > 0)
+    tables, strength = passes.tables, passes.strength
+    most_tokens, fits = 0, _servable(layout)  # of the largest memory, if none is without limit
     if limited:
         most_tokens = _whole_blocks(layout, layout.kv_capacity_tokens)
-        served = requests.prompt_tokens + requests.output_tokens <= most_tokens
+    arrival_s, prompts = requests.arrival_s, requests.prompt_tokens
+    rounds = requests.decode_rounds
+    if fits is not None and (prompts + requests.output_tokens).max() > fits:
+        served = prompts + requests.output_tokens <= fits
+        arrival_s, prompts, rounds = arrival_s[served], prompts[served], rounds[served]
+    if len(prompts) == 0:
+        return LowerBound(0.0, 0.0, 0.0, 0.0, 0, 0)
+    bounds = [_longest_alone(arrival_s, prompts, rounds, tables, layout, recomputes=recomputes)]
+    firsts = first_released(arrival_s)
+    for release_s, totals in zip(
+        arrival_s[firsts].tolist(),
+        totals_from(prompts, rounds, firsts, max_prefill_tokens),
+        strict=True,
+    ):
+        parts = _work(
+            totals, passes, layout, max_prefill_tokens, most_tokens, recomputes=recomputes
+        )
+        decode_s, prefill_s = parts[0] / strength, parts[1] / strength
+        seconds = release_s + decode_s + prefill_s
+        bounds.append(LowerBound(seconds, release_s, decode_s, prefill_s, parts[2], parts[3]))
+    best = max(bounds, key=lambda bound: bound.seconds)
+    refuse_standstill(best.seconds, requests, tables)
+    return best
+
+
+def _servable(layout: Layout) -> int | None:
+    """Return the tokens of the largest request that is served; None: any is."""
+    most = []
+    if all(tokens > 0 for tokens in layout.kv_capacity_tokens):
+        most.append(_whole_blocks(layout, layout.kv_capacity_tokens))
     if any(layout.roles):  # a request goes through a replica for its prompt and one for its rounds
         for role in (ROLE_PREFILL, ROLE_DECODE):
             sizes = zip(layout.roles, layout.kv_capacity_tokens, strict=True)
             own = [tokens for its_role, tokens in sizes if its_role != role]
             if all(own):
-                most = _whole_blocks(layout, own)
-                served &= requests.prompt_tokens + requests.output_tokens <= most
-    if not served.any():
-        return LowerBound(0.0, 0.0, 0.0, 0.0, 0, 0)
-    bounds = [_longest_alone(requests, served, tables, layout, recomputes=recomputes)]
-    for release in release_times(requests.arrival_s[served]):
-        counted = served & (requests.arrival_s >= release)
-        prompts, rounds = requests.prompt_tokens[counted], requests.decode_rounds[counted]
-        parts = _work(
-            prompts, rounds, layout, tables, max_prefill_tokens, most_tokens, recomputes=recomputes
-        )
-        decode_s, prefill_s = parts[0] / strength, parts[1] / strength
-        seconds = float(release) + decode_s + prefill_s
-        bounds.append(LowerBound(seconds, float(release), decode_s, prefill_s, parts[2], parts[3]))
-    best = max(bounds, key=lambda bound: bound.seconds)
-    refuse_standstill(best.seconds, requests, tables)
-    return best
+                most.append(_whole_blocks(layout, own))
+    return min(most, default=None)
 
 
 def _may_preempt(requests: Requests, layout: Layout) -> bool:
@@ -112,11 +139,18 @@ def _may_preempt(requests: Requests, layout: Layout) -> bool:
     if layout.moves:  # memory may be kept for those who have left, too
         return True
     tokens = requests.prompt_tokens + requests.output_tokens + 1  # SGLang wants room for one more
-    blocks = np.sort(-(-tokens // layout.block_tokens))[::-1]
+    blocks = -(-tokens // layout.block_tokens)
     return any(
-        0 < most < int(blocks[:clients].sum()) * layout.block_tokens
-        for clients, most in zip(layout.clients, layout.kv_capacity_tokens, strict=True)
+        0 < most < _sum_of_largest(blocks, clients) * layout.block_tokens
+        for clients, most in {*zip(layout.clients, layout.kv_capacity_tokens, strict=True)}
     )
+
+
+def _sum_of_largest(values: Whole, count: int) -> int:
+    """Return the sum of the ``count`` largest values, of all if there are no more."""
+    if count >= len(values):
+        return int(values.sum())
+    return int(np.partition(values, len(values) - count)[len(values) - count :].sum())
 
 
 def _whole_blocks(layout: Layout, tokens: Sequence[int]) -> int:
@@ -124,64 +158,78 @@ def _whole_blocks(layout: Layout, tokens: Sequence[int]) -> int:
     return max(tokens) // layout.block_tokens * layout.block_tokens
 
 
+class _Passes(NamedTuple):
+    """What bounds take of a cluster's costs: those of the fastest replica."""
+
+    tables: CostTables
+    strength: float  # of all replicas together, the fastest being 1
+    shortest_s: float  # pass
+    full_s: float  # the least seconds of a pass per decoding client
+    vertices: Real  # of the dual of covering tokens by passes
+
+
+@lru_cache(maxsize=16)  # tables are compared by identity, and nobody writes to them
+def _passes(costs: CostTables, chunked: bool) -> _Passes:
+    first_s = costs.decode_base_s[:, 1]
+    fastest = int(np.argmin(first_s))
+    strength = float((first_s[fastest] / first_s).sum())
+    tables = costs_of(costs, fastest)
+    base_s = tables.decode_base_s[0, 1:]
+    if chunked:
+        # A pass of n decoding clients may have any more tokens besides: the least time of those.
+        lines = np.minimum.accumulate(tables.pass_base_s[0, 1:][::-1])[::-1]
+        most = min(len(base_s), len(lines))
+        base_s = np.append(np.minimum(base_s[:most], lines[:most]), base_s[most:])
+    sizes = np.arange(1.0, len(base_s) + 1.0)
+    vertices = dual_vertices(base_s, sizes, exact=False)
+    return _Passes(tables, strength, float(base_s.min()), float((base_s / sizes).min()), vertices)
+
+
 def _work(
-    prompts: NDArray[np.int64],
-    rounds: NDArray[np.int64],
+    totals: Totals,
+    passes: _Passes,
     layout: Layout,
-    tables: CostTables,
     max_prefill_tokens: int,
     most_tokens: int,
     *,
     recomputes: bool,
 ) -> tuple[float, float, int, int]:
     """Return the least seconds of decoding and of prefilling, the fewest rounds and stages."""
-    rates, clients = tables.rates[0], max(layout.clients)
-    p = prompts.astype(float)
-    area = float(tokens_held(prompts, rounds).sum())
-    total = float(rounds.astype(float).sum())
-    cached_s = float(rates.decode_per_kv_token_s)
-    token_s = float(rates.prefill_per_token_s)
-    base_s = tables.decode_base_s[0, 1:]
-    if layout.chunk_tokens > 0:
-        # A pass of n decoding clients may have any more tokens besides: the least time of those.
-        lines = np.minimum.accumulate(tables.pass_base_s[0, 1:][::-1])[::-1]
-        most = min(len(base_s), len(lines))
-        base_s = np.append(np.minimum(base_s[:most], lines[:most]), base_s[most:])
-    stages = least_stages(prompts, clients, max_prefill_tokens) if layout.chunk_tokens == 0 else 0
-    squares_s = float(rates.prefill_per_token_squared_s) * float((p**2).sum())
-    line_s = token_s * float(p.sum())
-    sizes = np.arange(1.0, len(base_s) + 1.0)
+    tables, clients = passes.tables, max(layout.clients)
+    cached_s, stage_s, token_s, square_s, *_ = tables.rates[0].item()
+    area, total = totals.held, float(totals.rounds)
+    stages = 0
+    if layout.chunk_tokens == 0:
+        stages = least_stages(totals, clients, max_prefill_tokens)
+    squares_s = square_s * totals.squares
+    line_s = token_s * totals.prompts
     full_rounds = area / most_tokens if most_tokens > 0 else 0.0
-    least_rounds = max(-(-int(rounds.sum()) // clients), int(np.ceil(full_rounds)))
+    least_rounds = max(-(-totals.rounds // clients), math.ceil(full_rounds))
     if not recomputes:
-        run_s = cover(base_s, sizes, total, least_rounds, exact=False) if total > 0 else 0.0
+        run_s = cover_by(passes.vertices, total, least_rounds) if total > 0 else 0.0
         if stages > 0:
-            return (
-                run_s + cached_s * area,
-                prefill_bound(prompts, stages, tables),
-                least_rounds,
-                stages,
-            )
+            prefill_s = prefill_bound(totals, stages, tables)
+            return run_s + cached_s * area, prefill_s, least_rounds, stages
         share = 1.0 if run_s >= line_s else 0.0
     else:
-        full_s = float((base_s / sizes).min())
-        saved_s = float(base_s.min()) / most_tokens if most_tokens > 0 else 0.0
+        full_s = passes.full_s
+        saved_s = passes.shortest_s / most_tokens if most_tokens > 0 else 0.0
         spared_s = token_s - cached_s - saved_s
-        if spared_s * (float(p.min()) + 1.0) >= full_s:
-            run_s = cover(base_s, sizes, total, full_rounds, exact=False) if total > 0 else 0.0
+        if spared_s * (float(totals.shortest) + 1.0) >= full_s:
+            run_s = cover_by(passes.vertices, total, full_rounds) if total > 0 else 0.0
         elif stages > 0:  # it might pay: a token takes whichever takes less
             if token_s < cached_s:
                 spared_s, area = token_s, 0.0
             else:
                 spared_s = token_s - cached_s
-            run_s = total * min(full_s, spared_s * (float(p.min()) + 1.0))
+            run_s = total * min(full_s, spared_s * (float(totals.shortest) + 1.0))
         else:
             run_s, area = 0.0, 0.0
         least_rounds = 0
         if stages > 0:
-            decode_s, alone_s = run_s + cached_s * area, prefill_bound(prompts, stages, tables)
+            decode_s, alone_s = run_s + cached_s * area, prefill_bound(totals, stages, tables)
             if tables.prefill_level_s.shape[1] == 0:
-                line_s += stages * float(rates.prefill_base_s)
+                line_s += stages * stage_s
             if decode_s + line_s + squares_s > alone_s:
                 return decode_s, line_s + squares_s, 0, stages
             return 0.0, alone_s, 0, stages
@@ -193,65 +241,68 @@ def _work(
     return share * run_s + cached_s * area, (1.0 - share) * line_s + squares_s, least_rounds, 0
 
 
-def _tokens_alone(
-    p: NDArray[np.float64],
-    d: NDArray[np.float64],
-    held: NDArray[np.float64],
-    round_s: float,
-    tables: CostTables,
-) -> NDArray[np.float64]:
-    """Return the least seconds in which each request, perhaps computed again, emits all tokens but the first.
-
-    Its token k + 1 takes a round with p + k cached tokens, or stages that compute as many: ``line_s`` is the
-    least that these cost. Where a token computed costs more than one cached, so does what they cost beyond
-    the cache of the round.
-    """
-    rates = tables.rates[0]
-    cached_s, token_s = float(rates.decode_per_kv_token_s), float(rates.prefill_per_token_s)
-    line_s = token_s * (p + 1) + rates.prefill_per_token_squared_s * (p + 1) ** 2
-    if tables.prefill_level_s.shape[1] == 0:
-        line_s = line_s + rates.prefill_base_s
-    least_s = d * np.minimum(round_s, np.maximum(line_s, rates.prefill_floor_s))
-    if token_s < cached_s:
-        return least_s
-    beyond_s = np.minimum(round_s, line_s - cached_s * (p + 1))
-    return np.maximum(least_s, cached_s * held + d * beyond_s)
-
-
 def _longest_alone(
-    requests: Requests,
-    served: NDArray[np.bool_],
+    arrival_s: Real,
+    prompts: Whole,
+    rounds: Whole,
     tables: CostTables,
     layout: Layout,
     *,
     recomputes: bool,
 ) -> LowerBound:
     """Return the bound that the latest request to end proves by itself on the fastest replica."""
-    rates = tables.rates[0]
-    p = requests.prompt_tokens[served].astype(float)
-    d = requests.decode_rounds[served].astype(float)
-    line_s = rates.prefill_per_token_s * p
-    if tables.prefill_level_s.shape[1] == 0:
-        line_s = line_s + rates.prefill_base_s
-    prefill_s = line_s + rates.prefill_per_token_squared_s * p**2
     round_s = float(tables.decode_base_s[0, 1:].min())
     if layout.chunk_tokens > 0:
         round_s = min(round_s, float(tables.pass_base_s[0, 1:].min()))
-    cached_s = float(rates.decode_per_kv_token_s)
-    held = tokens_held(requests.prompt_tokens[served], requests.decode_rounds[served])
-    decode_s = d * round_s + cached_s * held
     stays = not layout.moves and (len(layout.clients) == 1 or not layout.pool)
-    if recomputes and layout.chunk_tokens == 0 and stays:
-        decode_s = d * round_s + min(cached_s, float(rates.prefill_per_token_s)) * held
-    elif recomputes:
-        decode_s = _tokens_alone(p, d, held, round_s, tables)
-    ends_s = requests.arrival_s[served] + prefill_s + decode_s
-    last = int(np.argmax(ends_s))
-    return LowerBound(
-        float(ends_s[last]),
-        float(requests.arrival_s[served][last]),
-        float(decode_s[last]),
-        float(prefill_s[last]),
-        int(d[last]),
-        1,
+    mode = _ROUNDS
+    if recomputes:
+        mode = _CACHED_OR_COMPUTED if layout.chunk_tokens == 0 and stays else _ROUNDS_OR_COMPUTED
+    cached_s, base_s, token_s, square_s, floor_s, *_ = tables.rates[0].item()
+    if tables.prefill_level_s.shape[1] > 0:
+        base_s = 0.0
+    columns = (np.ascontiguousarray(column) for column in (arrival_s, prompts, rounds))
+    last, end_s, decode_s, prefill_s = _latest_end(
+        *columns, mode, round_s, cached_s, base_s, token_s, square_s, floor_s
     )
+    release_s, most = float(arrival_s[last]), int(rounds[last])
+    return LowerBound(float(end_s), release_s, float(decode_s), float(prefill_s), most, 1)
+
+
+@shared_kernel
+def _latest_end(
+    arrival_s: Real,
+    prompts: Whole,
+    rounds: Whole,
+    mode: int,
+    round_s: float,
+    cached_s: float,
+    base_s: float,
+    token_s: float,
+    square_s: float,
+    floor_s: float,
+) -> tuple[int, float, float, float]:
+    """Return which request ends last alone, when, and its seconds of decoding and of its prefill.
+
+    Where its tokens may be computed, token k + 1 takes a round with p + k cached tokens, or stages that
+    compute as many: ``line_s`` is the least that these cost. Where a token computed costs more than one
+    cached, so does what they cost beyond the cache of the round.
+    """
+    kept_s = min(cached_s, token_s) if mode == _CACHED_OR_COMPUTED else cached_s
+    last, latest_s, latest_decode_s, latest_prefill_s = 0, -np.inf, 0.0, 0.0
+    for i in range(prompts.size):
+        p, d = float(prompts[i]), float(rounds[i])
+        prefill_s = token_s * p + base_s + square_s * (p * p)
+        held = d * p + d * (d + 1.0) / 2.0
+        decode_s = d * round_s + kept_s * held
+        if mode == _ROUNDS_OR_COMPUTED:
+            line_s = token_s * (p + 1.0) + square_s * ((p + 1.0) * (p + 1.0)) + base_s
+            decode_s = d * min(round_s, max(line_s, floor_s))
+            if token_s >= cached_s:
+                beyond_s = min(round_s, line_s - cached_s * (p + 1.0))
+                decode_s = max(decode_s, cached_s * held + d * beyond_s)
+        end_s = arrival_s[i] + prefill_s + decode_s
+        if end_s > latest_s:
+            last, latest_s = i, end_s
+            latest_decode_s, latest_prefill_s = decode_s, prefill_s
+    return last, latest_s, latest_decode_s, latest_prefill_s

@@ -45,6 +45,7 @@ from servegym.envs.bounds.batch import (
     lower_bound,
     prefill_bound,
 )
+from servegym.envs.bounds.totals import totals_of
 from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.workload.requests import Requests
@@ -82,17 +83,18 @@ def joint_bound(
     lengths, counts = np.unique(rounds[rounds > 0], return_counts=True)
     if len(lengths) == 0:
         return ordinary
-    total, far = int(rounds.sum()), ordinary.decode_rounds >= 2 * int(lengths[-1])
+    totals = totals_of(prompts, rounds, max_prefill_tokens)
+    total, far = totals.rounds, ordinary.decode_rounds >= 2 * int(lengths[-1])
     best: LowerBound | None = None
-    stages = least_stages(prompts, clients, max_prefill_tokens)
+    stages = least_stages(totals, clients, max_prefill_tokens)
     while True:
-        prefill_s = prefill_bound(prompts, stages, costs)
+        prefill_s = prefill_bound(totals, stages, costs)
         if best is not None and ordinary.decode_s + prefill_s >= best.seconds:
             return best
         differences = stages * (stages - 1) // 2 + 1 if far else stages * (stages + 1) // 2
         padded = total + least_padding(lengths, counts, differences)
         least_rounds = max(ordinary.decode_rounds, -(-padded // clients))
-        decode_s = decode_bound(prompts, rounds, least_rounds, costs, alone=True)
+        decode_s = decode_bound(totals, least_rounds, costs, alone=True)
         seconds = decode_s + prefill_s
         if best is None or seconds < best.seconds:
             best = LowerBound(seconds, 0.0, decode_s, prefill_s, least_rounds, stages)

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.process.measured import columns_of, weigh_queue
+from servegym.envs.process.measured import Columns, Counts, columns_of, weigh_queue
 from servegym.envs.process.service import NAN, has_met, jain_index
 from servegym.envs.simulator.state import REJECTED, SHED, State
 
@@ -157,48 +157,28 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     over all computed tokens, those of prefills and of decode rounds. ``memory_overrun_blocks``: most blocks
     beyond a replica's memory; always 0.
     """
-    episode, replicas = np.asarray(state.episodes)[e], np.asarray(state.replicas)[e]
-    clients = int(_total(np.asarray(state.machines), "clients"))
     counts, columns = columns_of(state, e)
-    now_s, total = float(episode["now_s"]), int(episode["requests"])
-    rejected, shed = int(episode["rejected"]), int(episode["shed"])
-    unfinished = int(total - episode["finished"] - rejected)
-    if rejected > 0 and unfinished == 0:  # the last to come may have been rejected
-        now_s = counts.last_s
-    elapsed_s = now_s or NAN  # at t = 0 there is no utilization yet
-    served_rounds, routed = int(episode["served_rounds"]), int(episode["routed"])
-    held_s, jain = float(np.add.reduce(columns.held_s)), jain_index(columns.rates)
-    e2e_mean_s = float(np.add.reduce(columns.e2e_s) / counts.done) if counts.done else NAN
-    slowdown = _preempted_slowdown(state, e) if counts.preempted else NAN
-    for column in (columns.admitted_s, columns.finished_s):
-        column.sort()
-    ttft_p50_s, ttft_p99_s = _percentiles(columns.ttft_s)
-    tpot_p50_s, tpot_p99_s = _percentiles(columns.tpot_s)
-    e2e_p50_s, e2e_p99_s = _percentiles(columns.e2e_s)
-    gap_p50_s, gap_p99_s = _percentiles(columns.worst_gap_s)
-    wasted, lasts_s = np.empty((2, counts.admitted + counts.done + counts.served))
-    peak = weigh_queue(
-        columns.admitted_s, columns.finished_s, columns.arrived_s, clients, now_s, wasted, lasts_s
-    )
-    computed = counts.prefilled_tokens + served_rounds
-    bound_s = float(episode["bound_s"])
-    makespan_s = NAN if unfinished else now_s
+    figures = _counted(state, e, counts)
+    figures |= _used(state, e, counts, columns)
+    figures |= _felt(columns)  # last: it sorts the columns
+    figures["preempted_slowdown"] = _preempted_slowdown(state, e) if counts.preempted else NAN
+    return {name: figures[name] for name in METRICS}
+
+
+def _counted(state: State, e: int, counts: Counts) -> dict[str, float]:
+    """Return what is counted, and how the whole episode ended."""
+    episode, replicas = np.asarray(state.episodes)[e], np.asarray(state.replicas)[e]
+    total, rejected, shed = (int(episode[name]) for name in ("requests", "rejected", "shed"))
+    unfinished, bound_s = int(total - episode["finished"] - rejected), float(episode["bound_s"])
+    makespan_s = NAN if unfinished else _elapsed_s(state, e, counts)
     return {
         "requests": total,
         "makespan_s": makespan_s,
         "lower_bound_s": bound_s,
         "gap": _gap(makespan_s, bound_s, shed),
-        "client_utilization": held_s / (clients * elapsed_s),
-        "decode_utilization": float(_total(replicas, "busy_decode_s"))
-        / (len(replicas) * elapsed_s),
         "decode_rounds": int(_total(replicas, "rounds")),
         "prefill_stages": int(_total(replicas, "prefill_stages")),
         "prefill_s": float(_total(replicas, "prefill_s")),
-        "output_tokens_per_s": (served_rounds + counts.emitting) / elapsed_s,
-        "ttft_p50_s": ttft_p50_s,
-        "ttft_p99_s": ttft_p99_s,
-        "tpot_p50_s": tpot_p50_s,
-        "tpot_p99_s": tpot_p99_s,
         "decisions": int(episode["decisions"]),
         "unfinished_requests": unfinished,
         "replicas": len(replicas),
@@ -207,21 +187,63 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
         "recomputed_tokens": counts.recomputed_tokens,
         "rejected": rejected - shed,
         "moves": counts.moves,
-        "e2e_p50_s": e2e_p50_s,
-        "e2e_p99_s": e2e_p99_s,
-        "goodput_per_s": counts.met / elapsed_s,
-        "slo_attainment": counts.met / routed if routed else NAN,
-        "gap_between_tokens_p50_s": gap_p50_s,
-        "gap_between_tokens_p99_s": gap_p99_s,
-        "e2e_mean_s": e2e_mean_s,
-        "jain_fairness": jain,
-        "peak_queue": float(peak),
-        "idle_wait_share": float(wasted @ lasts_s) / (clients * elapsed_s),
-        "preempted_slowdown": slowdown,
-        "recompute_tax": counts.recomputed_tokens / computed if computed else NAN,
         "memory_overrun_blocks": float(replicas["overrun_blocks"].max()),
         "shed": shed,
     }
+
+
+def _elapsed_s(state: State, e: int, counts: Counts) -> float:
+    """Return the present time, or when the last request finished if that ended the episode."""
+    episode = np.asarray(state.episodes)[e]
+    rejected, finished = int(episode["rejected"]), int(episode["finished"])
+    if rejected > 0 and finished + rejected == int(episode["requests"]):
+        return counts.last_s  # the last to come may have been rejected
+    return float(episode["now_s"])
+
+
+def _used(state: State, e: int, counts: Counts, columns: Columns) -> dict[str, float]:
+    """Return how the machine was used and what it yielded; sorts two columns."""
+    episode, replicas = np.asarray(state.episodes)[e], np.asarray(state.replicas)[e]
+    clients = int(_total(np.asarray(state.machines), "clients"))
+    now_s = _elapsed_s(state, e, counts)
+    elapsed_s = now_s or NAN  # at t = 0 there is no utilization yet
+    served_rounds, routed = int(episode["served_rounds"]), int(episode["routed"])
+    held_s = float(np.add.reduce(columns.held_s))
+    for column in (columns.admitted_s, columns.finished_s):
+        column.sort()
+    wasted, lasts_s = np.empty((2, counts.admitted + counts.done + counts.served))
+    peak = weigh_queue(
+        columns.admitted_s, columns.finished_s, columns.arrived_s, clients, now_s, wasted, lasts_s
+    )
+    computed = counts.prefilled_tokens + served_rounds
+    busy_s = float(_total(replicas, "busy_decode_s"))
+    return {
+        "client_utilization": held_s / (clients * elapsed_s),
+        "decode_utilization": busy_s / (len(replicas) * elapsed_s),
+        "output_tokens_per_s": (served_rounds + counts.emitting) / elapsed_s,
+        "goodput_per_s": counts.met / elapsed_s,
+        "slo_attainment": counts.met / routed if routed else NAN,
+        "peak_queue": float(peak),
+        "idle_wait_share": float(wasted @ lasts_s) / (clients * elapsed_s),
+        "recompute_tax": counts.recomputed_tokens / computed if computed else NAN,
+    }
+
+
+def _felt(columns: Columns) -> dict[str, float]:
+    """Return what users feel; sorts the columns."""
+    done = len(columns.e2e_s)
+    figures = {
+        "e2e_mean_s": float(np.add.reduce(columns.e2e_s) / done) if done else NAN,
+        "jain_fairness": jain_index(columns.rates),
+    }
+    for name, column in (
+        ("ttft", columns.ttft_s),
+        ("tpot", columns.tpot_s),
+        ("e2e", columns.e2e_s),
+        ("gap_between_tokens", columns.worst_gap_s),
+    ):
+        figures[f"{name}_p50_s"], figures[f"{name}_p99_s"] = _percentiles(column)
+    return figures
 
 
 def gap_of(state: State, e: int) -> float:
@@ -239,10 +261,12 @@ def _preempted_slowdown(state: State, e: int) -> float:
 
     Of those that have finished; NaN where all of them were preempted.
     """
-    log = records(state, e)
-    done = np.isfinite(log.finished_s)
-    token_s = (log.finished_s - log.arrival_s)[done] / (log.decode_rounds + 1)[done]
-    preempted = log.preemptions[done] > 0
+    n = int(np.asarray(state.episodes)["requests"][e])
+    requests, times = np.asarray(state.requests)[e, :n], np.asarray(state.times)[e, :n]
+    done = np.isfinite(times["finished_s"])
+    requests, times = requests[done], times[done]
+    token_s = (times["finished_s"] - times["arrival_s"]) / (requests["decode_rounds"] + 1)
+    preempted = requests["preemptions"] > 0
     return NAN if preempted.all() else float(token_s[preempted].mean() / token_s[~preempted].mean())
 
 

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from servegym.envs.jit import shared_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.process.actions import Settings, apply, legal_actions
-from servegym.envs.simulator.events import decode, sleep
+from servegym.envs.process.actions import Settings, apply
+from servegym.envs.process.steps import has_choice
+from servegym.envs.simulator.events import begin_turn
 from servegym.envs.simulator.serving import begin_iterations
-from servegym.envs.simulator.stages import see_arrivals
 from servegym.envs.simulator.state import IDLE, RecordArray, State
 
 NOTHING: Final = 0
@@ -34,30 +34,18 @@ def begin_work(
 ) -> int:
     """Begin the next stage of row ``e``, which is at a boundary and has one replica, if it has no choice.
 
-    The same steps as ``events.advance`` and ``steps.run_to_choice``, which run on through the stage.
-    Returns NOTHING, WORKS or CHOOSES; then ``mask`` holds the legal actions.
+    As ``steps.run_to_choice``, which runs on through the stage. Returns NOTHING, WORKS or CHOOSES; then
+    ``mask`` holds the legal actions.
     """
     replica = state.replicas[e, 0]
     state.episodes[e].turn = 0
-    while True:
-        if replica.stage != IDLE:
-            begin_iterations(progress, e)
-            return WORKS
-        if state.event_s[e, 0] == np.inf:
+    while replica.stage == IDLE:
+        if state.event_s[e, 0] > state.episodes[e].now_s:
             return NOTHING
-        see_arrivals(state, e, 0)
-        if replica.idle > 0 and state.queues[e, 0].waiting > 0:
-            legal = legal_actions(state, costs, settings, e, 0, mask)
-            if legal > 1:
-                return CHOOSES
-            if legal == 1:
-                apply(state, costs, settings, e, 0, int(np.argmax(mask)))
-            else:
-                sleep(state, e, 0)
-        elif replica.active > 0:
-            decode(state, costs, e, 0, False)
-        else:
-            sleep(state, e, 0)
+        if begin_turn(state, costs, e, 0) and has_choice(state, costs, settings, e, 0, mask):
+            return CHOOSES
+    begin_iterations(progress, e)
+    return WORKS
 
 
 @shared_kernel

@@ -28,13 +28,27 @@ def run_to_choice(
     """Run to the next decision point with a choice and write its mask; False at the end."""
     while True:
         r = advance(state, costs, e)
-        legal = legal_actions(state, costs, settings, e, max(r, 0), mask)
-        if legal > 1 or r == NOBODY:
-            return r != NOBODY
-        if legal == 1:
-            apply(state, costs, settings, e, r, int(np.argmax(mask)))
-        else:
-            sleep(state, e, r)
+        if r == NOBODY:
+            legal_actions(state, costs, settings, e, 0, mask)
+            return False
+        if has_choice(state, costs, settings, e, r, mask):
+            return True
+
+
+@kernel
+def has_choice(
+    state: State, costs: CostTables, settings: Settings, e: int, r: int, mask: NDArray[np.bool_]
+) -> bool:
+    """Return whether replica ``r``, which is to decide, has several legal actions; write the mask.
+
+    Else carry out the only one; without any let it sleep.
+    """
+    legal = legal_actions(state, costs, settings, e, r, mask)
+    if legal == 1:
+        apply(state, costs, settings, e, r, int(np.argmax(mask)))
+    elif legal == 0:
+        sleep(state, e, r)
+    return legal > 1
 
 
 @kernel

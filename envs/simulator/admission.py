@@ -68,10 +68,8 @@ def admits(state: State, e: int, r: int, rule: int) -> bool:
     replica = state.replicas[e, r]
     if state.cluster.guard == GUARD_SGLANG:
         return _piece_fits(state, e, r, rule)
-    if not _takes_more(state, e, r):
-        return False
-    if replica.partial != NOBODY:
-        return False  # its prompt goes on in mixed stages
+    if replica.partial != NOBODY or not _takes_more(state, e, r):
+        return False  # a half-computed prompt goes on in mixed stages
     if state.machines[r].blocks != UNLIMITED_BLOCKS:
         return _first_fits(state, e, r, rule, 0)
     return _gives(state, e, r, rule)
@@ -149,17 +147,20 @@ def mixes(state: State, e: int, r: int, rule: int) -> bool:
     Where its own decoding clients lack memory, or a half-computed prompt does, the stage preempts
     somebody; whoever is half computed then counts as served.
     """
-    replica = state.replicas[e, r]
-    left = state.cluster.chunk_tokens > replica.active
-    if replica.partial != NOBODY:  # the budget of whoever is preempted is left, too
+    left = _has_budget(state, e, r)
+    if state.replicas[e, r].partial != NOBODY:  # the budget of whoever is preempted is left, too
         return left or blocks_of_round(state, e, r) > free_blocks(state, e, r)
-    if not left:
-        return False
-    if not _takes_more(state, e, r):
+    if not (left and _takes_more(state, e, r)):
         return False
     if state.machines[r].blocks == UNLIMITED_BLOCKS:
         return _gives(state, e, r, rule)
     return _chunk_fits(state, e, r, rule)
+
+
+@kernel
+def _has_budget(state: State, e: int, r: int) -> bool:
+    """Return whether a mixed stage has tokens left for prompts."""
+    return state.cluster.chunk_tokens > state.replicas[e, r].active
 
 
 @shared_kernel
@@ -176,10 +177,7 @@ def first_within_limits(state: State, e: int, r: int, rule: int, mixed: bool) ->
 
     For replicas with a limit of memory and without a half-computed prompt, and not under SGLang's guard.
     """
-    replica = state.replicas[e, r]
-    if replica.idle == 0 or state.queues[e, queue_of(state, r)].waiting == 0:
-        return NOBODY
-    if mixed and state.cluster.chunk_tokens <= replica.active:
+    if not _takes_more(state, e, r) or (mixed and not _has_budget(state, e, r)):
         return NOBODY
     return _first_given(state, e, r, rule)
 
@@ -350,7 +348,9 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
     if rule == LONGEST:
         return longest_waiting(state, e, q)
     if rule == SHORTEST:
-        if state.cluster.patience_s < np.inf and _is_impatient(state, e, q):
+        if state.cluster.patience_s < np.inf and (
+            patient_until(state, e, q) <= state.episodes[e].now_s
+        ):
             return first_waiting(state, e, q)
         if state.cluster.shortest_by != BY_LENGTH:
             return first_in_order(state, e, r)
@@ -362,11 +362,10 @@ def _candidate(state: State, e: int, r: int, rule: int, client: int) -> int:
     return longest_aligned(state, e, r)
 
 
-@shared_kernel
-def _is_impatient(state: State, e: int, q: int) -> bool:
-    """Return whether the first in the order of service came so long ago that nobody goes before it."""
-    since_s = state.episodes[e].now_s - state.times[e, first_waiting(state, e, q)].arrival_s
-    return since_s >= state.cluster.patience_s
+@kernel
+def patient_until(state: State, e: int, q: int) -> float:
+    """Return when the first in the order of service will have come so long ago that nobody goes before it."""
+    return state.times[e, first_waiting(state, e, q)].arrival_s + state.cluster.patience_s
 
 
 @kernel

@@ -13,7 +13,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
-from servegym.envs.simulator.admission import admit, admit_chunks, admit_pieces
+from servegym.envs.simulator.admission import admit, admit_chunks, admit_pieces, patient_until
 from servegym.envs.simulator.booking import book
 from servegym.envs.simulator.gaps import note_stage
 from servegym.envs.simulator.memory import make_room
@@ -61,22 +61,9 @@ def advance(state: State, costs: CostTables, e: int) -> int:
                     if state.replicas[e, r].clock_s == episode.now_s:
                         continue  # it has begun a stage of no length
                     _end_stage(state, costs, e, r)
-                see_arrivals(state, e, r)
-                if episode.sheds and shed_late(state, costs, e, r):
-                    _tell_others(state, costs, e, r)
-                replica = state.replicas[e, r]
-                replica.told = 0
-                waiting = state.queues[e, queue_of(state, r)].waiting
-                if (replica.idle > 0 and waiting > 0) or replica.partial != NOBODY:
+                if begin_turn(state, costs, e, r):
                     episode.turn = r
                     return r
-                if state.cluster.moves and can_steal(state, costs, e, r):
-                    episode.turn = r
-                    return r
-                if replica.active > 0:
-                    decode(state, costs, e, r, False)
-                else:
-                    sleep(state, e, r)
         if episode.again:
             episode.again = 0
             episode.first_pass = 0
@@ -87,9 +74,43 @@ def advance(state: State, costs: CostTables, e: int) -> int:
 
 
 @kernel
+def begin_turn(state: State, costs: CostTables, e: int, r: int) -> bool:
+    """Let replica ``r``, which has no stage, begin what needs no decision; return whether it is to decide."""
+    replica = state.replicas[e, r]
+    if state.cluster.patience_s < np.inf:  # which may have ended while it slept
+        replica.clock_s = state.episodes[e].now_s
+    see_arrivals(state, e, r)
+    if state.episodes[e].sheds and shed_late(state, costs, e, r):
+        _tell_others(state, costs, e, r)
+    replica.told = 0
+    waiting = state.queues[e, queue_of(state, r)].waiting
+    if (replica.idle > 0 and waiting > 0) or replica.partial != NOBODY:
+        return True
+    if state.cluster.moves and can_steal(state, costs, e, r):
+        return True
+    if replica.active > 0:
+        decode(state, costs, e, r, False)
+    else:
+        sleep(state, e, r)
+    return False
+
+
+@kernel
 def sleep(state: State, e: int, r: int) -> None:
-    """Let a replica that can do nothing wait until what happens elsewhere wakes it."""
+    """Let a replica that can do nothing wait until what happens elsewhere wakes it, or patience ends."""
     state.event_s[e, r] = np.inf
+    if state.cluster.patience_s < np.inf:
+        state.event_s[e, r] = _end_of_patience(state, e, r)
+
+
+@shared_kernel
+def _end_of_patience(state: State, e: int, r: int) -> float:
+    """Return when the first in the queue of ``r`` loses patience, who may fit then; ∞: never, or it has."""
+    q = queue_of(state, r)
+    if state.replicas[e, r].idle == 0 or state.queues[e, q].waiting == 0:
+        return np.inf
+    end_s = patient_until(state, e, q)
+    return end_s if end_s > state.episodes[e].now_s else np.inf
 
 
 @kernel

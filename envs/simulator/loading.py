@@ -8,9 +8,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from servegym.envs.errors import ServegymError
 from servegym.envs.jit import allocating_kernel, kernel
 from servegym.envs.simulator.heap import deal, deal_by_time
-from servegym.envs.simulator.queues import enqueue
+from servegym.envs.simulator.queues import blocks_of, enqueue
 from servegym.envs.simulator.record_types import EPISODE, FIT, QUEUE, REPLICA
 from servegym.envs.simulator.state import (
     FUTURE,
@@ -21,7 +22,7 @@ from servegym.envs.simulator.state import (
 )
 from servegym.envs.vocabulary import ROUTE_PLAN
 from servegym.envs.workload.plan import Plan
-from servegym.envs.workload.requests import Requests
+from servegym.envs.workload.requests import NOT_PREDICTED, Requests
 from servegym.envs.workload.scoring import ScoreWeights, Scoring
 
 _NO_EPISODE: Final = np.zeros((), EPISODE)
@@ -52,12 +53,15 @@ def load(
     """
     known = state.expected is state.finishes
     n, rounds = len(requests), requests.decode_rounds
-    expected = rounds if known else requests.as_predicted().decode_rounds
     spread = requests.predicted_spread
+    if not known and spread is None:
+        raise ServegymError(NOT_PREDICTED)
+    expected = rounds if known else requests.predicted_output_tokens - 1
     clear(state, e, 0 if state.event_s.shape[1] == 1 else router_luck(requests))
     if not known and spread is not None:
-        state.beliefs[e, :n].spread = spread
-        state.beliefs[e, :n].log_median = np.log(requests.predicted_output_tokens) - spread**2 / 2
+        beliefs = np.asarray(state.beliefs)[e, :n]
+        beliefs["spread"] = spread
+        beliefs["log_median"] = np.log(requests.predicted_output_tokens) - spread**2 / 2
     compared = expected if compared_rounds is None else compared_rounds
     # Among equal lengths the later request is "shorter", so that longest-first serves in order.
     order = n - 1 - np.sort(compared * n + np.arange(n)[::-1]) % n  # faster than argsort
@@ -68,9 +72,9 @@ def load(
 
 def clear(state: State, e: int, luck: int = 0) -> None:
     """Empty row ``e`` of the state: nobody is known, every client is idle, the clock is at 0."""
-    state.episodes[e] = _NO_EPISODE
-    state.replicas[e] = _NO_REPLICA
-    state.queues[e] = _NO_QUEUE
+    np.asarray(state.episodes)[e] = _NO_EPISODE  # as record arrays they take thrice as long
+    np.asarray(state.replicas)[e] = _NO_REPLICA
+    np.asarray(state.queues)[e] = _NO_QUEUE
     state.event_s[e] = np.inf
     state.residues[e] = 0
     state.waiting_lengths[e] = 0
@@ -104,10 +108,11 @@ def _plan_greedily(state: State, e: int) -> None:
 
 def _plan_by_time(state: State, e: int) -> None:
     """Queue them as ``deal_by_time`` says, but for those that are expected to fit into no memory."""
+    requests = np.asarray(state.requests)[e]
     by_length = state.by_length[e, : state.episodes[e].requests][::-1].astype(np.int64)
-    order = by_length[state.times[e].arrival_s[by_length] == 0]
-    rounds = state.requests[e].expected_rounds[order].astype(np.int64)
-    tokens = state.requests[e].prompt_tokens[order] + rounds + 1
+    order = by_length[np.asarray(state.times)[e]["arrival_s"][by_length] == 0]
+    rounds = requests["expected_rounds"][order].astype(np.int64)
+    tokens = requests["prompt_tokens"][order] + rounds + 1
     needs = -(-tokens // state.cluster.block_tokens)
     clients = state.machines.clients
     round_s, holds = (
@@ -250,28 +255,34 @@ def _enqueue_plan(
 
 @allocating_kernel
 def plan_alike(state: State, e: int) -> bool:
-    """Queue them as ``deal`` says if clients are alike: equally fast, without a limit of memory.
+    """Queue them as ``deal`` says if clients are alike: equally fast, with equal memories.
 
-    Returns whether they are; else nothing is done.
+    But for those that are expected to fit into none. Returns whether clients are alike; else nothing is done.
     """
+    blocks = state.machines[0].blocks
+    clients = 0
     for r in range(state.machines.size):
-        if state.machines[r].blocks != UNLIMITED_BLOCKS:
+        if state.machines[r].blocks != blocks:
             return False
         if state.machines[r].round_s != state.machines[0].round_s:
             return False
+        clients += state.machines[r].clients
     requests = state.episodes[e].requests
     order = np.empty(requests, np.int64)
     rounds = np.empty(requests, np.int64)
     present = 0
     for place in range(requests - 1, -1, -1):
-        request = state.by_length[e, place]
-        if state.times[e, request].arrival_s == 0:
-            order[present] = request
-            rounds[present] = state.requests[e, request].expected_rounds
+        i = state.by_length[e, place]
+        if state.times[e, i].arrival_s != 0:
+            continue
+        request = state.requests[e, i]
+        expected = np.int64(request.expected_rounds)
+        if blocks == UNLIMITED_BLOCKS or (
+            blocks_of(state, request.prompt_tokens + expected + 1) <= blocks
+        ):
+            order[present] = i
+            rounds[present] = expected
             present += 1
-    clients = 0
-    for r in range(state.machines.size):
-        clients += state.machines[r].clients
     client_of = deal(rounds[:present], clients)
     for place in range(present):
         r, client = 0, client_of[place]

@@ -7,7 +7,6 @@ triggers and the observation, use the mean regardless.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -50,8 +49,7 @@ def expected_at_end(requests: Requests, expect: str, interval: float) -> Request
         return requests
     chance = (1 - interval) / 2 if expect == "lower" else (1 + interval) / 2
     tokens = compared_tokens(requests, "quantile", chance, 0.0)
-    spread = np.zeros(len(requests))
-    return replace(requests, predicted_output_tokens=tokens, predicted_spread=spread)
+    return requests.with_predictions(tokens, np.zeros(len(requests)))
 
 
 def standard_deviations(requests: Requests) -> NDArray[np.float64]:

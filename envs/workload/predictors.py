@@ -15,7 +15,7 @@ exceeds the workload's longest length.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final, NamedTuple
 
@@ -96,7 +96,7 @@ def _with_predictions(
     requests: Requests, means: NDArray[np.float64], spread: NDArray[np.float64], lengths: Tokens
 ) -> Requests:
     predicted = np.clip(np.rint(means), 1, _figures_of(lengths).longest).astype(np.int64)
-    return replace(requests, predicted_output_tokens=predicted, predicted_spread=spread)
+    return requests.with_predictions(predicted, spread)
 
 
 def _classify(

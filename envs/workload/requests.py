@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NoReturn
 
@@ -32,6 +33,11 @@ EVERYBODY: Final = "*"
 
 MAX_SPREAD: Final = 5.0
 """Largest standard deviation of a log length accepted; a factor of 150 either way."""
+
+NOT_PREDICTED: Final = (
+    "these requests have no predicted output lengths; sample_requests and inform predict them as the "
+    "task says"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +91,8 @@ class Requests:
         if predicted is not self.output_tokens:  # the usual case is not looked at twice
             predicted = _tokens("predicted_output_tokens", predicted)
         self._set("predicted_output_tokens", predicted)
-        spread = self.predicted_spread
-        if spread is not None:
-            spread = real_numbers("predicted_spread", spread)
-            self._set("predicted_spread", spread)
-            if not np.all((spread >= 0) & (spread <= MAX_SPREAD)):
-                raise ServegymError(f"predicted_spread must lie in 0 … {MAX_SPREAD:g}")
+        if self.predicted_spread is not None:
+            self._set_spread(self.predicted_spread)
         if self.rows is not None:
             rows = whole_numbers("rows", self.rows, 0, MAX_ROW)
             self._set("rows", rows)
@@ -103,7 +105,15 @@ class Requests:
         if not (ordered and arrivals[0] >= 0 and arrivals[-1] <= MAX_ARRIVAL_S):
             _refuse_arrivals(arrivals)
 
+    def _set_spread(self, values: ArrayLike) -> None:
+        spread = real_numbers("predicted_spread", values)
+        self._set("predicted_spread", spread)
+        if not np.all((spread >= 0) & (spread <= MAX_SPREAD)):
+            raise ServegymError(f"predicted_spread must lie in 0 … {MAX_SPREAD:g}")
+
     def _check_classes(self) -> None:
+        if self.class_of is None and self.class_names == ():
+            return  # the usual case
         names = tuple(as_annotated("class_names", self.class_names, tuple[str, ...]))
         object.__setattr__(self, "class_names", names)
         if len(set(names)) < len(names) or len(names) > MAX_CLASSES:
@@ -146,6 +156,19 @@ class Requests:
         """Decode rounds each request needs after its prefill: output tokens − 1, shape (requests,)."""
         return self.output_tokens - 1
 
+    def with_predictions(self, tokens: ArrayLike, spread: ArrayLike) -> Requests:
+        """Return the requests with other predictions; their own columns are not checked once more.
+
+        Raises
+        ------
+        ServegymError
+            As the class does, of these columns.
+        """
+        predicted = copy(self)
+        predicted._set("predicted_output_tokens", _tokens("predicted_output_tokens", tokens))
+        predicted._set_spread(spread)
+        return predicted
+
     def as_predicted(self) -> Requests:
         """Return the requests with their predictions in the place of the true lengths.
 
@@ -155,10 +178,7 @@ class Requests:
             If the requests carry no predictions.
         """
         if self.predicted_spread is None:
-            raise ServegymError(
-                "these requests have no predicted output lengths; sample_requests and inform "
-                "predict them as the task says"
-            )
+            raise ServegymError(NOT_PREDICTED)
         return replace(self, output_tokens=self.predicted_output_tokens)
 
 

@@ -173,11 +173,19 @@ def make_workload(
     check_source(source)
     if source in WORKLOAD_PRESETS:
         check_arrival_rate(requests, arrival_rate_per_s)
-        prompts, outputs, *predictions = WORKLOAD_PRESETS[source].sample(requests, rng)
+        drawn = WORKLOAD_PRESETS[source].sample(requests, rng)
         arrivals_s = _drawn(
             source, requests, arrival_rate_per_s, rng, arrivals, measured_arrivals(source)
         )
-        return make_requests(prompts, outputs, arrivals_s, *predictions)
+        if arrivals_s is not None and not (arrivals_s[1:] >= arrivals_s[:-1]).all():
+            return make_requests(drawn[0], drawn[1], arrivals_s, *drawn[2:])
+        arrivals_s = np.zeros(requests) if arrivals_s is None else arrivals_s
+        predicted = drawn.output_tokens  # by whom nobody predicts
+        if drawn.predicted_output_tokens is not None:
+            predicted = drawn.predicted_output_tokens
+        return Requests(
+            arrivals_s, drawn.prompt_tokens, drawn.output_tokens, predicted, drawn.predicted_spread
+        )
     trace = _read_file(source, window)
     found = window.cut(trace, rng)
     check_arrival_rate(len(found), arrival_rate_per_s)
