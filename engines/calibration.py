@@ -239,8 +239,7 @@ def cost_section(costs: StageCosts) -> str:
     model = "table" if isinstance(decode, TableDecode) else "affine"
     lines = ["[cost]", f'model = "{model}"']
     for name, part in (("decode", decode), ("prefill", prefill)):
-        # Left out is what a file has by itself: 0.
-        values = {key: _rounded(value) for key, value in asdict(part).items() if value}
+        values = {key: _rounded(value) for key, value in asdict(part).items()}
         inner = ", ".join(f"{key} = {value!r}" for key, value in values.items())
         lines.append(f"{name} = {{{inner}}}")
     return "\n".join(lines) + "\n"

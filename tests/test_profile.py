@@ -35,7 +35,7 @@ def measured(cell: Cell, depth: int, mode: str) -> Sequence[float]:
 
 
 def test_a_line_by_depth_says_a_deeper_model_and_all_its_layers() -> None:
-    todo = cells([1, 2, 4], [8, 16, 32, 64], list(range(16, 176, 16)), 256)
+    todo = cells([1, 2, 4], [8, 16, 32, 64], list(range(16, 176, 16)), 300)
     table = pd.DataFrame(timed(todo, [2, 4, 8], ["eager", "graph"], measured))
     assert len(table) == 3 * (2 * 12 + len(todo) - 12)
     found = extrapolated(table, 8, 80)
@@ -103,15 +103,16 @@ def test_a_stage_by_hand_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> N
         return drawn[-1]
 
     monkeypatch.setattr(torch, "randint", noted)
-    first = layers.stage(2, 0, 7)(3)
-    whole = layers._model(drawn[0]).logits[:, -1:]
-    assert torch.allclose(first, whole, atol=1e-5)
-    held = [view.clone() for view in layers._slots._views]
-    last = layers.stage(2, 7, 1)
-    for view, before in zip(layers._slots._views, held, strict=True):
-        view[:, :, :, :7] = before
-    whole = layers._model(torch.cat(drawn, dim=1)).logits[:, -1:]
-    assert torch.allclose(last(3), whole, atol=1e-5)
+    with torch.inference_mode():
+        first = layers.stage(2, 0, 7)(3)
+        whole = layers._model(drawn[0]).logits[:, -1:]
+        assert torch.allclose(first, whole, atol=1e-5)
+        held = [view.clone() for view in layers._slots._views]
+        last = layers.stage(2, 7, 1)
+        for view, before in zip(layers._slots._views, held, strict=True):
+            view[:, :, :, :7] = before
+        whole = layers._model(torch.cat(drawn, dim=1)).logits[:, -1:]
+        assert torch.allclose(last(3), whole, atol=1e-5)
     assert "attention" in layers.attention(last)
 
 

@@ -136,9 +136,10 @@ def depth_table(found: pd.DataFrame, held_out: int) -> str:
     ]
     for (kind, mode), group in found.groupby(["kind", "mode"], sort=False):
         errors = (group["predicted_s"] / group["held_out_s"] - 1).to_numpy()
-        worst = errors[np.abs(errors).argmax()]
+        shown = np.median(errors), errors[np.abs(errors).argmax()]
+        middle, worst = (round(float(error), 3) + 0.0 for error in shown)  # no −0
         lines.append(
             f"| {kind} | {mode} | {len(group)} | {group['r_squared'].min():.3f} | "
-            f"{np.median(errors):+.1%} | {worst:+.1%} |"
+            f"{middle:+.1%} | {worst:+.1%} |"
         )
     return "\n".join(lines)
