@@ -7,7 +7,7 @@ import pytest
 for name in ("transformers", "starlette", "uvicorn", "psutil"):
     pytest.importorskip(name)
 
-from leaks_of_front import CAPACITY, measured  # noqa: E402
+from tests.leaks_of_front import CAPACITY, measured  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
