@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 from servegym.engines.iterations import Iteration
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.files import read_text
-from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
+from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts, TableDecode
 
 Floats = NDArray[np.float64]
 
@@ -30,6 +30,12 @@ FORMS: Final = {
     "batch": ("tokens", "tokens_squared"),
 }
 """What a prefill's seconds grow with: tokens, and Σp² or T²."""
+
+ROUNDS: Final = ("line", "table")
+"""What decode rounds take beside a rate per cached token: a line in the clients, or a table by them."""
+
+KNOTS: Final = 6
+"""Most numbers of clients by which a table is fitted; between them it is interpolated."""
 
 LEAST: Final = 10
 """Fewest iterations of a kind that are fitted."""
@@ -64,7 +70,7 @@ class Quality:
 class Fit:
     """A fitted cost model."""
 
-    decode: AffineDecode
+    decode: AffineDecode | TableDecode
     prefill: AffinePrefill
     form: str
     """Which of ``FORMS`` prefill has."""
@@ -141,7 +147,7 @@ def read_log(path: Path) -> pd.DataFrame:
     return table
 
 
-def fit_costs(log: pd.DataFrame, form: str = "best") -> Fit:
+def fit_costs(log: pd.DataFrame, form: str = "best", rounds: str = "line") -> Fit:
     """Fit a cost model to a log by non-negative least squares on relative errors.
 
     Parameters
@@ -150,6 +156,8 @@ def fit_costs(log: pd.DataFrame, form: str = "best") -> Fit:
         Columns as ``COLUMNS``, and ``prompt_squares`` for the form ``prompts``.
     form
         One of ``FORMS``; or ``best``, the one with the least mean squared error.
+    rounds
+        One of ``ROUNDS``. A table needs a log in which few clients hold much as well as little.
 
     Raises
     ------
@@ -158,6 +166,8 @@ def fit_costs(log: pd.DataFrame, form: str = "best") -> Fit:
     """
     if form not in (*FORMS, "best"):
         raise unknown("form of prefill", form, (*FORMS, "best"))
+    if rounds not in ROUNDS:
+        raise unknown("form of decode rounds", rounds, ROUNDS)
     for kind in KINDS:
         count = int((log["kind"] == kind).sum())
         if count < LEAST:
@@ -166,7 +176,7 @@ def fit_costs(log: pd.DataFrame, form: str = "best") -> Fit:
             )
     if form == "prompts" and "prompt_squares" not in log:
         raise ServegymError("the form prompts needs the column prompt_squares in the log")
-    decode, decode_quality, _ = _fitted(log[log["kind"] == "decode"], ("requests", "cached_tokens"))
+    decode, decode_quality = _fitted_rounds(log[log["kind"] == "decode"], rounds)
     prefills = log[log["kind"] == "prefill"]
     forms = (
         [form]
@@ -184,21 +194,20 @@ def fit_costs(log: pd.DataFrame, form: str = "best") -> Fit:
         0.0,
         squared if best == "batch" else 0.0,
     )
-    base, per_client, per_kv_token = map(float, decode)
-    rounds = AffineDecode(max(base, _LEAST_S), per_client, per_kv_token)
-    return Fit(rounds, prefill, best, decode_quality, prefill_quality)
+    return Fit(decode, prefill, best, decode_quality, prefill_quality)
 
 
 def predicted_seconds(costs: StageCosts, log: pd.DataFrame) -> Floats:
-    """Return what each iteration of a log takes by an affine cost model, without floor and overhead."""
+    """Return what each iteration of a log takes by an affine prefill, without floor and overhead."""
     decode, prefill = costs.decode, costs.prefill
-    if not isinstance(decode, AffineDecode) or not isinstance(prefill, AffinePrefill):
-        raise ServegymError("only affine costs are compared with a log")
-    rounds = _columns(log, ("requests", "cached_tokens")) @ [
-        decode.base,
-        decode.per_client,
-        decode.per_kv_token,
-    ]
+    if not isinstance(prefill, AffinePrefill):
+        raise ServegymError("only costs with an affine prefill are compared with a log")
+    requests = log["requests"].to_numpy(dtype=float)
+    if isinstance(decode, TableDecode):
+        rounds = np.interp(requests, decode.batch, decode.seconds)
+    else:
+        rounds = decode.base + decode.per_client * requests
+    rounds = rounds + decode.per_kv_token * log["cached_tokens"].to_numpy(dtype=float)
     stages = _columns(log, ("tokens", "tokens_squared")) @ [
         prefill.base,
         prefill.per_token,
@@ -223,32 +232,24 @@ def quality(measured: Floats, predicted: Floats) -> Quality:
 
 
 def cost_section(costs: StageCosts) -> str:
-    """Return the section ``[cost]`` of a task's TOML file for affine costs."""
+    """Return the section ``[cost]`` of a task's TOML file for costs with an affine prefill."""
     decode, prefill = costs.decode, costs.prefill
-    if not isinstance(decode, AffineDecode) or not isinstance(prefill, AffinePrefill):
-        raise ServegymError("only affine costs are written")
-    parts = {
-        "decode": {
-            "base": decode.base,
-            "per_client": decode.per_client,
-            "per_kv_token": decode.per_kv_token,
-        },
-        "prefill": {
-            "base": prefill.base,
-            "per_token": prefill.per_token,
-            "per_token_squared": prefill.per_token_squared,
-            "per_batch_token_squared": prefill.per_batch_token_squared,
-        },
-    }
-    lines = ["[cost]", 'model = "affine"']
-    for name, values in parts.items():
-        inner = ", ".join(f"{key} = {_rounded(value)!r}" for key, value in values.items())
+    if not isinstance(prefill, AffinePrefill):
+        raise ServegymError("only costs with an affine prefill are written")
+    model = "table" if isinstance(decode, TableDecode) else "affine"
+    lines = ["[cost]", f'model = "{model}"']
+    for name, part in (("decode", decode), ("prefill", prefill)):
+        values = {key: _rounded(value) for key, value in asdict(part).items()}
+        inner = ", ".join(f"{key} = {value!r}" for key, value in values.items())
         lines.append(f"{name} = {{{inner}}}")
     return "\n".join(lines) + "\n"
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+def _rounded(value: Any) -> Any:
+    """Return numbers to six digits, and lists of them."""
+    if isinstance(value, tuple):
+        return [_rounded(each) for each in value]
+    return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def _columns(log: pd.DataFrame, names: Sequence[str]) -> Floats:
@@ -260,10 +261,43 @@ def _columns(log: pd.DataFrame, names: Sequence[str]) -> Floats:
     return np.stack([np.ones(len(log)), *named], axis=1)
 
 
+def _fitted_rounds(log: pd.DataFrame, form: str) -> tuple[AffineDecode | TableDecode, Quality]:
+    """Return what decode rounds cost, and how well that says it."""
+    if form == "line":
+        found, said, _ = _fitted(log, ("requests", "cached_tokens"))
+        base, per_client, per_kv_token = map(float, found)
+        return AffineDecode(max(base, _LEAST_S), per_client, per_kv_token), said
+    requests = log["requests"].to_numpy(dtype=float)
+    knots = _knots(requests)
+    shares = [np.interp(requests, knots, row) for row in np.eye(len(knots))]
+    kv = log["cached_tokens"].to_numpy(dtype=float)
+    found, said, _ = _solved(np.stack([*shares, kv], axis=1), log["seconds"].to_numpy(dtype=float))
+    seconds = tuple(max(float(each), _LEAST_S) for each in found[:-1])
+    return TableDecode(tuple(int(knot) for knot in knots), seconds, float(found[-1])), said
+
+
+def _knots(requests: Floats) -> Floats:
+    """Return numbers of clients that have been seen ``LEAST`` times, from the least to the most, by factors.
+
+    Examples
+    --------
+    >>> _knots(np.repeat([1.0, 2.0, 3.0, 16.0], [10, 3, 10, 10]))
+    array([ 1.,  3., 16.])
+    """
+    values, counts = np.unique(requests, return_counts=True)
+    often = values[counts >= LEAST]
+    often = often if len(often) else values
+    wanted = np.geomspace(often[0], often[-1], KNOTS)
+    return np.unique([often[np.abs(np.log(often / each)).argmin()] for each in wanted])
+
+
 def _fitted(log: pd.DataFrame, names: Sequence[str]) -> tuple[Floats, Quality, float]:
     """Return coefficients of 1 and the named columns, their quality, and the mean squared error."""
-    measured = log["seconds"].to_numpy(dtype=float)
-    columns = _columns(log, names)
+    return _solved(_columns(log, names), log["seconds"].to_numpy(dtype=float))
+
+
+def _solved(columns: Floats, measured: Floats) -> tuple[Floats, Quality, float]:
+    """Return coefficients of columns, their quality, and the mean squared error."""
     predicted = measured
     for _ in range(_PASSES):
         coefficients = _weighted(columns, measured, 1.0 / predicted)

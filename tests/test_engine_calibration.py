@@ -24,7 +24,7 @@ from servegym.engines.calibration import (
 )
 from servegym.engines.iterations import Iteration, first_difference, simulate
 from servegym.envs import ServegymError, load_task, make_case, play
-from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
+from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts, TableDecode
 from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
 from servegym.studies.commands import calibrate_engine, serve
 from servegym.studies.engines.grid import spaced
@@ -90,6 +90,26 @@ def test_costs_without_noise_are_found(squared: tuple[float, float]) -> None:
         assert fit.form == "batch"
 
 
+def test_a_table_of_rounds_is_found_where_a_line_is_not_enough(write: Any) -> None:
+    """A step between two numbers of clients, as kernels have them that compute by eights."""
+    rounds = TableDecode((1, 8, 9, 16), (2e-3, 2.5e-3, 4e-3, 4.5e-3), 2e-6)
+    costs = StageCosts(rounds, COSTS.prefill)
+    log = made_log(costs, 2000)
+    line, table = fit_costs(log, "batch", "line"), fit_costs(log, "batch", "table")
+    assert predicted_seconds(costs, log) == pytest.approx(log["seconds"], rel=1e-9)
+    assert table.decode_quality.median_error < 0.5 * line.decode_quality.median_error
+    assert isinstance(table.decode, TableDecode)
+    assert (table.decode.batch[0], table.decode.batch[-1]) == (1, 16)
+    read = load_task(str(write("table.toml", cost_section(table.costs)))).cost
+    assert predicted_seconds(read, log) == pytest.approx(
+        predicted_seconds(table.costs, log), rel=1e-5
+    )
+    few = made_log(costs, 30)  # so few of each number that a table has but those seen
+    assert fit_costs(few, "batch", "table").decode_quality.iterations == 30
+    with pytest.raises(ServegymError, match="did you mean 'table'"):
+        fit_costs(log, "batch", "tabel")
+
+
 def test_noise_makes_no_prediction_too_low() -> None:
     log = made_log(count=400, noise=0.3)
     seconds = predicted_seconds(fit_costs(log, "batch").costs, log)
@@ -115,6 +135,18 @@ def test_a_log_is_read_and_fitted_and_predicts_another(
     assert task.cluster.clients == 16
     assert isinstance(task.cost, StageCosts)
     assert task.cost.decode.per_kv_token == pytest.approx(2e-6, rel=0.5)
+
+
+def test_a_folder_holds_the_log_that_was_fitted_and_none_of_an_earlier_run(tmp_path: Path) -> None:
+    log, kept = tmp_path / "a.csv", tmp_path / "out" / "iterations.csv"
+    made_log().to_csv(log, index=False)
+    kept.parent.mkdir()
+    kept.write_text("of an engine, long ago")
+    calibrate_engine.main(["--log", str(log), "--output", str(kept.parent)])
+    assert kept.read_text() == log.read_text()
+    calibrate_engine.main(["--log", str(kept), "--output", str(kept.parent), "--rounds", "table"])
+    assert kept.read_text() == log.read_text()
+    assert 'model = "table"' in (kept.parent / "engine.toml").read_text()
 
 
 def rows(**changes: Any) -> str:

@@ -23,7 +23,7 @@ def held(error: float = 0.0, **changes: Any) -> list[HeldOut]:
     """Policies of 10, 9 and 5 s; predicted exactly, but for ``FAR`` and an ``error`` of the first."""
     times = {"one": (10.0, FAR[0] + error), "two": (9.0, FAR[1]), "three": (5.0, FAR[2])}
     rows = [
-        HeldOut(name, 7, None, s, 2 * s, s * (1 + far / 100), 3 * s, 0.05)
+        HeldOut(name, 7, None, s, 2 * s, s * (1 + far / 100), 3 * s, s / 4, 0.3 * s, 0.05)
         for name, (s, far) in times.items()
     ]
     return [HeldOut(**vars(rows[0]) | changes), *rows[1:]]
@@ -58,6 +58,15 @@ def test_errors_are_medians_over_runs(tmp_path: Path) -> None:
     )
     assert table[3].startswith("| two | 21 | all | 9.00 | +4.0 (+4.0 … +4.0) |")
     assert makespans.medians_table(runs[runs["run"] == 0]).count("…") == 0
+
+
+def test_errors_are_those_of_decode_rounds_and_of_prefills(tmp_path: Path) -> None:
+    table = makespans.stages_table(filled(tmp_path / "runs.csv", 0.0)).splitlines()
+    assert table[2:] == [  # prefill is a quarter, said to be 5 % of the makespan more
+        "| one | 7.50 | -5.0 | 2.50 | +5.0 |",
+        "| two | 6.75 | -1.0 | 2.25 | +5.0 |",
+        "| three | 3.75 | -4.0 | 1.25 | +5.0 |",
+    ]
 
 
 def test_the_verdict_counts_who_is_near_enough(tmp_path: Path) -> None:
@@ -146,7 +155,7 @@ def test_an_interrupted_run_makes_what_is_missing(tmp_path: Path, asked: list[st
     rows, runs = run()
     assert asked == ["fcfs", "run 0", "run 1", "run 1", "run 2"]
     assert len(rows) == 1
-    assert runs["seed"].unique().tolist() == [1_000_000, 1_000_001, 1_000_002]
+    assert runs["seed"].unique().tolist() == [1_001_000, 1_001_001, 1_001_002]
     assert np.isnan(runs["difference"]).all()
 
 

@@ -15,16 +15,16 @@ import pandas as pd
 
 from servegym.engines.calibration import Fit, cost_section, fit_costs, predicted_seconds, read_log
 from servegym.envs.errors import ServegymError
-from servegym.envs.files import write_file
+from servegym.envs.files import read_text, write_file
 from servegym.envs.playing.locks import locked
 from servegym.envs.task.config import TaskConfig
 from servegym.studies.cases import parse_policies
 from servegym.studies.cli import check_folder, check_number, command_line, parse
 from servegym.studies.engines.grid import Grid
 from servegym.studies.engines.held_out import (
-    FITTED,
     Calibration,
     costs_line,
+    fitted_policies,
     held_out_table,
     in_one_lockstep,
     quality_table,
@@ -46,6 +46,8 @@ class Args:
     """With --log: another one, whose seconds are predicted."""
     form: Literal["best", "linear", "prompts", "batch"] = "best"
     """What prefill grows with besides its tokens T: nothing, Σp² of the prompts, or T²."""
+    rounds: Literal["line", "table"] = "line"
+    """What decode rounds take besides a rate per cached token: a line in the clients, or a table by them."""
     policies: str = "fcfs,hybrid,ppo"
     """Policies whose makespans are predicted; none of their iterations is fitted. Empty: no such run."""
     clients: int = 16
@@ -77,10 +79,10 @@ class Args:
             raise ServegymError("--held-out-log needs --log")
 
 
-def from_log(args: Args) -> tuple[Fit, str]:
-    """Fit a log; return the fit and what is to be said of it."""
+def from_log(args: Args) -> tuple[Fit, str, str]:
+    """Fit a log; return the fit, what is to be said of it, and the log as it was."""
     log = read_log(Path(args.log))
-    fit = fit_costs(log, args.form)
+    fit = fit_costs(log, args.form, args.rounds)
     parts = [quality_table(log), costs_line(fit)]
     if args.held_out_log:
         other = read_log(Path(args.held_out_log))
@@ -93,10 +95,10 @@ def from_log(args: Args) -> tuple[Fit, str]:
             f"Held out: {len(other)} iterations took {whole_s:.4g} s, predicted are {said_s:.4g} s "
             f"({said_s / whole_s - 1:+.1%})."
         )
-    return fit, "\n\n".join(parts)
+    return fit, "\n\n".join(parts), read_text(Path(args.log))
 
 
-def from_engine(args: Args, names: Sequence[str]) -> tuple[Fit, str, pd.DataFrame]:
+def from_engine(args: Args, names: Sequence[str]) -> tuple[Fit, str, str]:
     """Run the grid and the policies; return the fit, what is to be said of it, and the grid's log."""
     from servegym.engines.huggingface import load_model, use_threads
 
@@ -111,6 +113,9 @@ def from_engine(args: Args, names: Sequence[str]) -> tuple[Fit, str, pd.DataFram
             args.requests, int(model.config.vocab_size), args.seed + seed, prompts, outputs
         )
 
+    def fitted(log: pd.DataFrame) -> Fit:
+        return fit_costs(log, args.form, args.rounds)
+
     def calibration(task: TaskConfig, seed: int) -> Calibration:
         most = args.clients, args.prompt_tokens
         grid = Grid(model, task, *most, repeats=args.repeats, seed=args.seed + seed)
@@ -120,23 +125,22 @@ def from_engine(args: Args, names: Sequence[str]) -> tuple[Fit, str, pd.DataFram
     before = calibration(task, 0)
     run_all(before.parts())
     log = before.log()
-    fit = fit_costs(log, args.form)
+    fit = fitted(log)
     if not names:
-        return fit, f"{quality_table(log)}\n\n{costs_line(fit)}", log
+        return fit, f"{quality_table(log)}\n\n{costs_line(fit)}", log.to_csv(index=False)
     print("running it again, in lockstep with the policies", flush=True)
     task = with_costs(task, fit)
-    _, rows, again = in_one_lockstep(
-        model, task, calibration(task, 2), requests(1), names, args.seed
+    fit, rows, again = in_one_lockstep(
+        model, task, calibration(task, 2), requests(1), names, args.seed, fitted=fitted
     )
-    fit = fit_costs(again, args.form)
     text = (
-        f"{quality_table(again)}\n\n{costs_line(fit)}\n\nFitted: a grid, and other requests under "
-        f"{' and '.join(FITTED)}.\nHeld out: {args.requests} requests of "
+        f"{quality_table(again)}\n\n{costs_line(fit)}\n\nFitted: prefills of a grid, and other requests "
+        f"under {' and '.join(fitted_policies(args.clients))}.\nHeld out: {args.requests} requests of "
         f"{shortest[0]} … {args.prompt_tokens} prompt and {shortest[1]} … {args.output_tokens} output "
         "tokens, in the same lockstep. Predicted are the simulator's own iterations.\n\n"
         f"{held_out_table(rows)}"
     )
-    return fit, text, again
+    return fit, text, again.to_csv(index=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,11 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {key: value for key, value in vars(args).items() if value != getattr(Args, key)}
     command = command_line("calibrate_engine", **options)
     with locked(args.output):
-        if args.log:
-            fit, text = from_log(args)
-        else:
-            fit, text, log = from_engine(args, names)
-            write_file(args.output / "iterations.csv", log.to_csv(index=False))
+        fit, text, log = from_log(args) if args.log else from_engine(args, names)
+        # Of a log, too: the folder holds what was fitted, and nothing of an earlier run.
+        write_file(args.output / "iterations.csv", log)
         words = "seconds as logged" if args.log else f"CPU seconds of {args.model}"
         head = f"# {command}\n# {words}\n[cluster]\nclients = {args.clients}\n\n"
         write_file(args.output / "engine.toml", head + cost_section(fit.costs))

@@ -36,9 +36,9 @@ from servegym.studies.engines.equality import (
 )
 from servegym.studies.engines.grid import Grid
 from servegym.studies.engines.held_out import (
-    FITTED,
     Calibration,
     costs_line,
+    fitted_policies,
     in_one_lockstep,
     quality_table,
     run_all,
@@ -52,6 +52,7 @@ from servegym.studies.engines.makespans import (
     open_runs,
     request_seed,
     run_rows,
+    stages_table,
     verdict,
 )
 from servegym.studies.speed import commit, machine
@@ -80,8 +81,8 @@ class Args:
     """Requests of each run whose makespan is predicted, on 16 slots."""
     repeats: int = 3
     """Lockstep runs of these, each with fresh requests; pages show medians over them."""
-    seed: int = 0
-    """Of all draws."""
+    seed: int = 1
+    """Of all draws. What is fitted was settled in sight of the requests of seed 0."""
     output: Path = Path("results/engine")
     """Folder for the results. An interrupted run goes on, a finished one starts anew."""
 
@@ -170,9 +171,9 @@ def report(args: Args, rows: Sequence[Row], runs: pd.DataFrame, parts: dict[str,
     count = "one run" if len(seeds) == 1 else f"each of {len(seeds)} runs"
     drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} … {seeds[-1]}"
     intro = (
-        f"In {count}, costs are fitted to a grid of iterations (batches of equal prompts, a few rounds "
-        f"each) and to other requests under {' and '.join(FITTED)}, all in the same lockstep; no iteration "
-        "of a row is fitted. Policies go by costs of a grid before. Predicted are the simulator's own "
+        f"In {count}, costs are fitted to other requests under {' and '.join(fitted_policies(SLOTS))}, "
+        "which no row has, and to prefills of a grid (batches of equal prompts), all in the same lockstep. "
+        "Policies go by costs of a grid before. Predicted are the simulator's own "
         f"iterations on the true lengths: {args.held_out_requests} requests on {SLOTS} slots, prompts of "
         f"{PROMPTS[0]} … {PROMPTS[1]}, outputs of {OUTPUTS[0]} … {OUTPUTS[1]} tokens, fresh ones in each "
         f"run ({drawn}), as is the order in which those go on who are equally far. Measured is CPU time "
@@ -202,20 +203,27 @@ the engine's: the twin is told who has finished. Decisions: how often the policy
 
 {fill(intro, 110)}
 
-**Blind.** What is fitted and in which form was settled on other requests (seed 1), in sight of their errors;
-none of these requests had a part in it.
+**Blind.** What is fitted and in which form was settled on other requests, in sight of their errors (seeds
+1000000 … 1000002 of `--seed 0`, and two trial runs); the rows of another `--seed` had no part in it.
 
 {fill(verdict(errors_of(runs)), 110)}
 
 {medians_table(runs)}
+
+Where the errors come from: CPU seconds of decode rounds and of prefills, and what the errors of each make of
+the makespan, in percent of it; medians over runs.
+
+{stages_table(runs)}
 
 The fit of the first run, by CPU time: {parts["costs"]}
 
 {parts["quality"]}
 
 T, p: prompt tokens of the stage, of a request; B, kv: clients and cached tokens. The engine packs a batch
-into one dense row, so that a prefill pays for T²; `per_batch_token_squared` says so. A decode round pays for
-B · kv, which affine costs have no term for.
+into one dense row, so that a prefill pays for T²; `per_batch_token_squared` says so. What a cached token
+costs a decode round grows with B and with kv: the line holds near the rounds that it is fitted to, and these
+are a workload's, under policies that let few or most clients idle. A grid's rounds, short and of few tokens,
+are not fitted: with them ratios missed by up to 2.3 points.
 
 ## The twin
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from servegym.engines.calibration import Fit, fit_costs, predicted_seconds, table_of
 from servegym.engines.iterations import Stepping, first_difference, next_in_lockstep, simulate
+from servegym.envs.machine.costs import TableDecode
 from servegym.envs.task.config import TaskConfig
 from servegym.studies.engines.grid import Grid
 from servegym.studies.engines.loads import Load, engine_policy
@@ -28,24 +29,39 @@ class HeldOut:
     wall_s: float
     predicted_cpu_s: float
     predicted_wall_s: float
+    prefill_cpu_s: float
+    """Of ``cpu_s``, what prefills took."""
+    predicted_prefill_cpu_s: float
     twin_ms: float
 
 
-FITTED = ("fcfs", "threshold-8")
-"""Policies whose iterations on a workload of their own are fitted with the grid."""
+def fitted_policies(clients: int) -> tuple[str, str]:
+    """Return the policies whose iterations on a workload of their own are fitted; neither is judged.
+
+    They wait for half, and for most of the clients to be idle, so that few and many clients are seen.
+
+    Examples
+    --------
+    >>> fitted_policies(16)
+    ('threshold-8', 'threshold-14')
+    """
+    return f"threshold-{max(1, clients // 2)}", f"threshold-{max(1, 7 * clients // 8)}"
 
 
 class Calibration:
-    """A grid, and a workload under the policies ``FITTED``, to be run in lockstep.
+    """A grid, and a workload under ``fitted_policies``, to be run in lockstep.
 
-    The grid alone would say little of what batches in service are like: an engine that packs requests into
-    one row pays for their product with the cached tokens, which affine costs only have near what is fitted.
+    Prefills of both are fitted, decode rounds of the workload alone: what a cached token costs grows with
+    how many there are (keys and values leave the processor's caches) and with how many clients attend to it.
+    Affine costs have neither, and hold where they are fitted. The grid's batches are short of what requests
+    hold in service, so that a line through both is wrong for either.
     """
 
     def __init__(self, model: Any, task: TaskConfig, grid: Grid, load: Load) -> None:
         self._grid = grid
         self._engines = {
-            name: load.engine(model, task, engine_policy(name, task)) for name in FITTED
+            name: load.engine(model, task, engine_policy(name, task))
+            for name in fitted_policies(task.cluster.clients)
         }
 
     def parts(self) -> dict[str, Stepping]:
@@ -53,8 +69,8 @@ class Calibration:
         return {"the grid": self._grid} | {f"fit {name}": e for name, e in self._engines.items()}
 
     def log(self, seconds: Literal["cpu", "wall"] = "cpu") -> pd.DataFrame:
-        """Return all iterations so far."""
-        iterations = list(self._grid.iterations)
+        """Return the iterations so far that are fitted."""
+        iterations = [each for each in self._grid.iterations if each.kind == "prefill"]
         for engine in self._engines.values():
             iterations += engine.iterations
         return table_of(iterations, seconds)
@@ -92,6 +108,7 @@ def in_one_lockstep(
     names: Sequence[str],
     seed: int,
     run: int = 0,
+    fitted: Callable[[pd.DataFrame], Fit] = fit_costs,
 ) -> tuple[Fit, list[HeldOut], pd.DataFrame]:
     """Serve a load under policies beside a calibration; predict the ones from the other.
 
@@ -101,6 +118,8 @@ def in_one_lockstep(
         Whose costs the policies go by, fitted before.
     run
         Which of several: each has its parts in another order.
+    fitted
+        Fits costs to a log.
 
     Returns
     -------
@@ -119,11 +138,12 @@ def in_one_lockstep(
     finally:
         gc.unfreeze()
     log = calibration.log()
-    fit, wall_fit = fit_costs(log), fit_costs(calibration.log("wall"))
+    fit, wall_fit = fitted(log), fitted(calibration.log("wall"))
     rows = []
     for name, engine in engines.items():
         simulated, _ = simulate(task, engine_policy(name, task), load.requests, seed)
         table, done = table_of(simulated), engine.iterations
+        said_s, prefill = predicted_seconds(fit.costs, table), table["kind"] == "prefill"
         twin_s = sorted(each.twin_s for each in done)
         rows.append(
             HeldOut(
@@ -132,8 +152,10 @@ def in_one_lockstep(
                 first_difference(done, simulated),
                 sum(each.cpu_s for each in done),
                 sum(each.wall_s for each in done),
-                float(predicted_seconds(fit.costs, table).sum()),
+                float(said_s.sum()),
                 float(predicted_seconds(wall_fit.costs, table).sum()),
+                sum(each.cpu_s for each in done if each.kind == "prefill"),
+                float(said_s[prefill].sum()),
                 1e3 * twin_s[len(twin_s) // 2],
             )
         )
@@ -155,7 +177,10 @@ def quality_table(log: pd.DataFrame) -> str:
     fits = {
         name: fit_costs(log, name) for name in forms if name != "prompts" or "prompt_squares" in log
     }
-    rows = [("decode", "1, B, kv", next(iter(fits.values())).decode_quality)]
+    rows = [
+        ("decode", "1, B, kv", next(iter(fits.values())).decode_quality),
+        ("decode", "table by B, kv", fit_costs(log, "linear", "table").decode_quality),
+    ]
     rows += [("prefill", forms[name], fit.prefill_quality) for name, fit in fits.items()]
     for stage, form, found in rows:
         lines.append(
@@ -168,14 +193,19 @@ def quality_table(log: pd.DataFrame) -> str:
 def costs_line(fit: Fit) -> str:
     """Return a fit in one sentence."""
     decode, prefill = fit.decode, fit.prefill
+    if isinstance(decode, TableDecode):
+        pairs = zip(decode.batch, decode.seconds, strict=True)
+        rounds = ", ".join(f"{batch}: {1e3 * seconds:.3g}" for batch, seconds in pairs)
+        rounds = f"[{rounds}] by B"
+    else:
+        rounds = f"{1e3 * decode.base:.3g} + {1e3 * decode.per_client:.3g} B"
     squared = {
         "linear": "",
         "prompts": f" + {1e3 * prefill.per_token_squared:.3g} Σp²",
         "batch": f" + {1e3 * prefill.per_batch_token_squared:.3g} T²",
     }[fit.form]
     return (
-        f"Decode {1e3 * decode.base:.3g} + {1e3 * decode.per_client:.3g} B + "
-        f"{1e3 * decode.per_kv_token:.3g} kv ms; prefill {1e3 * prefill.base:.3g} + "
+        f"Decode {rounds} + {1e3 * decode.per_kv_token:.3g} kv ms; prefill {1e3 * prefill.base:.3g} + "
         f"{1e3 * prefill.per_token:.3g} T{squared} ms."
     )
 

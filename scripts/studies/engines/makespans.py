@@ -154,3 +154,29 @@ def _range(values: pd.Series) -> str:
     """Return a median, and the least and the largest where there are several."""
     median = f"{values.median():+.1f}"
     return median if len(values) == 1 else f"{median} ({values.min():+.1f} … {values.max():+.1f})"
+
+
+def stages_table(rows: pd.DataFrame) -> str:
+    """Return what decode rounds and prefills took, and their errors in percent of the makespan."""
+    prefill, said = rows["prefill_cpu_s"], rows["predicted_prefill_cpu_s"]
+    decode = rows["cpu_s"] - prefill
+    parts = pd.DataFrame(
+        {
+            "policy": rows["policy"],
+            "decode": decode,
+            "decode_error": 100 * (rows["predicted_cpu_s"] - said - decode) / rows["cpu_s"],
+            "prefill": prefill,
+            "prefill_error": 100 * (said - prefill) / rows["cpu_s"],
+        }
+    )
+    lines = [
+        "| policy | decode (s) | its error (%) | prefill (s) | its error (%) |",
+        "|:--|--:|--:|--:|--:|",
+    ]
+    for name, own in parts.groupby("policy", sort=False):
+        found = own.drop(columns="policy").median()
+        lines.append(
+            f"| {name} | {found['decode']:.2f} | {found['decode_error']:+.1f} | "
+            f"{found['prefill']:.2f} | {found['prefill_error']:+.1f} |"
+        )
+    return "\n".join(lines)
