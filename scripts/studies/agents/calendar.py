@@ -22,7 +22,7 @@ from servegym.baselines.calendar.fitted import (
     calendar_policy,
     write_parameters,
 )
-from servegym.baselines.calendar.learning import CalendarSearch, Search
+from servegym.baselines.calendar.learning import USUAL_OPTIMIZER, CalendarSearch, Search
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs.errors import ServegymError
 from servegym.envs.files import make_folder, read_bytes, read_json, write_file
@@ -88,7 +88,7 @@ class CalendarTraining:
         self._identity = {
             "algorithm": FAMILY,
             "task": notes_of(task),
-            "search": asdict(how),
+            "search": _notes_of(how),
         } | hash_of(task)
         self._check(resume)
         self._cases = [make_case(task, seed) for seed in self._seeds]
@@ -222,6 +222,14 @@ class CalendarTraining:
             except (ValueError, KeyError, TypeError):
                 raise ServegymError(f"{table}: damaged; begin a run in another folder") from None
             self._before_s = max((row["training_s"] for row in self.rows), default=0.0)
+
+
+def _notes_of(how: Search) -> dict[str, Any]:
+    """Return a search's fields; the usual optimiser goes unsaid, as in runs from before there were others."""
+    notes = asdict(how)
+    if how.optimizer == USUAL_OPTIMIZER:
+        del notes["optimizer"]
+    return notes
 
 
 def _number(column: str, text: str) -> int | float:
