@@ -28,7 +28,7 @@ def gaps_of_rivals(path: Path, names: Sequence[str], cases: int) -> dict[str, pd
     """
     if not path.is_file():
         return {}
-    table = pd.read_csv(path, float_precision="round_trip")
+    table = pd.read_csv(path, dtype={"gap": str}).astype({"gap": float})
     wanted = list(range(HELD_OUT_SEED, HELD_OUT_SEED + cases))
     found = {}
     for name in names:

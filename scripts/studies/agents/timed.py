@@ -33,6 +33,12 @@ CURVE_FILE: Final = "evaluations.csv"
 RUN_FILE: Final = "run.json"
 
 
+_TYPES: Final[dict[str, dict[str, type]]] = {
+    CURVE_FILE: {"training_s": float, "steps": int, "gap_percent": float},
+    HELD_OUT_FILE: {"seed": int, "gap": float},
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every run of a study has in common.
@@ -161,8 +167,8 @@ def read_runs(
         for tables, name in zip(found, (CURVE_FILE, HELD_OUT_FILE), strict=True):
             # As Python reads numbers: pandas' parser may change a last digit.
             try:
-                table = pd.read_csv(folder / name, float_precision="round_trip")
-            except (OSError, ValueError):
+                table = pd.read_csv(folder / name, dtype=str).astype(_TYPES[name])
+            except (OSError, ValueError, KeyError):
                 raise ServegymError(
                     f"{folder / name}: damaged; remove {folder}, and the run is done anew"
                 ) from None
