@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from servegym.agents.record import RECORD
 from servegym.baselines.calendar import imitation
 from servegym.baselines.calendar.fitted import CalendarParameters
 from servegym.baselines.calendar.imitation import (
@@ -29,7 +30,6 @@ from servegym.baselines.calendar.optimizers import OPTIMIZERS, EvolutionStrategy
 from servegym.baselines.schedules import Stage
 from servegym.envs import TASKS
 from servegym.envs.task.config import with_overrides
-from servegym.studies.agents import calendar
 from servegym.studies.agents.calendar import CalendarTraining
 from servegym.studies.agents.learners import LEARNERS
 from servegym.studies.commands import study_learners
@@ -93,7 +93,7 @@ def test_a_run_says_its_optimizer_unless_it_is_the_usual(tmp_path: Path) -> None
     """Runs from before there was a choice are gone on with."""
     usual, other = tmp_path / "usual", tmp_path / "other"
     CalendarTraining(TINY, FEW, usual, "", validation_cases=1)
-    assert "optimizer" not in (usual / calendar.RECORD).read_text()
+    assert "optimizer" not in (usual / RECORD).read_text()
     CalendarTraining(TINY, FEW, usual, "", validation_cases=1, resume=True)
     es = replace(FEW, optimizer="es")
     CalendarTraining(TINY, es, other, "", validation_cases=1)

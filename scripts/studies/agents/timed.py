@@ -104,7 +104,7 @@ def _identity(plan: Plan, learner: str, seed: int) -> dict[str, Any]:
     }
     if learner == FASTER:
         known["hyperparameters"] = dict(plan.hyperparameters)
-    return json.loads(json.dumps(known | hash_of(plan.task)))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(known | hash_of(plan.task)))
 
 
 def _check(record: Path, known: dict[str, Any]) -> None:
