@@ -1,4 +1,4 @@
-"""What a study of learners has found, as a page and as the curves of its picture."""
+"""What a study of learners has found, as a page and a picture."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from servegym.envs.errors import ServegymError
+from servegym.envs.pictures import draw_learning_curves
 from servegym.envs.playing.evaluation import HELD_OUT_SEED
 from servegym.envs.playing.summary import to_markdown, with_interval
 from servegym.studies.agents.timed import Plan
@@ -42,13 +44,27 @@ def gaps_of_rivals(path: Path, names: Sequence[str], cases: int) -> dict[str, pd
     return found
 
 
-def as_curves(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return curves as ``draw_learning_curves`` takes them: the best so far, which is what is kept."""
+def draw(curves: pd.DataFrame, rivals: Mapping[str, pd.Series]) -> Figure:
+    """Draw the gap of the best so far, which is what is kept, over CPU minutes; both axes logarithmic."""
     best = curves.groupby(["learner", "training_seed"])["gap_percent"].cummin()
     drawn = curves.assign(gap_percent=best).rename(
         columns={"learner": "label", "training_seed": "seed"}
     )
-    return drawn[np.isfinite(drawn["gap_percent"])]
+    drawn = drawn[np.isfinite(drawn["gap_percent"])]
+    references = {name: 100 * float(gaps.mean()) for name, gaps in rivals.items()}
+    figure = draw_learning_curves(drawn, references)
+    axes = figure.axes[0]
+    axes.set_xscale("log")
+    axes.set_xlim(left=drawn["training_s"].min() / 60)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("CPU minutes of training")
+    # An untrained agent's gap would hide all differences.
+    highest = 1.2 * max(references.values(), default=float(drawn["gap_percent"].max()))
+    axes.set_yscale("log")
+    axes.set_ylim(0.9 * min([drawn["gap_percent"].min(), *references.values()]), highest)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    return figure
 
 
 def page(

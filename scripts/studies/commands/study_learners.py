@@ -9,12 +9,12 @@ from pathlib import Path
 
 from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.files import write_file
-from servegym.envs.pictures import draw_learning_curves, to_png
+from servegym.envs.pictures import to_png
 from servegym.envs.playing.locks import locked
 from servegym.envs.playing.parallel import end_with_parent
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.learners import FASTER, LEARNERS, USUAL
-from servegym.studies.agents.learners_report import as_curves, gaps_of_rivals, page
+from servegym.studies.agents.learners_report import draw, gaps_of_rivals, page
 from servegym.studies.agents.timed import Plan, read_runs, run
 from servegym.studies.cli import check_number, command_line, parse
 
@@ -64,14 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         curves, episodes = read_runs(folders)
         write_file(args.output / "curves.csv", curves.to_csv(index=False))
         write_file(args.output / "held_out.csv", episodes.to_csv(index=False))
-        references = {name: 100 * float(gaps.mean()) for name, gaps in rivals.items()}
-        figure = draw_learning_curves(as_curves(curves), references)
-        for axes in figure.axes:
-            axes.set_xscale("log")
-            axes.set_xlim(left=curves["training_s"].min() / 60)
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.set_xlabel("CPU minutes of training")
-        write_file(args.output / "learners.png", to_png(figure))
+        write_file(args.output / "learners.png", to_png(draw(curves, rivals)))
         command = command_line("study_learners", *(sys.argv[1:] if argv is None else argv))
         text = page(plan, command, curves, episodes, rivals)
         write_file(args.output / "table.md", text)
