@@ -80,7 +80,9 @@ def held(service: Service) -> Held:
     gc.collect()
     scheduler = service.scheduler
     tables = (service.asked, service.answers, service.cancelled, scheduler.ids, scheduler.states)
-    kept = sum(map(len, tables)) + len(scheduler.iterations) + len(scheduler._arrivals)
+    kept = (
+        sum(len(table) for table in tables) + len(scheduler.iterations) + len(scheduler._arrivals)
+    )
     return Held(len(gc.get_objects()), psutil.Process().memory_info().rss / 1024, kept)
 
 

@@ -101,6 +101,7 @@ def test_a_table_of_rounds_is_found_where_a_line_is_not_enough(write: Any) -> No
     assert isinstance(table.decode, TableDecode)
     assert (table.decode.batch[0], table.decode.batch[-1]) == (1, 16)
     read = load_task(str(write("table.toml", cost_section(table.costs)))).cost
+    assert isinstance(read, StageCosts)
     assert predicted_seconds(read, log) == pytest.approx(
         predicted_seconds(table.costs, log), rel=1e-5
     )

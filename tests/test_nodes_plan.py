@@ -69,7 +69,7 @@ def test_processors_that_other_processes_take_are_counted(monkeypatch: pytest.Mo
 
     fake = SimpleNamespace(cpu_times=lambda: machine[0], Process=lambda: process([process([])]))
     monkeypatch.setitem(sys.modules, "psutil", fake)
-    monkeypatch.setattr(nodes_measured.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("servegym.studies.nodes_measured.time.perf_counter", lambda: clock[0])
     others = nodes_measured.OtherProcesses()
     clock[0], machine[0] = 10.0, times(20.0, 2.0, 102.0, 4.0, 3.0)  # 15 + 1 + 4 s busy
     own[0] = (5.0, 2.0, 999.0)  # 4 s each, of two processes

@@ -11,7 +11,7 @@ import pytest
 
 from servegym.engines.calibration import fit_costs, predicted_seconds
 from servegym.envs import ServegymError, load_task
-from servegym.envs.machine.costs import TableDecode
+from servegym.envs.machine.costs import StageCosts, TableDecode
 from servegym.studies.commands import profile_gpu
 from servegym.studies.engines.depths import Cell, cells, depth_table, extrapolated, log_of, timed
 
@@ -121,7 +121,8 @@ def test_the_command_runs_on_a_cpu_and_a_task_takes_its_costs(tmp_path: Path) ->
     assert profile_gpu.main([*TINY, "--output", str(tmp_path)]) == 0
     task = load_task(str(tmp_path / "cost.toml"))
     assert task.cluster.clients == 4
-    assert isinstance(task.cost.decode, TableDecode)  # type: ignore[union-attr]
+    assert isinstance(task.cost, StageCosts)
+    assert isinstance(task.cost.decode, TableDecode)
     page = (tmp_path / "profile.md").read_text()
     assert "Attention by torch's kernels: prefill: _scaled_dot_product" in page
     assert "| decode | eager | 12 |" in page

@@ -1,7 +1,7 @@
-"""Learn the policy ``calendar`` for a task: search by CMA-ES over whole episodes in compiled code.
+"""Learn the policy ``calendar`` for a task: search over whole episodes in compiled code, usually by CMA-ES.
 
-One generation plays each candidate on the same training cases, drawn anew each time. CMA-ES (Hansen 2016,
-arXiv 1604.00772; the package ``cmaes``) ranks candidates by their mean gap. A gap counts at most
+One generation plays each candidate on the same training cases, drawn anew each time. An
+optimiser (``optimizers``) goes by their mean gaps. A gap counts at most
 ``CLIPPED`` times the generation's median: a request that is left to the end costs several points, and the
 policy's variations avoid just that.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,10 @@ from servegym.baselines.calendar.fitted import (
     calendar_policy,
     lay_calendar,
 )
+from servegym.baselines.calendar.optimizers import OPTIMIZERS, make_optimizer
 from servegym.baselines.rules.compiled import CompiledPolicy, compile_policy, run_episode
 from servegym.envs.arguments import whole_number
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, unknown
 from servegym.envs.jit import threaded_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.evaluation import make_case
@@ -35,6 +36,8 @@ from servegym.envs.workload.scoring import ScoreWeights
 
 CLIPPED: Final = 1.5
 """A gap counts at most so many times the median of its generation."""
+
+USUAL_OPTIMIZER: Final = "cma"
 
 SEEDS_PER_SEARCH: Final = 1000
 """Search seed s plays training cases of environment seeds 1000 · s … 1000 · s + 999."""
@@ -63,6 +66,8 @@ class Search:
         Cases that each plays.
     spread
         First standard deviation of the search, in logarithms of intervals.
+    optimizer
+        cma, sep-cma or es, see ``optimizers``.
     """
 
     stages: int = 36
@@ -71,6 +76,7 @@ class Search:
     population: int = 24
     cases: int = 12
     spread: float = 0.2
+    optimizer: str = USUAL_OPTIMIZER
 
     def __post_init__(self) -> None:
         bounds = {
@@ -84,6 +90,13 @@ class Search:
             whole_number(name, getattr(self, name), least, most)
         if not 1e-6 <= self.spread <= 10:
             raise ServegymError(f"spread must lie in 1e-6 … 10, got {self.spread}")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "es" and self.population % 2:
+            raise ServegymError(
+                f"optimizer es needs an even population, got {self.population}; "
+                f"take {self.population + 1}"
+            )
 
 
 # Of a vector: the logarithms of the intervals, then these. Scales are logarithms.
@@ -152,6 +165,14 @@ def to_parameters(vector: NDArray[np.float64]) -> CalendarParameters:
     weights = ScoreWeights(pad=1.0, shortest_share=0.0, tail=0.0, **values)
     logs = np.clip(vector[:intervals] - vector[:intervals].max(), -20.0, 0.0)
     return CalendarParameters(tuple(logs.tolist()), spare, weights)
+
+
+def to_vector(parameters: CalendarParameters) -> NDArray[np.float64]:
+    """Return the vector that stands for parameters whose weight ``pad`` is 1; see ``to_parameters``."""
+    values = {"spare": parameters.spare} | {
+        name: getattr(parameters.weights, name) for name in _NAMES if name != "spare"
+    }
+    return np.concatenate([np.array(parameters.log_intervals), _to_units(values)])
 
 
 class Players:
@@ -263,6 +284,8 @@ class CalendarSearch:
         See ``Search``.
     threads
         Play the candidates side by side; their number changes no result.
+    first
+        What the search begins at, with ``how.stages`` intervals; None: ``first_vector``.
 
     Raises
     ------
@@ -270,10 +293,24 @@ class CalendarSearch:
         If ``cmaes`` is not installed, or a calendar cannot be learned for the task.
     """
 
-    def __init__(self, task: TaskConfig, how: Search, threads: int = 1) -> None:
+    def __init__(
+        self,
+        task: TaskConfig,
+        how: Search,
+        threads: int = 1,
+        first: CalendarParameters | None = None,
+    ) -> None:
         self.how = how
         self.players = Players(task, how.cases, threads)
-        self._optimizer = make_optimizer(how)
+        vector = first_vector(how.stages) if first is None else to_vector(first)
+        if len(vector) != how.stages + len(_NAMES):
+            raise ServegymError(
+                f"the search has {how.stages} stages, what it begins at "
+                f"{len(vector) - len(_NAMES)}; they must be as many"
+            )
+        self._optimizer = make_optimizer(
+            how.optimizer, vector, how.spread, how.population, how.seed
+        )
 
     @property
     def generation(self) -> int:
@@ -307,19 +344,3 @@ class CalendarSearch:
         fitness = np.minimum(gaps, CLIPPED * np.median(gaps)).mean(axis=1)
         self._optimizer.tell(list(zip(vectors, fitness.tolist(), strict=True)))
         return fitness
-
-
-def make_optimizer(how: Search) -> Any:
-    """Return a new CMA-ES."""
-    try:
-        from cmaes import CMA
-    except ImportError:
-        raise ServegymError(
-            "learning a calendar needs the package cmaes; install it by `pip install cmaes`"
-        ) from None
-    return CMA(
-        mean=first_vector(how.stages),
-        sigma=how.spread,
-        population_size=how.population,
-        seed=how.seed,
-    )

@@ -172,7 +172,8 @@ class Layers:
                 step()
                 found.append(time.process_time() - begun)
             return tuple(found)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        event: Any = torch.cuda.Event  # torch leaves it untyped
+        events = [[event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for first, last in events:
             first.record()
             step()
@@ -181,7 +182,7 @@ class Layers:
         return tuple(1e-3 * float(first.elapsed_time(last)) for first, last in events)
 
     def _recorded(self, step: Callable[[], None]) -> Callable[[], None]:
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_GRAPH_STEPS):

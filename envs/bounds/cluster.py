@@ -261,9 +261,17 @@ def _longest_alone(
     cached_s, base_s, token_s, square_s, floor_s, *_ = tables.rates[0].item()
     if tables.prefill_level_s.shape[1] > 0:
         base_s = 0.0
-    columns = (np.ascontiguousarray(column) for column in (arrival_s, prompts, rounds))
     last, end_s, decode_s, prefill_s = _latest_end(
-        *columns, mode, round_s, cached_s, base_s, token_s, square_s, floor_s
+        np.ascontiguousarray(arrival_s),
+        np.ascontiguousarray(prompts),
+        np.ascontiguousarray(rounds),
+        mode,
+        round_s,
+        cached_s,
+        base_s,
+        token_s,
+        square_s,
+        floor_s,
     )
     release_s, most = float(arrival_s[last]), int(rounds[last])
     return LowerBound(float(end_s), release_s, float(decode_s), float(prefill_s), most, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +71,10 @@ def _sum_from(
     prompts: Whole, rounds: Whole, firsts: Whole, budget: int, whole: Whole, real: Real
 ) -> None:
     """Write the sums from each place on, the last place first."""
-    tokens, counted, many = 0, 0, 0
-    shortest = np.int64(prompts[prompts.size - 1])
+    tokens: Any = 0
+    counted: Any = 0
+    many: Any = 0
+    shortest: Any = np.int64(prompts[prompts.size - 1])
     squares, held = 0.0, 0.0
     after = prompts.size
     for k in range(firsts.size - 1, -1, -1):

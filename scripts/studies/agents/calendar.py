@@ -25,7 +25,7 @@ from servegym.baselines.calendar.fitted import (
     read_parameters,
     write_parameters,
 )
-from servegym.baselines.calendar.learning import CalendarSearch, Search
+from servegym.baselines.calendar.learning import USUAL_OPTIMIZER, CalendarSearch, Search
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.baselines.rules.policies import TriggerPolicy
 from servegym.envs.errors import ServegymError, not_installed
@@ -97,7 +97,7 @@ class CalendarTraining:
         self._identity = {
             "algorithm": FAMILY,
             "task": notes_of(task),
-            "search": asdict(how),
+            "search": _notes_of(how),
         } | hash_of(task)
         self._check(resume)
         self._cases = [make_case(task, seed) for seed in self._seeds]
@@ -284,6 +284,14 @@ def _open_charts(
         return None
     means = {name: mean_metrics(rows) for name, rows in rules.items()}
     return SearchCharts(folder / "tensorboard", means, episodes + 1 if episodes else None)
+
+
+def _notes_of(how: Search) -> dict[str, Any]:
+    """Return a search's fields; the usual optimiser goes unsaid, as in runs from before there were others."""
+    notes = asdict(how)
+    if how.optimizer == USUAL_OPTIMIZER:
+        del notes["optimizer"]
+    return notes
 
 
 def _number(column: str, text: str) -> int | float:

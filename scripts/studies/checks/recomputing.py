@@ -82,10 +82,9 @@ def lengths(
     return both[0].astype(np.int64), both[1].astype(np.int64)
 
 
-def try_workload(
-    prompt: int, output: int, spreads: tuple[float, float], clients: int, budget: int, seed: int
-) -> Found:
-    """Serve one draw of a workload with each memory and both victims."""
+def try_workload(workload: tuple[int, int, tuple[float, float], int, int], seed: int) -> Found:
+    """Serve one draw of one of ``workloads()`` with each memory and both victims."""
+    prompt, output, spreads, clients, budget = workload
     prompts, outputs = lengths(prompt, output, spreads, seed)
     once = int((prompts + outputs).sum())
     tax, saving = list[float](), list[float]()
@@ -122,6 +121,6 @@ def try_workload(
 
 def workloads() -> Iterator[tuple[int, int, tuple[float, float], int, int]]:
     """Mean prompt and output, together ``EACH``; spreads; clients; budget."""
-    for share, *rest in itertools.product(SHARES, SPREADS, CLIENTS, BUDGETS):
+    for share, spreads, clients, budget in itertools.product(SHARES, SPREADS, CLIENTS, BUDGETS):
         prompt = round(share * EACH)
-        yield prompt, EACH - prompt, *rest
+        yield prompt, EACH - prompt, spreads, clients, budget

@@ -173,7 +173,7 @@ def tax_workloads() -> list[str]:
 
 def search_parts() -> list[str]:
     """Return the search by what the issue tells: what it is, a table, how to read it."""
-    found = [try_workload(*workload, 0) for workload in tqdm([*workloads()], desc="workloads")]
+    found = [try_workload(workload, 0) for workload in tqdm([*workloads()], desc="workloads")]
     nearest = [min(found, key=lambda each: each.off), min(found, key=lambda each: each.off_saving)]
     heads = ("prompts", "outputs", "clients", "budget")
     names = [

@@ -103,8 +103,10 @@ class Args:
 
     def cells(self) -> list[Cell]:
         """Return what is to be timed."""
-        options = (self.numbers(name, 10**6) for name in ("batches", "cached", "prompts"))
-        return cells(*options, self.kv_tokens)
+        batches, cached, prompts = (
+            self.numbers(name, 10**6) for name in ("batches", "cached", "prompts")
+        )
+        return cells(batches, cached, prompts, self.kv_tokens)
 
     def numbers(self, name: str, most: int) -> list[int]:
         """Return the whole numbers of an option, ascending; refuse others."""
