@@ -79,7 +79,7 @@ def test_what_preemption_computes_again() -> None:
 def test_what_the_issue_tells_is_of_one_size() -> None:
     """623,948 recomputed of 78.8 %: 167,860 computed once by 300 requests. No memory limit: no tax."""
     assert EACH == 560
-    found = try_workload(392, 168, (0.9, 0.9), 64, 8192, 0)
+    found = try_workload((392, 168, (0.9, 0.9), 64, 8192), 0)
     assert found.tax[0] == 0.0 < found.tax[1] < found.tax[2] < found.tax[3] < 0.25
     assert found.again[1] / found.again[0] == pytest.approx(1 - found.saving[-1])
     assert found.off_saving < 0.1 < 0.5 < found.off

@@ -201,8 +201,9 @@ class PPOLearner:
 
     def policy(self) -> CompilablePolicy:
         """Return the agent as numpy plays it."""
+        from servegym.agents.card import AgentCard
         from servegym.agents.export import policy_network
-        from servegym.agents.policy import AgentCard, LearnedPolicy
+        from servegym.agents.policy import LearnedPolicy
 
         network = policy_network(self._model)
         card = AgentCard(self.task.actions, self.task.process.decisions, network.sizes, "")
