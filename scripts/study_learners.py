@@ -1,4 +1,4 @@
-"""Compare what may learn to schedule, on equal CPU time: searches, imitation, PPO. Table, curves, picture."""
+"""Compare learners on equal CPU time: curves, held-out cases, one picture."""
 
 from servegym.studies.start import run_command
 

@@ -1,4 +1,4 @@
-"""Train an agent with PPO; go on after a kill with --resume; watch it with TensorBoard."""
+"""Train an agent by the task's usual learner, PPO or another; go on after a kill with --resume."""
 
 from servegym.studies.start import run_command
 

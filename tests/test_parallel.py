@@ -37,6 +37,7 @@ from servegym.studies.commands import (
     evaluate,
     paper,
     study_agents,
+    study_training_speed,
     study_uncertainty,
     tune,
 )
@@ -108,6 +109,7 @@ def test_jobs_are_capped_at_what_is_useful(
         tune.main,
         paper.main,
         study_agents.main,
+        study_training_speed.main,
         study_uncertainty.main,
         check_estimates.main,
         check_iteration_rule.main,
@@ -137,6 +139,7 @@ def test_every_script_with_jobs_is_in_the_list_above() -> None:
         "tune",
         "paper",
         "study_agents",
+        "study_training_speed",
         "study_uncertainty",
         "check_robustness",
     }

@@ -255,6 +255,8 @@ def test_two_processes_share_a_study_and_one_that_is_killed_loses_nothing(tmp_pa
         for process in both:
             process.kill()
             process.wait()
+            assert process.stderr is not None
+            process.stderr.close()
     time.sleep(3)  # after which a trial that nobody works at is taken over
     again = subprocess.run(command, stderr=subprocess.PIPE, check=False, timeout=240)
     assert again.returncode == 0, again.stderr.decode()

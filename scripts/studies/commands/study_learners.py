@@ -21,7 +21,7 @@ from servegym.studies.cli import check_number, command_line, parse
 
 @dataclass(frozen=True)
 class Args:
-    """Train each learner for the same CPU time; writes table.md, curves.csv, held_out.csv, learners.png."""
+    """Train each learner for the same CPU time; writes table.md, learning.csv, held_out.csv, learners.png."""
 
     task: str = "GSM8K-v0"
     """A registered task or a task TOML; output lengths known, all requests present at t = 0."""
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for (learner, seed), folder in folders.items():
             run(plan, learner, seed, folder)
         curves, episodes = read_runs(folders)
-        write_file(args.output / "curves.csv", curves.to_csv(index=False))
+        write_file(args.output / "learning.csv", curves.to_csv(index=False))
         write_file(args.output / "held_out.csv", episodes.to_csv(index=False))
         write_file(args.output / "learners.png", to_png(draw(curves, rivals)))
         command = command_line("study_learners", *(sys.argv[1:] if argv is None else argv))
