@@ -25,6 +25,47 @@ from servegym.envs.task.lowering import lower
 _NOT_TEXT: Final = ("stdout", "log", "json", "csv")
 
 
+class References:
+    """Writes the charts of the policies to compare with, each as a run of its own: ``reference-<policy>``.
+
+    Parameters
+    ----------
+    folder
+        Gets the runs.
+    metrics
+        Mean metrics, by policy name.
+    purge_step
+        In a resumed run TensorBoard hides what was logged from this step on; None: a new run.
+    """
+
+    def __init__(
+        self, folder: Path, metrics: Mapping[str, Mapping[str, float]], purge_step: int | None
+    ) -> None:
+        self._metrics = metrics
+        self._writers = {
+            policy: SummaryWriter(str(folder / f"reference-{policy}"), purge_step=purge_step)
+            for policy in metrics
+        }
+
+    def log(self, step: int) -> None:
+        """Log what there is, at a step of the run that is compared."""
+        for policy, writer in self._writers.items():
+            log_means(writer, self._metrics[policy], step)
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def log_means(writer: SummaryWriter, metrics: Mapping[str, float], step: int) -> None:
+    """Write the charted metrics into a run, and to the disk."""
+    lines = _charts(metrics)
+    for tag, value in (lines | _first_page(lines)).items():
+        writer.add_scalar(tag, value, step)
+    writer.flush()
+
+
 class Charts:
     """Writes the charts of a run through the model's logger, and those of references as runs beside it.
 
@@ -52,12 +93,8 @@ class Charts:
     ) -> None:
         self.task = task
         self.logger = logger
-        self.references = references
         self._actions = tuple(map(charted, task.actions))
-        self._writers = {
-            policy: SummaryWriter(str(folder / f"reference-{policy}"), purge_step=purge_step)
-            for policy in references
-        }
+        self._references = References(folder, references, purge_step)
         if purge_step is not None:
             self._forget_events_from(purge_step)
 
@@ -79,7 +116,7 @@ class Charts:
             return
         episodes = pd.DataFrame(ended)
         finished = episodes[episodes["unfinished_requests"] == 0]
-        charts = charts_of(means(finished), "train_") if len(finished) else {}
+        charts = _charts(means(finished), "train_") if len(finished) else {}
         if self._may_cut_short:
             charts["serving/train_unfinished"] = 1.0 - len(finished) / len(episodes)
         for tag, value in charts.items():
@@ -89,12 +126,12 @@ class Charts:
         self, result: ValidationResult, row: Mapping[str, float], model: OnPolicyAlgorithm
     ) -> None:
         """Log an evaluation with its figures, and the references at the same step."""
-        charts = charts_of(means(result.episodes))
+        charts = _charts(means(result.episodes))
         if np.isfinite(row["gap_percent_sampled"]):
             charts["serving/gap_sampled"] = row["gap_percent_sampled"]
         if self._may_cut_short:
             charts["serving/unfinished"] = row["unfinished"] / row["cases"]
-        for tag, value in (charts | first_page(charts)).items():
+        for tag, value in (charts | _first_page(charts)).items():
             self.logger.record(tag, value)
         for action, share in zip(self._actions, result.action_shares, strict=True):
             self.logger.record(f"shares/{action}", float(share))
@@ -109,16 +146,11 @@ class Charts:
         for tag, image in drawn.items():
             self.logger.record(tag, Image(image, "HWC"), exclude=_NOT_TEXT)
         self.logger.dump(model.num_timesteps)
-        for policy, values in self.references.items():
-            lines = charts_of(values)
-            for tag, value in (lines | first_page(lines)).items():
-                self._writers[policy].add_scalar(tag, value, model.num_timesteps)
-            self._writers[policy].flush()
+        self._references.log(model.num_timesteps)
 
     def close(self) -> None:
         """Close the references' runs."""
-        for writer in self._writers.values():
-            writer.close()
+        self._references.close()
 
     @property
     def _may_cut_short(self) -> bool:
@@ -164,7 +196,7 @@ def _value_estimates(trace: Trace, model: OnPolicyAlgorithm) -> NDArray[np.float
         return policy.predict_values(observations).cpu().numpy().ravel().astype(np.float64)
 
 
-def charts_of(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+def _charts(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
     """Return the charted metrics that have a value, by tag; the gap in percent."""
     return {
         f"serving/{prefix}{name}": metrics[name] * (100.0 if name == "gap" else 1.0)
@@ -173,7 +205,7 @@ def charts_of(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float
     }
 
 
-def first_page(charts: Mapping[str, float]) -> dict[str, float]:
+def _first_page(charts: Mapping[str, float]) -> dict[str, float]:
     """Return the gaps once more as ``eval/…``: TensorBoard opens the first two groups of tags only."""
     return {
         tag.replace("serving/", "eval/"): value

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from servegym.agents.charts import charts_of, first_page
+from servegym.agents.charts import References, log_means
 from servegym.envs.pictures import draw_gantt, to_image
 from servegym.envs.process.metrics import EpisodeLog
 
@@ -28,12 +28,8 @@ class SearchCharts:
     def __init__(
         self, folder: Path, references: Mapping[str, Mapping[str, float]], purge_step: int | None
     ) -> None:
-        self._references = references
         self._own = SummaryWriter(str(folder), purge_step=purge_step)
-        self._others = {
-            policy: SummaryWriter(str(folder / f"reference-{policy}"), purge_step=purge_step)
-            for policy in references
-        }
+        self._references = References(folder, references, purge_step)
 
     def log_generation(self, gap_percent: float, episodes: int) -> None:
         """Log the median gap of a generation's candidates after so many training episodes."""
@@ -41,16 +37,10 @@ class SearchCharts:
 
     def log_evaluation(self, means: Mapping[str, float], episodes: int) -> None:
         """Log the mean metrics of the validation cases, and the references at the same step."""
-        for writer, metrics in [
-            (self._own, means),
-            *((self._others[name], metrics) for name, metrics in self._references.items()),
-        ]:
-            lines = charts_of(metrics)
-            for tag, value in (lines | first_page(lines)).items():
-                writer.add_scalar(tag, value, episodes)
-            writer.flush()
         # What EvalCallback of stable-baselines3 logs: an episode's return is −100 · gap.
         self._own.add_scalar("eval/mean_reward", -100.0 * means["gap"], episodes)
+        log_means(self._own, means, episodes)
+        self._references.log(episodes)
 
     def log_schedule(
         self, log: EpisodeLog, clients: Sequence[int], title: str, episodes: int
@@ -61,5 +51,5 @@ class SearchCharts:
 
     def close(self) -> None:
         """Close the files."""
-        for writer in (self._own, *self._others.values()):
-            writer.close()
+        self._own.close()
+        self._references.close()

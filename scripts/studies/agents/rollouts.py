@@ -16,8 +16,6 @@ from servegym.envs.playing.summary import to_markdown, with_interval
 from servegym.envs.task.config import TaskConfig
 from servegym.studies.policies import make_policy
 
-_COLUMNS = ("policy", "seed", "gap", "decisions", "ms")
-
 
 def play_rollouts(
     task: TaskConfig, names: Sequence[str], seeds: Sequence[int], path: Path
@@ -29,11 +27,10 @@ def play_rollouts(
     A row an episode: ``policy``, ``seed``, ``gap`` (a fraction), ``decisions`` and ``ms``, the episode's CPU
     time in milliseconds, planning and simulator included, over its decisions.
     """
-    table = pd.DataFrame(columns=list(_COLUMNS))
+    rows = []
     if path.is_file():
         table = pd.read_csv(path, dtype={"gap": str, "ms": str})
-        table = table.astype({"gap": float, "ms": float})  # as Python reads them
-    rows = table.to_dict("records")
+        rows = table.astype({"gap": float, "ms": float}).to_dict("records")  # as Python reads them
     done = {(row["policy"], row["seed"]) for row in rows}
     for seed in tqdm(seeds, unit="case"):
         missing = [name for name in names if (name, seed) not in done]
