@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import sys
 import tempfile
@@ -85,15 +86,16 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def _modules_here() -> list[ModuleType]:
     """Return the modules that were imported from the shell's folder, which workers lack."""
-    here = str(Path.cwd())
+    here = str(Path.cwd() / "_")[:-1]  # with the separator at its end
     found = []
+    # Each batch looks at all modules, and an environment in the folder has thousands: by text, then.
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file is not None and file.startswith(
-            here
-        ):  # quickly: thousands of modules lie elsewhere
-            place = Path(here, *name.split("."))
-            if Path(file) in (place.with_suffix(".py"), place / "__init__.py"):
+        file = getattr(module, "__dict__", {}).get(
+            "__file__"
+        )  # no module's own __getattr__, some take long
+        if isinstance(file, str) and file.startswith(here):
+            place = here + name.replace(".", os.sep)
+            if file in (f"{place}.py", f"{place}{os.sep}__init__.py"):
                 found.append(module)
     return found
 
