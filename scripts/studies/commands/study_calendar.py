@@ -26,6 +26,7 @@ from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.registered import load_task
 from servegym.studies.agents.algorithms import CALENDAR
 from servegym.studies.agents.calendar import EVALUATIONS_FILE, CalendarTraining
+from servegym.studies.agents.learners_report import gaps_of_rivals
 from servegym.studies.agents.rollouts import play_rollouts, rollouts_table
 from servegym.studies.cli import check_number, command_line, parse, split_names
 from servegym.studies.policies import make_policy, note_agents
@@ -93,17 +94,7 @@ def _rivals(args: Args) -> dict[str, pd.Series]:
     """Return the gaps by case of the policies to compare with."""
     if not args.rival.is_file():
         raise ServegymError(f"--rival {args.rival}: no such file; name the episodes.csv of a table")
-    table = pd.read_csv(args.rival, dtype={"gap": str}).astype({"gap": float})
-    wanted = _held_out(args)
-    gaps = {}
-    for name in args.rivals.split(","):
-        rows = table[table["policy"] == name].set_index("seed")["gap"]
-        if not set(wanted) <= set(rows.index):
-            raise ServegymError(
-                f"{args.rival}: lacks cases of {name!r}; play {args.cases} from {HELD_OUT_SEED} on"
-            )
-        gaps[name] = rows.loc[list(wanted)]
-    return gaps
+    return gaps_of_rivals(args.rival, args.rivals.split(","), args.cases)
 
 
 def _held_out(args: Args) -> range:
