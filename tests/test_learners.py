@@ -192,7 +192,7 @@ def test_all_learners_are_compared(folders: list[str], tmp_path: Path) -> None:
     fast = tmp_path / "fast.toml"
     fast.write_text("epochs = 1\n")
     more = ["--learners", ",".join(LEARNERS), "--hyperparameters", str(fast), "--seeds", "2"]
-    study_learners.main([*QUICK, *folders, *more, "--rival", str(tmp_path / "none")])
+    study_learners.main([*QUICK, *folders, *more, "--rivals", ""])
     out = tmp_path / "out"
     episodes = pd.read_csv(out / "held_out.csv")
     assert sorted(episodes["learner"].unique()) == sorted(LEARNERS)
@@ -208,7 +208,7 @@ def test_all_learners_are_compared(folders: list[str], tmp_path: Path) -> None:
     kept = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("held_out.csv")}
     lost = tmp_path / "runs" / "cma" / "seed-0" / "held_out.csv"
     lost.unlink()
-    study_learners.main([*QUICK, *folders, *more, "--rival", str(tmp_path / "none")])
+    study_learners.main([*QUICK, *folders, *more, "--rivals", ""])
     assert lost.is_file()
     assert all(path.read_bytes() == content for path, content in kept.items() if path != lost)
 
@@ -224,6 +224,13 @@ def test_all_learners_are_compared(folders: list[str], tmp_path: Path) -> None:
         (["--seeds", "0"], "--seeds"),
         (["--cases", "1"], "--cases"),
         (["--validation-cases", "0"], "--validation-cases"),
+        (["--rival", "none.csv"], "none.csv"),
+        (
+            ["--rival", "pyproject.toml"],
+            "--rival pyproject.toml: no table with policy, seed and gap",
+        ),
+        (["--rivals", "hybird"], "did you mean 'hybrid'"),
+        (["--rivals", ","], "policy in"),
     ],
 )
 def test_wrong_options_leave_nothing(
@@ -242,7 +249,7 @@ def test_rivals_must_have_the_cases(folders: list[str], tmp_path: Path) -> None:
 
 
 def test_runs_of_another_study_are_refused(folders: list[str], tmp_path: Path) -> None:
-    options = ["--learners", "es", "--seeds", "1", "--rival", str(tmp_path / "none")]
+    options = ["--learners", "es", "--seeds", "1", "--rivals", ""]
     study_learners.main([*QUICK, *folders, *options])
     refused(
         lambda: study_learners.main([*QUICK, *folders, *options, "--minutes", "0.001"]),

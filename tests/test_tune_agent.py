@@ -360,4 +360,5 @@ def test_storages_that_hold_something_else(tmp_path: Path, monkeypatch: pytest.M
         script.main(arguments(tmp_path, "--trials", "1"))
     for url in ("nosuch://x", "sqlite:////no/such/folder/study.db"):
         with pytest.raises(ServegymError, match="cannot be used as a storage of trials"):
-            script.main(arguments(tmp_path, "--trials", "1", "--storage", url))
+            script.main(arguments(tmp_path / "new", "--trials", "1", "--storage", url))
+    assert not (tmp_path / "new").exists()

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from servegym.envs.errors import ServegymError
+from servegym.envs.errors import ServegymError, unknown
+from servegym.envs.files import read_text
 from servegym.envs.pictures import draw_learning_curves
 from servegym.envs.playing.evaluation import HELD_OUT_SEED
 from servegym.envs.playing.summary import to_markdown, with_interval
@@ -21,16 +22,23 @@ COMPARED_WITH: Final = "cma"
 
 
 def gaps_of_rivals(path: Path, names: Sequence[str], cases: int) -> dict[str, pd.Series]:
-    """Return the gaps of other policies on the first held-out cases; none where there is no such file.
+    """Return the gaps of other policies on the first held-out cases.
 
     Raises
     ------
     ServegymError
-        If the table lacks a policy or a case.
+        If there is no such table, or the table lacks a policy or a case.
     """
-    if not path.is_file():
-        return {}
-    table = pd.read_csv(path, dtype={"gap": str}).astype({"gap": float})
+    read_text(path, "--rival, a table of episodes")  # refuses what is no file, or no text
+    try:
+        table = pd.read_csv(path, dtype={"gap": str})[["policy", "seed", "gap"]]
+        table = table.astype({"gap": float})
+    except (ValueError, KeyError):
+        raise ServegymError(f"--rival {path}: no table with policy, seed and gap") from None
+    known = list(dict.fromkeys(table["policy"].astype(str)))
+    for name in names:
+        if name not in known:
+            raise unknown(f"policy in {path}:", name, known)
     wanted = list(range(HELD_OUT_SEED, HELD_OUT_SEED + cases))
     found = {}
     for name in names:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from servegym.baselines.calendar.fitted import CALENDAR_FILE, calendar_policy, read_parameters
 from servegym.baselines.calendar.learning import Search
 from servegym.baselines.rules.compiled import play_compiled
-from servegym.envs.errors import ServegymError
 from servegym.envs.files import write_file
 from servegym.envs.pictures import draw_learning_curves, to_png
 from servegym.envs.playing.evaluation import HELD_OUT_SEED, make_case
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_number("--seeds", args.seeds, 1, 100)
     check_number("--cases", args.cases, 2, 100_000)
     task = load_task(args.task)
-    others = _rivals(args)
+    others = gaps_of_rivals(args.rival, args.rivals.split(","), args.cases)
     rollouts = split_names(args.rollouts)
     for name in rollouts:  # refuse a mistyped one before hours of training
         make_policy(name, task.name)
@@ -88,13 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_file(args.output / "table.md", text)
     print(text)
     return 0
-
-
-def _rivals(args: Args) -> dict[str, pd.Series]:
-    """Return the gaps by case of the policies to compare with."""
-    if not args.rival.is_file():
-        raise ServegymError(f"--rival {args.rival}: no such file; name the episodes.csv of a table")
-    return gaps_of_rivals(args.rival, args.rivals.split(","), args.cases)
 
 
 def _held_out(args: Args) -> range:

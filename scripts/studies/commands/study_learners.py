@@ -38,9 +38,9 @@ class Args:
     cases: int = 100
     """Held-out cases, seeds 1000000 …"""
     rival: Path = Path("results/gsm8k/episodes.csv")
-    """Episodes of other policies on the same cases, drawn as lines; left out where there is no such file."""
+    """Episodes of other policies on the same cases, drawn as lines."""
     rivals: str = "hybrid,rollout"
-    """Policies of that table."""
+    """Policies of that table; none if empty."""
     runs: Path = Path("runs/learners")
     """Folder of the runs."""
     output: Path = Path("results/agents/GSM8K-v0/learners")
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_with_parent()
     args = parse(Args, argv)
     plan, learners = _plan(args), _learners(args)
-    rivals = gaps_of_rivals(args.rival, args.rivals.split(","), args.cases)
+    names = args.rivals.split(",") if args.rivals else []
+    rivals = gaps_of_rivals(args.rival, names, args.cases) if names else {}
     folders = {
         (learner, seed): args.runs / learner / f"seed-{seed}"
         for seed in range(args.seeds)

@@ -121,8 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     search = read_search(args)
     import_optuna()
-    make_folder(args.output)
+    if (
+        not args.storage
+    ):  # the folder holds the trials; elsewhere they are refused before there is one
+        make_folder(args.output)
     study = open_study(search)
+    make_folder(args.output)
     done = begun(study)
     arguments = [(search, index) for index in range(done, args.trials)]
     lines = run_parallel(run_trial, arguments, args.jobs)
