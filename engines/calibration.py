@@ -31,8 +31,9 @@ FORMS: Final = {
 }
 """What a prefill's seconds grow with: tokens, and Σp² or T²."""
 
-ROUNDS: Final = ("line", "table")
-"""What decode rounds take beside a rate per cached token: a line in the clients, or a table by them."""
+ROUNDS: Final = ("line", "table", "batch")
+"""What decode rounds take beside a rate per cached token: a line in the clients, a table by them, or the line
+and a rate per client and cached token."""
 
 KNOTS: Final = 6
 """Most numbers of clients by which a table is fitted; between them it is interpolated."""
@@ -207,7 +208,8 @@ def predicted_seconds(costs: StageCosts, log: pd.DataFrame) -> Floats:
         rounds = np.interp(requests, decode.batch, decode.seconds)
     else:
         rounds = decode.base + decode.per_client * requests
-    rounds = rounds + decode.per_kv_token * log["cached_tokens"].to_numpy(dtype=float)
+    token_s = decode.per_kv_token + decode.per_client_kv_token * requests
+    rounds = rounds + token_s * log["cached_tokens"].to_numpy(dtype=float)
     stages = _columns(log, ("tokens", "tokens_squared")) @ [
         prefill.base,
         prefill.per_token,
@@ -254,19 +256,25 @@ def _rounded(value: Any) -> Any:
 
 def _columns(log: pd.DataFrame, names: Sequence[str]) -> Floats:
     """Return a column of ones and those named, shape (rows, 1 + names)."""
-    tokens = log["tokens"].to_numpy(dtype=float)
-    named = [
-        tokens**2 if name == "tokens_squared" else log[name].to_numpy(dtype=float) for name in names
-    ]
-    return np.stack([np.ones(len(log)), *named], axis=1)
+    return np.stack([np.ones(len(log)), *(_column(log, name) for name in names)], axis=1)
+
+
+def _column(log: pd.DataFrame, name: str) -> Floats:
+    """Return what iterations have of what their seconds may grow with, shape (rows,)."""
+    if name == "tokens_squared":
+        return _column(log, "tokens") ** 2
+    if name == "client_tokens":
+        return _column(log, "requests") * _column(log, "cached_tokens")
+    return log[name].to_numpy(dtype=float)
 
 
 def _fitted_rounds(log: pd.DataFrame, form: str) -> tuple[AffineDecode | TableDecode, Quality]:
     """Return what decode rounds cost, and how well that says it."""
-    if form == "line":
-        found, said, _ = _fitted(log, ("requests", "cached_tokens"))
-        base, per_client, per_kv_token = map(float, found)
-        return AffineDecode(max(base, _LEAST_S), per_client, per_kv_token), said
+    if form != "table":
+        names = ("requests", "cached_tokens", *(["client_tokens"] if form == "batch" else []))
+        found, said, _ = _fitted(log, names)
+        base, *rates = map(float, found)
+        return AffineDecode(max(base, _LEAST_S), *rates), said
     requests = log["requests"].to_numpy(dtype=float)
     knots = _knots(requests)
     shares = [np.interp(requests, knots, row) for row in np.eye(len(knots))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -59,6 +60,10 @@ def random_case(
     if rng.random() < 0.2:
         clients, requests, rules = crowd(rng)
     costs = random_costs(rng, clients, dyadic=dyadic)
+    own = rng.spawn(1)[0]  # so that a seed means what it meant
+    if own.random() < 0.3:
+        shared = float(own.integers(1, 5)) * 2.0**-14
+        costs = replace(costs, decode=replace(costs.decode, per_client_kv_token=shared))
     queues = random_queues(rng, requests, clients)
     budget = int(rng.choice([0, 0, 1, 30, 100]))
     every_round = bool(rng.random() < 0.4)

@@ -256,7 +256,11 @@ def random_replicas(
 
 
 def random_costs(rng: np.random.Generator, *, dyadic: bool) -> StageCosts:
-    """Affine or by a table, with and without what attention and the floor add."""
+    """Affine or by a table, with and without what attention and the floor add.
+
+    Attention of every client over the cache of all has a generator of its own: a seed means what it meant.
+    """
+    own = rng.spawn(1)[0]
     if dyadic:  # batches a power of two apart: what lies between is exact, too
         base, steps = float(rng.integers(1, 17)) / 8, rng.integers(0, 9, 4) / 16
         per_client, per_token = rng.integers(0, 5, 2) / 64
@@ -270,7 +274,10 @@ def random_costs(rng: np.random.Generator, *, dyadic: bool) -> StageCosts:
         prefill, floor = float(rng.uniform(0.01, 0.2)), float(rng.choice([0.0, 0.05]))
         batches = (1, 3, 4, 11)
     table = tuple(float(base + rise) for rise in np.cumsum(steps))
-    decode: AffineDecode | TableDecode = AffineDecode(base, float(per_client), per_kv)
+    shared = 0.0
+    if own.random() < 0.3:
+        shared = float(own.integers(1, 5)) / 16384 if dyadic else float(own.uniform(0.0, 2e-6))
+    decode: AffineDecode | TableDecode = AffineDecode(base, float(per_client), per_kv, shared)
     if rng.random() < 0.4:
-        decode = TableDecode(batches, table, per_kv)
+        decode = TableDecode(batches, table, per_kv, shared)
     return StageCosts(decode, AffinePrefill(prefill, float(per_token), squared, floor))

@@ -397,6 +397,7 @@ def one_pass_s(
     prefill_line = prefill.base + prefill.per_token * served
     seconds = max(prefill.floor, decode_line, prefill_line)
     seconds += decode.per_kv_token * cached(decodes) + prefill.per_token_squared * squares
+    seconds += decode.per_client_kv_token * len(decodes) * cached(decodes)
     seconds += prefill.per_batch_token_squared * float(tokens) * float(tokens)
     return seconds + overhead.base + overhead.per_client * (len(decodes) + len(chunks))
 

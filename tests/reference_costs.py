@@ -15,6 +15,7 @@ def decode_round_s(costs: StageCosts, active: int, cached_tokens: int) -> float:
     else:
         seconds = decode.base + decode.per_client * active
     seconds += decode.per_kv_token * cached_tokens
+    seconds += decode.per_client_kv_token * active * cached_tokens
     return seconds + overhead.base + overhead.per_client * active
 
 

@@ -191,7 +191,9 @@ def test_costs_built_directly_are_plain_too() -> None:
     assert table == TableDecode((1, 2), (1.0, 2.0), 0.5)
     assert hash(table) == hash(TableDecode((1, 2), (1.0, 2.0), 0.5))
     assert (
-        json.dumps(asdict(table)) == '{"batch": [1, 2], "seconds": [1.0, 2.0], "per_kv_token": 0.5}'
+        json.dumps(asdict(table))
+        == '{"batch": [1, 2], "seconds": [1.0, 2.0], "per_kv_token": 0.5, '
+        '"per_client_kv_token": 0.0}'
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,9 @@ BAD_COSTS = [
         ("per_kv_token", -TINY, 0.0),
         ("per_kv_token", NAN, 0.0),
         ("per_kv_token", 5e-324, TINY),
+        ("per_client_kv_token", -TINY, 0.0),
+        ("per_client_kv_token", NAN, TINY),
+        ("per_client_kv_token", 1.1e9, MAX_COST_S),
     ),
     *rows_of(
         TableDecode,
@@ -67,6 +71,8 @@ BAD_COSTS = [
         ("seconds", (1.0, 1e308), (1.0, MAX_COST_S)),
         ("per_kv_token", -1.0, 0.0),
         ("per_kv_token", INF, 0.0),
+        ("per_client_kv_token", -1.0, 0.0),
+        ("per_client_kv_token", INF, TINY),
     ),
     *rows_of(
         AffinePrefill,
@@ -167,6 +173,8 @@ def test_formulas_agree_with_the_reference(seed: int) -> None:
     rng = np.random.default_rng(seed)
     clients = int(rng.integers(1, 30))
     model = random_costs(rng, clients, dyadic=False)
+    shared = float(rng.choice([0.0, 1e-6, 1e-3]))
+    model = replace(model, decode=replace(model.decode, per_client_kv_token=shared))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tables may end early
         tables = model.tables(clients)

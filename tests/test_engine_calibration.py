@@ -28,6 +28,7 @@ from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts,
 from servegym.envs.simulator.seconds import decode_seconds, prefill_seconds
 from servegym.studies.commands import calibrate_engine, serve
 from servegym.studies.engines.grid import spaced
+from servegym.studies.engines.held_out import costs_line, quality_table
 from servegym.studies.engines.loads import read_texts, text_load
 
 COSTS = StageCosts(AffineDecode(2e-3, 1e-4, 2e-6), AffinePrefill(4e-3, 7e-5, 0.0, 0.0, 6e-8))
@@ -109,6 +110,30 @@ def test_a_table_of_rounds_is_found_where_a_line_is_not_enough(write: Any) -> No
     assert fit_costs(few, "batch", "table").decode_quality.iterations == 30
     with pytest.raises(ServegymError, match="did you mean 'table'"):
         fit_costs(log, "batch", "tabel")
+
+
+def test_rounds_that_pay_for_all_the_cache_of_all_are_found(write: Any) -> None:
+    costs = StageCosts(AffineDecode(2e-3, 1e-4, 1e-6, 7e-8), COSTS.prefill)
+    log = made_log(costs)
+    fit, line = fit_costs(log, rounds="batch"), fit_costs(log, rounds="line")
+    assert predicted_seconds(costs, log) == pytest.approx(log["seconds"], rel=1e-9)
+    assert predicted_seconds(fit.costs, log) == pytest.approx(log["seconds"], rel=1e-6)
+    assert fit.decode.per_client_kv_token == pytest.approx(7e-8, rel=1e-6)
+    assert line.decode_quality.worst_error > 1e-2
+    assert line.decode.per_client_kv_token == 0.0
+    read = load_task(str(write("batch.toml", cost_section(fit.costs)))).cost
+    assert isinstance(read, StageCosts)
+    assert read.decode.per_client_kv_token == pytest.approx(7e-8, rel=1e-5)
+    assert "+ 7e-05 B·kv ms; prefill" in costs_line(fit)
+    assert "B·kv" not in costs_line(line)
+    assert "| decode | 1, B, kv, B·kv | 60 |" in quality_table(log)
+
+
+def test_a_table_with_the_term_predicts_what_the_kernels_say() -> None:
+    rounds = TableDecode((1, 8, 16), (2e-3, 2.5e-3, 4.5e-3), 1e-6, 7e-8)
+    log = made_log(StageCosts(rounds, COSTS.prefill))
+    said = predicted_seconds(StageCosts(rounds, COSTS.prefill), log)
+    assert said == pytest.approx(log["seconds"], rel=1e-9)
 
 
 def test_noise_makes_no_prediction_too_low() -> None:

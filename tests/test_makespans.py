@@ -127,7 +127,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield Row(setting.name, policy, 9, None, (), 4, 4, 2)
 
     def in_one_lockstep(
-        _: Any, __: Any, ___: Any, ____: Any, _____: Any, ______: Any, run: int
+        _: Any, __: Any, ___: Any, ____: Any, _____: Any, ______: Any, run: int, **_______: Any
     ) -> Any:
         log.append(f"run {run}")
         if len(log) == 3:
@@ -155,7 +155,7 @@ def test_an_interrupted_run_makes_what_is_missing(tmp_path: Path, asked: list[st
     rows, runs = run()
     assert asked == ["fcfs", "run 0", "run 1", "run 1", "run 2"]
     assert len(rows) == 1
-    assert runs["seed"].unique().tolist() == [1_001_000, 1_001_001, 1_001_002]
+    assert runs["seed"].unique().tolist() == [1_002_000, 1_002_001, 1_002_002]
     assert np.isnan(runs["difference"]).all()
 
 

@@ -60,10 +60,11 @@ def test_rounds_times_cached_tokens_do_not_wrap() -> None:
 @pytest.mark.parametrize("prompt", [1, MAX_TOKENS])
 @pytest.mark.parametrize("rounds", [1, 1000, MAX_TOKENS - 1])
 def test_decode_time_of_any_instance(active: int, prompt: int, rounds: int) -> None:
-    costs = StageCosts(AffineDecode(1.0, per_kv_token=1.0), AffinePrefill(1.0, 0.0)).tables(active)
+    decode = AffineDecode(1.0, per_kv_token=1.0, per_client_kv_token=2.0)
+    costs = StageCosts(decode, AffinePrefill(1.0, 0.0)).tables(active)
     cached = rounds * active * (prompt + 1) + active * rounds * (rounds - 1) // 2
     seconds = decode_seconds(costs, 0, active, active * (prompt + 1), rounds)
-    assert seconds == pytest.approx(float(Fraction(rounds + cached)), rel=1e-15)
+    assert seconds == pytest.approx(float(Fraction(rounds + (1 + 2 * active) * cached)), rel=1e-15)
 
 
 def test_squares_and_mean_tokens_of_the_waiting_do_not_wrap() -> None:

@@ -123,7 +123,9 @@ def expected_observation(reference: ReferenceSimulator) -> list[float]:
     all_rounds = max(sum(request.rounds for request in arrived), 1)
     finished = sum(request.phase == "finished" for request in arrived)
     next_round_s = decode_round_s_or_idle(reference)
-    cached_s = reference.costs.decode.per_kv_token * reference.cached_tokens()
+    decode = reference.costs.decode
+    token_s = decode.per_kv_token + decode.per_client_kv_token * active
+    cached_s = token_s * reference.cached_tokens()
     stage_s, fixed_s = stage_if_filled_now(reference)
     to_finish_s = rounds_ahead_s(reference, left[0]) if left else 0.0
     middle = (len(waiting) - 1) // 2

@@ -142,7 +142,8 @@ def seconds_left(env: ServingEnv, s: int) -> float:
 
 
 def round_seconds(env: ServingEnv, s: int, active: int, cached: int) -> float:
-    rate = env.costs.rates[s].decode_per_kv_token_s
+    rates = env.costs.rates[s]
+    rate = rates.decode_per_kv_token_s + active * rates.decode_per_client_kv_token_s
     return float(env.costs.decode_base_s[s, active] + rate * cached)
 
 

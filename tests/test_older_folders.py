@@ -66,6 +66,10 @@ LACKING = [
     (("cost", "engine_overhead"), {"cost": {"engine_overhead": {"base": 0.5}}}),
     (("cost", "engine_overhead", "per_client"), {"cost": {"engine_overhead": {"per_client": 0.5}}}),
     (
+        ("cost", "decode", "per_client_kv_token"),
+        {"cost": {"model": "levelled", "decode": {"base": 1.0, "per_client_kv_token": 0.5}}},
+    ),
+    (
         ("cost", "decode", "per_kv_token"),
         {"cost": {"model": "levelled", "decode": {"base": 1.0, "per_kv_token": 0.5}}},
     ),

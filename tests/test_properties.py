@@ -28,10 +28,11 @@ SECONDS = st.floats(0.001, 10.0)
 OR_ZERO = st.one_of(st.just(0.0), SECONDS)
 
 DECODES = st.one_of(
-    st.builds(AffineDecode, SECONDS, OR_ZERO, OR_ZERO),
+    st.builds(AffineDecode, SECONDS, OR_ZERO, OR_ZERO, OR_ZERO),
     st.builds(
-        lambda seconds, per_kv: TableDecode(tuple(range(1, 7)), tuple(seconds), per_kv),
+        lambda seconds, *rates: TableDecode(tuple(range(1, 7)), tuple(seconds), *rates),
         st.lists(SECONDS, min_size=6, max_size=6),
+        OR_ZERO,
         OR_ZERO,
     ),
 )
@@ -217,11 +218,12 @@ def test_asking_at_every_round_changes_nothing(case: Case, eager: bool) -> None:
 def doubled(case: Case) -> Case:
     """The same case in half seconds: every cost and every arrival is twice as much."""
     decode, prefill, overhead = case.costs.decode, case.costs.prefill, case.costs.engine_overhead
+    rates = (decode.per_kv_token * 2, decode.per_client_kv_token * 2)
     if isinstance(decode, AffineDecode):
-        decode = AffineDecode(decode.base * 2, decode.per_client * 2, decode.per_kv_token * 2)
+        decode = AffineDecode(decode.base * 2, decode.per_client * 2, *rates)
     else:
         times = tuple(second * 2 for second in decode.seconds)
-        decode = TableDecode(decode.batch, times, decode.per_kv_token * 2)
+        decode = TableDecode(decode.batch, times, *rates)
     if isinstance(prefill, AffinePrefill):
         parts = (prefill.base, prefill.per_token, prefill.per_token_squared, prefill.floor)
         prefill = AffinePrefill(*(part * 2 for part in parts))

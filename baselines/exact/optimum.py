@@ -69,8 +69,9 @@ def exact_optimum(
     Raises
     ------
     ServegymError
-        If requests arrive later, there is no such method, the time limit is not positive, or the case
-        is too large; the message then names a size that fits, and a lower bound.
+        If requests arrive later, there is no such method, the time limit is not positive, what a round
+        takes depends on whose tokens are cached together, or the case is too large; the message then names
+        a size that fits, and a lower bound.
 
     Examples
     --------
@@ -95,6 +96,11 @@ def exact_optimum(
         raise ServegymError(
             "the exact optimum needs all requests at t = 0, the last arrives at "
             f"{requests.arrival_s[-1]:g} s"
+        )
+    shared_s = float(costs.rates[0].decode_per_client_kv_token_s)
+    if shared_s > 0:  # both methods take the cache's seconds for those of every schedule
+        raise ServegymError(
+            f"the exact optimum is found for cost.decode.per_client_kv_token = 0, got {shared_s:g}"
         )
     if clients > len(requests):  # the others stay idle in every schedule
         clients = len(requests)

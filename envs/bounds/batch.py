@@ -8,7 +8,13 @@ rounds with n active clients, n = 1 … J. Any schedule has Σ n·x_n = D and Σ
 largest of ⌈D/J⌉, the longest request and the pigeonhole bound (``rounds_lower_bound``: the rounds of
 one client are disjoint). So Σ b(n)·x_n, with b(n) the round's time, is at least the optimum of that
 linear program. The cache adds c per token and round: request i holds p_i + k tokens at the start of
-its k-th round, so in any schedule this is exactly c·Σ (d_i·p_i + d_i(d_i + 1)/2).
+its k-th round, so in any schedule this is exactly c·H with H = Σ (d_i·p_i + d_i(d_i + 1)/2).
+
+A term e·n·kv of each round depends on who decodes together. For any v ≥ 0 a round with n clients costs at
+least v + Σ over their tokens of g_v(h), where a token is served to a client who then holds h cached ones and
+g_v(h) = min over n of (b(n) − v)/n + e·n·h. As a minimum of lines in h, g_v is concave: with all h between l
+and m it lies above its chord, so that Σ g_v(h) ≥ (D − y)·g_v(l) + y·g_v(m), y = (H − D·l)/(m − l). Every v
+thus proves v·R + (D − y)·g_v(l) + y·g_v(m); tried are 0 and where the minimum changes from one n to another.
 
 **Prefill.** A stage admits at most J requests, so there are S ≥ ⌈I/J⌉ stages; under a token budget B a
 stage holds at most B tokens when each prompt is counted as min(p, B), so S ≥ ⌈Σ min(p, B)/B⌉, too.
@@ -20,7 +26,7 @@ number of stages at level l (a stage beyond the top level counts as several); Σ
 
 **Arrivals.** Requests that arrive at a or later cannot start before a, so a + (the bound of these
 requests alone) holds for every a. Other requests may share their rounds and stages, which only adds to
-Σ n·x_n; the program then has ≥ in place of =.
+Σ n·x_n; the program then has ≥ in place of =, and b(n) is the least time of n or more clients where e > 0.
 
 Each linear program has two constraints, so its dual has two variables, and the dual's vertices depend on
 the costs alone: they are computed once per cost model. A bound is the best over the vertices. By weak
@@ -139,7 +145,7 @@ def refuse_standstill(bound_s: float, requests: Requests, costs: CostTables) -> 
 
 def _shortest_stage_s(costs: CostTables, prompt: float, *, decodes: bool) -> float:
     """Return the seconds of the shortest stage if every prompt has at least ``prompt`` tokens."""
-    _, base_s, token_s, square_s, floor_s, overhead_s, client_s, packed_s = costs.rates[0].item()
+    _, base_s, token_s, square_s, floor_s, overhead_s, client_s, packed_s, _ = costs.rates[0].item()
     square_s += packed_s
     stage_s = max(base_s + token_s * prompt + square_s * prompt**2, floor_s)
     if costs.prefill_level_s.shape[1] > 0:
@@ -161,16 +167,64 @@ def decode_bound(totals: Totals, least_rounds: int, costs: CostTables, alone: bo
 
     ``alone``: no other requests share these rounds. See the module docstring for the proof.
     """
-    base_s = costs.decode_base_s[0, 1:]
+    base_s, rates = costs.decode_base_s[0, 1:], costs.rates[0]
+    shared_s = float(rates.decode_per_client_kv_token_s)
+    if shared_s > 0 and totals.rounds > 0:
+        if not alone:
+            base_s = np.minimum.accumulate(base_s[::-1])[::-1]
+        run_s = _shared_cache_bound(totals, least_rounds, base_s, shared_s)
+    else:
+        sizes = np.arange(1.0, len(base_s) + 1.0)
+        run_s = cover(base_s, sizes, float(totals.rounds), least_rounds, exact=alone)
+    return run_s + float(rates.decode_per_kv_token_s) * totals.held
+
+
+def _shared_cache_bound(
+    totals: Totals, least_rounds: int, base_s: NDArray[np.float64], shared_s: float
+) -> float:
+    """Return the least seconds of rounds that cost b(n) + e·n·kv each, with b(n) in ``base_s`` (J,).
+
+    Rounding is taken off: of sums of v's own, and relative.
+    """
+    least, most, total = float(totals.shortest + 1), float(totals.longest), float(totals.rounds)
+    full = 0.0
+    if most > least:
+        full = min(max((totals.held - total * least) / (most - least), 0.0), total)
+    prices = _shared_cache_prices(base_s.tobytes(), shared_s, least, most)
+    seconds = prices @ np.array([float(least_rounds), total - full, full])
+    seconds -= 8.0 * np.finfo(float).eps * prices[:, 0] * (least_rounds + total)
+    return float(seconds.max()) * (1.0 - _TOLERANCE)
+
+
+@lru_cache(maxsize=64)
+def _shared_cache_prices(
+    base_bytes: bytes, shared_s: float, least: float, most: float
+) -> NDArray[np.float64]:
+    """Return v, g_v(``least``) and g_v(``most``) of every v that is tried, shape (tried, 3)."""
+    base_s = np.frombuffer(base_bytes)
     sizes = np.arange(1.0, len(base_s) + 1.0)
-    run_s = cover(base_s, sizes, float(totals.rounds), least_rounds, exact=alone)
-    return run_s + float(costs.rates[0].decode_per_kv_token_s) * totals.held
+    shares = np.ascontiguousarray(1.0 / sizes[::-1])
+    tried, token_s = [np.zeros(1)], []
+    for held in (least, most):
+        token_s.append(base_s / sizes + shared_s * held * sizes)
+        own_s = np.ascontiguousarray(token_s[-1][::-1])
+        hull = lower_hull(shares, own_s)
+        tried.append(np.diff(own_s[hull]) / np.diff(shares[hull]))
+    v = np.maximum(np.concatenate(tried), 0.0)
+    least_s = [np.array([(own_s - price / sizes).min() for price in v]) for own_s in token_s]
+    return np.stack([v, *least_s], axis=1)
+
+
+def cached_token_seconds(costs: CostTables) -> float:
+    """Return the least that a cached token adds to a round: where some are cached, somebody decodes."""
+    rates = costs.rates[0]
+    return float(rates.decode_per_kv_token_s) + float(rates.decode_per_client_kv_token_s)
 
 
 def prefill_bound(totals: Totals, stages: int, costs: CostTables) -> float:
     """Return the least seconds of prefilling these prompts in at least ``stages`` stages."""
     tokens = float(totals.prompts)
-    _, base_s, token_s, square_s, floor_s, overhead_s, client_s, packed_s = costs.rates[0].item()
+    _, base_s, token_s, square_s, floor_s, overhead_s, client_s, packed_s, _ = costs.rates[0].item()
     if costs.prefill_level_tokens.shape[1] > 0:
         capacities = costs.prefill_level_tokens[0].astype(float)
         work_s = cover(costs.prefill_level_s[0], capacities, tokens, stages, exact=False)

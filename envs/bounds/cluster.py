@@ -7,7 +7,9 @@ clients as the largest replica has. Replica r takes s_r ≥ 1 times as long as t
 stage. In a makespan M the replicas run stages of Σ M / s_r of the fastest one's seconds, so
 M ≥ W / Σ (1/s_r). W is a decode part and a prefill part, each at least its linear program in ``batch``.
 Rounds are counted over all replicas: at least ⌈D/J⌉, and where memory holds K tokens, at least ⌈g/K⌉
-with the *KV area* g = Σ (d_i·p_i + d_i(d_i + 1)/2), the tokens held in all rounds.
+with the *KV area* g = Σ (d_i·p_i + d_i(d_i + 1)/2), the tokens held in all rounds. A term e·n·kv of a
+round with n ≥ 1 clients costs at least e·kv: below, e is part of c. Where nobody is computed again and stages
+are not mixed the bound of ``batch`` for it counts, if that is more.
 
 **One request.** It runs at one replica at a time: its prefill and its rounds, each at least as long as
 the shortest round of the fastest replica. No two of its tokens come in one stage. Where it may be
@@ -45,7 +47,9 @@ from numpy.typing import NDArray
 
 from servegym.envs.bounds.batch import (
     LowerBound,
+    cached_token_seconds,
     cover_by,
+    decode_bound,
     dual_vertices,
     first_released,
     least_stages,
@@ -196,7 +200,8 @@ def _work(
 ) -> tuple[float, float, int, int]:
     """Return the least seconds of decoding and of prefilling, the fewest rounds and stages."""
     tables, clients = passes.tables, max(layout.clients)
-    cached_s, stage_s, token_s, square_s, *_ = tables.rates[0].item()
+    _, stage_s, token_s, square_s, *_ = tables.rates[0].item()
+    cached_s = cached_token_seconds(tables)
     area, total = totals.held, float(totals.rounds)
     stages = 0
     if layout.chunk_tokens == 0:
@@ -209,7 +214,10 @@ def _work(
         run_s = cover_by(passes.vertices, total, least_rounds) if total > 0 else 0.0
         if stages > 0:
             prefill_s = prefill_bound(totals, stages, tables)
-            return run_s + cached_s * area, prefill_s, least_rounds, stages
+            decode_s = run_s + cached_s * area
+            if tables.rates[0].decode_per_client_kv_token_s > 0:
+                decode_s = max(decode_s, decode_bound(totals, least_rounds, tables, alone=False))
+            return decode_s, prefill_s, least_rounds, stages
         share = 1.0 if run_s >= line_s else 0.0
     else:
         full_s = passes.full_s
@@ -258,7 +266,8 @@ def _longest_alone(
     mode = _ROUNDS
     if recomputes:
         mode = _CACHED_OR_COMPUTED if layout.chunk_tokens == 0 and stays else _ROUNDS_OR_COMPUTED
-    cached_s, base_s, token_s, square_s, floor_s, *_ = tables.rates[0].item()
+    _, base_s, token_s, square_s, floor_s, *_ = tables.rates[0].item()
+    cached_s = cached_token_seconds(tables)
     if tables.prefill_level_s.shape[1] > 0:
         base_s = 0.0
     last, end_s, decode_s, prefill_s = _latest_end(

@@ -23,7 +23,7 @@ class Totals(NamedTuple):
     Examples
     --------
     >>> totals_of(np.array([5, 3]), np.array([2, 0]))
-    Totals(requests=2, prompts=8, squares=34.0, shortest=3, counted=0, rounds=2, held=13.0)
+    Totals(requests=2, prompts=8, squares=34.0, shortest=3, counted=0, rounds=2, held=13.0, longest=7)
     """
 
     requests: int
@@ -33,6 +33,7 @@ class Totals(NamedTuple):
     counted: int  # prompt tokens, each prompt at most as long as a stage's budget; 0 without one
     rounds: int  # decode rounds
     held: float  # tokens in the cache at the start of a round, over all rounds
+    longest: int  # most tokens that a request holds in the cache at the start of a round
 
 
 def totals_of(prompts: Whole, rounds: Whole, max_prefill_tokens: int = 0) -> Totals:
@@ -45,7 +46,7 @@ def totals_from(
 ) -> list[Totals]:
     """Return the totals of the requests from each of the places ``firsts`` on, which ascend."""
     places = np.asarray(firsts, np.int64)
-    whole, real = np.empty((len(places), 4), np.int64), np.empty((len(places), 2))
+    whole, real = np.empty((len(places), 5), np.int64), np.empty((len(places), 2))
     prompts, rounds = np.ascontiguousarray(prompts), np.ascontiguousarray(rounds)
     _sum_from(prompts, rounds, places, max_prefill_tokens, whole, real)
     if not real[0].max() < _EXACT:  # pairwise sums lose less
@@ -53,8 +54,8 @@ def totals_from(
             sums[0] = (prompts[place:].astype(float) ** 2).sum()
             sums[1] = tokens_held(prompts[place:], rounds[place:]).sum()
     return [
-        Totals(len(prompts) - first, tokens, squares, shortest, counted, many, held)
-        for first, (tokens, shortest, counted, many), (squares, held) in zip(
+        Totals(len(prompts) - first, tokens, squares, shortest, counted, many, held, longest)
+        for first, (tokens, shortest, counted, many, longest), (squares, held) in zip(
             places.tolist(), whole.tolist(), real.tolist(), strict=True
         )
     ]
@@ -74,6 +75,7 @@ def _sum_from(
     tokens: Any = 0
     counted: Any = 0
     many: Any = 0
+    longest: Any = 0
     shortest: Any = np.int64(prompts[prompts.size - 1])
     squares, held = 0.0, 0.0
     after = prompts.size
@@ -82,6 +84,7 @@ def _sum_from(
             p, d = np.int64(prompts[i]), np.int64(rounds[i])
             tokens += p
             shortest = min(shortest, p)
+            longest = max(longest, p + d)
             if budget > 0:
                 counted += min(p, budget)
             many += d
@@ -92,5 +95,6 @@ def _sum_from(
         whole[k, 1] = shortest
         whole[k, 2] = counted
         whole[k, 3] = many
+        whole[k, 4] = longest
         real[k, 0] = squares
         real[k, 1] = held

@@ -79,6 +79,7 @@ RATES: Final = np.dtype(
             "prefill_per_batch_token_squared_s",
             np.float64,
         ),  # per T², T all prompt tokens of the stage
+        ("decode_per_client_kv_token_s", np.float64),  # per active client and cached token
     ]
 )
 
@@ -227,6 +228,9 @@ class EngineOverhead:
 class AffineDecode:
     """Seconds of a decode round: base + per_client · n + per_kv_token · kv (base > 0).
 
+    An engine that packs a round into one dense row pays for attention of every client over the cache of
+    all: ``per_client_kv_token`` · n · kv is added.
+
     Examples
     --------
     >>> AffineDecode(base=0.02, per_client=1e-4).base_seconds(2)
@@ -236,10 +240,16 @@ class AffineDecode:
     base: float
     per_client: float = 0.0
     per_kv_token: float = 0.0
+    per_client_kv_token: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields("decode", self)
-        _refuse_costs("decode", per_client=self.per_client, per_kv_token=self.per_kv_token)
+        _refuse_costs(
+            "decode",
+            per_client=self.per_client,
+            per_kv_token=self.per_kv_token,
+            per_client_kv_token=self.per_client_kv_token,
+        )
         _refuse_durations("decode", base=self.base)
 
     def base_seconds(self, clients: int) -> NDArray[np.float64]:
@@ -249,7 +259,7 @@ class AffineDecode:
 
 @dataclass(frozen=True)
 class TableDecode:
-    """Decode time by batch size, linearly interpolated, plus per_kv_token · kv.
+    """Decode time by batch size n, linearly interpolated, plus (per_kv_token + per_client_kv_token · n) · kv.
 
     Outside the measured batches the nearest measured time holds, with one warning.
 
@@ -263,6 +273,7 @@ class TableDecode:
     batch: tuple[int, ...]
     seconds: tuple[float, ...]
     per_kv_token: float = 0.0
+    per_client_kv_token: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields("decode", self)
@@ -275,7 +286,11 @@ class TableDecode:
         _refuse_sizes("decode.batch", self.batch)
         for seconds in self.seconds:
             _refuse_durations("decode", seconds=seconds)
-        _refuse_costs("decode", per_kv_token=self.per_kv_token)
+        _refuse_costs(
+            "decode",
+            per_kv_token=self.per_kv_token,
+            per_client_kv_token=self.per_client_kv_token,
+        )
 
     def base_seconds(self, clients: int) -> NDArray[np.float64]:
         """Return the round's time without its cache for n = 0 … clients, shape (clients + 1,)."""
@@ -402,6 +417,7 @@ class StageCosts:
             overhead.base,
             overhead.per_client,
             prefill.per_batch_token_squared,
+            self.decode.per_client_kv_token,
         )
         return CostTables(
             decode_base_s=decode[None, :],

@@ -112,7 +112,7 @@ def cost_preset(name: str) -> CostPreset:
     Examples
     --------
     >>> cost_preset("tiny").costs.decode
-    AffineDecode(base=1.0, per_client=0.0, per_kv_token=0.0)
+    AffineDecode(base=1.0, per_client=0.0, per_kv_token=0.0, per_client_kv_token=0.0)
     """
     if name not in COST_PRESETS:
         raise unknown("cost preset", name, COST_PRESETS)

@@ -25,7 +25,8 @@ from servegym.envs.workload.sources import workload_sha256
 HASH: Final = "workload_sha256"
 """Key of the hash of the task's workload file, or of the figures of its preset, where it has one."""
 
-_LATER: Final = "prefill_per_batch_token_squared_s"
+_LATER: Final = ("prefill_per_batch_token_squared_s", "decode_per_client_kv_token_s")
+"""Rates that came later, at the end of the record: hashes go on to the last that is used."""
 
 _CLASS: Final = "class"
 """Key of the class of a user's own cost model."""
@@ -50,11 +51,13 @@ def notes_of(task: TaskConfig) -> dict[str, Any]:
 
 
 def _bytes_of(table: NDArray[Any]) -> bytes:
-    """Return what is hashed of a table; a rate that came later counts where it is used."""
-    if table.dtype.names is None or table[_LATER].any():
+    """Return what is hashed of a table; a rate that came later counts where it or a later one is used."""
+    if table.dtype.names is None:
         return table.tobytes()
-    columns = [table[name] for name in table.dtype.names if name != _LATER]
-    return np.stack(columns, axis=-1).tobytes()
+    names = list(table.dtype.names)
+    while names[-1] in _LATER and not table[names[-1]].any():
+        names.pop()
+    return np.stack([table[name] for name in names], axis=-1).tobytes()
 
 
 def hash_of(task: TaskConfig) -> dict[str, str]:

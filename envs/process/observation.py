@@ -15,6 +15,7 @@ from servegym.envs.jit import binary_parts, kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.order import highest, lowest, select
 from servegym.envs.simulator.queues import queue_of
+from servegym.envs.simulator.seconds import kv_token_seconds
 from servegym.envs.simulator.state import LENGTH_BUCKETS, State
 from servegym.envs.simulator.view import view
 
@@ -93,7 +94,7 @@ def observe_replica(
     running = state.replicas[e, r].due_sum - now.active * now.round
     total = max(episode.arrived_rounds, 1)
     arrived = max(now.arrived, 1)  # nobody, where all were rejected
-    cached_s = costs.rates[r].decode_per_kv_token_s * state.replicas[e, r].cached_tokens
+    cached_s = kv_token_seconds(costs, r, now.active) * state.replicas[e, r].cached_tokens
     fixed_cost = now.active * now.prefill_fixed_s
     expected_wait = now.idle * now.seconds_to_finish
     out[0] = now.active / now.clients

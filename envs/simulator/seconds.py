@@ -16,10 +16,18 @@ def decode_seconds(
 
     The k-th round (k = 0, 1, …) starts with ``cached_tokens`` + k · ``active`` tokens, so the sum is
     arithmetic. Floats, because a hundred thousand of the longest requests would overflow 64-bit integers.
+    Who is active stays so: in these rounds a cached token costs the same.
     """
     n = float(rounds)
     cached = n * cached_tokens + active * (n * (n - 1.0) / 2.0)
-    return rounds * costs.decode_base_s[r, active] + costs.rates[r].decode_per_kv_token_s * cached
+    return rounds * costs.decode_base_s[r, active] + kv_token_seconds(costs, r, active) * cached
+
+
+@kernel
+def kv_token_seconds(costs: CostTables, r: int, active: int) -> float:
+    """Return what a cached token adds to a decode round of ``active`` clients."""
+    rates = costs.rates[r]
+    return rates.decode_per_kv_token_s + rates.decode_per_client_kv_token_s * active
 
 
 @kernel
@@ -69,7 +77,7 @@ def one_pass_seconds(
     else:
         line = rates.prefill_base_s + rates.prefill_per_token_s * everything
     seconds = max(rates.prefill_floor_s, line, _decode_line(costs, r, everything))
-    seconds += rates.decode_per_kv_token_s * cached_tokens
+    seconds += kv_token_seconds(costs, r, active) * cached_tokens
     seconds += rates.prefill_per_token_squared_s * squares
     return seconds + rates.prefill_per_batch_token_squared_s * (float(tokens) * tokens)
 

@@ -46,8 +46,9 @@ class Args:
     """With --log: another one, whose seconds are predicted."""
     form: Literal["best", "linear", "prompts", "batch"] = "best"
     """What prefill grows with besides its tokens T: nothing, Σp² of the prompts, or T²."""
-    rounds: Literal["line", "table"] = "line"
-    """What decode rounds take besides a rate per cached token: a line in the clients, or a table by them."""
+    rounds: Literal["line", "table", "batch"] = "line"
+    """What decode rounds take besides a rate per cached token kv: a line in the clients B, a table by them,
+    or the line and B·kv."""
     policies: str = "fcfs,hybrid,ppo"
     """Policies whose makespans are predicted; none of their iterations is fitted. Empty: no such run."""
     clients: int = 16
@@ -118,7 +119,7 @@ def from_engine(args: Args, names: Sequence[str]) -> tuple[Fit, str, str]:
 
     def calibration(task: TaskConfig, seed: int) -> Calibration:
         most = args.clients, args.prompt_tokens
-        grid = Grid(model, task, *most, repeats=args.repeats, seed=args.seed + seed)
+        grid = Grid(model, task, *most, repeats=args.repeats, seed=args.seed + seed, rounds=1)
         return Calibration(model, task, grid, requests(seed + 7))
 
     print("running the grid", flush=True)

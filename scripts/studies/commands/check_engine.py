@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from servegym.engines.calibration import cost_section, fit_costs, read_log, table_of
+from servegym.engines.calibration import Fit, cost_section, fit_costs, read_log, table_of
 from servegym.engines.iterations import simulate
 from servegym.envs.files import write_file
 from servegym.envs.playing.locks import locked
@@ -73,7 +73,7 @@ EQUALITY, LOG, MAKESPANS = "equality.csv", "iterations.csv", "makespans.csv"
 class Args:
     """Check that engine and simulator agree; writes engine.md, engine.toml and the rows behind them."""
 
-    requests: int = 32
+    requests: int = 24
     """Requests of each run whose iterations are compared."""
     clients: int = 12
     """Slots of those engines."""
@@ -81,8 +81,8 @@ class Args:
     """Requests of each run whose makespan is predicted, on 16 slots."""
     repeats: int = 3
     """Lockstep runs of these, each with fresh requests; pages show medians over them."""
-    seed: int = 1
-    """Of all draws. What is fitted was settled in sight of the requests of seed 0."""
+    seed: int = 2
+    """Of all draws. What is fitted, and how, was settled in sight of the requests of seeds 0 and 1."""
     output: Path = Path("results/engine")
     """Folder for the results. An interrupted run goes on, a finished one starts anew."""
 
@@ -112,7 +112,13 @@ def calibration(model: Any, task: TaskConfig, args: Args, run: int) -> Calibrati
     """Return a new grid, and requests like those held out, but other ones."""
     seed = args.seed + 2 + 10 * run
     load = uniform_load(args.held_out_requests, 1000, seed + 7, PROMPTS, OUTPUTS)
-    return Calibration(model, task, Grid(model, task, SLOTS, PROMPTS[1], seed=seed), load)
+    grid = Grid(model, task, SLOTS, PROMPTS[1], seed=seed, rounds=1)  # prefills alone are fitted
+    return Calibration(model, task, grid, load)
+
+
+def fitted(log: pd.DataFrame) -> Fit:
+    """Return costs of an engine that packs a batch into one row, of prefills as of decode rounds."""
+    return fit_costs(log, rounds="batch")
 
 
 def predict_makespans(model: Any, args: Args) -> pd.DataFrame:
@@ -124,13 +130,15 @@ def predict_makespans(model: Any, args: Args) -> pd.DataFrame:
             print("running the grid", flush=True)
             before = Grid(model, task, SLOTS, PROMPTS[1], repeats=1, seed=args.seed)
             run_all({"the grid": before})
-            seen = with_costs(task, fit_costs(table_of(before.iterations)))
+            seen = with_costs(task, fitted(table_of(before.iterations)))
         for run in left:
             print(f"policies and grid in lockstep, {run + 1} of {args.repeats}", flush=True)
             seed = request_seed(args.seed, run)
             load = uniform_load(args.held_out_requests, 1000, seed, PROMPTS, OUTPUTS)
             again = calibration(model, seen, args, run)
-            _, held, log = in_one_lockstep(model, seen, again, load, HELD_OUT, args.seed, run)
+            _, held, log = in_one_lockstep(
+                model, seen, again, load, HELD_OUT, args.seed, run, fitted=fitted
+            )
             if run == 0:
                 write_file(args.output / LOG, log.round(6).to_csv(index=False))
             table.add(run_rows(run, seed, os.getloadavg()[0], held))
@@ -203,8 +211,9 @@ the engine's: the twin is told who has finished. Decisions: how often the policy
 
 {fill(intro, 110)}
 
-**Blind.** What is fitted and in which form was settled on other requests, in sight of their errors (seeds
-1000000 … 1000002 of `--seed 0`, and two trial runs); the rows of another `--seed` had no part in it.
+**Blind.** What is fitted and in which form was settled on other requests, in sight of their errors: seeds
+1000000 … 1000002 of `--seed 0`, two trial runs, and 1001000 … 1001002 of `--seed 1`. Those were blind until
+`static` missed there by 3.7 %; then B · kv and threshold-15 came in. No row of another `--seed` had a part.
 
 {fill(verdict(errors_of(runs)), 110)}
 
@@ -220,10 +229,10 @@ The fit of the first run, by CPU time: {parts["costs"]}
 {parts["quality"]}
 
 T, p: prompt tokens of the stage, of a request; B, kv: clients and cached tokens. The engine packs a batch
-into one dense row, so that a prefill pays for T²; `per_batch_token_squared` says so. What a cached token
-costs a decode round grows with B and with kv: the line holds near the rounds that it is fitted to, and these
-are a workload's, under policies that let few or most clients idle. A grid's rounds, short and of few tokens,
-are not fitted: with them ratios missed by up to 2.3 points.
+into one dense row, so that a prefill pays for T² and a decode round for B · kv: `per_batch_token_squared` and
+`per_client_kv_token` say so. What is left of a cached token's cost grows with kv: fits hold near the rounds
+that they are fitted to, and these are a workload's, under policies that let half or nearly all clients idle.
+A grid's rounds, short and of few tokens, are not fitted: with them ratios missed by up to 2.3 points.
 
 ## The twin
 
@@ -234,7 +243,7 @@ are not fitted: with them ratios missed by up to 2.3 points.
 def write_page(args: Args, rows: Sequence[Row], runs: pd.DataFrame, transformers: str) -> None:
     """Write what is made from the rows, engine.md at last."""
     log = read_log(args.output / LOG)
-    fit, twin = fit_costs(log), twin_milliseconds()
+    fit, twin = fitted(log), twin_milliseconds()
     alone = ", ".join(f"{name} {value:.3f}" for name, value in twin.items())
     medians = runs.groupby("policy", sort=False)["twin_ms"].median()
     beside = ", ".join(f"{name} {value:.3f}" for name, value in medians.items())

@@ -12,7 +12,7 @@ from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.workload.requests import make_requests
 from servegym.studies.engines.loads import random_prompts
 
-ROUNDS = 8  # of decoding in a cell
+ROUNDS = 8  # of decoding in a cell, where they are fitted
 
 
 def spaced(least: int, most: int, count: int) -> list[int]:
@@ -41,6 +41,8 @@ class Grid:
         The most of each.
     repeats, seed
         How often each cell is run, and of the order and the prompts.
+    rounds
+        Decode rounds of a cell; 1 where prefills alone are fitted, with which nobody is to end.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class Grid:
         *,
         repeats: int = 2,
         seed: int = 0,
+        rounds: int = ROUNDS,
     ) -> None:
         self.iterations: list[Iteration] = []
-        self._model, self._task, self._seed = model, task, seed
+        self._model, self._task, self._seed, self._outputs = model, task, seed, 1 + rounds
         cells = [
             (count, tokens)
             for count in spaced(1, clients, 5)
@@ -62,7 +65,7 @@ class Grid:
         ] * repeats
         order = np.random.default_rng(seed).permutation(len(cells))
         # All cells have the memory of the largest, as its size costs time, too.
-        largest = make_requests([prompt_tokens] * clients, [1 + ROUNDS] * clients)
+        largest = make_requests([prompt_tokens] * clients, [self._outputs] * clients)
         widest = with_overrides(task, {"cluster": {"clients": clients}})
         self._memory = random_prompts(largest, 2, 0).memory(widest)
         self._cells = [cells[0], *(cells[place] for place in order)]
@@ -72,7 +75,7 @@ class Grid:
     def _next_engine(self) -> Any:
         count, tokens = self._cells[self._place]
         task = with_overrides(self._task, {"cluster": {"clients": count}})
-        requests = make_requests([tokens] * count, [1 + ROUNDS] * count)
+        requests = make_requests([tokens] * count, [self._outputs] * count)
         load = random_prompts(
             requests, int(self._model.config.vocab_size), self._seed + self._place
         )

@@ -38,23 +38,23 @@ class HeldOut:
 def fitted_policies(clients: int) -> tuple[str, str]:
     """Return the policies whose iterations on a workload of their own are fitted; neither is judged.
 
-    They wait for half, and for most of the clients to be idle, so that few and many clients are seen.
+    They wait for half, and for all but one of the clients to be idle, so that any number of clients is seen.
 
     Examples
     --------
     >>> fitted_policies(16)
-    ('threshold-8', 'threshold-14')
+    ('threshold-8', 'threshold-15')
     """
-    return f"threshold-{max(1, clients // 2)}", f"threshold-{max(1, 7 * clients // 8)}"
+    return f"threshold-{max(1, clients // 2)}", f"threshold-{max(1, clients - 1)}"
 
 
 class Calibration:
     """A grid, and a workload under ``fitted_policies``, to be run in lockstep.
 
     Prefills of both are fitted, decode rounds of the workload alone: what a cached token costs grows with
-    how many there are (keys and values leave the processor's caches) and with how many clients attend to it.
-    Affine costs have neither, and hold where they are fitted. The grid's batches are short of what requests
-    hold in service, so that a line through both is wrong for either.
+    how many there are (keys and values leave the processor's caches), which costs do not have; they hold
+    where they are fitted. The grid's batches are short of what requests hold in service, so that one fit
+    through both is wrong for either.
     """
 
     def __init__(self, model: Any, task: TaskConfig, grid: Grid, load: Load) -> None:
@@ -179,6 +179,7 @@ def quality_table(log: pd.DataFrame) -> str:
     }
     rows = [
         ("decode", "1, B, kv", next(iter(fits.values())).decode_quality),
+        ("decode", "1, B, kv, B·kv", fit_costs(log, "linear", "batch").decode_quality),
         ("decode", "table by B, kv", fit_costs(log, "linear", "table").decode_quality),
     ]
     rows += [("prefill", forms[name], fit.prefill_quality) for name, fit in fits.items()]
@@ -199,14 +200,17 @@ def costs_line(fit: Fit) -> str:
         rounds = f"[{rounds}] by B"
     else:
         rounds = f"{1e3 * decode.base:.3g} + {1e3 * decode.per_client:.3g} B"
+    rounds += f" + {1e3 * decode.per_kv_token:.3g} kv"
+    if decode.per_client_kv_token > 0:
+        rounds += f" + {1e3 * decode.per_client_kv_token:.3g} B·kv"
     squared = {
         "linear": "",
         "prompts": f" + {1e3 * prefill.per_token_squared:.3g} Σp²",
         "batch": f" + {1e3 * prefill.per_batch_token_squared:.3g} T²",
     }[fit.form]
     return (
-        f"Decode {rounds} + {1e3 * decode.per_kv_token:.3g} kv ms; prefill {1e3 * prefill.base:.3g} + "
-        f"{1e3 * prefill.per_token:.3g} T{squared} ms."
+        f"Decode {rounds} ms; prefill {1e3 * prefill.base:.3g} + {1e3 * prefill.per_token:.3g} T{squared} "
+        "ms."
     )
 
 
