@@ -228,16 +228,25 @@ The fit of the first run, by CPU time: {parts["costs"]}
 
 {parts["quality"]}
 
-T, p: prompt tokens of the stage, of a request; B, kv: clients and cached tokens. The engine packs a batch
-into one dense row, so that a prefill pays for T² and a decode round for B · kv: `per_batch_token_squared` and
-`per_client_kv_token` say so. What is left of a cached token's cost grows with kv: fits hold near the rounds
-that they are fitted to, and these are a workload's, under policies that let half or nearly all clients idle.
-A grid's rounds, short and of few tokens, are not fitted: with them ratios missed by up to 2.3 points.
+{fill(parts["terms"], 110)}
 
 ## The twin
 
 {parts["twin"]}
 """
+
+
+def terms_line(fit: Fit) -> str:
+    """Return what the terms of a fit mean."""
+    none = "" if fit.decode.per_client_kv_token > 0 else ", of which this fit has none"
+    return (
+        "T, p: prompt tokens of the stage, of a request; B, kv: clients and cached tokens. The engine packs "
+        "a batch into one dense row, so that a prefill may pay for T² (`per_batch_token_squared`) and a "
+        f"decode round for B·kv (`per_client_kv_token`{none}). What a cached token costs grows with how "
+        "many there are: fits hold near the rounds that they are fitted to, and these are a workload's, "
+        "under policies that let half or nearly all clients idle. A grid's rounds, short and of few tokens, "
+        "are not fitted: with them ratios missed by up to 2.3 points."
+    )
 
 
 def write_page(args: Args, rows: Sequence[Row], runs: pd.DataFrame, transformers: str) -> None:
@@ -250,6 +259,7 @@ def write_page(args: Args, rows: Sequence[Row], runs: pd.DataFrame, transformers
     parts = {
         "machine": machine_line(transformers),
         "costs": costs_line(fit),
+        "terms": terms_line(fit),
         "quality": quality_table(log),
         "twin": (
             "Milliseconds an iteration, twin and policy, compiled; the aim is 0.1. CPU time beside an engine "
