@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -184,28 +184,36 @@ def draw_values(
     return figure
 
 
-def draw_learning_curves(curves: pd.DataFrame, references: Mapping[str, float]) -> Figure:
-    """Draw the gap over minutes of training: a line and a band per label, references as dashed lines.
+def draw_learning_curves(
+    curves: pd.DataFrame,
+    references: Mapping[str, float],
+    over: Literal["training_s", "timesteps"] = "training_s",
+) -> Figure:
+    """Draw the gap over the course of training: a line and a band per label, references as dashed lines.
 
     Parameters
     ----------
     curves
-        One row per evaluation: ``label`` (the line), ``seed`` (the training run), ``training_s`` and
-        ``gap_percent``, as in ``evaluations.csv``. The line is the mean over seeds, the band
-        reaches from the best seed to the worst, over the time that all seeds trained.
+        One row per evaluation: ``label`` (the line), ``seed`` (the training run), ``training_s`` or
+        ``timesteps``, and ``gap_percent``, as in ``evaluations.csv``. The line is the mean over seeds, the
+        band reaches from the best seed to the worst, as far as all seeds trained.
     references
         Gap in percent by policy name. The axis ends at three times the largest: an untrained
         agent's gap would hide all differences.
+    over
+        Minutes, or decisions where runs are of different machines.
     """
+    unit, axis = (
+        (60.0, "minutes of training") if over == "training_s" else (1e6, "million decisions")
+    )
     figure = Figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
     axes = figure.subplots()
     for k, (label, group) in enumerate(curves.groupby("label", sort=False)):
-        minutes, gaps = _on_one_grid(group)
-        axes.plot(minutes, gaps.mean(axis=0), color=f"C{k}", linewidth=1.8, label=label)
+        grid, gaps = _on_one_grid(group, over)
+        axes.plot(grid / unit, gaps.mean(axis=0), color=f"C{k}", linewidth=1.8, label=label)
         if len(gaps) > 1:
-            axes.fill_between(
-                minutes, gaps.min(axis=0), gaps.max(axis=0), color=f"C{k}", alpha=0.2, linewidth=0
-            )
+            least, most = gaps.min(axis=0), gaps.max(axis=0)
+            axes.fill_between(grid / unit, least, most, color=f"C{k}", alpha=0.2, linewidth=0)
     for k, (name, gap) in enumerate(references.items()):
         style = _REFERENCE_STYLES[k % len(_REFERENCE_STYLES)]
         text = f"{name} ({gap:z.2f} %)"
@@ -219,21 +227,21 @@ def draw_learning_curves(curves: pd.DataFrame, references: Mapping[str, float]) 
         axes.set_ylim(bottom=0.8 * lowest)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("minutes of training")
+    axes.set_xlabel(axis)
     axes.set_ylabel("gap to the lower bound (%)")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def _on_one_grid(runs: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return minutes, shape (points,), and the gap of each seed then, shape (seeds, points)."""
-    seeds = [run.sort_values("training_s") for _, run in runs.groupby("seed", sort=False)]
-    begin_s = max(run["training_s"].iloc[0] for run in seeds)
-    end_s = min(run["training_s"].iloc[-1] for run in seeds)
-    grid = np.unique(np.concatenate([run["training_s"].to_numpy(float) for run in seeds]))
-    grid = grid[(grid >= begin_s) & (grid <= end_s)]
-    gaps = [np.interp(grid, run["training_s"], run["gap_percent"]) for run in seeds]
-    return grid / 60.0, np.stack(gaps)
+def _on_one_grid(runs: pd.DataFrame, over: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return points of ``over``, shape (points,), and the gap of each seed there, shape (seeds, points)."""
+    seeds = [run.sort_values(over) for _, run in runs.groupby("seed", sort=False)]
+    begin = max(run[over].iloc[0] for run in seeds)
+    end = min(run[over].iloc[-1] for run in seeds)
+    grid = np.unique(np.concatenate([run[over].to_numpy(float) for run in seeds]))
+    grid = grid[(grid >= begin) & (grid <= end)]
+    gaps = [np.interp(grid, run[over], run["gap_percent"]) for run in seeds]
+    return grid, np.stack(gaps)
 
 
 def to_png(figure: Figure) -> bytes:

@@ -96,7 +96,7 @@ validation) is no fair comparison, nor is its end ("− main"). `without-…` le
 does not tell training which actions are legal. Best agents by validation, on the held-out cases,
 paired by case and training seed; ± is half a 95 % Student-t interval. In the first table it is over cases,
 of the mean over training seeds, and over training seeds, of each seed's mean over cases; in the second,
-of one training run each, over cases."""
+of one training run each, over cases. Minutes are of the clock, on the machine that ran them, with pauses."""
 
 
 def ablation_notes(episodes: pd.DataFrame) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -221,15 +221,15 @@ def write_task(task: str, output: Path, command: str) -> list[Path]:
             written.append(_write_table(folder / name, title, command, notes, table))
     lines = reference_lines(validation)
     main = curves[curves["variant"] == MAIN]
-    pictures = {
-        "learning_curves.png": main.assign(label=f"{SHIPPED} ({main['seed'].nunique()} seeds)"),
-        "ablation_curves.png": curves[curves["variant"] != MAIN].rename(
-            columns={"variant": "label"}
-        ),
+    main = main.assign(label=f"{SHIPPED} ({main['seed'].nunique()} seeds)")
+    ablations = curves[curves["variant"] != MAIN].rename(columns={"variant": "label"})
+    pictures: dict[str, tuple[pd.DataFrame, Literal["training_s", "timesteps"]]] = {
+        "learning_curves.png": (main, "training_s"),
+        "ablation_curves.png": (ablations, "timesteps"),  # their seeds may be of several machines
     }
-    for name, shown in pictures.items():
+    for name, (shown, over) in pictures.items():
         if len(shown):
-            write_file(folder / name, to_png(draw_learning_curves(shown, lines)))
+            write_file(folder / name, to_png(draw_learning_curves(shown, lines, over)))
             written.append(folder / name)
     return written
 
