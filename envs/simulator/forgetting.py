@@ -40,6 +40,7 @@ def forget(state: State, e: int, gone: NDArray[np.bool_]) -> NDArray[np.int64]:
     by_id = (
         state.requests,
         state.times,
+        state.before,
         state.carried,
         state.beliefs,
         state.priority,
@@ -101,6 +102,7 @@ def _relink_order(state: State, e: int, ids: NDArray[np.int64]) -> None:
     requests["listed"][listed] = 0
     requests["listed"][waiting] = 1
     queue["first"], queue["last"] = _linked(waiting, requests["next"], ids)
+    state.before[e, waiting[1:]] = ids[waiting[:-1]]
     if queue["first_unseen"] != NOBODY:
         queue["first_unseen"] = ids[queue["first_unseen"]]
 

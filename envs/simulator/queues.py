@@ -47,8 +47,8 @@ def rounds_ahead(state: State, e: int, i: int) -> int:
 
 
 # ---- in order of service --------------------------------------------------------------------
-# A singly linked list. Whoever is taken from its middle stays in it until it comes to the front, or until
-# it is preempted.
+# A linked list. Whoever is taken from its middle stays in it until it comes to the front, or until it is
+# preempted or leaves. ``State.before`` is the way back, but for the first.
 
 
 @kernel
@@ -62,6 +62,7 @@ def _append(state: State, e: int, q: int, i: int) -> None:
         queue.first = i
     else:
         state.requests[e, queue.last].next = i
+        state.before[e, i] = queue.last
     queue.last = i
 
 
@@ -97,6 +98,8 @@ def push_front(state: State, e: int, q: int, i: int) -> None:
     request.next = queue.first
     if queue.first == NOBODY:
         queue.last = i
+    else:
+        state.before[e, queue.first] = i
     queue.first = i
     count_waiting(state, e, q, i, 1)
 
@@ -172,12 +175,12 @@ def _unlist(state: State, e: int, q: int, i: int) -> None:
         if after == NOBODY:
             queue.last = NOBODY
         return
-    before = queue.first
-    while state.requests[e, before].next != i:
-        before = state.requests[e, before].next
+    before = state.before[e, i]
     state.requests[e, before].next = after
     if after == NOBODY:
         queue.last = before
+    else:
+        state.before[e, after] = before
 
 
 @kernel

@@ -135,6 +135,7 @@ class State(Bundle):
     episodes: RecordArray  # (E,) EPISODE
     requests: RecordArray  # (E, I) REQUEST, by id
     times: RecordArray  # (E, I) TIMES, by id
+    before: NDArray[np.int32]  # (E, I) by id, whom it comes after in the list of ``next``
     by_length: NDArray[np.int32]  # (E, I) request ids, shortest first
     lengths: NDArray[np.int32]  # (E, I) the rounds that they are compared by, so ascending
     queues: RecordArray  # (E, Q) QUEUE; Q is R, or 1: one pool for all replicas
@@ -198,6 +199,7 @@ def make_state(
         episodes=_records(e, dtype=EPISODE),
         requests=_records(e, i, dtype=REQUEST),
         times=_records(e, i, dtype=TIMES),
+        before=np.zeros((e, i), np.int32),
         by_length=np.zeros((e, i), np.int32),
         lengths=np.zeros((e, i), np.int32),
         queues=_records(e, q, dtype=QUEUE),
