@@ -24,12 +24,21 @@ from servegym.envs.playing.summary import (
     to_markdown,
     with_interval,
 )
-from servegym.envs.playing.tables import read_rows
+from servegym.envs.playing.tables import Schema, read_rows
 from servegym.studies.agents.ablations import ablation_notes, ablation_table
 from servegym.studies.agents.comparing import curve_of, differences, shown_interval, verdict
 from servegym.studies.agents.play import CURVES, LARGE_SETTING, settings
 from servegym.studies.agents.runs import MAIN, ablations
 from servegym.studies.policies import SHIPPED
+
+GAPS_FILE: Final = "ablation_gaps.csv"
+_GAPS: Final = Schema(
+    columns=("policy", "seed", "gap"),
+    key=("policy", "seed"),
+    whole=("seed",),
+    texts=("policy",),
+    if_deleted="its agents are played again",
+)
 
 HYBRID: Final = "hybrid"
 RIVALS: Final = ("threshold", "lookahead", "aligned", "aligned-lookahead")
@@ -199,7 +208,7 @@ cases of the very setting. ± is a 95 % Student-t interval."""
 def write_task(task: str, output: Path, command: str) -> list[Path]:
     """Write a task's tables and pictures; return their paths."""
     folder = output / task
-    episodes = _episodes(folder / "episodes.csv")
+    episodes = _with_gaps(_episodes(folder / "episodes.csv"), folder / GAPS_FILE)
     curves = read_rows(_existing(folder / "curves.csv"), CURVES, "remove the file and play again")
     validation = _episodes(folder / "validation" / "episodes.csv")
     tables = {
@@ -232,6 +241,12 @@ def write_task(task: str, output: Path, command: str) -> list[Path]:
             write_file(folder / name, to_png(draw_learning_curves(shown, lines, over)))
             written.append(folder / name)
     return written
+
+
+def _with_gaps(episodes: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Add the gaps of runs of which no more is kept, as all of their episodes would be a large file."""
+    gaps = read_rows(path, _GAPS, "remove the file and play again")
+    return pd.concat([episodes, gaps[~gaps["policy"].isin(episodes["policy"])]], ignore_index=True)
 
 
 def reference_lines(validation: pd.DataFrame) -> dict[str, float]:
