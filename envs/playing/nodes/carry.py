@@ -90,9 +90,8 @@ def _modules_here() -> list[ModuleType]:
     found = []
     # Each batch looks at all modules, and an environment in the folder has thousands: by text, then.
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__dict__", {}).get(
-            "__file__"
-        )  # no module's own __getattr__, some take long
+        # Not by a module's own __getattr__, as some take long.
+        file = getattr(module, "__dict__", {}).get("__file__")
         if isinstance(file, str) and file.startswith(here):
             place = here + name.replace(".", os.sep)
             if file in (f"{place}.py", f"{place}{os.sep}__init__.py"):

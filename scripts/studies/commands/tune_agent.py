@@ -121,9 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(Args, argv)
     search = read_search(args)
     import_optuna()
-    if (
-        not args.storage
-    ):  # the folder holds the trials; elsewhere they are refused before there is one
+    if not args.storage:  # the folder holds the trials; else a wrong storage is refused before it
         make_folder(args.output)
     study = open_study(search)
     make_folder(args.output)
