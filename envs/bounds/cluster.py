@@ -166,6 +166,11 @@ class _Passes(NamedTuple):
     """What bounds take of a cluster's costs: those of the fastest replica."""
 
     tables: CostTables
+    stage_s: float  # of a prefill stage, without its tokens
+    token_s: float  # of a prompt token
+    square_s: float  # of a prompt's tokens squared
+    cached_s: float  # the least of a cached token in a round
+    shares_cache: bool  # whether a cached token costs more the more clients decode
     strength: float  # of all replicas together, the fastest being 1
     shortest_s: float  # pass
     full_s: float  # the least seconds of a pass per decoding client
@@ -186,7 +191,19 @@ def _passes(costs: CostTables, chunked: bool) -> _Passes:
         base_s = np.append(np.minimum(base_s[:most], lines[:most]), base_s[most:])
     sizes = np.arange(1.0, len(base_s) + 1.0)
     vertices = dual_vertices(base_s, sizes, exact=False)
-    return _Passes(tables, strength, float(base_s.min()), float((base_s / sizes).min()), vertices)
+    rates = tables.rates[0]
+    return _Passes(
+        tables,
+        float(rates.prefill_base_s),
+        float(rates.prefill_per_token_s),
+        float(rates.prefill_per_token_squared_s),
+        cached_token_seconds(tables),
+        bool(rates.decode_per_client_kv_token_s > 0),
+        strength,
+        float(base_s.min()),
+        float((base_s / sizes).min()),
+        vertices,
+    )
 
 
 def _work(
@@ -200,13 +217,12 @@ def _work(
 ) -> tuple[float, float, int, int]:
     """Return the least seconds of decoding and of prefilling, the fewest rounds and stages."""
     tables, clients = passes.tables, max(layout.clients)
-    _, stage_s, token_s, square_s, *_ = tables.rates[0].item()
-    cached_s = cached_token_seconds(tables)
+    token_s, cached_s = passes.token_s, passes.cached_s
     area, total = totals.held, float(totals.rounds)
     stages = 0
     if layout.chunk_tokens == 0:
         stages = least_stages(totals, clients, max_prefill_tokens)
-    squares_s = square_s * totals.squares
+    squares_s = passes.square_s * totals.squares
     line_s = token_s * totals.prompts
     full_rounds = area / most_tokens if most_tokens > 0 else 0.0
     least_rounds = max(-(-totals.rounds // clients), math.ceil(full_rounds))
@@ -215,7 +231,7 @@ def _work(
         if stages > 0:
             prefill_s = prefill_bound(totals, stages, tables)
             decode_s = run_s + cached_s * area
-            if tables.rates[0].decode_per_client_kv_token_s > 0:
+            if passes.shares_cache:
                 decode_s = max(decode_s, decode_bound(totals, least_rounds, tables, alone=False))
             return decode_s, prefill_s, least_rounds, stages
         share = 1.0 if run_s >= line_s else 0.0
@@ -237,7 +253,7 @@ def _work(
         if stages > 0:
             decode_s, alone_s = run_s + cached_s * area, prefill_bound(totals, stages, tables)
             if tables.prefill_level_s.shape[1] == 0:
-                line_s += stages * stage_s
+                line_s += stages * passes.stage_s
             if decode_s + line_s + squares_s > alone_s:
                 return decode_s, line_s + squares_s, 0, stages
             return 0.0, alone_s, 0, stages

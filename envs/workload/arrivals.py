@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Final, NamedTuple, NoReturn
 
 import numpy as np
@@ -189,16 +190,7 @@ class Arrivals:
         ServegymError
             If a rate or a cv is missing and the source brings none.
         """
-        filled = self
-        if self.process != "on-off" and self.rate_per_s is None:
-            if measured is None:
-                self._refuse_missing("rate_per_s", f": {source} brings no rate of its own")
-            filled = replace(filled, rate_per_s=measured.rate_per_s)
-        if self.process in ("gamma", "weibull") and self.cv is None and self.shape is None:
-            if measured is None or measured.cv is None:
-                self._refuse_missing("cv", f": {source} brings none of its own; give it or shape")
-            filled = replace(filled, cv=measured.cv)
-        return filled
+        return _with_defaults(self, measured, source)
 
     @property
     def names_rate(self) -> bool:
@@ -281,6 +273,20 @@ class Arrivals:
 
 
 _NAME: Final = "workload.arrivals"
+
+
+@lru_cache(maxsize=64)  # for every episode the same
+def _with_defaults(process: Arrivals, measured: Measured | None, source: str) -> Arrivals:
+    filled = process
+    if process.process != "on-off" and process.rate_per_s is None:
+        if measured is None:
+            process._refuse_missing("rate_per_s", f": {source} brings no rate of its own")
+        filled = replace(filled, rate_per_s=measured.rate_per_s)
+    if process.process in ("gamma", "weibull") and process.cv is None and process.shape is None:
+        if measured is None or measured.cv is None:
+            process._refuse_missing("cv", f": {source} brings none of its own; give it or shape")
+        filled = replace(filled, cv=measured.cv)
+    return filled
 
 
 def _weibull_cv(shape: float) -> float:

@@ -42,6 +42,7 @@ class Marginal:
 
     def __init__(self, quantiles: NDArray[np.float64], mean: float, std: float) -> None:
         self._quantiles = quantiles
+        self._knots = np.linspace(0.0, 1.0, len(quantiles))
         lows, highs = quantiles[:-2], quantiles[1:-1]
         last = quantiles[-2]
         body = _STEP * float((lows + highs).sum() / 2.0)
@@ -52,8 +53,7 @@ class Marginal:
 
     def lengths(self, shares: Shares) -> Tokens:
         """Return the lengths below which these shares lie, at least 1; shape as ``shares``."""
-        knots = np.linspace(0.0, 1.0, len(self._quantiles))
-        lengths = np.interp(shares, knots, self._quantiles)
+        lengths = np.interp(shares, self._knots, self._quantiles)
         above = shares > 1.0 - _STEP
         longest, last = self._quantiles[-1], self._quantiles[-2]
         with np.errstate(divide="ignore"):
