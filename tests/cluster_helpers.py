@@ -243,7 +243,7 @@ def recount(state: State) -> None:
     assert episode.in_system == len(row.those(WAITING, RUNNING, MOVING))
     ended = np.isfinite(state.times[0, : episode.requests].finished_s)
     assert np.flatnonzero(ended).tolist() == finished
-    queues = [_waiting_in(row, q) for q in range(len(row.queues))]
+    queues = [waiting_in(row, q) for q in range(len(row.queues))]
     listed = sorted(i for seen, unseen in queues for i in [*seen, *unseen])
     assert listed == row.those(WAITING)
     for q, (seen, unseen) in enumerate(queues):
@@ -261,7 +261,7 @@ def recount(state: State) -> None:
     _recount_plans(row, {i for seen, _ in queues for i in seen})
 
 
-def _waiting_in(row: Row, q: int) -> tuple[list[int], list[int]]:
+def waiting_in(row: Row, q: int) -> tuple[list[int], list[int]]:
     """Who waits in a queue in order of service: seen, and come since the last look."""
     queue = row.queues[q]
     seen, unseen = list[int](), list[int]()
@@ -273,6 +273,7 @@ def _waiting_in(row: Row, q: int) -> tuple[list[int], list[int]]:
             assert i not in seen
             assert i not in unseen
             (unseen if new else seen).append(i)
+        assert last in (NOBODY, row.state.before[0, i])
         last, i = i, row.requests[i].next
     assert last == queue.last
     return seen, unseen
@@ -289,7 +290,10 @@ def _recount_queue(row: Row, q: int, seen: list[int], unseen: list[int]) -> None
     assert queue.rounds == sum(left[i] for i in seen)
     assert queue.tokens == sum(todo[i] for i in seen)
     if state.cluster.counts_memory:
-        assert queue.blocks == sum(row.blocks(wanted[i]) for i in seen)
+        blocks = [row.blocks(wanted[i]) for i in seen]
+        assert queue.blocks == sum(blocks)
+        assert queue.most_blocks >= max(blocks, default=0)
+        assert queue.most_blocks == 0 or seen
     squares = queue.squares_high * 2**32 + queue.squares_low
     assert squares == sum(todo[i] ** 2 for i in seen)
     assert queue.unseen == len(unseen)
@@ -426,12 +430,14 @@ def _recount_plans(row: Row, seen: set[int]) -> None:
         for client in range(machine.clients):
             queue = row.clients[r][client]
             i, here = queue.queue_head, list[int]()
+            last = NOBODY
             while i != NOBODY:
                 if requests[i].phase in (WAITING, FUTURE):
                     assert requests[i].plan_replica == r
                     assert requests[i].plan_client == client
                     here.append(i)
-                i = requests[i].plan_next
+                assert last in (NOBODY, row.state.plan_before[0, i])
+                last, i = i, requests[i].plan_next
             assert queue.queue_requests == len(here)
             left = [requests[i].expected_rounds - requests[i].emitted for i in here]
             assert queue.queue_rounds == sum(left)

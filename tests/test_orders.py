@@ -91,6 +91,36 @@ def test_batches_let_a_long_prompt_wait() -> None:
     assert served(task, "sorted-f", *rows).admitted_s.tolist() == [3, 0, 0, 0, 0]
 
 
+def test_a_batch_is_made_when_its_requests_come() -> None:
+    """Also where memory holds all who wait, and nobody is admitted then.
+
+    At 9 s the patience of the second ends, who goes first. The batch was made before, of all three: it
+    holds the second and the fourth, (10 + 10) / 4, so that the third waits for both.
+    """
+    task = changed(
+        TASKS["servegym/Tiny-v0"],
+        cluster={
+            "clients": 4,
+            "kv_capacity_tokens": 100,
+            "kv_block_tokens": 1,
+            "shortest_by": "batch",
+            "max_prefill_tokens": 12,
+            "patience_s": 8.0,
+        },
+        process={"rules": ("shortest",)},
+    )
+    rows = [(5, 20, 0.0), (10, 10, 1.0), (85, 9, 6.0), (10, 10, 6.0)]
+    env = ServingEnv(task)
+    env.reset(options={"requests": make_requests(*map(np.array, zip(*rows, strict=True)))})
+    over = False
+    while not over:
+        mask, early = env.action_masks(), env.view().clock_s < 9.0
+        action = 0 if mask[0] and early else int(np.flatnonzero(mask)[-1])
+        _, _, terminated, truncated, _ = env.step(np.int64(action))
+        over = terminated or truncated
+    assert env.records().admitted_s.tolist() == [0, 9, 25, 11]
+
+
 def test_the_preempted_keep_their_deadline_but_not_their_level() -> None:
     """Memory for 8 tokens: at 4 s the second is evicted; it comes back at 6 s, and the third behind it.
 

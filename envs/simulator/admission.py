@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from servegym.envs.jit import kernel, shared_kernel
+from servegym.envs.jit import kernel, move_records, shared_kernel
 from servegym.envs.simulator.aligned import forget_targets, longest_aligned
-from servegym.envs.simulator.memory import blocks_of_round, chunk_fits, fits, free_blocks
+from servegym.envs.simulator.memory import all_fit, blocks_of_round, chunk_fits, fits, free_blocks
 from servegym.envs.simulator.moving import fetch
 from servegym.envs.simulator.queues import (
     blocks_of,
@@ -34,6 +34,7 @@ from servegym.envs.simulator.stages import client_work, compute, pick, sort_idle
 from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
 from servegym.envs.vocabulary import (
     ALIGNED,
+    BY_BATCH,
     BY_LENGTH,
     FCFS,
     GUARD_SGLANG,
@@ -48,6 +49,9 @@ _REPLICA: Final = 32  # bits by which a heap of victims shifts the replica
 _CLIENT: Final = (1 << _REPLICA) - 1
 
 _ANY_TOKENS: Final = 1 << 60
+
+_FEW_THIEVES: Final = 4
+"""Up to so many idle clients look for their victims one by one: that takes less time than the heap."""
 
 _NOT_BUILT: Final = -1
 """Size of the heap of victims before a stage's first theft builds the heap."""
@@ -89,6 +93,9 @@ def _gives(state: State, e: int, r: int, rule: int) -> bool:
 @shared_kernel
 def _first_fits(state: State, e: int, r: int, rule: int, taken: int) -> bool:
     """Return whether the first request that ``rule`` gives to an idle client fits into memory."""
+    makes_batches = rule == SHORTEST and state.cluster.shortest_by == BY_BATCH
+    if not makes_batches and all_fit(state, e, r, taken):  # of batches a look makes the next
+        return _gives(state, e, r, rule)
     i = _first_given(state, e, r, rule)
     running = state.machines[r].clients - state.replicas[e, r].idle
     return i != NOBODY and fits(state, e, r, i, taken, running)
@@ -97,7 +104,9 @@ def _first_fits(state: State, e: int, r: int, rule: int, taken: int) -> bool:
 @shared_kernel
 def _first_given(state: State, e: int, r: int, rule: int) -> int:
     """Return the first request that ``rule`` gives to an idle client, or NOBODY; somebody must wait."""
-    _begin_choosing(state, e, r, rule)
+    if rule in (PLAN, STEAL):  # of the others every client gets the same
+        sort_idle(state, e, r)
+    _forget_choices(state, e, r, rule)
     for client in state.idle[e, r, : state.replicas[e, r].idle]:
         i = _candidate(state, e, r, rule, client)
         if i != NOBODY:
@@ -186,6 +195,12 @@ def first_within_limits(state: State, e: int, r: int, rule: int, mixed: bool) ->
 def _begin_choosing(state: State, e: int, r: int, rule: int) -> None:
     """Bring the idle clients into order; forget what the rule has noted for the stage before."""
     sort_idle(state, e, r)
+    _forget_choices(state, e, r, rule)
+
+
+@kernel
+def _forget_choices(state: State, e: int, r: int, rule: int) -> None:
+    """Forget what a rule has noted for the stage before."""
     if rule == ALIGNED:
         forget_targets(state, e)
     elif rule == STEAL:
@@ -205,26 +220,26 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> N
     replica, q = state.replicas[e, r], queue_of(state, r)
     clients = replica.idle
     idle = state.idle[e, r, :clients]
-    left_idle = 0
+    left_idle, seen = 0, 0
     room = replica.most_running - (state.machines[r].clients - clients)
-    full, stored = False, False
     counts_memory = state.cluster.counts_memory
     tokens, squares, admitted = 0, 0.0, 0
-    for k in range(clients):
-        client = idle[k]
-        i = NOBODY
-        if not full and room > 0 and state.queues[e, q].waiting > 0:
-            i = _candidate(state, e, r, rule, client)
-        if i != NOBODY:
-            stored = counts_memory and state.requests[e, i].stored != NOBODY
-            needed = tokens_to_prefill(state, e, i)
-            full = admitted > 0 and 0 < max_prefill_tokens < tokens + needed and not stored
-            if counts_memory and not full:
-                full = not fits(state, e, r, i, 0, state.machines[r].clients - replica.idle)
-        if i == NOBODY or full:
+    while seen < clients and room > 0 and state.queues[e, q].waiting > 0:
+        client = idle[seen]
+        i = _candidate(state, e, r, rule, client)
+        if i == NOBODY:
             idle[left_idle] = client
             left_idle += 1
+            seen += 1
             continue
+        stored = counts_memory and state.requests[e, i].stored != NOBODY
+        needed = tokens_to_prefill(state, e, i)
+        if admitted > 0 and 0 < max_prefill_tokens < tokens + needed and not stored:
+            break
+        running = state.machines[r].clients - replica.idle
+        if counts_memory and not fits(state, e, r, i, 0, running):
+            break
+        seen += 1
         room -= 1
         if stored:
             replica.idle -= 1
@@ -239,7 +254,8 @@ def admit(state: State, e: int, r: int, rule: int, max_prefill_tokens: int) -> N
             compute(state, e, r, i, needed)
         else:
             state.picked[e, r, admitted - 1] = i
-    replica.idle = left_idle
+    move_records(state.idle[e, r], left_idle, seen, clients - seen)
+    replica.idle = left_idle + clients - seen
     replica.emitting = admitted
     replica.stage_chunks = admitted
     replica.stage_tokens = tokens
@@ -301,30 +317,32 @@ def _admit_parts(
         state.picked[e, r, 0] = first
     clients = replica.idle
     idle = state.idle[e, r, :clients]
-    left_idle = 0
-    full = False
+    left_idle, seen = 0, 0
     round_blocks = blocks_of_round(state, e, r)
-    for k in range(clients):
-        client = idle[k]
-        i = NOBODY
+    while seen < clients and left > 0 and replica.partial == NOBODY:
         running = state.machines[r].clients - replica.idle
-        may = not full and left > 0 and running < replica.most_running
-        if may and state.queues[e, q].waiting > 0:
-            i = _candidate(state, e, r, rule, client)
-        if i != NOBODY:
-            if pieces:
-                tokens = _piece(state, e, i, left, replica.stage_chunks == 0)
-                needed = blocks_of(state, tokens) * state.cluster.block_tokens
-                full = tokens == 0 or (replica.stage_chunks > 0 and needed > limit)
-                full = full or not chunk_fits(state, e, r, i, tokens, running)
-            else:
-                tokens = min(tokens_to_prefill(state, e, i), left)
-                needed = tokens
-                full = not fits(state, e, r, i, round_blocks, running)
-        if i == NOBODY or full:
+        if running >= replica.most_running or state.queues[e, q].waiting == 0:
+            break
+        client = idle[seen]
+        i = _candidate(state, e, r, rule, client)
+        if i == NOBODY:
             idle[left_idle] = client
             left_idle += 1
+            seen += 1
             continue
+        if pieces:
+            tokens = _piece(state, e, i, left, replica.stage_chunks == 0)
+            needed = blocks_of(state, tokens) * state.cluster.block_tokens
+            if tokens == 0 or (replica.stage_chunks > 0 and needed > limit):
+                break
+            if not chunk_fits(state, e, r, i, tokens, running):
+                break
+        else:
+            tokens = min(tokens_to_prefill(state, e, i), left)
+            needed = tokens
+            if not fits(state, e, r, i, round_blocks, running):
+                break
+        seen += 1
         replica.idle -= 1
         if state.requests[e, i].stored != NOBODY:
             fetch(state, e, r, client, i)
@@ -333,7 +351,7 @@ def _admit_parts(
         limit -= needed
         pick(state, e, r, client, i)
         compute(state, e, r, i, tokens)
-        full = replica.partial != NOBODY
+    move_records(state.idle[e, r], left_idle, seen, clients - seen)
 
 
 @kernel
@@ -371,7 +389,7 @@ def patient_until(state: State, e: int, q: int) -> float:
 @kernel
 def _stolen(state: State, e: int, r: int) -> int:
     """Return the longest request in the queue of the client with most work (paper, Algorithm 1)."""
-    victim = _busiest(state, e, r)
+    victim = busiest(state, e, r)
     best = head(state, e, victim >> _REPLICA, victim & _CLIENT)
     most = rounds_ahead(state, e, best)
     i = state.requests[e, best].plan_next
@@ -384,14 +402,16 @@ def _stolen(state: State, e: int, r: int) -> int:
 
 
 @kernel
-def _busiest(state: State, e: int, r: int) -> int:
+def busiest(state: State, e: int, r: int) -> int:
     """Return the client with most work of those with a request in their queue; some client has none.
 
-    A client is written as (replica << 32) + client. A stage's first theft lines the victims up in the first
+    A client is written as (replica << 32) + client. Few thieves look at all; so do those where requests move,
+    as the work of a client that fetches falls. Else a stage's first theft lines the victims up in the first
     half of ``keys``, a heap whose size is in the last place; the second half holds the work of each. A client
-    that takes a request of its own keeps its work, unless it fetches it; one that has been stolen from is on
-    top.
+    that takes a request of its own keeps its work; one that has been stolen from is on top.
     """
+    if state.replicas[e, r].idle <= _FEW_THIEVES or state.cluster.moves:
+        return _busiest_of_all(state, e, r)
     heap = state.keys[e]
     size, work = heap[-1], heap.size // 2
     if size == _NOT_BUILT:
@@ -408,10 +428,7 @@ def _busiest(state: State, e: int, r: int) -> int:
         for place in range(size // 2 - 1, 0, -1):
             _sink(heap, size, place)
     else:
-        changed = size if state.cluster.moves else 1
-        for place in range(changed):
-            client = heap[place]
-            heap[work + place] = client_work(state, e, client >> _REPLICA, client & _CLIENT)
+        heap[work] = client_work(state, e, heap[0] >> _REPLICA, heap[0] & _CLIENT)
     _sink(heap, size, 0)
     while _queued_at(state, e, heap[0]) == 0:
         size -= 1
@@ -420,6 +437,22 @@ def _busiest(state: State, e: int, r: int) -> int:
         _sink(heap, size, 0)
     heap[-1] = size
     return heap[0]
+
+
+@kernel
+def _busiest_of_all(state: State, e: int, r: int) -> int:
+    """Return the same by one look at each."""
+    first, last = r, r
+    if shares_pool(state):
+        first, last = 0, state.replicas.shape[1] - 1
+    best, most = np.int64(NOBODY), np.int64(NOBODY)
+    for s in range(first, last + 1):
+        for client in range(state.machines[s].clients):
+            if state.clients[e, s, client].queue_requests > 0:
+                work = client_work(state, e, s, client)
+                if work > most:
+                    best, most = (np.int64(s) << _REPLICA) + client, work
+    return best
 
 
 @kernel

@@ -41,6 +41,7 @@ def forget(state: State, e: int, gone: NDArray[np.bool_]) -> NDArray[np.int64]:
         state.requests,
         state.times,
         state.before,
+        state.plan_before,
         state.carried,
         state.beliefs,
         state.priority,
@@ -116,6 +117,7 @@ def _relink_plans(state: State, e: int, ids: NDArray[np.int64]) -> None:
         requests["planned"][planned] = 0
         requests["planned"][due] = 1
         client["queue_head"], client["queue_tail"] = _linked(due, requests["plan_next"], ids)
+        state.plan_before[e, due[1:]] = ids[due[:-1]]
 
 
 def _members(first: int, following: NDArray[np.int32]) -> list[int]:

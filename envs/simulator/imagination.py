@@ -39,6 +39,7 @@ def copy_row(source: State, e: int, target: State, f: int) -> None:
     target.episodes[f].keeps_gaps = 0
     _copy(source.requests[e], target.requests[f], n)
     _copy(source.before[e], target.before[f], n)
+    _copy(source.plan_before[e], target.plan_before[f], n)
     _copy(source.by_length[e], target.by_length[f], n)
     _copy(source.lengths[e], target.lengths[f], n)
     _copy(source.weights[e], target.weights[f], source.weights.shape[1])

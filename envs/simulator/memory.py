@@ -74,9 +74,12 @@ def blocks_of_rounds(state: State, e: int, r: int, rounds: int) -> int:
     replica = state.replicas[e, r]
     if length == 1:
         return rounds * replica.active
-    blocks = rounds // length * replica.active
-    for k in range(rounds % length):
-        blocks += state.residues[e, r, -(replica.rounds + k) % length]
+    cycles = rounds // length
+    blocks = cycles * replica.active
+    place = -replica.rounds % length
+    for _ in range(rounds - cycles * length):
+        blocks += state.residues[e, r, place]
+        place = (place if place > 0 else length) - 1
     return blocks
 
 
@@ -100,8 +103,10 @@ def _rounds_to_full(state: State, e: int, r: int) -> int:
     rounds = cycles * length
     free -= cycles * replica.active
     if length > 1:
-        while state.residues[e, r, -(replica.rounds + rounds) % length] <= free:
-            free -= state.residues[e, r, -(replica.rounds + rounds) % length]
+        place = -replica.rounds % length  # whole cycles later as well
+        while state.residues[e, r, place] <= free:
+            free -= state.residues[e, r, place]
+            place = (place if place > 0 else length) - 1
             rounds += 1
     if state.cluster.guard == GUARD_SGLANG:
         rounds = max(rounds - 1, 1)
@@ -127,6 +132,18 @@ def _fits(state: State, e: int, r: int, i: int, taken: int, running: int) -> boo
     if running > 0:
         blocks += state.replicas[e, r].reserve_blocks
     return blocks <= free_blocks(state, e, r) and guard_allows(state, e, r, i, blocks, running)
+
+
+@kernel
+def all_fit(state: State, e: int, r: int, taken: int) -> bool:
+    """Return True if ``fits`` is true of every waiting request; False may also mean that it is not known."""
+    if state.cluster.guard != GUARD_NONE:
+        return False
+    replica, queue = state.replicas[e, r], state.queues[e, queue_of(state, r)]
+    blocks = min(queue.blocks, queue.most_blocks) + taken
+    if state.cluster.moves:  # some may be fetched, see ``blocks_to_admit``
+        blocks += 1 + blocks_of_round(state, e, r) + replica.incoming
+    return blocks + replica.reserve_blocks <= free_blocks(state, e, r)
 
 
 @shared_kernel

@@ -203,7 +203,12 @@ def count_waiting(state: State, e: int, q: int, i: int, sign: int) -> None:
     queue.waiting += sign
     queue.rounds += sign * rounds_ahead(state, e, i)
     if state.cluster.counts_memory:
-        queue.blocks += sign * blocks_of(state, tokens)
+        blocks = blocks_of(state, tokens)
+        queue.blocks += sign * blocks
+        if sign > 0:
+            queue.most_blocks = max(queue.most_blocks, blocks)
+        elif queue.waiting == 0:
+            queue.most_blocks = 0
         if request.stored != NOBODY:
             tokens = 0  # they are computed already
     queue.tokens += sign * tokens
@@ -223,7 +228,7 @@ def count_all_waiting(state: State, e: int, q: int, first: int) -> int:
     local numbers take half the time.
     """
     counts_memory = state.cluster.counts_memory
-    count, rounds, all_tokens, blocks, high, low = 0, 0, 0, 0, 0, 0
+    count, rounds, all_tokens, blocks, most_blocks, high, low = 0, 0, 0, 0, 0, 0, 0
     arrived, arrived_rounds, unplanned = 0, 0, 0
     i = first
     while i != NOBODY:
@@ -235,7 +240,9 @@ def count_all_waiting(state: State, e: int, q: int, first: int) -> int:
         count += 1
         rounds += rounds_ahead(state, e, i)
         if counts_memory:
-            blocks += blocks_of(state, tokens)
+            its_blocks = blocks_of(state, tokens)
+            blocks += its_blocks
+            most_blocks = max(most_blocks, its_blocks)
             if request.stored != NOBODY:
                 tokens = 0
         all_tokens += tokens
@@ -248,6 +255,7 @@ def count_all_waiting(state: State, e: int, q: int, first: int) -> int:
     queue.waiting += count
     queue.rounds += rounds
     queue.blocks += blocks
+    queue.most_blocks = max(queue.most_blocks, most_blocks)
     queue.tokens += all_tokens
     queue.squares_high += high
     queue.squares_low += low
@@ -276,7 +284,8 @@ def longest_waiting(state: State, e: int, q: int) -> int:
 
 
 # ---- the clients' planned queues ------------------------------------------------------------
-# Singly linked lists, which keep whoever was stolen or preempted as the order of service does.
+# Linked lists, which keep whoever was stolen or preempted as the order of service does, with
+# ``State.plan_before`` as the way back, but for the first.
 
 
 @kernel
@@ -288,6 +297,7 @@ def enqueue(state: State, e: int, r: int, client: int, i: int) -> None:
         queue.queue_head = i
     else:
         state.requests[e, queue.queue_tail].plan_next = i
+        state.plan_before[e, i] = queue.queue_tail
     queue.queue_tail = i
     _count_queued(state, e, r, client, i, 1)
 
@@ -302,6 +312,8 @@ def enqueue_first(state: State, e: int, r: int, client: int, i: int) -> None:
     request.plan_next = queue.queue_head
     if queue.queue_head == NOBODY:
         queue.queue_tail = i
+    else:
+        state.plan_before[e, queue.queue_head] = i
     queue.queue_head = i
     _count_queued(state, e, r, client, i, 1)
 
@@ -317,12 +329,12 @@ def _drop_planned(state: State, e: int, i: int) -> None:
         if after == NOBODY:
             queue.queue_tail = NOBODY
         return
-    before = queue.queue_head
-    while state.requests[e, before].plan_next != i:
-        before = state.requests[e, before].plan_next
+    before = state.plan_before[e, i]
     state.requests[e, before].plan_next = after
     if after == NOBODY:
         queue.queue_tail = before
+    else:
+        state.plan_before[e, after] = before
 
 
 @kernel
@@ -356,6 +368,8 @@ def _count_queued(state: State, e: int, r: int, client: int, i: int, sign: int) 
 def head(state: State, e: int, r: int, client: int) -> int:
     """Return the first request still waiting in a client's planned queue, or NOBODY."""
     queue = state.clients[e, r, client]
+    if queue.queue_requests == 0:
+        return NOBODY
     i = queue.queue_head
     while i != NOBODY and state.requests[e, i].phase > WAITING:
         state.requests[e, i].planned = 0

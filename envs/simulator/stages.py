@@ -323,10 +323,19 @@ def time_tells(state: State, e: int) -> bool:
 def rounds_until(state: State, costs: CostTables, e: int, r: int, then_s: float) -> int:
     """Return the fewest rounds ≥ 1 of a run in progress that reach ``then_s``, at most all of them."""
     replica = state.replicas[e, r]
+    active, cached = replica.active, replica.cached_tokens
     low, high = 1, replica.run_rounds
+    first_s = decode_seconds(costs, r, active, cached, 1)
+    if first_s > 0.0:
+        # Rounds grow longer: it takes no more than if all were as the first, no fewer than as the last.
+        # A step of the clock and a round are left for what is rounded.
+        last_s = decode_seconds(costs, r, active, cached + (high - 1) * active, 1)
+        wait_s, step_s = then_s - replica.clock_s, np.nextafter(then_s, np.inf) - then_s
+        low = max(low, int(min((wait_s - step_s) / last_s, high)) - 1)
+        high = min(high, max(int(min((wait_s + step_s) / first_s, high)) + 2, 1))
     while low < high:
         middle = (low + high) // 2
-        run_s = decode_seconds(costs, r, replica.active, replica.cached_tokens, middle)
+        run_s = decode_seconds(costs, r, active, cached, middle)
         if replica.clock_s + run_s >= then_s:
             high = middle
         else:

@@ -2,8 +2,8 @@
 
 E environments × R replicas × J clients × I requests (the most any environment holds). Everything a
 kernel reads or writes during an episode is here; nothing is allocated while it runs, but for small
-scratch. About 105 bytes per request and queue, 24 more where
-gaps between tokens are noted. ``record_types`` says what each record holds.
+scratch. 132 bytes per request, 24 more where gaps between tokens are noted, and a tree of ``order`` for each
+queue. ``record_types`` says what each record holds.
 
 What the scheduler believes stands beside the truth: ``expected_rounds`` beside ``decode_rounds``,
 ``expected`` beside ``finishes``. Where output lengths are known, the last two are one array.
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.bundle import Bundle
+from servegym.envs.jit import LINE_BYTES
 from servegym.envs.machine.layout import Layout
 from servegym.envs.simulator.order import tree_size
 from servegym.envs.simulator.record_types import (
@@ -73,8 +74,6 @@ MIXED: Final = 3  # one pass of decoding clients and chunks of prompts
 UNLIMITED_BLOCKS: Final = 1 << 60
 """Blocks of a replica whose memory is not limited."""
 
-
-_LINE_BYTES: Final = 64
 
 LENGTH_BUCKETS: Final = np.array([0, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048])
 """First number of rounds of each length bucket of the observation; the last one is open."""
@@ -136,6 +135,7 @@ class State(Bundle):
     requests: RecordArray  # (E, I) REQUEST, by id
     times: RecordArray  # (E, I) TIMES, by id
     before: NDArray[np.int32]  # (E, I) by id, whom it comes after in the list of ``next``
+    plan_before: NDArray[np.int32]  # (E, I) the same in the list of ``plan_next``
     by_length: NDArray[np.int32]  # (E, I) request ids, shortest first
     lengths: NDArray[np.int32]  # (E, I) the rounds that they are compared by, so ascending
     queues: RecordArray  # (E, Q) QUEUE; Q is R, or 1: one pool for all replicas
@@ -200,6 +200,7 @@ def make_state(
         requests=_records(e, i, dtype=REQUEST),
         times=_records(e, i, dtype=TIMES),
         before=np.zeros((e, i), np.int32),
+        plan_before=np.zeros((e, i), np.int32),
         by_length=np.zeros((e, i), np.int32),
         lengths=np.zeros((e, i), np.int32),
         queues=_records(e, q, dtype=QUEUE),
@@ -258,6 +259,6 @@ def _records(*shape: int, dtype: np.dtype[np.void]) -> RecordArray:
     They begin at a cache line's start, so that a record of 64 bytes lies in one.
     """
     size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + _LINE_BYTES, np.uint8)
-    start = -memory.ctypes.data % _LINE_BYTES
+    memory = np.zeros(size + LINE_BYTES, np.uint8)
+    start = -memory.ctypes.data % LINE_BYTES
     return memory[start : start + size].view(dtype).reshape(shape).view(np.recarray)

@@ -45,6 +45,13 @@ class DecisionView(NamedTuple):
 
 
 @kernel
+def deciding(state: State, e: int) -> int:
+    """Return the replica whose turn it is at a decision point; 0 at the end."""
+    turn = state.episodes[e].turn
+    return turn if turn < state.replicas.shape[1] else 0
+
+
+@kernel
 def view(state: State, costs: CostTables, e: int, r: int) -> DecisionView:
     """Return the decision view of replica ``r`` in environment ``e``."""
     episode, replica = state.episodes[e], state.replicas[e, r]
