@@ -91,30 +91,44 @@ def _legal_within_limits(
     looks_up = state.machines[r].blocks != UNLIMITED_BLOCKS and replica.partial == NOBODY
     looks_up = looks_up and state.cluster.guard != GUARD_SGLANG
     running, free = state.machines[r].clients - replica.idle, free_blocks(state, e, r)
-    count, i, before, blocks, allowed = 0, NOBODY, NOBODY, 0, False
-    for k in range(settings.most_running.shape[1]):
+    most_running, reserves = settings.most_running[r], settings.reserve_blocks[r]
+    count, k, actions = 0, 0, most_running.size
+    while k < actions:
         mixed = k >= prefills
-        rule = settings.mixed_rules[k - prefills] if mixed else settings.rules[k]
-        legal = False
-        if looks_up:
-            if rule != before or k == prefills:
-                i = first_within_limits(state, e, r, rule, mixed)
-                before = rule
-                blocks, allowed = UNLIMITED_BLOCKS, False
-                taken = blocks_of_round(state, e, r) if mixed else 0
-                if i != NOBODY and taken <= free:
-                    blocks = blocks_to_admit(state, e, r, i, taken)
-                    allowed = blocks <= free and guard_allows(state, e, r, i, blocks, running)
-            reserve = settings.reserve_blocks[r, k] if running > 0 else 0
-            legal = allowed and running < settings.most_running[r, k] and blocks + reserve <= free
-        else:
+        rule = _rule_of(settings, k)
+        if not looks_up:
             _limit(state, settings, e, r, k)
-            legal = mixes(state, e, r, rule) if mixed else admits(state, e, r, rule)
-        mask[1 + k] = legal
-        count += int(legal)
+            mask[1 + k] = mixes(state, e, r, rule) if mixed else admits(state, e, r, rule)
+            count += int(mask[1 + k])
+            k += 1
+            continue
+        i = first_within_limits(state, e, r, rule, mixed)
+        left = -1  # blocks that are left for a reserve; −1: the request may not be taken at all
+        taken = blocks_of_round(state, e, r) if mixed else 0
+        if i != NOBODY and taken <= free:
+            blocks = blocks_to_admit(state, e, r, i, taken)
+            if blocks <= free and guard_allows(state, e, r, i, blocks, running):
+                left = free - blocks
+                if running == 0:  # reserves do not bind
+                    left = UNLIMITED_BLOCKS
+        end = k + 1
+        while end < actions and (end >= prefills) == mixed and _rule_of(settings, end) == rule:
+            end += 1
+        for j in range(k, end):
+            legal = (reserves[j] <= left) & (running < most_running[j])
+            mask[1 + j] = legal
+            count += int(legal)
+        k = end
     if not looks_up:
         _free_of_limits(state, e, r)
     return count
+
+
+@kernel
+def _rule_of(settings: Settings, k: int) -> int:
+    """Return the admission rule of action 1 + k."""
+    prefills = settings.rules.size
+    return settings.mixed_rules[k - prefills] if k >= prefills else settings.rules[k]
 
 
 @shared_kernel

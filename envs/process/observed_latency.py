@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.observation import balance
-from servegym.envs.simulator.memory import emitted_tokens
 from servegym.envs.simulator.queues import queue_of
 from servegym.envs.simulator.slo import limits_of
 from servegym.envs.simulator.state import WAITING, State
@@ -96,14 +95,16 @@ def _observe_waiting(state: State, e: int, r: int, at: int, out: NDArray[np.floa
 @kernel
 def _observe_running(state: State, e: int, r: int, at: int, out: NDArray[np.float32]) -> None:
     """Write how the time per token of the decoding stands, of those with a second token."""
-    now_s = state.episodes[e].now_s
+    now_s, rounds = state.episodes[e].now_s, state.replicas[e, r].rounds
+    requests, times, expected = state.requests[e], state.times[e], state.expected[e, r]
     above, near, with_two, total_s = 0, 0, 0, 0.0
     for place in range(state.replicas[e, r].active):
-        i = state.expected[e, r, place].request  # in an order that tells nothing of true lengths
-        tokens = emitted_tokens(state, e, r, i) - 1
+        finish = expected[place]  # in an order that tells nothing of true lengths
+        i = finish.request
+        tokens = requests[i].expected_rounds - (finish.due - rounds)  # after the first
         if tokens > 0:
             _, limit_s = limits_of(state, e, i)
-            token_s = (now_s - state.times[e, i].first_token_s) / tokens
+            token_s = (now_s - times[i].first_token_s) / tokens
             with_two += 1
             total_s += token_s
             above += token_s > limit_s
