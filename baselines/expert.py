@@ -19,11 +19,10 @@ from servegym.envs.jit import threaded_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.playing.policy import Briefing, Situation, asked_task
 from servegym.envs.process.actions import Settings
-from servegym.envs.process.steps import deciding
 from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.outlook import outlook
 from servegym.envs.simulator.state import State, make_alike
-from servegym.envs.simulator.view import view
+from servegym.envs.simulator.view import deciding, view
 from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.lowering import lower
 from servegym.envs.vector_env import ServingVectorEnv

@@ -9,9 +9,10 @@ import math
 import os
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import numba
+from llvmlite import ir
 from numba.core import cgutils, config, types
 from numba.core.registry import CPUDispatcher
 from numba.core.sigutils import normalize_signature
@@ -22,6 +23,9 @@ import servegym.envs.bundle_type  # noqa: F401 (tells numba of bundles)
 from servegym.envs.errors import ServegymError
 from servegym.envs.kernel_cache import KernelCache
 from servegym.envs.linked_code import LinkedCompiler, shared_entry
+
+LINE_BYTES: Final = 64
+"""Bytes of a line of the processor's cache."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -65,6 +69,10 @@ def move_records(array: Any, target: int, source: int, count: int) -> None:
     array[target : target + count] = array[source : source + count].copy()
 
 
+def fetch_ahead(array: Any, first: int, count: int) -> None:
+    """Ask the processor for ``count`` entries of a contiguous array from ``first`` on, without waiting."""
+
+
 def count_bits(word: int) -> int:
     """Return how many bits of a whole number ≥ 0 are set."""
     return int(word).bit_count()
@@ -98,6 +106,24 @@ if not config.DISABLE_JIT:
             return context.get_dummy_value()
 
         return types.void(array, types.intp, types.intp, types.intp), emit
+
+    @intrinsic
+    def fetch_ahead(_: Any, array: Any, first: Any, count: Any) -> Any:
+        """Do so by one instruction a cache line."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            values = context.make_array(array)(context, builder, arguments[0])
+            size, number = values.itemsize, cgutils.int32_t
+            takes = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+            fetch = builder.module.declare_intrinsic("llvm.prefetch", (cgutils.voidptr_t,), takes)
+            memory = builder.bitcast(values.data, cgutils.voidptr_t)
+            start, more = (builder.mul(size, places) for places in arguments[1:])
+            line = context.get_constant(types.intp, LINE_BYTES)
+            with cgutils.for_range_slice(builder, start, builder.add(start, more), line) as (at, _):
+                builder.call(fetch, [builder.gep(memory, [at]), number(0), number(3), number(1)])
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, types.intp), emit
 
     @intrinsic
     def count_bits(_: Any, word: Any) -> Any:

@@ -18,11 +18,11 @@ from servegym.envs.arguments import plain, whole_number
 from servegym.envs.bounds.batch import LowerBound
 from servegym.envs.errors import ServegymError, shown, unknown
 from servegym.envs.process.metrics import EpisodeLog, episode_metrics, records
-from servegym.envs.process.steps import begin_row, deciding, make_rows, step_row
+from servegym.envs.process.steps import begin_row, make_rows, step_row
 from servegym.envs.simulator.imagination import imagine_row
 from servegym.envs.simulator.outlook import Outlook, outlook
 from servegym.envs.simulator.state import State, make_alike
-from servegym.envs.simulator.view import DecisionView, view
+from servegym.envs.simulator.view import DecisionView, deciding, view
 from servegym.envs.task.cases import Case, inform, sample_requests
 from servegym.envs.task.config import TaskConfig, with_overrides
 from servegym.envs.task.lowering import bound_case, load_case, lower, make_task_state

@@ -16,9 +16,11 @@ from servegym.envs.jit import kernel, parallel_kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.actions import Settings, apply, legal_actions
 from servegym.envs.process.blocks import observe
+from servegym.envs.process.fetching import fetch_rows
 from servegym.envs.process.reward import loss
 from servegym.envs.simulator.events import advance, sleep
 from servegym.envs.simulator.state import NOBODY, State
+from servegym.envs.simulator.view import deciding
 
 
 @shared_kernel
@@ -49,13 +51,6 @@ def has_choice(
     elif legal == 0:
         sleep(state, e, r)
     return legal > 1
-
-
-@kernel
-def deciding(state: State, e: int) -> int:
-    """Return the replica whose turn it is at a decision point; 0 at the end."""
-    turn = state.episodes[e].turn
-    return turn if turn < state.replicas.shape[1] else 0
 
 
 @shared_kernel
@@ -135,6 +130,7 @@ def step_rows(
 ) -> None:
     """Step every environment once."""
     for e in range(actions.size):
+        fetch_rows(state, e, actions.size, settings.observes & 8 > 0)
         step_row(state, costs, settings, rows, e, actions[e])
 
 
