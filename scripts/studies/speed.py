@@ -50,6 +50,8 @@ CLUSTER = TaskConfig(
 LATENCY_POLICIES = ("fcfs", "hybrid", "threshold-12", "lookahead", "aligned", "random")
 VECTOR_ROWS = 256
 VECTOR_STEPS = 750  # about an episode
+TASK_ROWS = 64  # as agents train
+OTHER_TASKS = ("Chat", "Elastic", "Cluster", "Disaggregated", "Rollout")
 DECISION_POLICIES = {"rollout-0": "", "rollout": "≤ 5", SHIPPED: "≤ 0.2"}
 """Policies that search or learn; the target is of the median for ``rollout``, of p99 for the agent."""
 
@@ -201,6 +203,35 @@ def vector_figures(repeats: int) -> list[Figure]:
         figures.append(Figure(name, rate / 1e3, "k/s", "≥ 300" if threads == 1 else ""))
         figures.append(Figure("… of it in new episodes", 100 * float(median(shares[1:])), "%", ""))
     return figures
+
+
+def task_figures(repeats: int) -> list[Figure]:
+    """Time the vector environment on the other tasks, with GSM8K-v0 beside them.
+
+    A repeat lasts as many episodes as there are rows, one task after the other, so that all meet what
+    else the machine does. Choosing the actions is not timed.
+    """
+    names = [f"servegym/{name}-v0" for name in ("GSM8K", *OTHER_TASKS)]
+    envs = [ServingVectorEnv(TASK_ROWS, name, copy=False) for name in names]
+    rng = np.random.default_rng(0)
+    rates: list[list[float]] = [[] for _ in names]
+    for env in envs:
+        env.reset(seed=0)
+    for _ in tqdm(range(repeats + 1), desc="tasks", leave=False):
+        for env, own in zip(envs, rates, strict=True):
+            taken, steps, ended = 0.0, 0, 0
+            while ended < TASK_ROWS:
+                actions = (rng.random(env.rows.masks.shape) * env.rows.masks).argmax(axis=1)
+                taken += seconds(partial(env.step, actions))
+                ended += int(env.rows.terminated.sum())
+                steps += 1
+            own.append(TASK_ROWS * steps / taken / 1e3)
+    # The first repeat compiles and lets the rows fall out of step.
+    what = f"ServingVectorEnv, {TASK_ROWS} rows, 1 thread"
+    return [
+        Figure(f"{what}, {name}", median(own[1:]), "k/s", "≥ 200" if k > 0 else "")
+        for k, (name, own) in enumerate(zip(names, rates, strict=True))
+    ]
 
 
 def latency_figures() -> list[Figure]:

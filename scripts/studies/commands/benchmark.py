@@ -27,6 +27,7 @@ from servegym.studies.speed import (
     planner_figures,
     python_loop,
     simulator_figures,
+    task_figures,
     training_figures,
     vector_figures,
 )
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: simulator_figures(args.repeats),
         lambda: environment_figures(args.repeats),
         lambda: vector_figures(args.repeats),
+        lambda: task_figures(args.repeats),
         latency_figures,
         decision_figures,
         lambda: planner_figures(args.plans),
