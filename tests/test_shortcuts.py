@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from servegym.envs import TASKS, ServingEnv, lower
-from servegym.envs.simulator.admission import busiest
+from servegym.envs.simulator.busiest import begin_thefts, busiest
 from servegym.envs.simulator.memory import all_fit, blocks_of_rounds, fits, rounds_to_full
 from servegym.envs.simulator.seconds import decode_seconds
 from servegym.envs.simulator.stages import rounds_until
@@ -121,7 +121,7 @@ def test_victims_by_work(idle: int, evict: str, queued: list[tuple[int, int]]) -
     clients.queue_rounds = [0, *(rounds for rounds, _ in queued)]  # the thief has none
     clients.queue_requests = [0, *(requests for _, requests in queued)]
     state.replicas[0, 0].idle = idle
-    state.keys[0, -1] = -1  # no theft yet
+    begin_thefts(state, 0)
     while clients.queue_requests.any():
         work = np.where(clients.queue_requests > 0, clients.queue_rounds, -1)
         victim = int(busiest(state, 0, 0))

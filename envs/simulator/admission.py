@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from servegym.envs.jit import kernel, move_records, shared_kernel
 from servegym.envs.simulator.aligned import forget_targets, longest_aligned
+from servegym.envs.simulator.busiest import CLIENT_MASK, REPLICA_BITS, begin_thefts, busiest
 from servegym.envs.simulator.memory import all_fit, blocks_of_round, chunk_fits, fits, free_blocks
 from servegym.envs.simulator.moving import fetch
 from servegym.envs.simulator.queues import (
@@ -24,13 +24,12 @@ from servegym.envs.simulator.queues import (
     longest_waiting,
     queue_of,
     rounds_ahead,
-    shares_pool,
     shortest_waiting,
     tokens_to_prefill,
 )
 from servegym.envs.simulator.ranking import first_in_order
 from servegym.envs.simulator.scored import best_scored, rank_by_score
-from servegym.envs.simulator.stages import client_work, compute, pick, sort_idle
+from servegym.envs.simulator.stages import compute, pick, sort_idle
 from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
 from servegym.envs.vocabulary import (
     ALIGNED,
@@ -45,16 +44,7 @@ from servegym.envs.vocabulary import (
     STEAL,
 )
 
-_REPLICA: Final = 32  # bits by which a heap of victims shifts the replica
-_CLIENT: Final = (1 << _REPLICA) - 1
-
 _ANY_TOKENS: Final = 1 << 60
-
-_FEW_THIEVES: Final = 4
-"""Up to so many idle clients look for their victims one by one: that takes less time than the heap."""
-
-_NOT_BUILT: Final = -1
-"""Size of the heap of victims before a stage's first theft builds the heap."""
 
 
 @kernel
@@ -204,7 +194,7 @@ def _forget_choices(state: State, e: int, r: int, rule: int) -> None:
     if rule == ALIGNED:
         forget_targets(state, e)
     elif rule == STEAL:
-        state.keys[e, -1] = _NOT_BUILT
+        begin_thefts(state, e)
     elif rule == SCORED:
         rank_by_score(state, e, r)
 
@@ -390,7 +380,7 @@ def patient_until(state: State, e: int, q: int) -> float:
 def _stolen(state: State, e: int, r: int) -> int:
     """Return the longest request in the queue of the client with most work (paper, Algorithm 1)."""
     victim = busiest(state, e, r)
-    best = head(state, e, victim >> _REPLICA, victim & _CLIENT)
+    best = head(state, e, victim >> REPLICA_BITS, victim & CLIENT_MASK)
     most = rounds_ahead(state, e, best)
     i = state.requests[e, best].plan_next
     while i != NOBODY:
@@ -399,83 +389,3 @@ def _stolen(state: State, e: int, r: int) -> int:
             best, most = i, rounds
         i = state.requests[e, i].plan_next
     return best
-
-
-@kernel
-def busiest(state: State, e: int, r: int) -> int:
-    """Return the client with most work of those with a request in their queue; some client has none.
-
-    A client is written as (replica << 32) + client. Few thieves look at all; so do those where requests move,
-    as the work of a client that fetches falls. Else a stage's first theft lines the victims up in the first
-    half of ``keys``, a heap whose size is in the last place; the second half holds the work of each. A client
-    that takes a request of its own keeps its work; one that has been stolen from is on top.
-    """
-    if state.replicas[e, r].idle <= _FEW_THIEVES or state.cluster.moves:
-        return _busiest_of_all(state, e, r)
-    heap = state.keys[e]
-    size, work = heap[-1], heap.size // 2
-    if size == _NOT_BUILT:
-        size = 0
-        first, last = r, r
-        if shares_pool(state):
-            first, last = 0, state.replicas.shape[1] - 1
-        for s in range(first, last + 1):
-            for client in range(state.machines[s].clients):
-                if state.clients[e, s, client].queue_requests > 0:
-                    heap[size] = (np.int64(s) << _REPLICA) + client
-                    heap[work + size] = client_work(state, e, s, client)
-                    size += 1
-        for place in range(size // 2 - 1, 0, -1):
-            _sink(heap, size, place)
-    else:
-        heap[work] = client_work(state, e, heap[0] >> _REPLICA, heap[0] & _CLIENT)
-    _sink(heap, size, 0)
-    while _queued_at(state, e, heap[0]) == 0:
-        size -= 1
-        heap[0] = heap[size]
-        heap[work] = heap[work + size]
-        _sink(heap, size, 0)
-    heap[-1] = size
-    return heap[0]
-
-
-@kernel
-def _busiest_of_all(state: State, e: int, r: int) -> int:
-    """Return the same by one look at each."""
-    first, last = r, r
-    if shares_pool(state):
-        first, last = 0, state.replicas.shape[1] - 1
-    best, most = np.int64(NOBODY), np.int64(NOBODY)
-    for s in range(first, last + 1):
-        for client in range(state.machines[s].clients):
-            if state.clients[e, s, client].queue_requests > 0:
-                work = client_work(state, e, s, client)
-                if work > most:
-                    best, most = (np.int64(s) << _REPLICA) + client, work
-    return best
-
-
-@kernel
-def _queued_at(state: State, e: int, client: int) -> int:
-    return state.clients[e, client >> _REPLICA, client & _CLIENT].queue_requests
-
-
-@kernel
-def _sink(heap: NDArray[np.int64], size: int, place: int) -> None:
-    """Move the client at ``place`` of the heap down to where it belongs."""
-    works = heap.size // 2
-    client, work = heap[place], heap[works + place]
-    while 2 * place + 1 < size:
-        below = 2 * place + 1
-        most = heap[works + below]
-        if below + 1 < size:
-            other = heap[works + below + 1]
-            if other > most or (other == most and heap[below + 1] < heap[below]):
-                below, most = below + 1, other
-        if most < work or (most == work and heap[below] > client):
-            break
-        heap[place] = heap[below]
-        heap[works + place] = most
-        place = below
-    heap[place] = client
-    heap[works + place] = work

@@ -327,8 +327,7 @@ def rounds_until(state: State, costs: CostTables, e: int, r: int, then_s: float)
     low, high = 1, replica.run_rounds
     first_s = decode_seconds(costs, r, active, cached, 1)
     if first_s > 0.0:
-        # Rounds grow longer: it takes no more than if all were as the first, no fewer than as the last.
-        # A step of the clock and a round are left for what is rounded.
+        # Between all as long as the last and all as the first, less and more a round and the clock's step.
         last_s = decode_seconds(costs, r, active, cached + (high - 1) * active, 1)
         wait_s, step_s = then_s - replica.clock_s, np.nextafter(then_s, np.inf) - then_s
         low = max(low, int(min((wait_s - step_s) / last_s, high)) - 1)
