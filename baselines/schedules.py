@@ -14,6 +14,7 @@ from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.machine.layout import one_replica
 from servegym.envs.simulator.booking import book
+from servegym.envs.simulator.joining import see_arrivals
 from servegym.envs.simulator.loading import load
 from servegym.envs.simulator.queues import push_back, tokens_to_prefill
 from servegym.envs.simulator.stages import (
@@ -22,7 +23,6 @@ from servegym.envs.simulator.stages import (
     compute,
     pick,
     rounds_to_next_finish,
-    see_arrivals,
     sort_idle,
 )
 from servegym.envs.simulator.state import State, make_state

@@ -28,6 +28,7 @@ from servegym.envs.process.serving import CHOOSES, WORKS, begin_work, choose
 from servegym.envs.serving_env import check_plan
 from servegym.envs.simulator.forgetting import forget, has_finished
 from servegym.envs.simulator.imagination import imagine_row
+from servegym.envs.simulator.joining import see_arrivals
 from servegym.envs.simulator.loading import clear, queue_plan
 from servegym.envs.simulator.outlook import outlook
 from servegym.envs.simulator.serving import (
@@ -40,7 +41,6 @@ from servegym.envs.simulator.serving import (
     present_s,
     withdraw,
 )
-from servegym.envs.simulator.stages import see_arrivals
 from servegym.envs.simulator.state import (
     FUTURE,
     NOBODY,

@@ -39,7 +39,7 @@ from servegym.envs.task.config import TaskConfig
 from servegym.envs.task.sections import InformationConfig
 from servegym.envs.vocabulary import ROLE_PREFILL, STEALS, VICTIMS
 from tests.against_cluster import cluster_task
-from tests.random_clusters import ClusterCase, balanced, random_case
+from tests.random_clusters import ClusterCase, balanced, in_step, random_case
 from tests.reference_cluster import ClusterSpec
 from tests.reference_costs import decode_round_s
 
@@ -100,6 +100,19 @@ def balancing_case(rng: np.random.Generator, *, dyadic: bool) -> ClusterCase:
     """A case with moves in which replicas balance their load, or turn away who is late."""
     case = shared_case(rng, dyadic=dyadic, moving=True)
     return balanced(rng, case, 1.0 if dyadic else decode_round_s(case.spec.costs, 1, 0))
+
+
+def planned_case(rng: np.random.Generator, *, dyadic: bool) -> ClusterCase:
+    """A case for the rules by length and by plan: still, moving, balancing, in step; also routed by plan."""
+    kind = str(rng.choice(["still", "moving", "moving", "balancing"]))
+    if kind == "balancing":
+        case = balancing_case(rng, dyadic=dyadic)
+    else:
+        case = shared_case(rng, dyadic=dyadic, moving=kind == "moving")
+    alike = all(part.role == "both" for part in case.spec.replicas)
+    if alike and rng.random() < 0.15:
+        case = ClusterCase(case.requests, replace(case.spec, router="plan"))
+    return in_step(rng, case) if dyadic and rng.random() < 0.3 else case
 
 
 def requests_of(case: ClusterCase, predicted: Sequence[int] | None = None) -> Requests:
@@ -258,7 +271,7 @@ def recount(state: State) -> None:
     assert episode.arrived == len(arrived)
     assert episode.arrived_rounds == sum(requests[i].expected_rounds for i in arrived)
     assert episode.served_rounds == sum(_served_rounds(row, i) for i in arrived)
-    _recount_plans(row, {i for seen, _ in queues for i in seen})
+    _recount_plans(row, [seen for seen, _ in queues])
 
 
 def waiting_in(row: Row, q: int) -> tuple[list[int], list[int]]:
@@ -314,7 +327,7 @@ def _recount_replica(row: Row, r: int) -> None:
     idle = row.state.idle[0, r, : replica.idle].tolist()
     kept = [t.client for t in row.transfers if t.target == r and t.kind in TO_CLIENTS]
     assert sorted(taken + kept + idle) == list(range(row.machines[r].clients))
-    assert all(clients[client].expected_end > 0 for client in kept)
+    assert all(clients[client].expected_end < 0 for client in kept)
     decoding = [finish.request for finish in row.finishes[r]]
     picked = row.state.picked[0, r, : replica.emitting].tolist()
     partial = [] if replica.partial == NOBODY else [replica.partial]
@@ -423,8 +436,8 @@ def _kept_blocks(row: Row, r: int) -> int:
     return sum(row.blocks(tokens) for tokens in kept)
 
 
-def _recount_plans(row: Row, seen: set[int]) -> None:
-    """Every waiting request that was seen is in one client's planned queue; counts are right."""
+def _recount_plans(row: Row, queues: list[list[int]]) -> None:
+    """Whoever waits and was seen is in one planned queue, but for the unplanned; counts are right."""
     requests, found = row.requests, list[int]()
     for r, machine in enumerate(row.machines):
         for client in range(machine.clients):
@@ -443,4 +456,12 @@ def _recount_plans(row: Row, seen: set[int]) -> None:
             assert queue.queue_rounds == sum(left)
             found += here
     assert len(set(found)) == len(found)
-    assert seen <= set(found)
+    for queue, seen in zip(row.queues, queues, strict=True):
+        unplanned = [i for i in seen if requests[i].plan_client == NOBODY]
+        assert queue.unplanned == len(unplanned)
+        assert set(seen) - set(found) == set(unplanned)
+        if unplanned:  # the mark is in the list, at the first of them or before
+            place = queue.first_unplanned
+            while place not in (unplanned[0], NOBODY):
+                place = requests[place].next
+            assert place == unplanned[0]

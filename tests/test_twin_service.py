@@ -111,10 +111,11 @@ def test_who_outlives_its_prediction_is_expected_later() -> None:
     assert twin.records().decode_rounds.tolist() == [6, -1]
 
 
-def test_an_iteration_with_cancellations_at_every_place() -> None:
+@pytest.mark.parametrize("most", [4, 8, 1_000_000])
+def test_an_iteration_with_cancellations_at_every_place(most: int) -> None:
     twin = make_twin()
     for _ in range(5):
-        twin.submit(5, 4)
+        twin.submit(5, 4, most_tokens=most)
     twin.cancel(4)  # before anything
     assert run(twin) == ("prefill", (0, 1))
     twin.cancel(0)  # its prefill has just ended

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servegym.envs.jit import kernel
+from servegym.envs.simulator.joining import client_work
 from servegym.envs.simulator.queues import shares_pool
-from servegym.envs.simulator.stages import client_work
 from servegym.envs.simulator.state import NOBODY, State
 
 REPLICA_BITS: Final = 32
@@ -33,12 +33,12 @@ def begin_thefts(state: State, e: int) -> None:
 def busiest(state: State, e: int, r: int) -> int:
     """Return the client with most work of those with a request in their queue; some client has none.
 
-    A client is written as (replica << 32) + client. Few thieves look at all; so do those where requests move,
-    as the work of a client that fetches falls. Else a stage's first theft lines the victims up in the first
-    half of ``keys``, a heap whose size is in the last place; the second half holds the work of each. A client
-    that takes a request of its own keeps its work; one that has been stolen from is on top.
+    A client is written as (replica << 32) + client. Few thieves look at all. Else a stage's first theft lines
+    the victims up in the first half of ``keys``, a heap whose size is in the last place; the second half
+    holds the work of each. A client that takes a request of its own keeps its work; one that has been stolen
+    from is on top.
     """
-    if state.replicas[e, r].idle <= _FEW_THIEVES or state.cluster.moves:
+    if state.replicas[e, r].idle <= _FEW_THIEVES:
         return _busiest_of_all(state, e, r)
     heap = state.keys[e]
     size, work = heap[-1], heap.size // 2

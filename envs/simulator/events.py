@@ -16,6 +16,7 @@ from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.admission import admit, admit_chunks, admit_pieces, patient_until
 from servegym.envs.simulator.booking import book
 from servegym.envs.simulator.gaps import note_stage
+from servegym.envs.simulator.joining import look_at_others, see_arrivals
 from servegym.envs.simulator.memory import make_room
 from servegym.envs.simulator.moving import begin_instant, end_boundary, end_instant, wake_sleepers
 from servegym.envs.simulator.queues import (
@@ -35,7 +36,7 @@ from servegym.envs.simulator.stages import (
     begin_prefill,
     continue_partial,
     cut,
-    see_arrivals,
+    cut_to_see,
 )
 from servegym.envs.simulator.state import IDLE, NOBODY, REJECTED, State
 from servegym.envs.simulator.stealing import can_steal, cut_to_act, steal_running, steal_waiting
@@ -79,6 +80,8 @@ def begin_turn(state: State, costs: CostTables, e: int, r: int) -> bool:
     replica = state.replicas[e, r]
     if state.cluster.patience_s < np.inf:  # which may have ended while it slept
         replica.clock_s = state.episodes[e].now_s
+    if shares_pool(state):
+        look_at_others(state, costs, e, r)
     see_arrivals(state, e, r)
     if state.episodes[e].sheds and shed_late(state, costs, e, r):
         _tell_others(state, costs, e, r)
@@ -221,8 +224,8 @@ def _notice(state: State, costs: CostTables, e: int, r: int) -> None:
     if replica.stage == IDLE:
         replica.clock_s = now_s
         state.event_s[e, r] = now_s
-    elif replica.idle > 0 or state.episodes[e].sheds > 0:
-        cut(state, costs, e, r, now_s)
+    else:
+        cut_to_see(state, costs, e, r)
 
 
 # ---- what a replica does at its turn --------------------------------------------------------
@@ -278,7 +281,7 @@ def mix(state: State, costs: CostTables, e: int, r: int, rule: int) -> None:
 def steal(state: State, costs: CostTables, e: int, r: int, kind: int) -> None:
     """Steal waiting requests, or a running one, which replica ``r`` must be allowed to."""
     if kind == STEAL_WAITING:
-        steal_waiting(state, e, r)
+        steal_waiting(state, costs, e, r)
     else:
         steal_running(state, costs, e, r)
     state.episodes[e].disturbed = 1

@@ -11,7 +11,12 @@ from servegym.envs.simulator.memory import rounds_to_full
 from servegym.envs.simulator.order import add
 from servegym.envs.simulator.queues import queue_of, shares_pool
 from servegym.envs.simulator.routing import largest_servable
-from servegym.envs.simulator.stages import rounds_to_next_finish, rounds_until, run_for
+from servegym.envs.simulator.stages import (
+    rounds_to_next_finish,
+    rounds_until,
+    run_for,
+    sees_at_once,
+)
 from servegym.envs.simulator.state import (
     DECODE_RUN,
     LENGTH_BUCKETS,
@@ -173,6 +178,7 @@ def _imagine_run(state: State, costs: CostTables, e: int, r: int) -> None:
     rounds = rounds_until(state, costs, e, r, state.episodes[e].now_s)
     _outlive(state, e, r, replica.rounds + rounds)
     awaited = replica.idle > 0 and queue.waiting + queue.unseen > 0
+    awaited = awaited or (queue.unseen > 0 and sees_at_once(state, e, r))
     if state.cluster.moves:
         awaited = awaited or replica.idle + replica.leaving + replica.incoming > 0
     if not awaited:

@@ -26,6 +26,7 @@ from servegym.envs.workload.requests import NOT_PREDICTED, Requests
 from servegym.envs.workload.scoring import ScoreWeights, Scoring
 
 _NO_EPISODE: Final = np.zeros((), EPISODE)
+_NO_EPISODE["looked_s"] = -np.inf
 _NO_REPLICA: Final = np.zeros((), REPLICA)
 _NO_QUEUE: Final = np.zeros((), QUEUE)
 _NO_FIT: Final = np.array((0.0, 0, 1), FIT)

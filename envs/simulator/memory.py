@@ -17,6 +17,7 @@ from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.finishes import find, remove_one
 from servegym.envs.simulator.gaps import end_decoding
 from servegym.envs.simulator.queues import (
+    await_plan,
     blocks_of,
     enqueue_first,
     push_front,
@@ -24,6 +25,8 @@ from servegym.envs.simulator.queues import (
     queue_of,
     release_client,
     rounds_ahead,
+    shares_pool,
+    should_hold,
     tokens_to_prefill,
 )
 from servegym.envs.simulator.ranking import level_of
@@ -378,7 +381,10 @@ def preempt(state: State, e: int, r: int, i: int) -> None:
     request.computed = 0
     request.preemptions = min(request.preemptions + 1, 32_767)
     replica.preemptions += 1
-    enqueue_first(state, e, r, client, i)
+    if shares_pool(state) and not should_hold(state, e, r, i):
+        await_plan(state, e, 0, i)
+    else:
+        enqueue_first(state, e, r, client, i)
     if state.cluster.guard == GUARD_SGLANG:
         push_last(state, e, queue_of(state, r), i)
     else:

@@ -14,6 +14,7 @@ from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.finishes import insert
 from servegym.envs.simulator.gaps import join_decoding
+from servegym.envs.simulator.joining import see_arrivals
 from servegym.envs.simulator.memory import (
     blocks_of_rounds,
     count_held,
@@ -30,7 +31,7 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
-from servegym.envs.simulator.stages import cut, end_at, pick, rounds_until, time_tells
+from servegym.envs.simulator.stages import cut, cut_to_see, end_at, pick, rounds_until, time_tells
 from servegym.envs.simulator.state import (
     COPYING,
     DECODE_RUN,
@@ -105,13 +106,13 @@ def copy_seconds(state: State, tokens: int) -> float:
 
 
 @kernel
-def send(state: State, e: int, s: int, r: int, i: int) -> None:
+def send(state: State, costs: CostTables, e: int, s: int, r: int, i: int) -> None:
     """Let a request that has left ``s`` wait at ``r`` after the delay of a theft."""
     delay_s = state.cluster.steal_delay_s
     state.requests[e, i].phase = MOVING
     state.requests[e, i].stolen = 1
     if delay_s == 0.0:
-        join_queue(state, e, r, i)
+        join_queue(state, costs, e, r, i)
         return
     state.replicas[e, r].coming += 1
     state.replicas[e, r].coming_blocks += wanted_blocks(state, e, i)
@@ -120,13 +121,14 @@ def send(state: State, e: int, s: int, r: int, i: int) -> None:
 
 
 @shared_kernel
-def join_queue(state: State, e: int, r: int, i: int) -> None:
+def join_queue(state: State, costs: CostTables, e: int, r: int, i: int) -> None:
     """Let a request wait at the end of the queue of ``r``."""
     request = state.requests[e, i]
     request.replica = r
     state.queues[e, r].stolen += request.stolen
     state.replicas[e, r].told = 1
     push_routed(state, e, r, i)
+    cut_to_see(state, costs, e, r)
 
 
 # ---- leaving --------------------------------------------------------------------------------
@@ -142,7 +144,9 @@ def leave(state: State, costs: CostTables, e: int, s: int) -> None:
         kind = transfer.kind
         if transfer.source != s or kind not in (PAUSING, DROPPING):
             k += 1
-        elif kind == DROPPING:
+            continue
+        see_arrivals(state, e, s)  # who came when those who leave were still there
+        if kind == DROPPING:
             i, target = np.int64(transfer.request), np.int64(transfer.target)
             _stop(state, e, s, i, False)
             state.requests[e, i].computed = 0
@@ -155,7 +159,7 @@ def leave(state: State, costs: CostTables, e: int, s: int) -> None:
                 continue
             stop_coming(state, e, k)
             remove(state, e, k)
-            send(state, e, s, target, i)
+            send(state, costs, e, s, target, i)
         elif _keep_more(state, costs, e, k):
             _pause(state, e, s, k)
             k += 1
@@ -223,7 +227,7 @@ def _pause(state: State, e: int, s: int, place: int) -> None:
 
 
 @shared_kernel
-def hand_over(state: State, e: int, s: int, prefilled: int) -> None:
+def hand_over(state: State, costs: CostTables, e: int, s: int, prefilled: int) -> None:
     """Let the first ``prefilled`` of ``picked`` leave a prefill replica that has booked their stage."""
     for k in range(prefilled):
         i = np.int64(state.picked[e, s, k])
@@ -231,7 +235,7 @@ def hand_over(state: State, e: int, s: int, prefilled: int) -> None:
             _stop(state, e, s, i, True)
             state.requests[e, i].stored = s
             state.requests[e, i].computed = 0
-            join_queue(state, e, _decode_replica(state, e, i), i)
+            join_queue(state, costs, e, _decode_replica(state, e, i), i)
 
 
 @kernel
@@ -264,7 +268,7 @@ def fetch(state: State, e: int, r: int, client: int, i: int) -> None:
     seconds = copy_seconds(state, tokens)
     if source == HOST:
         seconds = 2.0 * (cluster.host_latency_s + tokens * cluster.host_token_s)  # out and back
-    keep_room(state, e, r, client, tokens)
+    keep_room(state, e, r, client, tokens, rounds_ahead(state, e, i))
     start(state, e, LANDING, i, source, r, client, tokens, state.episodes[e].now_s + seconds)
 
 
@@ -312,7 +316,7 @@ def _serve_transfers(state: State, costs: CostTables, e: int) -> None:
         transfer.due_s = np.inf
         if transfer.kind == TO_QUEUE:
             stop_coming(state, e, k)
-            join_queue(state, e, np.int64(transfer.target), np.int64(transfer.request))
+            join_queue(state, costs, e, np.int64(transfer.target), np.int64(transfer.request))
             remove(state, e, k)
             continue
         if transfer.kind == COPYING:
@@ -333,7 +337,7 @@ def _serve_transfers(state: State, costs: CostTables, e: int) -> None:
 def end_boundary(state: State, costs: CostTables, e: int, r: int, prefilled: int) -> None:
     """Let requests leave a replica that has booked a stage, which has completed ``prefilled`` prompts."""
     if state.machines[r].role == ROLE_PREFILL and prefilled > 0:
-        hand_over(state, e, r, prefilled)
+        hand_over(state, costs, e, r, prefilled)
     if state.replicas[e, r].leaving > 0:
         leave(state, costs, e, r)
 

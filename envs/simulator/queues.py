@@ -46,6 +46,16 @@ def rounds_ahead(state: State, e: int, i: int) -> int:
     return np.int64(request.expected_rounds) - request.emitted
 
 
+@kernel
+def should_hold(state: State, e: int, r: int, i: int) -> bool:
+    """Return whether replica ``r`` should hold a request of the pool to its end, or is the largest."""
+    request, blocks, most = state.requests[e, i], state.machines[r].blocks, 0
+    for s in range(state.machines.size):
+        most = max(most, state.machines[s].blocks)
+    whole = blocks_of(state, np.int64(request.prompt_tokens) + request.expected_rounds + 1)
+    return blocks >= min(whole, most)
+
+
 # ---- in order of service --------------------------------------------------------------------
 # A linked list. Whoever is taken from its middle stays in it until it comes to the front, or until it is
 # preempted or leaves. ``State.before`` is the way back, but for the first.
@@ -351,6 +361,28 @@ def forget_plan(state: State, e: int, i: int) -> None:
     _drop_planned(state, e, i)
     state.requests[e, i].plan_client = NOBODY
     state.requests[e, i].planned = 0
+
+
+@kernel
+def leave_unplanned(state: State, e: int, q: int, i: int) -> None:
+    """Count a request that leaves queue ``q`` no more among those that are in no planned queue yet."""
+    queue, request = state.queues[e, q], state.requests[e, i]
+    if request.plan_client == NOBODY:
+        queue.unplanned -= 1
+    if queue.first_unplanned == i:
+        queue.first_unplanned = request.next
+
+
+@kernel
+def await_plan(state: State, e: int, q: int, i: int) -> None:
+    """Let a request that is to wait before all others in queue ``q`` have no planned queue."""
+    queue, request = state.queues[e, q], state.requests[e, i]
+    if request.planned:
+        _drop_planned(state, e, i)
+        request.planned = 0
+    request.plan_client = NOBODY
+    queue.unplanned += 1
+    queue.first_unplanned = i
 
 
 @kernel

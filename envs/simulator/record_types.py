@@ -74,6 +74,8 @@ QUEUE: Final = np.dtype(
         ("first", np.int32),  # or NOBODY
         ("last", np.int32),  # or NOBODY
         ("first_unseen", np.int32),  # it and all behind it have come since the last look; or NOBODY
+        ("unplanned", np.int32),  # how many of those that have been seen are in no planned queue
+        ("first_unplanned", np.int32),  # if there are any: the first of them, or somebody before it
         ("unseen", np.int32),  # how many they are
         ("unseen_work", np.int64),  # Σ of their tokens to prefill and expected rounds
         ("unseen_blocks", np.int64),  # Σ blocks of their prefills
@@ -139,6 +141,7 @@ REPLICA: Final = np.dtype(
     [
         ("clock_s", np.float64),  # its last boundary
         ("rounds", np.int64),  # decode rounds run so far: the decode clock
+        ("passed", np.int64),  # rounds since then, as whoever shares its pool has last seen; else 0
         ("active", np.int64),  # clients whose request decodes
         ("idle", np.int64),  # clients without a request
         ("sorted", np.int64),  # so many of these, the first, are known to be in ascending order
@@ -225,7 +228,9 @@ CLIENT: Final = np.dtype(
         ("queue_tail", np.int32),  # or NOBODY
         ("queue_rounds", np.int64),  # Σ expected rounds left of those in it
         ("queue_requests", np.int64),  # how many requests are in it
-        ("expected_end", np.int64),  # decode clock when its request should finish; 0: it is idle
+        # Decode clock when its request should finish; 0: it is idle. Of a request that does not decode yet
+        # −1 less the rounds that it should take then.
+        ("expected_end", np.int64),
     ],
     align=True,
 )

@@ -59,7 +59,7 @@ def route(state: State, costs: CostTables, e: int, i: int, whole_blocks: int) ->
         if _takes(state, r, whole_blocks):
             return r
     staleness_s = state.cluster.staleness_s
-    if turn == 0 or staleness_s == 0.0 or episode.now_s - episode.looked_s >= staleness_s:
+    if episode.now_s - episode.looked_s >= staleness_s:
         episode.looked_s = episode.now_s
         for r in range(replicas):
             _remember(state, e, r, look(state, costs, e, r))

@@ -18,11 +18,11 @@ from servegym.envs.simulator.booking import book
 from servegym.envs.simulator.events import receive_all
 from servegym.envs.simulator.finishes import find, insert, remove_one
 from servegym.envs.simulator.gaps import note_rounds
+from servegym.envs.simulator.joining import see_arrivals
 from servegym.envs.simulator.loading import write_request
 from servegym.envs.simulator.order import add
 from servegym.envs.simulator.queues import count_waiting, leave_lists, leave_plan
 from servegym.envs.simulator.seconds import decode_seconds
-from servegym.envs.simulator.stages import see_arrivals
 from servegym.envs.simulator.state import (
     DECODE_RUN,
     FINISHED,
@@ -153,7 +153,10 @@ def end_request(state: State, progress: RecordArray, e: int, i: int) -> None:
 def has_ended(state: State, progress: RecordArray, e: int, i: int) -> bool:
     """Return whether the engine has run a running request to its end, which is not booked yet."""
     request, replica = state.requests[e, i], state.replicas[e, 0]
-    admitted = state.clients[e, 0, request.client].expected_end - request.expected_rounds
+    expected_end = state.clients[e, 0, request.client].expected_end
+    if expected_end < 0:  # its prefill, which emits a token, is not booked yet
+        return request.decode_rounds == 0
+    admitted = expected_end - request.expected_rounds
     return admitted + request.decode_rounds <= replica.rounds + progress[e].rounds
 
 

@@ -16,10 +16,9 @@ from typing import Final
 
 import numpy as np
 
-from servegym.envs.jit import allocating_kernel, kernel
+from servegym.envs.jit import kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.simulator.finishes import sort_keys
-from servegym.envs.simulator.heap import tournament, update_tournament
 from servegym.envs.simulator.memory import (
     blocks_of_round,
     find_victim,
@@ -30,9 +29,7 @@ from servegym.envs.simulator.memory import (
 )
 from servegym.envs.simulator.queues import (
     blocks_of,
-    count_all_waiting,
     count_waiting,
-    enqueue,
     leave_plan,
     note_admission,
     queue_of,
@@ -56,99 +53,8 @@ ANY_ROUNDS: Final = 1 << 62
 
 _MOST_COUNTED: Final = (1 << 31) - 1
 
-_MANY_ARRIVALS: Final = 8
-"""With more arrivals at once, ranking the clients once takes less time than a scan for each arrival."""
-
 
 # ---- what a replica finds at a boundary -----------------------------------------------------
-
-
-@kernel
-def client_work(state: State, e: int, r: int, client: int) -> int:
-    """Return the decode rounds left to a client, of its running request and its planned queue."""
-    record = state.clients[e, r, client]
-    return record.queue_rounds + max(record.expected_end - state.replicas[e, r].rounds, 0)
-
-
-@kernel
-def see_arrivals(state: State, e: int, r: int) -> None:
-    """Count the requests that have come into the replica's queue since the last look.
-
-    An unplanned one joins a client's planned queue: a client of the replica, or of any if replicas share a
-    pool.
-    """
-    q = queue_of(state, r)
-    queue = state.queues[e, q]
-    if queue.unseen == 0:
-        return
-    first = queue.first_unseen
-    unplanned = count_all_waiting(state, e, q, first)
-    queue.unseen = 0
-    queue.unseen_work = 0
-    queue.unseen_blocks = 0
-    queue.first_unseen = NOBODY
-    if unplanned > _MANY_ARRIVALS and not shares_pool(state):
-        _queue_many(state, e, r, first)
-    elif unplanned > 0:
-        i = first
-        while i != NOBODY:
-            if state.requests[e, i].plan_client == NOBODY:
-                _queue_one(state, e, r, i)
-            i = state.requests[e, i].next
-
-
-@kernel
-def _queue_one(state: State, e: int, r: int, i: int) -> None:
-    """Append an unplanned request to the planned queue of the client that suits it best.
-
-    It has the least work left, then the fewest queued requests, then the lowest number. A request without
-    rounds adds no work, so many would join the same client: for it queued requests count before work. A
-    running request is not counted as queued: while all clients run, arrivals are seen only at the next
-    finish, and must join as if seen at once.
-    """
-    by_work = state.requests[e, i].expected_rounds > 0
-    first_replica, last_replica = r, r
-    if shares_pool(state):
-        first_replica, last_replica = 0, state.replicas.shape[1] - 1
-    best_replica, best = first_replica, 0
-    least = client_work(state, e, first_replica, 0)
-    fewest = state.clients[e, first_replica, 0].queue_requests
-    for s in range(first_replica, last_replica + 1):
-        for client in range(state.machines[s].clients):
-            if least == 0 and fewest == 0:
-                break
-            work = client_work(state, e, s, client)
-            requests = state.clients[e, s, client].queue_requests
-            if by_work:
-                better = work < least or (work == least and requests < fewest)
-            else:
-                better = requests < fewest or (requests == fewest and work < least)
-            if better:
-                best_replica, best, least, fewest = s, client, work, requests
-    enqueue(state, e, best_replica, best, i)
-
-
-@allocating_kernel
-def _queue_many(state: State, e: int, r: int, first: int) -> None:
-    """Queue the unplanned requests from ``first`` on in one pass, each as by ``_queue_one``."""
-    clients = state.machines[r].clients
-    work = np.empty(clients, np.int64)
-    requests = np.empty(clients, np.int64)
-    for client in range(clients):
-        work[client] = client_work(state, e, r, client)
-        requests[client] = state.clients[e, r, client].queue_requests
-    least, fewest = tournament(work, requests), tournament(requests, work)
-    i = first
-    while i != NOBODY:
-        if state.requests[e, i].plan_client == NOBODY:
-            rounds = rounds_ahead(state, e, i)
-            client = least[1] if rounds > 0 else fewest[1]
-            enqueue(state, e, r, client, i)
-            work[client] += rounds
-            requests[client] += 1
-            update_tournament(least, client, work, requests)
-            update_tournament(fewest, client, requests, work)
-        i = state.requests[e, i].next
 
 
 @kernel
@@ -203,7 +109,7 @@ def pick(state: State, e: int, r: int, client: int, i: int) -> None:
     leave_plan(state, e, i)
     if request.prefilled_tokens == 0:  # else it has been admitted before
         state.times[e, i].admitted_s = replica.clock_s
-    state.clients[e, r, client].expected_end = replica.rounds + rounds_ahead(state, e, i)
+    state.clients[e, r, client].expected_end = -1 - rounds_ahead(state, e, i)
     if request.stolen:
         request.stolen = 0
         state.queues[e, queue_of(state, r)].stolen -= 1
@@ -351,6 +257,26 @@ def cut(state: State, costs: CostTables, e: int, r: int, then_s: float) -> None:
     rounds = rounds_until(state, costs, e, r, then_s)
     if rounds < replica.run_rounds:
         run_for(state, costs, e, r, rounds)
+
+
+@kernel
+def cut_to_see(state: State, costs: CostTables, e: int, r: int) -> None:
+    """End a run at the first boundary from now on, if who has come into the queue of ``r`` is seen then."""
+    if sees_at_once(state, e, r):
+        cut(state, costs, e, r, state.episodes[e].now_s)
+
+
+@kernel
+def sees_at_once(state: State, e: int, r: int) -> bool:
+    """Return whether ``r`` looks at its queue at the first boundary after a request has come.
+
+    It may be admitted there, or shed. Or it joins the client with least work, which may be another at the
+    run's end: work of others than those of this run falls by other amounts, and thieves take from queues.
+    """
+    replica = state.replicas[e, r]
+    uneven = replica.incoming > 0 or replica.partial != NOBODY or shares_pool(state)
+    may_lose = uneven or state.cluster.steals_waiting
+    return replica.idle > 0 or may_lose or state.episodes[e].sheds > 0
 
 
 @kernel

@@ -16,6 +16,7 @@ from servegym.envs.simulator.balancing import (
     share_of,
     source_of_running,
 )
+from servegym.envs.simulator.joining import count_arrivals
 from servegym.envs.simulator.memory import blocks_to_admit, free_blocks, guard_allows
 from servegym.envs.simulator.moving import (
     copy_seconds,
@@ -31,10 +32,11 @@ from servegym.envs.simulator.queues import (
     first_waiting,
     forget_plan,
     leave_lists,
+    leave_unplanned,
     waiting_at,
 )
 from servegym.envs.simulator.seconds import prefill_seconds
-from servegym.envs.simulator.stages import cut, see_arrivals, sort_idle, time_tells
+from servegym.envs.simulator.stages import cut, sort_idle, time_tells
 from servegym.envs.simulator.state import (
     COPYING,
     DECODE_RUN,
@@ -81,7 +83,7 @@ def fullest_queue(state: State, e: int, r: int) -> int:
                 best, most = s, work
     if best == NOBODY or state.machines[r].blocks == UNLIMITED_BLOCKS:
         return best
-    see_arrivals(state, e, best)
+    count_arrivals(state, e, best)
     i = _first_taken(state, e, best, _most_taken(state, e, best, r))
     return best if _admissible(state, e, r, i) else NOBODY
 
@@ -176,17 +178,17 @@ def cut_to_act(state: State, costs: CostTables, e: int, r: int) -> None:
 
 
 @shared_kernel
-def steal_waiting(state: State, e: int, r: int) -> None:
+def steal_waiting(state: State, costs: CostTables, e: int, r: int) -> None:
     """Take as many requests as ``r`` has room and memory for from the queue that it may steal from."""
     s = fullest_queue(state, e, r)
-    see_arrivals(state, e, s)
+    count_arrivals(state, e, s)
     state.replicas[e, s].told = 1  # its next may fit where the first did not
     order = state.cluster.steal_order
     left = _most_taken(state, e, s, r)
     i = _first_taken(state, e, s, left)
     while left > 0 and _admissible(state, e, r, i):
         after = state.requests[e, i].next
-        _take(state, e, s, r, i)
+        _take(state, costs, e, s, r, i)
         left -= 1
         if left > 0 and order in (TAKE_LONGEST, TAKE_OLDEST):
             i = _first_taken(state, e, s, left)
@@ -197,14 +199,16 @@ def steal_waiting(state: State, e: int, r: int) -> None:
 
 
 @kernel
-def _take(state: State, e: int, s: int, r: int, i: int) -> None:
+def _take(state: State, costs: CostTables, e: int, s: int, r: int, i: int) -> None:
     """Send waiting request ``i`` from the queue of ``s`` to that of ``r``."""
     request = state.requests[e, i]
     count_waiting(state, e, s, i, -1)
-    forget_plan(state, e, i)
+    leave_unplanned(state, e, s, i)
+    if request.plan_client != NOBODY:
+        forget_plan(state, e, i)
     leave_lists(state, e, s, i)
     request.moves = min(request.moves + 1, 32_767)
-    send(state, e, s, r, i)
+    send(state, costs, e, s, r, i)
 
 
 @shared_kernel
@@ -221,7 +225,8 @@ def steal_running(state: State, costs: CostTables, e: int, r: int) -> None:
     state.replicas[e, r].stole_s = episode.now_s
     if _copies(state, costs, e, r, held):
         client = _lowest_idle(state, e, r)
-        keep_room(state, e, r, client, held)
+        rounds = request.expected_rounds - (held - request.prompt_tokens)
+        keep_room(state, e, r, client, held, max(rounds, 0))
         due_s = episode.now_s + copy_seconds(state, held)
         start(state, e, COPYING, i, s, r, client, held, due_s)
         return

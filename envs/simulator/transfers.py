@@ -59,14 +59,17 @@ def find_next_due(state: State, e: int) -> None:
 
 
 @shared_kernel
-def keep_room(state: State, e: int, r: int, client: int, tokens: int) -> None:
-    """Count a client of ``r``, no longer idle, and blocks for so many tokens as kept for a transfer."""
+def keep_room(state: State, e: int, r: int, client: int, tokens: int, rounds: int) -> None:
+    """Count a client of ``r``, no longer idle, and blocks for so many tokens as kept for a transfer.
+
+    The request should take so many ``rounds`` more.
+    """
     replica = state.replicas[e, r]
     blocks = blocks_of(state, tokens)
     replica.used_blocks += blocks
     replica.incoming += 1
     replica.incoming_blocks += blocks
-    state.clients[e, r, client].expected_end = replica.rounds + 1  # so that it counts as busy
+    state.clients[e, r, client].expected_end = -1 - rounds
 
 
 @kernel

@@ -21,7 +21,7 @@ class Plan:
     """Queues of request ids, one per client, laid out one after another.
 
     Client ``j`` serves ``order[offsets[j]:offsets[j + 1]]`` in that order. Every request stands in
-    at most one queue; a request in no queue joins the shortest one when it arrives.
+    at most one queue; a request in no queue joins the shortest one when it is first seen.
 
     Raises
     ------
