@@ -30,10 +30,14 @@ from tests.reference_cluster import (
     serve,
 )
 from tests.reference_orders import IntervalCluster, OrderedCluster
+from tests.reference_planned import PLANNED_RULES, PlannedCluster
 from tests.reference_sglang import SglangCluster
 
 FIRST_COME = TriggerPolicy("fcfs", EAGER)
 CHUNKED = TriggerPolicy("fcfs", EAGER, mixed=True)
+
+CHANGING_RULES = ("steal", "aligned")
+"""As rounds go by they may have somebody else go first, who fits into memory: they are asked at each."""
 
 TIE = 1e-12
 """By how much, relatively, moves of a case take longer or shorter where it is compared once more."""
@@ -87,6 +91,8 @@ def play_fast(
     With ``ends`` (by row) outputs are not known, but an end of the interval where each lies.
     """
     task = cluster_task(case.spec)
+    if rule in CHANGING_RULES and any(part.kv_capacity_tokens for part in case.spec.replicas):
+        task = replace(task, process=replace(task.process, decisions="rounds"))
     arrivals, prompts, outputs = (np.array(column) for column in zip(*case.requests, strict=True))
     rows = np.argsort(arrivals, kind="stable").tolist()
     requests = make_requests(prompts, outputs, arrivals)
@@ -114,6 +120,10 @@ def serve_case(case: ClusterCase, rule: str = "fcfs", ends: Sequence[int] = ()) 
     reference = SglangCluster if case.spec.admission_guard == "sglang" else ReferenceCluster
     if rule == "shortest":
         reference = OrderedCluster
+    if rule in PLANNED_RULES:
+        planned = PlannedCluster(case.requests, case.spec)
+        planned.rule = rule
+        return planned.run()
     return serve(case.requests, case.spec, reference)
 
 

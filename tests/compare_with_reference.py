@@ -3,6 +3,7 @@
     python -m tests.compare_with_reference --episodes 50000
     python -m tests.compare_with_reference --clusters 100000
     python -m tests.compare_with_reference --orders 14000
+    python -m tests.compare_with_reference --rules 20000
 
 from the project's root folder. `make test` plays a few hundred of the same episodes.
 """
@@ -30,8 +31,15 @@ from servegym.envs.vocabulary import ORDERS
 from servegym.studies.cli import check_number, parse, run
 from tests.against_cluster import compare_cluster, compare_or_nearly
 from tests.against_reference import INFORMATION, play_one
-from tests.cluster_helpers import balancing_case, interval_case, ordered_case, shared_case
+from tests.cluster_helpers import (
+    balancing_case,
+    interval_case,
+    ordered_case,
+    planned_case,
+    shared_case,
+)
 from tests.random_clusters import ClusterCase, in_step
+from tests.reference_planned import PLANNED_RULES
 
 CHUNK = 100  # episodes of a job
 SHOWN = 10  # differences told of
@@ -89,6 +97,14 @@ ORDERED = (
     f"ties: {TIES}"
 )
 
+RULED = (
+    "The random clusters of clusters.md under the other rules, in which clients have planned queues and\n"
+    "steal from each other: a quarter still, half moving, a quarter balancing; some with the router `plan`,\n"
+    "some in step. Every other one is exact. Where memory is limited `steal` and `aligned` are asked at\n"
+    "every round.\n"
+    f"ties: {TIES}"
+)
+
 INTERVALS = "intervals"
 ORDER_KINDS = (*ORDERS, INTERVALS)
 
@@ -103,21 +119,73 @@ class Args:
     """Play so many random clusters instead, shared evenly by their kinds."""
     orders: int = 0
     """Play so many random clusters under the rule ``shortest`` instead, shared evenly by its orders."""
+    rules: int = 0
+    """Play so many random clusters under the rules that go by length or by a plan instead."""
     seed: int = 0
     """Episode k of a kind is drawn from (seed, kind, k)."""
     output: Path = Path("results/checks/reference")
-    """Folder for reference.md, clusters.md or orders.md."""
+    """Folder for reference.md, clusters.md, orders.md or rules.md."""
     jobs: int = USUAL_JOBS
     """Processes."""
 
     def __post_init__(self) -> None:
         check_number("--episodes", self.episodes, 1, MAX_EPISODES)
-        check_number("--clusters", self.clusters, 0, MAX_EPISODES)
-        check_number("--orders", self.orders, 0, MAX_EPISODES)
-        if self.orders and self.clusters:
-            raise ServegymError("--orders and --clusters are two comparisons; give one of them")
+        asked = []
+        for name in ("clusters", "orders", "rules"):
+            check_number(f"--{name}", getattr(self, name), 0, MAX_EPISODES)
+            asked += [f"--{name}"] * (getattr(self, name) > 0)
+        if len(asked) > 1:
+            raise ServegymError(f"{' and '.join(asked)} are {len(asked)} comparisons; give one")
         check_number("--seed", self.seed, 0, 2**62)
         check_jobs(self.jobs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and the page that tells of it."""
+
+    amount: str  # the argument that says how many
+    file: str
+    title: str
+    what: str
+    first: str  # column
+    kinds: Sequence[str]
+
+
+COMPARISONS = (
+    Comparison(
+        "clusters",
+        "clusters.md",
+        "# The cluster against the reference",
+        CLUSTERS,
+        "policy",
+        KINDS,
+    ),
+    Comparison(
+        "orders",
+        "orders.md",
+        "# Orders of the rule shortest against the reference",
+        ORDERED,
+        "by",
+        ORDER_KINDS,
+    ),
+    Comparison(
+        "rules",
+        "rules.md",
+        "# Rules by length and by plan in clusters against the reference",
+        RULED,
+        "rule",
+        PLANNED_RULES,
+    ),
+    Comparison(
+        "episodes",
+        "reference.md",
+        "# The simulator against the reference",
+        WHAT,
+        "lengths",
+        INFORMATION,
+    ),
+)
 
 
 @dataclass
@@ -152,9 +220,7 @@ Chunk = tuple[str, range]
 def play_chunk(seed: int, chunk: Chunk) -> tuple[str, Counts, list[str]]:
     """Play a chunk of episodes; return its totals and a line for each episode that differs."""
     kind, numbers = chunk
-    if kind in ORDER_KINDS:
-        return _play_clusters(seed, kind, numbers)
-    return (_play_clusters if kind in KINDS else _play_episodes)(seed, kind, numbers)
+    return (_play_episodes if kind in INFORMATION else _play_clusters)(seed, kind, numbers)
 
 
 def _play_episodes(seed: int, kind: str, numbers: range) -> tuple[str, Counts, list[str]]:
@@ -176,24 +242,29 @@ def _play_episodes(seed: int, kind: str, numbers: range) -> tuple[str, Counts, l
 
 def _play_clusters(seed: int, kind: str, numbers: range) -> tuple[str, Counts, list[str]]:
     count, differences = ClusterCount(), list[str]()
-    ordered = kind in ORDER_KINDS
-    place = (ORDER_KINDS if ordered else KINDS).index(kind)
+    kinds = next(each.kinds for each in COMPARISONS if kind in each.kinds)
+    usual = kinds is KINDS
     for number in numbers:
-        key = [seed, place, number, len(kind)] if ordered else [seed, place, number]
+        key = [seed, kinds.index(kind), number, *([] if usual else [len(kind)])]
         rng = np.random.default_rng(key)
         ends: list[int] = []
-        exact = bool(number % 2) if ordered else "exact" in kind or "in step" in kind
-        if kind == INTERVALS:
-            case, ends = interval_case(rng, dyadic=exact)
-        elif ordered:
-            case = ordered_case(rng, kind, dyadic=exact)
-        else:
+        rule = "fcfs"
+        exact = "exact" in kind or "in step" in kind if usual else bool(number % 2)
+        if usual:
             case = _case_of(kind, rng)
+        elif kind in PLANNED_RULES:
+            case, rule = planned_case(rng, dyadic=exact), kind
+        else:
+            rule = "shortest"
+            if kind == INTERVALS:
+                case, ends = interval_case(rng, dyadic=exact)
+            else:
+                case = ordered_case(rng, kind, dyadic=exact)
         count.clusters += 1
         try:
             with warnings.catch_warnings():  # of decode tables shorter than the clients
                 warnings.simplefilter("ignore")
-                rule, tied = "shortest" if ordered else "fcfs", False
+                tied = False
                 if exact:
                     outcome = compare_cluster(case, rule, ends)
                 else:
@@ -224,7 +295,7 @@ def _case_of(kind: str, rng: np.random.Generator) -> ClusterCase:
     return in_step(rng, case) if step else case
 
 
-def chunks_of(episodes: int, kinds: Sequence[str] = INFORMATION) -> list[Chunk]:
+def chunks_of(episodes: int, kinds: Sequence[str]) -> list[Chunk]:
     """Divide the episodes evenly among their kinds, in chunks."""
     chunks: list[Chunk] = []
     for place, kind in enumerate(kinds):
@@ -235,26 +306,22 @@ def chunks_of(episodes: int, kinds: Sequence[str] = INFORMATION) -> list[Chunk]:
     return chunks
 
 
-def report(args: Args, counts: dict[str, Counts], differences: Sequence[str]) -> str:
-    """Return reference.md or clusters.md."""
-    what, first, title = WHAT, "lengths", "# The simulator against the reference"
-    amount = f"--episodes {args.episodes}"
-    if args.clusters:
-        what, first, title = CLUSTERS, "policy", "# The cluster against the reference"
-        amount = f"--clusters {args.clusters}"
-    elif args.orders:
-        what, first, title = ORDERED, "by", "# Orders of the rule shortest against the reference"
-        amount = f"--orders {args.orders}"
-    command = f"python -m tests.compare_with_reference {amount} --seed {args.seed}"
-    of_clusters = args.clusters or args.orders
-    names = [item.name for item in fields(ClusterCount if of_clusters else Count)]
+def report(
+    args: Args, comparison: Comparison, counts: dict[str, Counts], differences: Sequence[str]
+) -> str:
+    """Return the page of a comparison."""
+    amount = getattr(args, comparison.amount)
+    command = (
+        f"python -m tests.compare_with_reference --{comparison.amount} {amount} --seed {args.seed}"
+    )
+    names = [item.name for item in fields(next(iter(counts.values())))]
     rows = [
         _row([name, *(str(getattr(count, column)) for column in names)])
         for name, count in counts.items()
     ]
     total = sum(count.different for count in counts.values())
-    table = [_row([first, *names]), "|:--|" + "--:|" * len(names), *rows]
-    parts = [title, f"`{command}`", what, "\n".join(table)]
+    table = [_row([comparison.first, *names]), "|:--|" + "--:|" * len(names), *rows]
+    parts = [comparison.title, f"`{command}`", comparison.what, "\n".join(table)]
     parts += [f"Different: {total}.", *(f"- {difference}" for difference in differences[:SHOWN])]
     return "\n\n".join(parts) + "\n"
 
@@ -267,16 +334,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play, count and write."""
     args = parse(Args, argv)
     make_folder(args.output)
-    counts: dict[str, Counts]
-    if args.clusters:
-        chunks = chunks_of(args.clusters, KINDS)
-        counts = {kind: ClusterCount() for kind in KINDS}
-    elif args.orders:
-        chunks = chunks_of(args.orders, ORDER_KINDS)
-        counts = {kind: ClusterCount() for kind in ORDER_KINDS}
-    else:
-        chunks = chunks_of(args.episodes)
-        counts = {information: Count() for information in INFORMATION}
+    comparison = next(each for each in COMPARISONS if getattr(args, each.amount))
+    chunks = chunks_of(getattr(args, comparison.amount), comparison.kinds)
+    count_class = Count if comparison.amount == "episodes" else ClusterCount
+    counts: dict[str, Counts] = {kind: count_class() for kind in comparison.kinds}
     done = run_parallel(play_chunk, [(args.seed, chunk) for chunk in chunks], args.jobs)
     differences: list[str] = []
     with closing(done):
@@ -284,9 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, value in vars(count).items():
                 setattr(counts[kind], name, getattr(counts[kind], name) + value)
             differences += lines
-    text = report(args, counts, sorted(differences))
-    name = "orders.md" if args.orders else "clusters.md" if args.clusters else "reference.md"
-    write_file(args.output / name, text)
+    text = report(args, comparison, counts, sorted(differences))
+    write_file(args.output / comparison.file, text)
     print(text)
     return 1 if differences else 0
 

@@ -181,13 +181,14 @@ class ReferenceCluster(Moving):
         """Chunked: a pass whenever there is something to do. Else prefill first, then decode."""
         if self.spec.chunk_tokens > 0:
             return Action("mixed" if replica.queue or replica.running else "wait")
-        head = self.candidate(replica, "fcfs")
-        if head and replica.idle_clients and self.memory_allows(replica, head):
+        given = (self.candidate(replica, "fcfs", client) for client in replica.idle_clients)
+        head = next((request for request in given if request), None)
+        if head and self.memory_allows(replica, head):
             return Action("prefill")
         return Action("decode" if replica.running else "wait")
 
-    def candidate(self, replica: Replica, rule: str) -> ReferenceRequest | None:
-        """The waiting request that a rule takes next; override it for rules of your own."""
+    def candidate(self, replica: Replica, rule: str, client: int) -> ReferenceRequest | None:
+        """The waiting request that a rule gives an idle client next; override it for rules of your own."""
         assert rule == "fcfs"
         return replica.queue[0] if replica.queue else None
 
@@ -242,17 +243,22 @@ class ReferenceCluster(Moving):
     # ---- what a stage takes -----------------------------------------------------------------
 
     def admit_whole(self, replica: Replica, stage: Stage, rule: str) -> None:
-        """Take waiting requests until one does not fit: clients, budget, memory. No skipping."""
-        while replica.idle_clients:
-            request = self.candidate(replica, rule)
-            if request is None or not self.memory_allows(replica, request):
+        """Take waiting requests until one does not fit: clients, budget, memory. No skipping.
+
+        A client for whom the rule has nobody stays idle.
+        """
+        for client in replica.idle_clients:
+            request = self.candidate(replica, rule, client)
+            if request is None:
+                continue
+            if not self.memory_allows(replica, request):
                 return
             if request.stored is not None:
-                self.fetch(replica, request, stage)
+                self.fetch(replica, request, client, stage)
                 continue
             if stage.chunks and self.over_budget([tokens for _, tokens in stage.chunks], request):
                 return
-            self.admit(replica, request)
+            self.admit(replica, request, client)
             replica.take(request, request.todo)
             stage.chunks.append((request, request.todo))
 
@@ -296,15 +302,19 @@ class ReferenceCluster(Moving):
 
     def admit_chunks(self, replica: Replica, stage: Stage, rule: str) -> None:
         """Waiting requests until one does not fit; the whole prompt must fit, a chunk is taken."""
-        while replica.idle_clients and self.budget_left(stage) > 0:
-            request = self.candidate(replica, rule)
-            if request is None or not self.memory_allows(replica, request):
+        for client in replica.idle_clients:
+            if self.budget_left(stage) <= 0:
+                return
+            request = self.candidate(replica, rule, client)
+            if request is None:
+                continue
+            if not self.memory_allows(replica, request):
                 return
             if request.stored is not None:
-                self.fetch(replica, request, stage)
+                self.fetch(replica, request, client, stage)
                 continue
             tokens = min(request.todo, self.budget_left(stage))
-            self.admit(replica, request)
+            self.admit(replica, request, client)
             replica.take(request, request.todo if self.spec.reserve == "prompt" else tokens)
             stage.chunks.append((request, tokens))
 
@@ -312,11 +322,11 @@ class ReferenceCluster(Moving):
         taken = len(stage.decodes) + sum(tokens for _, tokens in stage.chunks)
         return self.spec.chunk_tokens - taken
 
-    def admit(self, replica: Replica, request: ReferenceRequest) -> None:
-        """Give a waiting request the lowest idle client."""
+    def admit(self, replica: Replica, request: ReferenceRequest, client: int) -> None:
+        """Give a waiting request an idle client."""
         replica.queue.remove(request)
         request.stolen = False
-        request.client = replica.idle_clients[0]
+        request.client = client
         request.replica = replica.id
         request.phase = "running"
         if request.admitted_s is None:

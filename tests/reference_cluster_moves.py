@@ -112,9 +112,9 @@ class Moving(Balancing):
         self.moves.append(move)
         self.made.append(move)
 
-    def reserve(self, move: Move) -> None:
-        """Reserve the lowest idle client of the target, and blocks of what the request holds."""
-        move.client = move.target.idle_clients[0]
+    def reserve(self, move: Move, client: int) -> None:
+        """Reserve an idle client of the target, and blocks of what the request holds."""
+        move.client = client
         move.blocks = move.target.blocks_for(move.request.held_tokens)
         move.target.reserved.append(move)
         assert move.target.free_blocks >= 0
@@ -254,7 +254,7 @@ class Moving(Balancing):
         if not self.fits(thief, thief.blocks_for(request.prompt + request.emitted)):
             return False
         thief.stole_s = self.clock_s
-        self.reserve(move)
+        self.reserve(move, thief.idle_clients[0])
         move.due_s = self.clock_s + copy_s
         self.begin(move)
         return True
@@ -268,7 +268,7 @@ class Moving(Balancing):
 
     # ---- keys and values stored elsewhere ---------------------------------------------------
 
-    def fetch(self, replica: Replica, request: ReferenceRequest, stage: Stage) -> None:
+    def fetch(self, replica: Replica, request: ReferenceRequest, client: int, stage: Stage) -> None:
         """Admit a waiting request whose keys and values are stored: they are copied first."""
         stage.fetched = True
         replica.queue.remove(request)
@@ -282,7 +282,7 @@ class Moving(Balancing):
         source = None if on_host else self.replicas[request.stored]
         move = Move("fetch", request, source, replica, self.clock_s, "flying")
         move.emitted, move.left_s = request.emitted, self.clock_s
-        self.reserve(move)
+        self.reserve(move, client)
         tokens = request.held_tokens
         move.due_s = self.clock_s + (
             self.spec.host_s(tokens) if on_host else self.spec.copy_s(tokens)

@@ -23,16 +23,16 @@ class OrderedCluster(ShortestCluster):
         """The output that the scheduler expects."""
         return request.output
 
-    def candidate(self, replica: Replica, rule: str) -> ReferenceRequest | None:
+    def candidate(self, replica: Replica, rule: str, client: int) -> ReferenceRequest | None:
         queue, by = replica.queue, self.spec.shortest_by
-        if not queue or not replica.idle_clients:
+        if not queue:
             return None
         if self.clock_s >= self.patient_until(queue[0]):
             return queue[0]
         if by == "batch":
             return self.in_sequence(replica)[0]
         if by == "length":
-            return super().candidate(replica, rule)
+            return super().candidate(replica, rule, client)
         if by == "expected":  # of equal ones the last to come, as `length` has it
             return min(queue, key=lambda r: (self.believed(r), -self.rank[r.id]))
         keys = {
@@ -70,8 +70,8 @@ class OrderedCluster(ShortestCluster):
         self.sequences[id(queue)] = sequence
         return sequence
 
-    def admit(self, replica: Replica, request: ReferenceRequest) -> None:
-        super().admit(replica, request)
+    def admit(self, replica: Replica, request: ReferenceRequest, client: int) -> None:
+        super().admit(replica, request, client)
         for sequence in self.sequences.values():  # should it come back, it is somebody new
             if request in sequence:
                 sequence.remove(request)

@@ -57,7 +57,7 @@ class SglangCluster(ReferenceCluster):
         stage.chunks = self.next_chunks(replica)
         for request, tokens in stage.chunks:
             if request in replica.queue:
-                self.admit(replica, request)
+                self.admit(replica, request, replica.idle_clients[0])
             replica.take(request, request.computed + tokens)
 
     def next_chunks(self, replica: Replica) -> list[tuple[ReferenceRequest, int]]:

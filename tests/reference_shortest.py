@@ -26,7 +26,7 @@ class ShortestCluster(ReferenceCluster):
         action = super().choose(replica)
         return Action(action.kind, "shortest")
 
-    def candidate(self, replica: Replica, rule: str) -> ReferenceRequest | None:
+    def candidate(self, replica: Replica, rule: str, client: int) -> ReferenceRequest | None:
         if not replica.queue:
             return None
         first = replica.queue[0]

@@ -364,7 +364,7 @@ class LongestWhenAllIdle(ReferenceCluster):
             return Action("decode")
         return Action("prefill", "longest") if replica.queue else Action("wait")
 
-    def candidate(self, replica: Replica, rule: str) -> Any:
+    def candidate(self, replica: Replica, rule: str, client: int) -> Any:
         assert rule == "longest"
         return max(replica.queue, key=lambda request: request.output, default=None)
 

@@ -108,6 +108,18 @@ def test_evaluate_refuses_workloads(tmp_path: Path, rows: str) -> None:
     assert "work.csv" in refused("evaluate", tmp_path / "out", *options)
 
 
+def test_a_summary_tells_of_another_reference(tmp_path: Path) -> None:
+    """Its command makes the same table; what nobody said is not in it."""
+    for reference, told in (("fcfs", " --reference fcfs`"), ("hybrid", "")):
+        options = ["--task", "Tiny-v0", "--policies", "hybrid,fcfs", "--seeds", "0:2"]
+        options += ["--output", str(tmp_path), "--reference", reference, "--jobs", "1"]
+        assert evaluate.main(options) == 0
+        text = (tmp_path / "summary.md").read_text("utf-8")
+        assert f"gap − {reference}" in text
+        assert ("--reference" in text) == bool(told)
+        assert told in text
+
+
 def test_evaluate_refuses_a_folder_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be made" in refused("evaluate", tmp_path / "file" / "out")
