@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     task, seeds = resolve_task(args), parse_seeds(args.seeds)
     names = parse_policies(args.policies, task.name)
     if args.reference not in names:
-        args = replace(args, reference=names[0])
+        args = replace(args, reference=usual_reference(names))
     # Refuse policies and a workload file before anything is written.
     policy_of = partial(make_policy, task_name=task.name)
     check_policies(task, policy_of, names)
@@ -253,7 +253,7 @@ def play_and_tabulate(
     served = chosen_rows(read_service(args.output).rows, names, seeds, window)
     note += service_text(served, window, bool((episodes["shed"] > 0).any()))
     note += "".join(f"\n{line}\n" for line in warnings(episodes))
-    write_file(args.output / "summary.md", summary_text(task.name, args, table + note))
+    write_file(args.output / "summary.md", summary_text(task.name, args, names, table + note))
     return table + note
 
 
@@ -296,7 +296,12 @@ def look_for_optima(task: TaskConfig, seeds: range, args: Args) -> tuple[pd.Data
     )
 
 
-def summary_text(task: str, args: Args, table: str) -> str:
+def usual_reference(names: Sequence[str]) -> str:
+    """Return the policy that differences are taken from where nobody says another."""
+    return Args.reference if Args.reference in names else names[0]
+
+
+def summary_text(task: str, args: Args, names: Sequence[str], table: str) -> str:
     """Return summary.md: the command that makes it, then the table."""
     asked = {
         name: getattr(args, name) for name in ("task", "policies", "seeds", "output", "workload")
@@ -304,6 +309,8 @@ def summary_text(task: str, args: Args, table: str) -> str:
     asked |= {
         name: getattr(args, name) for name in ("warmup_s", "cooldown_s") if getattr(args, name) > 0
     }
+    if args.reference != usual_reference(names):
+        asked["reference"] = args.reference
     command = command_line("evaluate", **asked)
     return (
         f"# {task}\n\n`{command}`\n\nMeans over seeds with 95 % Student-t intervals; decision p99 is "
