@@ -11,6 +11,7 @@ import pytest
 from servegym.baselines import make_policy, make_trigger_policy
 from servegym.baselines.rules.compiled import play_compiled
 from servegym.envs import Requests, ServingEnv
+from servegym.envs.machine.costs import AffineDecode, AffinePrefill, StageCosts
 from servegym.envs.playing.evaluation import play
 from servegym.envs.simulator.state import IDLE, NOBODY
 from servegym.envs.task.lowering import bound_case, lower
@@ -26,6 +27,7 @@ from tests.cluster_helpers import (
     task_of,
 )
 from tests.random_clusters import ClusterCase, random_case
+from tests.reference_cluster import ClusterSpec, ReplicaSpec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:decode table ends at batch"),
@@ -246,3 +248,20 @@ def test_what_a_victim_leaves_of_the_budget_goes_to_the_half_computed_prompt() -
     case = random_case(np.random.default_rng([22856, 77]), dyadic=False, moving=True)
     spec = replace(case.spec, padded=False, reserve="chunk")
     compare_cluster(ClusterCase(case.requests, spec))
+
+
+def test_a_finish_elsewhere_may_let_a_thief_take_a_running_request() -> None:
+    """At 11 s a finish leaves three at each of two replicas; the first one's requests fit the thief's memory.
+
+    The second had four, and its longest did not fit. The thief's round ends at 11.4 s.
+    """
+    costs = StageCosts(AffineDecode(1.0, 0.0), AffinePrefill(2.0, 0.0, 0.0, 0.0))
+    replicas = (ReplicaSpec(4, 100), ReplicaSpec(4, 100), ReplicaSpec(4, 100, 0.7))
+    spec = ClusterSpec(replicas, costs, router="round-robin", steals=("running",))
+    first = [(1, 95), (1, 95), (1, 95), (1, 1)]
+    second = [(40, 60), (1, 10), (1, 50), (1, 50)]
+    thief = [(70, 28), (1, 1), (1, 1), (1, 1)]
+    rows = [(0.0, *row) for turn in zip(first, second, thief, strict=True) for row in turn]
+    moves = compare_cluster(ClusterCase(rows, spec)).moves
+    assert [(move.source and move.source.id, move.target.id) for move in moves] == [(0, 2)]
+    assert 11.4 < moves[0].made_s < 11.5

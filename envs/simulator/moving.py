@@ -31,7 +31,15 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
-from servegym.envs.simulator.stages import cut, cut_to_see, end_at, pick, rounds_until, time_tells
+from servegym.envs.simulator.stages import (
+    cut,
+    cut_to_see,
+    end_at,
+    pick,
+    rounds_to_next_finish,
+    rounds_until,
+    time_tells,
+)
 from servegym.envs.simulator.state import (
     COPYING,
     DECODE_RUN,
@@ -299,7 +307,9 @@ def _something_ends(state: State, e: int) -> bool:
             return True
         if time_tells(state, e):
             return True
-        if state.finishes[e, r, 0].due <= replica.rounds + replica.run_rounds:
+        # Who decodes most may be another once somebody has finished.
+        finishes = rounds_to_next_finish(state, e, r) <= replica.run_rounds
+        if finishes and state.cluster.steals_running:
             return True
     return False
 

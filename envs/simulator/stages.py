@@ -190,6 +190,7 @@ def run_for(state: State, costs: CostTables, e: int, r: int, rounds: int) -> Non
     """Let a run of decode rounds, from the replica's last boundary on, be of so many rounds."""
     replica = state.replicas[e, r]
     replica.run_rounds = rounds
+    replica.boundary_s = replica.clock_s
     seconds = decode_seconds(costs, r, replica.active, replica.cached_tokens, rounds)
     _begin(state, e, r, DECODE_RUN, seconds)
 
@@ -281,13 +282,19 @@ def sees_at_once(state: State, e: int, r: int) -> bool:
 
 @kernel
 def end_at(state: State, costs: CostTables, e: int, r: int, now_s: float) -> None:
-    """End a run of decode rounds at ``now_s``, if a round ends then."""
+    """End a run of decode rounds at ``now_s``, if a round ends then; time never goes back between two calls.
+
+    The boundary that the last call found tells that none ends before it.
+    """
     replica = state.replicas[e, r]
     if replica.stage != DECODE_RUN or replica.run_rounds == 1 or replica.clock_s >= now_s:
         return
+    if now_s < replica.boundary_s:
+        return
     rounds = rounds_until(state, costs, e, r, now_s)
     run_s = decode_seconds(costs, r, replica.active, replica.cached_tokens, rounds)
-    if rounds < replica.run_rounds and replica.clock_s + run_s == now_s:
+    replica.boundary_s = replica.clock_s + run_s
+    if rounds < replica.run_rounds and replica.boundary_s == now_s:
         run_for(state, costs, e, r, rounds)
 
 
