@@ -1,7 +1,8 @@
 """What steps of the next rows read first, asked for while a row is stepped: many rows fit into no cache.
 
-Nothing waits for it, and it changes no result. Three looks are taken at a row, each of which needs what the
-one before has brought: at its records, at the arrays of the replicas that are next, at the requests in these.
+Nothing waits for it, and it changes no result. Several looks are taken at a row, each of which needs what the
+one before has brought. Before it runs: at its records, at the arrays of the replicas that are next, at the
+requests in these. After it has run: at the arrays of the replica that decides.
 """
 
 from __future__ import annotations
@@ -18,21 +19,17 @@ from servegym.envs.simulator.view import deciding
 _LOOKS: Final = 3
 _NEAR_FINISHES: Final = 4
 
-
 @kernel
-def fetch_rows(state: State, e: int, rows: int, reads_running: bool) -> None:
-    """Take a look at each of the rows that are stepped after ``e``, of ``rows``.
-
-    ``reads_running``: observations read every running request of a replica.
-    """
+def fetch_rows(state: State, e: int, rows: int) -> None:
+    """Take a look at each of the rows that run after ``e``, of ``rows``."""
     for look in range(_LOOKS):
         after = e + _LOOKS - look
         if after < rows:
-            _fetch(state, after, look, reads_running)
+            _fetch(state, after, look)
 
 
 @shared_kernel
-def _fetch(state: State, e: int, look: int, reads_running: bool) -> None:
+def _fetch(state: State, e: int, look: int) -> None:
     if look == 0:
         fetch_ahead(state.episodes, e, 1)
         fetch_ahead(state.replicas[e], 0, state.replicas.shape[1])
@@ -62,11 +59,18 @@ def _fetch(state: State, e: int, look: int, reads_running: bool) -> None:
         fetch_ahead(state.times[e], i, 1)
         if state.carried.shape[1] > 0:
             fetch_ahead(state.carried[e], i, 1)
-    if reads_running:
-        for place in range(active):
-            i = state.expected[e, s, place].request
-            fetch_ahead(state.requests[e], i, 1)
-            fetch_ahead(state.times[e], i, 1)
+
+
+@shared_kernel
+def fetch_observed(state: State, e: int) -> None:
+    """Take a look at the replica that decides in row ``e``, which has run and is to be observed."""
+    r = deciding(state, e)
+    q, active = queue_of(state, r), state.replicas[e, r].active
+    fetch_ahead(state.expected[e, r], 0, active)
+    fetch_ahead(state.waiting_tree[e, q], 0, state.waiting_tree.shape[2])
+    fetch_ahead(state.waiting_lengths[e, q], 0, state.waiting_lengths.shape[2])
+    if state.paces.shape[2] > 0:
+        fetch_ahead(state.paces[e, r], 0, active)  # the first clients are the first to be used
 
 
 @kernel

@@ -95,20 +95,22 @@ def _observe_waiting(state: State, e: int, r: int, at: int, out: NDArray[np.floa
 @kernel
 def _observe_running(state: State, e: int, r: int, at: int, out: NDArray[np.float32]) -> None:
     """Write how the time per token of the decoding stands, of those with a second token."""
-    now_s, rounds = state.episodes[e].now_s, state.replicas[e, r].rounds
-    requests, times, expected = state.requests[e], state.times[e], state.expected[e, r]
+    now_s, rounds, paces = state.episodes[e].now_s, state.replicas[e, r].rounds, state.paces[e, r]
     above, near, with_two, total_s = 0, 0, 0, 0.0
-    for place in range(state.replicas[e, r].active):
-        finish = expected[place]  # in an order that tells nothing of true lengths
-        i = finish.request
-        tokens = requests[i].expected_rounds - (finish.due - rounds)  # after the first
+    client, left = 0, state.replicas[e, r].active
+    while left > 0:
+        pace = paces[client]
+        client += 1
+        if np.isnan(pace.first_token_s):
+            continue
+        left -= 1
+        tokens = rounds - pace.begun_rounds  # after the first
         if tokens > 0:
-            _, limit_s = limits_of(state, e, i)
-            token_s = (now_s - times[i].first_token_s) / tokens
+            token_s = (now_s - pace.first_token_s) / tokens
             with_two += 1
             total_s += token_s
-            above += token_s > limit_s
-            near += _NEAR * limit_s <= token_s <= limit_s
+            above += token_s > pace.limit_s
+            near += _NEAR * pace.limit_s <= token_s <= pace.limit_s
     out[at + 10] = above / state.machines[r].clients
     out[at + 11] = near / state.machines[r].clients
     if with_two > 0:

@@ -16,7 +16,7 @@ from servegym.envs.jit import kernel, parallel_kernel, shared_kernel
 from servegym.envs.machine.costs import CostTables
 from servegym.envs.process.actions import Settings, apply, legal_actions
 from servegym.envs.process.blocks import observe
-from servegym.envs.process.fetching import fetch_rows
+from servegym.envs.process.fetching import fetch_observed, fetch_rows
 from servegym.envs.process.reward import loss
 from servegym.envs.simulator.events import advance, sleep
 from servegym.envs.simulator.state import NOBODY, State
@@ -54,18 +54,17 @@ def has_choice(
 
 
 @shared_kernel
-def step(
+def run(
     state: State,
     costs: CostTables,
     settings: Settings,
     e: int,
     action: int,
-    observation: NDArray[np.float32],
     mask: NDArray[np.bool_],
 ) -> tuple[float, bool, bool]:
-    """Carry out a legal action; write observation and mask; return reward, terminated, truncated.
+    """Carry out a legal action, run to the next choice; return reward, terminated, truncated.
 
-    ``mask`` holds the legal actions on entry, too.
+    ``mask`` holds the legal actions, on entry and at the end.
     """
     episode = state.episodes[e]
     alive = False
@@ -73,7 +72,6 @@ def step(
         episode.decisions += 1
         apply(state, costs, settings, e, deciding(state, e), action)
         alive = run_to_choice(state, costs, settings, e, mask)
-    observe(state, costs, settings, e, deciding(state, e), observation)
     late = 0 < settings.max_seconds < episode.now_s
     many = 0 < settings.max_decisions <= episode.decisions
     now_lost = loss(state, e, settings.reward)
@@ -108,7 +106,25 @@ def make_rows(environments: int, actions: int, features: int) -> Rows:
 def begin_row(state: State, costs: CostTables, settings: Settings, rows: Rows, e: int) -> None:
     """Start the episode loaded into environment ``e``; write its first observation and mask."""
     run_to_choice(state, costs, settings, e, rows.masks[e])
+    _observe_row(state, costs, settings, rows, e)
+
+
+@kernel
+def _observe_row(state: State, costs: CostTables, settings: Settings, rows: Rows, e: int) -> None:
     observe(state, costs, settings, e, deciding(state, e), rows.observations[e])
+
+
+@kernel
+def _run_row(
+    state: State, costs: CostTables, settings: Settings, rows: Rows, e: int, action: int
+) -> None:
+    """Step environment ``e``, all but the observation; see ``step_row``."""
+    rows.illegal[e] = not rows.masks[e, action]
+    if rows.illegal[e]:
+        action = int(np.argmax(rows.masks[e]))
+    rows.rewards[e], rows.terminated[e], rows.truncated[e] = run(
+        state, costs, settings, e, action, rows.masks[e]
+    )
 
 
 @kernel
@@ -116,22 +132,26 @@ def step_row(
     state: State, costs: CostTables, settings: Settings, rows: Rows, e: int, action: int
 ) -> None:
     """Step environment ``e``; an illegal action is replaced by the first legal one."""
-    rows.illegal[e] = not rows.masks[e, action]
-    if rows.illegal[e]:
-        action = int(np.argmax(rows.masks[e]))
-    rows.rewards[e], rows.terminated[e], rows.truncated[e] = step(
-        state, costs, settings, e, action, rows.observations[e], rows.masks[e]
-    )
+    _run_row(state, costs, settings, rows, e, action)
+    _observe_row(state, costs, settings, rows, e)
 
 
 @kernel
 def step_rows(
     state: State, costs: CostTables, settings: Settings, rows: Rows, actions: NDArray[np.int64]
 ) -> None:
-    """Step every environment once."""
-    for e in range(actions.size):
-        fetch_rows(state, e, actions.size, settings.observes & 8 > 0)
-        step_row(state, costs, settings, rows, e, actions[e])
+    """Step every environment once.
+
+    A row is observed when the next one has run: what its observation reads is known only when it has run
+    itself, and has to be fetched from memory.
+    """
+    for e in range(actions.size + 1):
+        if e < actions.size:
+            fetch_rows(state, e, actions.size)
+            _run_row(state, costs, settings, rows, e, actions[e])
+            fetch_observed(state, e)
+        if e > 0:
+            _observe_row(state, costs, settings, rows, e - 1)
 
 
 @parallel_kernel

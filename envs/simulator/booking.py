@@ -18,7 +18,7 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
-from servegym.envs.simulator.slo import count_met
+from servegym.envs.simulator.slo import count_met, note_pace
 from servegym.envs.simulator.state import DECODE_RUN, FINISHED, IDLE, MIXED, PREFILL, State
 from servegym.envs.simulator.transfers import end_move_of
 
@@ -82,6 +82,8 @@ def _book_prefills(state: State, e: int, r: int) -> None:
         due_sum += expected_end
         if counts_memory:
             count_held(state, e, r, tokens, 1)
+        if episode.counts_slo:
+            note_pace(state, e, r, i)
     episode.admitted_prompt_tokens += prompts
     episode.served_rounds += again
     replica.cached_tokens += cached

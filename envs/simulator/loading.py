@@ -163,6 +163,8 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
             own.queue_requests = 0
             own.expected_end = 0
             state.idle[e, r, client] = client
+        for client in range(state.paces.shape[2]):
+            state.paces[e, r, client].first_token_s = np.nan
         for client in range(state.admitted.shape[2]):
             state.admitted[e, r, client].older = client
             state.admitted[e, r, client].newer = client

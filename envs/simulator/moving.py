@@ -31,6 +31,7 @@ from servegym.envs.simulator.queues import (
     rounds_ahead,
     tokens_to_prefill,
 )
+from servegym.envs.simulator.slo import note_pace
 from servegym.envs.simulator.stages import (
     cut,
     cut_to_see,
@@ -398,3 +399,5 @@ def _join(state: State, e: int, r: int, i: int, tokens: int) -> None:
     replica.active += 1
     if episode.keeps_gaps:
         join_decoding(state, e, r, i)
+    if episode.counts_slo:
+        note_pace(state, e, r, i)

@@ -169,6 +169,8 @@ def release_client(state: State, e: int, r: int, client: int) -> None:
     """Append a client that has lost its request to the idle ones."""
     replica = state.replicas[e, r]
     state.clients[e, r, client].expected_end = 0
+    if state.paces.shape[2] > 0:
+        state.paces[e, r, client].first_token_s = np.nan
     forget_admission(state, e, r, client)
     state.idle[e, r, replica.idle] = client
     replica.sorted = min(replica.sorted, replica.idle)

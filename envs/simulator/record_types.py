@@ -271,6 +271,16 @@ GAP_GROUP: Final = np.dtype(
 )
 """Requests of a replica that have had the same worst gap, see ``gaps``."""
 
+PACE: Final = np.dtype(
+    [
+        ("first_token_s", np.float64),  # NaN: nobody decodes
+        ("begun_rounds", np.int64),  # the decode clock less the tokens emitted after the first
+        ("limit_s", np.float64),  # of ``[slo]`` per token
+    ],
+    align=True,
+)
+"""How long a client's decoding request has taken for its tokens: what observations read of all of them."""
+
 FIT: Final = np.dtype(
     [
         ("rounds", np.float64),  # that a request would idle, at least, at a later stage

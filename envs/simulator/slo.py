@@ -15,6 +15,16 @@ def limits_of(state: State, e: int, i: int) -> tuple[float, float]:
 
 
 @shared_kernel
+def note_pace(state: State, e: int, r: int, i: int) -> None:
+    """Note how request ``i``, which decodes at ``r`` from this boundary on, has come so far."""
+    request = state.requests[e, i]
+    pace = state.paces[e, r, request.client]
+    pace.first_token_s = state.times[e, i].first_token_s
+    pace.begun_rounds = state.replicas[e, r].rounds - request.emitted
+    _, pace.limit_s = limits_of(state, e, i)
+
+
+@shared_kernel
 def count_met(state: State, e: int, i: int) -> None:
     """Count a request that finishes, if it has met both limits; one without rounds has no second."""
     times = state.times[e, i]

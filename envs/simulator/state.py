@@ -33,6 +33,7 @@ from servegym.envs.simulator.record_types import (
     GAP_GROUP,
     LOAD,
     MACHINE,
+    PACE,
     QUEUE,
     REPLICA,
     REQUEST,
@@ -164,6 +165,7 @@ class State(Bundle):
     limits: NDArray[np.float64]  # (E, I, 2) by id: of ``[slo]``; (E, 0, 2): the cluster's
     priority: NDArray[np.float64]  # (E, I) by id, the least goes first; (E, 0): nobody asks for it
     carried: RecordArray  # (E, I) CARRIED, by id; (E, 0): gaps are not noted
+    paces: RecordArray  # (E, R, J) PACE; (E, R, 0): nobody asks who meets ``[slo]``
     gaps: RecordArray  # (E, R, 2 J) GAP_GROUP, a stack [: replica.gap_groups]; (E, R, 0): not noted
     transfers: (
         RecordArray  # (E, T) TRANSFER in order of making [: episode.transfers]; (E, 0): none ever
@@ -225,6 +227,7 @@ def make_state(
         limits=np.zeros((e, i if layout.class_limits else 0, 2)),
         priority=np.zeros((e, i if layout.shortest_by in (BY_DEADLINE, BY_BATCH) else 0)),
         carried=_records(e, i if layout.keeps_gaps else 0, dtype=CARRIED),
+        paces=_records(e, r, j if layout.counts_slo else 0, dtype=PACE),
         gaps=_records(e, r, 2 * j if layout.keeps_gaps else 0, dtype=GAP_GROUP),
         # Each keeps a client of its target, or is one of as many as may come to a queue at once.
         transfers=_records(e, 2 * r * j if layout.moves else 0, dtype=TRANSFER),
