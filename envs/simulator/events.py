@@ -153,8 +153,7 @@ def _run_to_next_event(state: State, costs: CostTables, e: int) -> None:
     if moves:
         if changes:
             end_instant(state, e)
-            for r in range(replicas):
-                cut_to_act(state, costs, e, r)
+            cut_to_act(state, costs, e, NOBODY)
     elif shares_pool(state):  # what has ended may change what is best to take
         wake_sleepers(state, e)
     episode.turn = 0
@@ -310,13 +309,10 @@ def _tell_of_change(state: State, costs: CostTables, e: int, r: int) -> None:
     episode.disturbed = 0
     for other in range(state.replicas.shape[1]):
         replica = state.replicas[e, other]
-        if other == r or replica.idle == 0:
-            continue
-        if replica.stage == IDLE:
+        if other != r and replica.idle > 0 and replica.stage == IDLE:
             replica.clock_s = state.event_s[e, other] = episode.now_s
             episode.again = 1
-        else:
-            cut_to_act(state, costs, e, other)
+    cut_to_act(state, costs, e, r)
 
 
 @shared_kernel

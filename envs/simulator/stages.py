@@ -251,13 +251,16 @@ def rounds_until(state: State, costs: CostTables, e: int, r: int, then_s: float)
 
 @kernel
 def cut(state: State, costs: CostTables, e: int, r: int, then_s: float) -> None:
-    """End a run of decode rounds at the first round boundary at or after ``then_s``."""
+    """End a run of decode rounds at the first round boundary at or after ``then_s``, which is now or next."""
     replica = state.replicas[e, r]
     if replica.stage != DECODE_RUN or replica.run_rounds == 1:
         return
+    if replica.clock_s < replica.boundary_s == state.event_s[e, r]:
+        return  # it ends there already
     rounds = rounds_until(state, costs, e, r, then_s)
     if rounds < replica.run_rounds:
         run_for(state, costs, e, r, rounds)
+    replica.boundary_s = state.event_s[e, r]
 
 
 @kernel
@@ -284,12 +287,12 @@ def sees_at_once(state: State, e: int, r: int) -> bool:
 def end_at(state: State, costs: CostTables, e: int, r: int, now_s: float) -> None:
     """End a run of decode rounds at ``now_s``, if a round ends then; time never goes back between two calls.
 
-    The boundary that the last call found tells that none ends before it.
+    The boundary that the last look found tells that none ends before it.
     """
     replica = state.replicas[e, r]
     if replica.stage != DECODE_RUN or replica.run_rounds == 1 or replica.clock_s >= now_s:
         return
-    if now_s < replica.boundary_s:
+    if now_s < replica.boundary_s or state.event_s[e, r] <= now_s:
         return
     rounds = rounds_until(state, costs, e, r, now_s)
     run_s = decode_seconds(costs, r, replica.active, replica.cached_tokens, rounds)

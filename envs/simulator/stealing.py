@@ -138,8 +138,13 @@ def stealable(state: State, costs: CostTables, e: int, r: int) -> int:
     if best == NOBODY:
         return NOBODY
     i = one_to_move(state, e, best)
-    tokens = held_now(state, costs, e, best, i) + 1  # with the next round's, so that it can go on
-    return i if _fits(state, e, r, blocks_of(state, tokens)) else NOBODY
+    return i if _fits(state, e, r, _moved_blocks(state, costs, e, best, i)) else NOBODY
+
+
+@kernel
+def _moved_blocks(state: State, costs: CostTables, e: int, s: int, i: int) -> int:
+    """Return the blocks that a request which decodes at ``s`` takes elsewhere with its next token."""
+    return blocks_of(state, held_now(state, costs, e, s, i) + 1)
 
 
 @kernel
@@ -162,16 +167,43 @@ def can_steal(state: State, costs: CostTables, e: int, r: int) -> bool:
 
 
 @shared_kernel
-def cut_to_act(state: State, costs: CostTables, e: int, r: int) -> None:
-    """End a run of decode rounds at the boundary that comes, if ``r`` may admit, steal or shed there."""
-    replica = state.replicas[e, r]
-    if replica.stage != DECODE_RUN or replica.run_rounds == 1:
-        return
-    acts = time_tells(state, e)
-    if not acts and replica.idle > 0:
-        acts = replica.told or can_steal(state, costs, e, r)
-    if acts:
-        cut(state, costs, e, r, np.nextafter(state.episodes[e].now_s, np.inf))
+def cut_to_act(state: State, costs: CostTables, e: int, decided: int) -> None:
+    """End the runs of all replicas that may admit, steal or shed at the boundary that comes.
+
+    Where replica ``decided`` has just begun something, or NOBODY: of others that have an idle client. What
+    there is to steal is looked up once for all of them.
+    """
+    then_s = np.nextafter(state.episodes[e].now_s, np.inf)
+    tells, waits = time_tells(state, e), _somebody_waits(state, e)
+    source, blocks = NOBODY, 0  # the last replica that a running request might come from, and its blocks
+    for r in range(state.replicas.shape[1]):
+        replica = state.replicas[e, r]
+        if replica.stage != DECODE_RUN or replica.run_rounds == 1:
+            continue
+        if decided != NOBODY and (r == decided or replica.idle == 0):
+            continue
+        acts = tells
+        if not acts and replica.idle > 0:
+            acts = replica.told or (waits and fullest_queue(state, e, r) != NOBODY)
+            if not acts and state.cluster.steals_running and room_for(state, e, r) > 0:
+                best = source_of_running(state, costs, e, r)
+                if best != NOBODY and best != source:
+                    moved = one_to_move(state, e, best)
+                    source, blocks = best, _moved_blocks(state, costs, e, best, moved)
+                acts = best != NOBODY and _fits(state, e, r, blocks)
+        if acts:
+            cut(state, costs, e, r, then_s)
+
+
+@kernel
+def _somebody_waits(state: State, e: int) -> bool:
+    """Return whether some queue has a waiting request that has not been stolen, and thefts of such count."""
+    if state.cluster.steals_waiting:
+        for s in range(state.replicas.shape[1]):
+            queue = state.queues[e, s]
+            if queue.waiting + queue.unseen > queue.stolen:
+                return True
+    return False
 
 
 # ---- stealing -------------------------------------------------------------------------------
