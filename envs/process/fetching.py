@@ -16,13 +16,14 @@ from servegym.envs.simulator.queues import queue_of
 from servegym.envs.simulator.state import State
 from servegym.envs.simulator.view import deciding
 
-_LOOKS: Final = 3
+_LOOKS: Final = 4
 _NEAR_FINISHES: Final = 4
 
 @kernel
 def fetch_rows(state: State, e: int, rows: int) -> None:
     """Take a look at each of the rows that run after ``e``, of ``rows``."""
-    for look in range(_LOOKS):
+    for k in range(_LOOKS):
+        look = _LOOKS - 1 - k  # the last looks ask for least: a processor drops what it cannot remember
         after = e + _LOOKS - look
         if after < rows:
             _fetch(state, after, look)
@@ -55,6 +56,12 @@ def _fetch(state: State, e: int, look: int) -> None:
         return
     if active > 0:
         i = state.finishes[e, s, active - 1].request
+        if look == 3:
+            client = state.requests[e, i].client
+            fetch_ahead(state.clients[e, s], client, 1)
+            if state.admitted.shape[2] > 0:
+                fetch_ahead(state.admitted[e, s], client, 1)
+            return
         fetch_ahead(state.requests[e], i, 1)
         fetch_ahead(state.times[e], i, 1)
         if state.carried.shape[1] > 0:

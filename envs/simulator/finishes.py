@@ -95,15 +95,9 @@ def find(finishes: Finishes, running: int, due: int, i: int) -> int:
 def remove(finishes: Finishes, running: int, places: NDArray[np.int64]) -> None:
     """Remove the finishes at ``places`` (≥ 1) from the first ``running``; sorts ``places``."""
     sort_keys(places)
-    kept = places[0]
-    removed = 0
-    for place in range(places[0], running):
-        if removed < places.size and places[removed] == place:
-            removed += 1
-            continue
-        finishes[kept].due = finishes[place].due
-        finishes[kept].request = finishes[place].request
-        kept += 1
+    for k in range(places.size):
+        after = places[k + 1] if k + 1 < places.size else running
+        move_records(finishes, places[k] - k, places[k] + 1, after - places[k] - 1)
 
 
 @kernel
