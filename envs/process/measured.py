@@ -15,7 +15,7 @@ from servegym.envs.jit import shared_kernel
 from servegym.envs.simulator.slo import limits_of
 from servegym.envs.simulator.state import REJECTED, SHED, State
 
-COLUMNS: Final = 9
+COLUMNS: Final = 11
 """Rows of the scratch array of :func:`measure`, which holds one column of :class:`Columns` in each."""
 
 
@@ -48,6 +48,8 @@ class Columns(NamedTuple):
     arrived_s: NDArray[np.float64]  # (served,)
     rates: NDArray[np.float64]  # (served,) output tokens a second from arrival on; 0: not finished
     worst_gap_s: NDArray[np.float64]  # (gaps,)
+    preempted_s: NDArray[np.float64]  # (preempted,) per output token from arrival on
+    undisturbed_s: NDArray[np.float64]  # (done − preempted,) the same of the others
 
 
 def columns_of(state: State, e: int) -> tuple[Counts, Columns]:
@@ -55,8 +57,9 @@ def columns_of(state: State, e: int) -> tuple[Counts, Columns]:
     scratch = np.empty((COLUMNS, int(np.asarray(state.episodes)["requests"][e])))
     *numbers, last_s = measure(state, e, scratch)
     counts = Counts._make([*map(int, numbers), float(last_s)])  # uncompiled they are numpy's
-    admitted, emitting, done, decoded, served, _, gaps = counts[:7]
-    sizes = admitted, admitted, emitting, done, done, decoded, served, served, gaps
+    admitted, emitting, done, decoded, served, _, gaps, preempted = counts[:8]
+    sizes = (admitted, admitted, emitting, done, done, decoded, served, served, gaps)
+    sizes += (preempted, done - preempted)
     return counts, Columns(*(scratch[k, :size] for k, size in enumerate(sizes)))
 
 
@@ -98,7 +101,12 @@ def measure(
             rate = (rounds + 1) / e2e_s if e2e_s > 0.0 else np.inf
             ttft_limit_s, tpot_limit_s = limits_of(state, e, i)
             met += int(first_s - arrival_s <= ttft_limit_s and tpot_s <= tpot_limit_s)
-            preempted += int(request.preemptions > 0)
+            token_s = e2e_s / (rounds + 1)
+            if request.preemptions > 0:
+                columns[9, preempted] = token_s
+                preempted += 1
+            else:
+                columns[10, done - 1 - preempted] = token_s
         if i < routed and request.phase != REJECTED and request.phase != SHED:
             columns[6, served] = arrival_s
             columns[7, served] = rate

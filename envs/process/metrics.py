@@ -161,7 +161,7 @@ def episode_metrics(state: State, e: int) -> dict[str, float]:
     figures = _counted(state, e, counts)
     figures |= _used(state, e, counts, columns)
     figures |= _felt(columns)  # last: it sorts the columns
-    figures["preempted_slowdown"] = _preempted_slowdown(state, e) if counts.preempted else NAN
+    figures["preempted_slowdown"] = _preempted_slowdown(columns)
     return {name: figures[name] for name in METRICS}
 
 
@@ -256,18 +256,14 @@ def gap_of(state: State, e: int) -> float:
     return _gap(float(episode.now_s), float(episode.bound_s), 0)
 
 
-def _preempted_slowdown(state: State, e: int) -> float:
+def _preempted_slowdown(columns: Columns) -> float:
     """Return mean seconds per output token, from arrival on, of the preempted, over those of the others.
 
-    Of those that have finished; NaN where all of them were preempted.
+    Of those that have finished; NaN where all or none of them were preempted.
     """
-    n = int(np.asarray(state.episodes)["requests"][e])
-    requests, times = np.asarray(state.requests)[e, :n], np.asarray(state.times)[e, :n]
-    done = np.isfinite(times["finished_s"])
-    e2e_s = times["finished_s"][done] - times["arrival_s"][done]  # whole records take ten times as long
-    token_s = e2e_s / (requests["decode_rounds"][done] + 1)
-    preempted = requests["preemptions"][done] > 0
-    return NAN if preempted.all() else float(token_s[preempted].mean() / token_s[~preempted].mean())
+    if len(columns.preempted_s) == 0 or len(columns.undisturbed_s) == 0:
+        return NAN
+    return float(columns.preempted_s.mean() / columns.undisturbed_s.mean())
 
 
 def _gap(makespan_s: float, bound_s: float, shed: int) -> float:
