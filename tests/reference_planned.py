@@ -105,7 +105,7 @@ class PlannedCluster(ReferenceCluster):
     def see(self, replica: Replica) -> None:
         """Whoever waits without a plan joins the client with least work, then with fewest queued.
 
-        One without rounds adds no work: for it the number of those queued counts first.
+        One without rounds ahead adds no work: for it the number of those queued counts first.
         CHOICE: they join at the replica's first boundary after they came, before anybody leaves it there;
         in a pool at anybody's.
         """
@@ -123,7 +123,8 @@ class PlannedCluster(ReferenceCluster):
 
         def key(client: Client) -> tuple[int, int, Client]:
             work, queued = self.work(client), len(self.planned[client])
-            return (work, queued, client) if request.output > 1 else (queued, work, client)
+            adds_work = self.rounds_ahead(request) > 0
+            return (work, queued, client) if adds_work else (queued, work, client)
 
         holding = [c for c in self.alike(replica) if self.replicas[c[0]].could_ever_hold(request)]
         return min(holding, key=key)

@@ -102,6 +102,26 @@ def test_who_has_come_joins_before_anybody_leaves(clients: tuple[int, int]) -> N
     assert compare_cluster(ClusterCase(rows, spec), "plan").moves
 
 
+@pytest.mark.parametrize("late", [2, 11])
+def test_who_has_no_rounds_ahead_joins_by_the_number_of_those_queued(late: int) -> None:
+    """At 6 s a thief with one busy client takes a request that has one token left when it leaves, at 6.25 s.
+
+    At 7 s it joins, behind ``late`` others, all without rounds: most wait for the clients without work.
+    """
+    spec = ClusterSpec(
+        (ReplicaSpec(3), ReplicaSpec(3, 0, 0.8)),
+        COSTS,
+        router="round-robin",
+        steals=("running",),
+        move_by="recompute",
+    )
+    rows = [(0.0, 1, output) for output in (20, 5, 5, 5, 1, 5)] + [(6.125, 1, 1)] * 2 * late
+    outcome = compare_cluster(ClusterCase(rows, spec), "plan")
+    moved = next(record for record in outcome.records if record.moves)
+    assert moved.client == outcome.records[0].client
+    assert moved.finished_s > 20
+
+
 def test_a_stale_router_looks_though_the_plan_has_sent_the_first() -> None:
     """At 1 s it sees that the first replica is busy; the third goes by what was seen and sent then."""
     spec = ClusterSpec((ReplicaSpec(2),) * 2, COSTS, router="plan", staleness_s=8.0)

@@ -60,7 +60,6 @@ def see_arrivals(state: State, e: int, r: int) -> None:
                 _queue_one(state, e, r, i)
             i = state.requests[e, i].next
     queue.unplanned = 0
-    queue.first_unplanned = NOBODY
 
 
 @kernel
@@ -95,12 +94,11 @@ def _queue_one(state: State, e: int, r: int, i: int) -> None:
     """Append an unplanned request to the planned queue of the client that suits it best.
 
     It has the least work left, then the fewest queued requests, then the lowest number. A request without
-    rounds adds no work, so many would join the same client: for it queued requests count before work. A
+    rounds ahead adds no work, so many would join the same client: for it queued requests count before work. A
     running request is not counted as queued: while all clients decode, arrivals are seen only at the next
     finish, and must join as if seen at once. In a pool it joins a client of those that ``should_hold`` it.
     """
-    request = state.requests[e, i]
-    by_work = request.expected_rounds > 0
+    by_work = rounds_ahead(state, e, i) > 0
     unlike = shares_pool(state) and state.cluster.limits_memory
     first_replica, last_replica = r, r
     if shares_pool(state):
