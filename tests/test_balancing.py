@@ -23,8 +23,9 @@ from servegym.envs.playing.policy import asked_task
 from servegym.envs.task.cluster import ReplicaConfig
 from servegym.envs.task.lowering import bound_case, lower
 from tests.against_cluster import compare_cluster
-from tests.cluster_helpers import balancing_case, play_any, recount, requests_of, task_of
+from tests.cluster_helpers import balancing_case, play_any, requests_of, task_of
 from tests.helpers import UNIT_COSTS, changed, refused
+from tests.recount import recount
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:decode table ends at batch"),

@@ -17,13 +17,13 @@ from tests.cluster_helpers import (
     informed,
     play_any,
     play_eagerly,
-    recount,
     requests_of,
     shared_case,
     stealing_case,
     task_of,
 )
 from tests.random_clusters import ClusterCase
+from tests.recount import recount
 from tests.reference_cluster import ClusterSpec, ReplicaSpec
 
 pytestmark = [

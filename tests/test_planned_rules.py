@@ -119,7 +119,7 @@ def test_who_has_no_rounds_ahead_joins_by_the_number_of_those_queued(late: int) 
     outcome = compare_cluster(ClusterCase(rows, spec), "plan")
     moved = next(record for record in outcome.records if record.moves)
     assert moved.client == outcome.records[0].client
-    assert moved.finished_s > 20
+    assert (moved.finished_s or 0) > 20
 
 
 def test_a_stale_router_looks_though_the_plan_has_sent_the_first() -> None:

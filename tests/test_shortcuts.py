@@ -18,8 +18,9 @@ from servegym.envs.simulator.seconds import decode_seconds
 from servegym.envs.simulator.stages import rounds_until
 from servegym.envs.simulator.state import DECODE_RUN, UNLIMITED_BLOCKS, State
 from servegym.envs.task.lowering import make_task_state
-from tests.cluster_helpers import Row, play_any, requests_of, shared_case, task_of, waiting_in
+from tests.cluster_helpers import play_any, requests_of, shared_case, task_of
 from tests.helpers import changed
+from tests.recount import Row, waiting_in
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:decode table ends at batch"),

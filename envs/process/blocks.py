@@ -29,6 +29,8 @@ BLOCK_FEATURES: Final[dict[str, tuple[str, ...]]] = {
 }
 """What each entry of each block means; no two entries have the same name."""
 
+_REPLICA, _MEMORY, _CLUSTER, _LATENCY = (1 << k for k in range(len(OBSERVATION_BLOCKS)))
+
 
 def features_of(blocks: Iterable[str]) -> tuple[str, ...]:
     """Return what each entry of an observation of these blocks means.
@@ -69,14 +71,14 @@ def observe(
 ) -> None:
     """Write the task's observation of replica ``r`` in environment ``e`` into ``out`` (features,)."""
     at = 0
-    if settings.observes & 1:
+    if settings.observes & _REPLICA:
         observe_replica(state, costs, e, r, out)
         at = OBSERVATION_SIZE
-    if settings.observes & 2:
+    if settings.observes & _MEMORY:
         observe_memory(state, e, r, at, out)
         at += len(MEMORY_FEATURES)
-    if settings.observes & 4:
+    if settings.observes & _CLUSTER:
         observe_cluster(state, costs, e, r, at, out)
         at += len(CLUSTER_FEATURES)
-    if settings.observes & 8:
+    if settings.observes & _LATENCY:
         observe_latency(state, costs, e, r, at, out)

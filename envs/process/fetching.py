@@ -19,11 +19,14 @@ from servegym.envs.simulator.view import deciding
 _LOOKS: Final = 4
 _NEAR_FINISHES: Final = 4
 
+
 @kernel
 def fetch_rows(state: State, e: int, rows: int) -> None:
-    """Take a look at each of the rows that run after ``e``, of ``rows``."""
-    for k in range(_LOOKS):
-        look = _LOOKS - 1 - k  # the last looks ask for least: a processor drops what it cannot remember
+    """Take a look at each of the rows that run after ``e``, of ``rows``.
+
+    The last look comes first: it asks for least, and a processor drops what it cannot remember.
+    """
+    for look in range(_LOOKS - 1, -1, -1):
         after = e + _LOOKS - look
         if after < rows:
             _fetch(state, after, look)

@@ -157,7 +157,8 @@ REPLICA: Final = np.dtype(
         ("stage_s", np.float64),
         ("stage_rounds", np.int64),  # the decode clock when its last prefill began; −1: none has
         ("run_rounds", np.int64),  # of a DECODE_RUN
-        ("boundary_s", np.float64),  # its first boundary since ``end_at`` or ``cut`` last looked, or earlier
+        # Its first boundary since ``end_at`` or ``cut`` last looked, or earlier.
+        ("boundary_s", np.float64),
         ("continued_from", np.int64),  # tokens of a prefill begun before that it goes on with
         ("stage_chunks", np.int64),  # requests of whose prefill it computes something
         ("stage_tokens", np.int64),  # that it computes of prefills

@@ -175,7 +175,8 @@ def cut_to_act(state: State, costs: CostTables, e: int, decided: int) -> None:
     """
     then_s = np.nextafter(state.episodes[e].now_s, np.inf)
     tells, waits = time_tells(state, e), _somebody_waits(state, e)
-    source, blocks = NOBODY, 0  # the last replica that a running request might come from, and its blocks
+    # The last replica that a running request might come from, and the blocks of that request.
+    source, blocks = NOBODY, 0
     for r in range(state.replicas.shape[1]):
         replica = state.replicas[e, r]
         if replica.stage != DECODE_RUN or replica.run_rounds == 1:
