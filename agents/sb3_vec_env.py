@@ -23,6 +23,11 @@ Infos = list[dict[str, Any]]
 Indices = Iterable[int] | int | None
 
 
+def _sizes(arrays: Mapping[str, NDArray[np.uint8]]) -> dict[str, int]:
+    """Return the bytes of each array, without empty ones: another version may have others."""
+    return {name: array.size for name, array in arrays.items() if array.size > 0}
+
+
 class ServingSB3VecEnv(VecEnv):
     """The rows of a :class:`ServingVectorEnv`, as Stable-Baselines3 asks for them.
 
@@ -151,13 +156,10 @@ class ServingSB3VecEnv(VecEnv):
             If it is the state of other environments.
         """
         current = self._arrays()
-        sizes = {name: array.size for name, array in current.items()}
-        if sizes != {name: array.size for name, array in arrays.items()} or len(rngs) != len(
-            self.env.rngs
-        ):
+        if _sizes(current) != _sizes(arrays) or len(rngs) != len(self.env.rngs):
             raise ServegymError("it holds the state of other environments")
-        for name, array in current.items():
-            array[:] = arrays[name]
+        for name in _sizes(current):
+            current[name][:] = arrays[name]
         for rng, state in zip(self.env.rngs, rngs, strict=True):
             rng.bit_generator.state = state
 

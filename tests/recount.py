@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from servegym.envs.simulator.order import select
+from servegym.envs.simulator.slo import limits_of
 from servegym.envs.simulator.state import (
     COPYING,
     DECODE_RUN,
@@ -194,6 +195,20 @@ def _recount_replica(row: Row, r: int) -> None:
     assert replica.due_sum == sum(clients[requests[i].client].expected_end for i in decoding)
     for client in idle:
         assert clients[client].expected_end == 0
+    if row.state.paces.shape[2] > 0:
+        _recount_paces(row, r, dict(zip(decoding, dues, strict=True)))
+
+
+def _recount_paces(row: Row, r: int, dues: dict[int, int]) -> None:
+    """A client has a pace if its request decodes: `dues` are the finishes of those."""
+    paces, rounds = _tuples(row.state.paces[0, r]), row.replicas[r].rounds
+    paced = [k for k, pace in enumerate(paces) if not np.isnan(pace.first_token_s)]
+    assert paced == sorted(row.requests[i].client for i in dues)
+    for i, due in dues.items():
+        pace = paces[row.requests[i].client]
+        assert pace.first_token_s == row.state.times[0, i].first_token_s
+        assert rounds - pace.begun_rounds == row.requests[i].decode_rounds - (due - rounds)
+        assert pace.limit_s == limits_of(row.state, 0, i)[1]
 
 
 def _recount_memory(row: Row, r: int, held: list[int], computed: list[int]) -> None:

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from servegym.envs import ServingEnv
-from servegym.envs.process.observed_latency import LATENCY_FEATURES
+from servegym.envs.process.observed_latency import LATENCY_FEATURES, observe_latency
+from servegym.envs.simulator.imagination import imagine_row
+from servegym.envs.simulator.state import make_alike
 from servegym.envs.task.config import with_overrides
 from servegym.envs.vocabulary import ADMISSION_RULES
 from tests.cluster_helpers import play_any, requests_of, shared_case, task_of
 from tests.helpers import changed, instance, make_env, start
+from tests.recount import recount
 
 pytestmark = pytest.mark.filterwarnings("ignore:decode table ends at batch")
 
@@ -95,6 +98,7 @@ def test_every_entry(seed: int) -> None:
     assert state is not None
 
     def watch() -> None:
+        recount(state)
         if state.episodes[0].finished + state.episodes[0].rejected < state.episodes[0].requests:
             r = int(state.episodes[0].turn)
             ours = env.rows.observations[0].tolist()
@@ -124,6 +128,28 @@ def test_by_hand() -> None:
     found = [round(values[name], 6) for name in LATENCY_FEATURES]
     assert found == [1, 1, 0.5, 0, 0.5, 0, 0.5, 0, 0, round(2 / 6, 6), 0, 0, 0, found[13], 1]
     assert env.records().met_slo.tolist() == [True, False, False]
+
+
+def test_an_imagined_episode_has_no_latency() -> None:
+    """It has no times; requests that are admitted in it have no pace."""
+    env = ServingEnv(
+        changed(
+            make_env(2, rules=("fcfs", "longest"), observe=("latency",)).task,
+            slo={"ttft_s": 4.0, "tpot_s": 1.25},
+        )
+    )
+    start(env, instance(*[(5, 3 + k) for k in range(9)]))
+    for _ in range(2):
+        env.step(np.int64(1))
+    state = env.state
+    assert state is not None
+    imagined = make_alike(state, 1)
+    imagine_row(state, env.costs, 0, imagined, 0)
+    assert imagined.replicas[0, 0].active > 0
+    imagined.paces["first_token_s"] = np.nan
+    entries = np.ones(len(LATENCY_FEATURES), np.float32)
+    observe_latency(imagined, env.costs, 0, 0, 0, entries)
+    assert not entries.any()
 
 
 @pytest.mark.parametrize("limit", ["ttft_s", "tpot_s"])

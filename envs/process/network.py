@@ -240,7 +240,7 @@ def stages_of(state: State, e: int, r: int) -> int:
 def take_choice(state: State, costs: CostTables, e: int, r: int, agent: CompiledAgent) -> bool:
     """Do what an agent chooses at the turn of replica ``r``; False where the task cuts the episode short.
 
-    The same steps as ``steps.run_to_choice`` and ``steps.step``. What is legal is left in ``agent.mask``.
+    The same steps as ``steps.run_to_choice`` and ``steps.run``. What is legal is left in ``agent.mask``.
     """
     settings, episode = agent.settings, state.episodes[e]
     legal = legal_actions(state, costs, settings, e, r, agent.mask)

@@ -51,8 +51,10 @@ def observe_latency(
 ) -> None:
     """Write the block of replica ``r`` in environment ``e`` into ``out``, from entry ``at`` on."""
     episode, cluster = state.episodes[e], state.cluster
-    now = view(state, costs, e, r)
     out[at : at + len(LATENCY_FEATURES)] = 0.0
+    if not episode.counts_slo:  # an imagined episode, which has no times
+        return
+    now = view(state, costs, e, r)
     _observe_waiting(state, e, r, at, out)
     if cluster.slo_ttft_s < np.inf:
         out[at] = 1.0
