@@ -132,13 +132,19 @@ def _first_taken(state: State, e: int, s: int, most: int) -> int:
 @shared_kernel
 def stealable(state: State, costs: CostTables, e: int, r: int) -> int:
     """Return the running request that replica ``r`` may steal, or NOBODY; it must fit into memory."""
+    source = _source(state, costs, e, r)
+    if source == NOBODY:
+        return NOBODY
+    i = one_to_move(state, e, source)
+    return i if _fits(state, e, r, _moved_blocks(state, costs, e, source, i)) else NOBODY
+
+
+@kernel
+def _source(state: State, costs: CostTables, e: int, r: int) -> int:
+    """Return the replica that a running request would come from if ``r`` has a client for it, or NOBODY."""
     if not state.cluster.steals_running or room_for(state, e, r) <= 0:
         return NOBODY
-    best = source_of_running(state, costs, e, r)
-    if best == NOBODY:
-        return NOBODY
-    i = one_to_move(state, e, best)
-    return i if _fits(state, e, r, _moved_blocks(state, costs, e, best, i)) else NOBODY
+    return source_of_running(state, costs, e, r)
 
 
 @kernel
@@ -186,12 +192,12 @@ def cut_to_act(state: State, costs: CostTables, e: int, decided: int) -> None:
         acts = tells
         if not acts and replica.idle > 0:
             acts = replica.told or (waits and fullest_queue(state, e, r) != NOBODY)
-            if not acts and state.cluster.steals_running and room_for(state, e, r) > 0:
-                best = source_of_running(state, costs, e, r)
-                if best != NOBODY and best != source:
-                    moved = one_to_move(state, e, best)
-                    source, blocks = best, _moved_blocks(state, costs, e, best, moved)
-                acts = best != NOBODY and _fits(state, e, r, blocks)
+            best = NOBODY if acts else _source(state, costs, e, r)
+            if best != NOBODY:
+                if best != source:
+                    i = one_to_move(state, e, best)
+                    source, blocks = best, _moved_blocks(state, costs, e, best, i)
+                acts = _fits(state, e, r, blocks)
         if acts:
             cut(state, costs, e, r, then_s)
 
