@@ -240,9 +240,9 @@ def _asks_for_newest(layout: Layout) -> bool:
 
 
 def make_alike(state: State, environments: int, *, lengths_known: bool = True) -> State:
-    """Allocate rows like those of ``state``, for known lengths.
+    """Allocate rows like those of ``state``, for look-ahead and known lengths.
 
-    Beliefs have places in them nevertheless, if they have in ``state``. With ``lengths_known = False`` they
+    What only episodes with times note has no places in them. Beliefs have places in them nevertheless, if they have in ``state``. With ``lengths_known = False`` they
     are for lengths that are not known, though ``state`` may be for known ones.
     """
     rows = {
@@ -251,6 +251,8 @@ def make_alike(state: State, environments: int, *, lengths_known: bool = True) -
         else np.zeros((environments, *array.shape[1:]), array.dtype)
         for name, array in row_arrays(state).items()
     }
+    for name in ("carried", "paces", "gaps"):
+        rows[name] = rows[name][..., :0]
     if lengths_known:
         rows["expected"] = rows["finishes"]
     return replace(state, **rows)
