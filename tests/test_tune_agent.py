@@ -212,55 +212,64 @@ def test_the_best_is_compared_with_the_defaults_on_other_seeds(
     assert cells[2][1].startswith(f"{usual[0]:.2f} ± ")
 
 
-PROCESS = """
+OTHER = """
 import sys, time
 from servegym.agents.hyperparameters import Hyperparameters
-from servegym.studies.agents import tuning, tuning_compared
+from servegym.studies.agents import tuning
 from servegym.studies.commands import tune_agent as script
 
 usual = Hyperparameters(environments=2, steps=16, batch_size=8, epochs=1, width=8)
 script.default_hyperparameters = lambda *_: usual
 tuning.SPACE["steps"] = tuning.Range(8, 32)
 tuning.HEARTBEAT_S = 1
-train = tuning.train_with
-tuning.train_with = lambda *words: time.sleep(1) or train(*words)
-sys.exit(script.main(sys.argv[1:]))
+tuning.train_with = lambda *_: time.sleep(240)
+script.main(sys.argv[1:])
 """
 
 
-def test_two_processes_share_a_study_and_one_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+def test_two_processes_share_a_study_and_one_that_is_killed_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process is killed while both are at a trial; this one goes on."""
     optuna = pytest.importorskip("optuna")
-    command = [sys.executable, "-W", "ignore", "-c", PROCESS]
-    command += arguments(tmp_path, "--trials", "6")
+    small(monkeypatch)
+    monkeypatch.setattr(tuning, "HEARTBEAT_S", 1)
+    command = arguments(tmp_path, "--trials", "6")
 
-    def trials() -> list[Any]:
+    def of(*names: str) -> list[Any]:
         url = f"sqlite:///{tmp_path / 'study.db'}"
-        return list(optuna.load_study(study_name=tuning.STUDY, storage=url).get_trials())
+        trials = optuna.load_study(study_name=tuning.STUDY, storage=url).get_trials()
+        return [trial for trial in trials if trial.state.name in names]
 
-    def of(state: str) -> list[Any]:
-        return [trial for trial in trials() if trial.state.name == state]
-
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
-    try:
+    def wait_for_running(count: int) -> None:
         until = time.monotonic() + 240
-        while time.monotonic() < until:
+        while other.poll() is None and time.monotonic() < until:
             with suppress(Exception):  # the storage is not there yet
-                if sum(bool(trial.params) for trial in of("RUNNING")) == 2:
-                    break
+                if sum(bool(trial.params) for trial in of("RUNNING")) == count:
+                    return
             time.sleep(0.05)
-        both[0].kill()
-        said = both[1].communicate(timeout=240)[1].decode()
-        assert both[1].returncode == 0, said
+        raise AssertionError("the other process is not at a trial")
+
+    def train(*words: Any) -> Any:
+        if other.poll() is None:
+            wait_for_running(2)
+            other.kill()
+            other.wait()
+        return train_with(*words)
+
+    train_with = tuning.train_with
+    other = subprocess.Popen([sys.executable, "-W", "ignore", "-c", OTHER, *command])
+    try:
+        wait_for_running(1)
+        monkeypatch.setattr(tuning, "train_with", train)
+        assert script.main(command) == 0
     finally:
-        for process in both:
-            process.kill()
-            process.wait()
-            assert process.stderr is not None
-            process.stderr.close()
+        other.kill()
+        other.wait()
+    assert len(of(*tuning.ENDED)) == 5
     time.sleep(3)  # after which a trial that nobody works at is taken over
-    again = subprocess.run(command, stderr=subprocess.PIPE, check=False, timeout=240)
-    assert again.returncode == 0, again.stderr.decode()
-    ended = [trial for trial in trials() if trial.state.name in tuning.ENDED]
+    assert script.main(command) == 0
+    ended = of(*tuning.ENDED)
     assert len(ended) == len(states(tmp_path)) == 6
     assert not of("RUNNING")
     (lost,) = of("FAIL")
