@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, Final, TypeVar, cast
 
 import numba
@@ -200,6 +200,7 @@ class _Inlined(CPUDispatcher):  # type: ignore[misc]
 
     Numba compiles a callee again for each constant among its arguments. Here a constant counts as any
     number of its type: row 0 had a second copy of the whole simulator, and a cold start took 15 CPU-s more.
+    What kernels link is made when one is first compiled: a process that finds all of them on disk needs none.
     """
 
     def __init__(
@@ -207,9 +208,13 @@ class _Inlined(CPUDispatcher):  # type: ignore[misc]
     ) -> None:
         super().__init__(function, types_of_locals, options)
         self._cache = KernelCache(function)  # as enable_caching does, with another class
-        options = options | {"no_cpython_wrapper": True}
-        self._linked = CPUDispatcher(function, types_of_locals, options, LinkedCompiler)
-        self._linked._cache = KernelCache(function, linked=True)
+
+    @cached_property
+    def _linked(self) -> CPUDispatcher:
+        options = self.targetoptions | {"no_cpython_wrapper": True}
+        linked = CPUDispatcher(self.py_func, self.locals, options, LinkedCompiler)
+        linked._cache = KernelCache(self.py_func, linked=True)
+        return linked
 
     def get_call_template(self, args: Any, kws: Any) -> Any:
         """Compile for a call from a kernel."""

@@ -63,7 +63,7 @@ class KernelCache(FunctionCache):
         self._py_func = function
         self._impl = _LinkedImplementation(function) if linked else _Implementation(function)
         code = function.__code__
-        source = Path(code.co_filename).resolve()
+        source = _resolved(code.co_filename)
         base = f"{source.stem}.{function.__qualname__}-{code.co_firstlineno}"
         base = base.replace("<", "").replace(">", "")
         version = f"py{sys.version_info[0]}{sys.version_info[1]}{getattr(sys, 'abiflags', '')}"
@@ -239,6 +239,11 @@ def cache_folders(source: Path) -> tuple[Path, ...]:
     users = Path(AppDirs("servegym", appauthor=False).user_cache_dir)
     folders = (source.parent / "__pycache__" / name, users / name)
     return folders if users.is_absolute() else folders[:1]
+
+
+@cache
+def _resolved(path: str) -> Path:
+    return Path(path).resolve()
 
 
 @cache
