@@ -242,8 +242,8 @@ def _asks_for_newest(layout: Layout) -> bool:
 def make_alike(state: State, environments: int, *, lengths_known: bool = True) -> State:
     """Allocate rows like those of ``state``, for look-ahead and known lengths.
 
-    What only episodes with times note has no places in them. Beliefs have places in them nevertheless, if they have in ``state``. With ``lengths_known = False`` they
-    are for lengths that are not known, though ``state`` may be for known ones.
+    What only episodes with times note has no places in them. Beliefs have, if they have in ``state``. With
+    ``lengths_known = False`` rows are for lengths that are not known, though ``state`` may be for known ones.
     """
     rows = {
         name: _records(environments, *array.shape[1:], dtype=array.dtype)
