@@ -156,6 +156,7 @@ def _recount_queue(row: Row, q: int, seen: list[int], unseen: list[int]) -> None
         assert queue.blocks == sum(blocks)
         assert queue.most_blocks >= max(blocks, default=0)
         assert queue.most_blocks == 0 or seen
+        assert not blocks or queue.least_blocks <= min(blocks)
     squares = queue.squares_high * 2**32 + queue.squares_low
     assert squares == sum(todo[i] ** 2 for i in seen)
     assert queue.unseen == len(unseen)

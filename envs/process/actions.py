@@ -21,12 +21,13 @@ from servegym.envs.simulator.memory import (
     blocks_to_admit,
     free_blocks,
     guard_allows,
+    none_fits,
 )
-from servegym.envs.simulator.queues import shares_pool
+from servegym.envs.simulator.queues import queue_of, shares_pool
 from servegym.envs.simulator.scored import PAD_WEIGHT
 from servegym.envs.simulator.state import IDLE, NOBODY, UNLIMITED_BLOCKS, State
 from servegym.envs.simulator.stealing import fullest_queue, stealable
-from servegym.envs.vocabulary import GUARD_SGLANG, STEAL_WAITING
+from servegym.envs.vocabulary import BY_BATCH, GUARD_SGLANG, STEAL_WAITING
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,9 @@ class Settings(Bundle):
 
     rules: NDArray[np.int64]  # (P,) admission rule of action 1 + k: a prefill stage
     mixed_rules: NDArray[np.int64]  # (M,) admission rule of action 1 + P + k: a mixed stage
+    rule_ends: NDArray[
+        np.int64
+    ]  # (P + M,) admissions before this place follow one rule in one kind of stage
     most_running: NDArray[np.int64]  # (R, P + M) requests that may hold a client after the action
     reserve_blocks: NDArray[np.int64]  # (R, P + M) free blocks that it leaves while others run
     limits: bool  # whether any of these limits more than the machine does
@@ -93,6 +97,10 @@ def _legal_within_limits(
     running, free = state.machines[r].clients - replica.idle, free_blocks(state, e, r)
     most_running, reserves = settings.most_running[r], settings.reserve_blocks[r]
     count, k, actions = 0, 0, most_running.size
+    # Of batches a look makes the next.
+    if looks_up and state.cluster.shortest_by != BY_BATCH and _keeps_all_out(state, e, r):
+        mask[1 : 1 + actions] = False
+        return 0
     while k < actions:
         mixed = k >= prefills
         rule = _rule_of(settings, k)
@@ -111,9 +119,7 @@ def _legal_within_limits(
                 left = free - blocks
                 if running == 0:  # reserves do not bind
                     left = UNLIMITED_BLOCKS
-        end = k + 1
-        while end < actions and (end >= prefills) == mixed and _rule_of(settings, end) == rule:
-            end += 1
+        end = settings.rule_ends[k]
         for j in range(k, end):
             legal = (reserves[j] <= left) & (running < most_running[j])
             mask[1 + j] = legal
@@ -122,6 +128,12 @@ def _legal_within_limits(
     if not looks_up:
         _free_of_limits(state, e, r)
     return count
+
+
+@kernel
+def _keeps_all_out(state: State, e: int, r: int) -> bool:
+    """Return whether nobody waits, or memory is known to be too full for all who do."""
+    return state.queues[e, queue_of(state, r)].waiting == 0 or none_fits(state, e, r, 0)
 
 
 @kernel

@@ -15,7 +15,14 @@ import numpy as np
 from servegym.envs.jit import kernel, move_records, shared_kernel
 from servegym.envs.simulator.aligned import forget_targets, longest_aligned
 from servegym.envs.simulator.busiest import CLIENT_MASK, REPLICA_BITS, begin_thefts, busiest
-from servegym.envs.simulator.memory import all_fit, blocks_of_round, chunk_fits, fits, free_blocks
+from servegym.envs.simulator.memory import (
+    all_fit,
+    blocks_of_round,
+    chunk_fits,
+    fits,
+    free_blocks,
+    none_fits,
+)
 from servegym.envs.simulator.moving import fetch
 from servegym.envs.simulator.queues import (
     blocks_of,
@@ -84,8 +91,11 @@ def _gives(state: State, e: int, r: int, rule: int) -> bool:
 def _first_fits(state: State, e: int, r: int, rule: int, taken: int) -> bool:
     """Return whether the first request that ``rule`` gives to an idle client fits into memory."""
     makes_batches = rule == SHORTEST and state.cluster.shortest_by == BY_BATCH
-    if not makes_batches and all_fit(state, e, r, taken):  # of batches a look makes the next
-        return _gives(state, e, r, rule)
+    if not makes_batches:  # of batches a look makes the next
+        if all_fit(state, e, r, taken):
+            return _gives(state, e, r, rule)
+        if none_fits(state, e, r, taken):
+            return False
     i = _first_given(state, e, r, rule)
     running = state.machines[r].clients - state.replicas[e, r].idle
     return i != NOBODY and fits(state, e, r, i, taken, running)

@@ -149,6 +149,16 @@ def all_fit(state: State, e: int, r: int, taken: int) -> bool:
     return blocks + replica.reserve_blocks <= free_blocks(state, e, r)
 
 
+@kernel
+def none_fits(state: State, e: int, r: int, taken: int) -> bool:
+    """Return True if ``fits`` is false of every waiting request; False may also mean that it is not known.
+
+    Somebody must be waiting. The others' next prefills take as much memory as the smallest, or more.
+    """
+    least = state.queues[e, queue_of(state, r)].least_blocks
+    return least + taken > free_blocks(state, e, r)
+
+
 @shared_kernel
 def chunk_fits(state: State, e: int, r: int, i: int, tokens: int, running: int) -> bool:
     """Return whether the guard ``sglang`` lets a prefill stage compute ``tokens`` of request ``i``.

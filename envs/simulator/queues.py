@@ -6,7 +6,7 @@ import numpy as np
 
 from servegym.envs.jit import kernel, shared_kernel
 from servegym.envs.simulator.order import add, highest, lowest, select
-from servegym.envs.simulator.state import NOBODY, WAITING, State
+from servegym.envs.simulator.state import NOBODY, UNLIMITED_BLOCKS, WAITING, State
 
 
 @kernel
@@ -219,6 +219,8 @@ def count_waiting(state: State, e: int, q: int, i: int, sign: int) -> None:
         queue.blocks += sign * blocks
         if sign > 0:
             queue.most_blocks = max(queue.most_blocks, blocks)
+            least_blocks = min(queue.least_blocks, blocks)
+            queue.least_blocks = blocks if queue.waiting == 1 else least_blocks
         elif queue.waiting == 0:
             queue.most_blocks = 0
         if request.stored != NOBODY:
@@ -239,7 +241,8 @@ def count_all_waiting(state: State, e: int, q: int, first: int) -> int:
     Among those who wait, as ``count_waiting`` does one by one, and among those who have arrived. Sums of
     local numbers take half the time.
     """
-    counts_memory = state.cluster.counts_memory
+    counts_memory, queue = state.cluster.counts_memory, state.queues[e, q]
+    least_blocks = queue.least_blocks if queue.waiting > 0 else UNLIMITED_BLOCKS
     count, rounds, all_tokens, blocks, most_blocks, high, low = 0, 0, 0, 0, 0, 0, 0
     arrived, arrived_rounds, unplanned = 0, 0, 0
     i = first
@@ -255,6 +258,7 @@ def count_all_waiting(state: State, e: int, q: int, first: int) -> int:
             its_blocks = blocks_of(state, tokens)
             blocks += its_blocks
             most_blocks = max(most_blocks, its_blocks)
+            least_blocks = min(least_blocks, its_blocks)
             if request.stored != NOBODY:
                 tokens = 0
         all_tokens += tokens
@@ -263,11 +267,12 @@ def count_all_waiting(state: State, e: int, q: int, first: int) -> int:
         state.waiting_lengths[e, q, request.bucket] += 1
         add(state.waiting_tree[e, q], request.rank, 1)
         i = request.next
-    queue, episode = state.queues[e, q], state.episodes[e]
+    episode = state.episodes[e]
     queue.waiting += count
     queue.rounds += rounds
     queue.blocks += blocks
     queue.most_blocks = max(queue.most_blocks, most_blocks)
+    queue.least_blocks = least_blocks
     queue.tokens += all_tokens
     queue.squares_high += high
     queue.squares_low += low

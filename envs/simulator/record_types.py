@@ -86,6 +86,7 @@ QUEUE: Final = np.dtype(
         ("tokens", np.int64),  # Σ tokens to prefill
         ("blocks", np.int64),  # Σ blocks of these prefills
         ("most_blocks", np.int64),  # none of these prefills takes more; where memory counts
+        ("least_blocks", np.int64),  # if there are any, none takes less; where memory counts
         # Σ t² of these is beyond 64 bits for a hundred thousand of the longest prompts: t² in two.
         ("squares_high", np.int64),  # Σ ⌊t² / 2³²⌋
         ("squares_low", np.int64),  # Σ t² mod 2³²

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -95,6 +96,7 @@ def lower(task: TaskConfig) -> Machine:
     settings = Settings(
         rules=np.array(rules, np.int64),
         mixed_rules=np.array(mixed_rules, np.int64),
+        rule_ends=_rule_ends(rules, mixed_rules),
         most_running=most_running,
         reserve_blocks=reserve_blocks,
         pads=np.array([np.nan if action.pad is None else action.pad for action in admissions]),
@@ -109,6 +111,14 @@ def lower(task: TaskConfig) -> Machine:
     )
     features = features_of(process.observe)
     return Machine(sum(layout.clients), _tabulate(task, layout), settings, layout, features)
+
+
+def _rule_ends(rules: Sequence[int], mixed_rules: Sequence[int]) -> NDArray[np.int64]:
+    """Return of each admission the first place behind it of another rule or kind of stage."""
+    kinds = [(0, rule) for rule in rules] + [(1, rule) for rule in mixed_rules]
+    places = range(len(kinds))
+    others = ([j for j in places[k:] if kinds[j] != kinds[k]] for k in places)
+    return np.array([(*after, len(kinds))[0] for after in others], np.int64)
 
 
 def _limits(task: TaskConfig, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
