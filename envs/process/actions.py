@@ -36,9 +36,8 @@ class Settings(Bundle):
 
     rules: NDArray[np.int64]  # (P,) admission rule of action 1 + k: a prefill stage
     mixed_rules: NDArray[np.int64]  # (M,) admission rule of action 1 + P + k: a mixed stage
-    rule_ends: NDArray[
-        np.int64
-    ]  # (P + M,) admissions before this place follow one rule in one kind of stage
+    # (P + M,) where the next rule or kind of stage begins behind action 1 + k
+    rule_ends: NDArray[np.int64]
     most_running: NDArray[np.int64]  # (R, P + M) requests that may hold a client after the action
     reserve_blocks: NDArray[np.int64]  # (R, P + M) free blocks that it leaves while others run
     limits: bool  # whether any of these limits more than the machine does

@@ -138,9 +138,9 @@ def _free_clients(state: State, e: int, lengths_known: int, luck: int) -> None:
     episode.random_bits = luck
     episode.turn = state.replicas.shape[1]
     episode.transfer_s = np.inf
-    episode.counts_slo = state.cluster.counts_slo
+    episode.counts_slo = state.paces.shape[2] > 0  # not in copies for look-ahead
     episode.sheds = state.cluster.shed_at > 0.0
-    episode.keeps_gaps = state.cluster.keeps_gaps
+    episode.keeps_gaps = state.carried.shape[1] > 0
     for q in range(state.queues.shape[1]):
         queue = state.queues[e, q]
         queue.first = NOBODY

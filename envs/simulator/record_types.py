@@ -59,7 +59,7 @@ EPISODE: Final = np.dtype(
         ("decisions", np.int64),
         # Service, see ``slo``, ``gaps``, ``shedding``. Not in copies for look-ahead: they have no times.
         ("sheds", np.int64),  # 1: requests that would come too late are turned away
-        ("counts_slo", np.int64),  # 1: ``met`` is counted
+        ("counts_slo", np.int64),  # 1: ``met`` is counted, ``State.paces`` noted
         ("met", np.int64),  # finished requests that met both limits
         ("stages", np.int64),  # of the calendar; 0: there is none
         ("ranked", np.int64),  # entries of ``State.ranked`` that the present stage reads

@@ -115,8 +115,6 @@ class Cluster(Bundle):
     host_token_s: float
     slo_ttft_s: float  # most seconds to the first token; ∞: any
     slo_tpot_s: float  # most seconds per token after it; ∞: any
-    counts_slo: bool  # of new episodes, see EPISODE
-    keeps_gaps: bool
 
 
 RecordArray = Any
@@ -245,14 +243,13 @@ def make_alike(state: State, environments: int, *, lengths_known: bool = True) -
     What only episodes with times note has no places in them. Beliefs have, if they have in ``state``. With
     ``lengths_known = False`` rows are for lengths that are not known, though ``state`` may be for known ones.
     """
-    rows = {
-        name: _records(environments, *array.shape[1:], dtype=array.dtype)
-        if array.dtype.names
-        else np.zeros((environments, *array.shape[1:]), array.dtype)
-        for name, array in row_arrays(state).items()
-    }
-    for name in ("carried", "paces", "gaps"):
-        rows[name] = rows[name][..., :0]
+    rows = {}
+    for name, array in row_arrays(state).items():
+        shape = (environments, *array.shape[1:])
+        if name in ("carried", "paces", "gaps"):
+            shape = (*shape[:-1], 0)
+        named = array.dtype.names is not None
+        rows[name] = _records(*shape, dtype=array.dtype) if named else np.zeros(shape, array.dtype)
     if lengths_known:
         rows["expected"] = rows["finishes"]
     return replace(state, **rows)
