@@ -222,7 +222,15 @@ usual = Hyperparameters(environments=2, steps=16, batch_size=8, epochs=1, width=
 script.default_hyperparameters = lambda *_: usual
 tuning.SPACE["steps"] = tuning.Range(8, 32)
 tuning.HEARTBEAT_S = 1
-tuning.train_with = lambda *_: time.sleep(240)
+
+
+def train_with(search, hyperparameters, folder, *_):
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{")
+    time.sleep(240)
+
+
+tuning.train_with = train_with
 script.main(sys.argv[1:])
 """
 
@@ -233,7 +241,6 @@ def test_two_processes_share_a_study_and_one_that_is_killed_loses_nothing(
     """The other process is killed while both are at a trial; this one goes on."""
     optuna = pytest.importorskip("optuna")
     small(monkeypatch)
-    monkeypatch.setattr(tuning, "HEARTBEAT_S", 1)
     command = arguments(tmp_path, "--trials", "6")
 
     def of(*names: str) -> list[Any]:
@@ -267,6 +274,7 @@ def test_two_processes_share_a_study_and_one_that_is_killed_loses_nothing(
         other.kill()
         other.wait()
     assert len(of(*tuning.ENDED)) == 5
+    monkeypatch.setattr(tuning, "HEARTBEAT_S", 1)
     time.sleep(3)  # after which a trial that nobody works at is taken over
     assert script.main(command) == 0
     ended = of(*tuning.ENDED)

@@ -19,7 +19,7 @@ from servegym.studies.robustness.outcomes import (
     scripts,
 )
 
-LIMIT_S: Final = 10
+LIMIT_S: Final = 30
 """Seconds after which a refusal counts as a hang: whatever is refused so late is refused too late."""
 
 _LONG: Final = "x" * 5000
