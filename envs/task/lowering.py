@@ -116,9 +116,10 @@ def lower(task: TaskConfig) -> Machine:
 def _rule_ends(rules: Sequence[int], mixed_rules: Sequence[int]) -> NDArray[np.int64]:
     """Return of each admission the first place behind it of another rule or kind of stage."""
     kinds = [(0, rule) for rule in rules] + [(1, rule) for rule in mixed_rules]
-    places = range(len(kinds))
-    others = ([j for j in places[k:] if kinds[j] != kinds[k]] for k in places)
-    return np.array([(*after, len(kinds))[0] for after in others], np.int64)
+    ends = np.full(len(kinds), len(kinds), np.int64)
+    for k in range(len(kinds) - 2, -1, -1):
+        ends[k] = ends[k + 1] if kinds[k + 1] == kinds[k] else k + 1
+    return ends
 
 
 def _limits(task: TaskConfig, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
