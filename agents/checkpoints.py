@@ -88,7 +88,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
     Raises
     ------
     ServegymError
-        If the file is damaged, no checkpoint, or one of another run.
+        If the file is damaged, no checkpoint, or one of another run or of a version with another state.
     """
     advice = "delete it to go on from the one before"
     try:
@@ -115,7 +115,12 @@ def load_checkpoint(model: OnPolicyAlgorithm, identity: Mapping[str, Any], path:
                 f"{path}: the run observes other features, or in another order, than this version; "
                 "begin a run in another folder"
             )
-        _restore(model, arrays, values)
+        try:
+            _restore(model, arrays, values)
+        except ServegymError as error:  # it is this run's
+            raise ServegymError(
+                f"{path}: {error}, those of another version; begin a run in another folder"
+            ) from None
         return Progress(float(values["training_s"]), int(values["evolved"]))
     except WRONG_VALUES as error:
         if isinstance(error, ServegymError):

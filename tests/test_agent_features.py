@@ -19,6 +19,7 @@ from servegym.agents.hyperparameters import Hyperparameters
 from servegym.agents.network import Network
 from servegym.agents.policy import LearnedPolicy, load_agent
 from servegym.agents.record import identity
+from servegym.agents.sb3_vec_env import ServingSB3VecEnv
 from servegym.agents.training import make_model
 from servegym.envs import ServegymError, ServingEnv, load_task
 from servegym.envs.playing.evaluation import make_case, play
@@ -184,6 +185,28 @@ def test_a_run_goes_on_only_with_the_blocks_that_it_observes(tmp_path: Path) -> 
     other = observing("replica", "cluster")
     with pytest.raises(ServegymError, match=r"observe \['replica', 'memory'\], this one has"):
         load_checkpoint(make_model(other, SMALL), identity(other, SMALL), path)
+
+
+def test_a_checkpoint_of_another_state_is_not_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a version in which a record of the simulator has got a field."""
+    get_state = ServingSB3VecEnv.get_state
+
+    def with_less(env: ServingSB3VecEnv) -> Any:
+        arrays, rngs = get_state(env)
+        return arrays | {"queues": arrays["queues"][:-8]}, rngs
+
+    run = identity(TINY, SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(ServingSB3VecEnv, "get_state", with_less)
+        path = save_checkpoint(make_model(TINY, SMALL).learn(1), run, tmp_path)
+    with pytest.raises(
+        ServegymError, match="other environments, those of another version"
+    ) as refusal:
+        load_checkpoint(make_model(TINY, SMALL), run, path)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert "begin a run in another folder" in str(refusal.value)
 
 
 def test_a_checkpoint_of_other_features_is_not_gone_on_from(
